@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import textwrap
 from importlib.metadata import PackageNotFoundError, version
 from itertools import product
 
