@@ -80,7 +80,7 @@ def find_compiler() -> tuple[list[str], str]:
     try:
         version = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError) as error:
-        raise CannotBuildError(f"the C++ compiler {shlex.join(command)} does not run: {error}") from error
+        raise CannotBuildError(f"the C++ compiler `{shlex.join(command)} --version` failed: {error}") from error
     return command, (version.splitlines() or ["unknown"])[0]
 
 
@@ -92,8 +92,9 @@ def run(command: list[str]) -> None:
         lines = done.stdout.splitlines()
         first = next((i for i, line in enumerate(lines) if "error" in line), max(0, len(lines) - 20))
         raise CannotBuildError("compilation failed:\n" + "\n".join(lines[first : first + 20]))
-    if done.stdout.strip():
-        print(done.stdout.strip())
+    warnings = done.stdout.replace("ninja: no work to do.", "").strip()
+    if warnings:
+        print(warnings)
 
 
 def find_ninja() -> str | None:

@@ -108,10 +108,10 @@ def check(backend: str, device: torch.device) -> str:
             if not torch.equal(actual, expected):
                 return f"FAILED: {what} differs: {actual.tolist()} instead of {expected.tolist()}"
             continue
-        error = float((actual - expected).abs().max() / expected.abs().max())
-        if not error <= TOLERANCE:  # not <=, so that NaN fails
-            return f"FAILED: {what} deviates by {error:.1e}, more than {TOLERANCE:.0e}"
-        worst = max(worst, error)
+        deviation = float((actual - expected).abs().max() / expected.abs().max())
+        if not deviation <= TOLERANCE:  # not <=, so that NaN fails
+            return f"FAILED: {what} deviates by {deviation:.1e}, more than {TOLERANCE:.0e}"
+        worst = max(worst, deviation)
     return f"ok (same ids; values and gradients within {worst:.1e})"
 
 
