@@ -46,6 +46,11 @@ def run() -> int:
     status = gk.backends.status()
     for name, reason in status.items():
         _line(name, "available" if reason is None else f"not available: {reason}")
+    for device in devices:
+        try:
+            _line(f"chosen for {device}", gk.backends.select(device, torch.float32))
+        except ValueError as error:  # GRADE_KERNELS_BACKEND asks for what cannot be had
+            _line(f"chosen for {device}", str(error))
 
     _title(f"Self-check against the reference ({ROWS} rows, {VOCAB} tokens)")
     failures = 0
