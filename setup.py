@@ -37,7 +37,8 @@ LIBRARY = "_C.dylib" if MACOS else "_C.so"
 INFO = "_build_info.json"
 OLDEST_TORCH = (2, 10)
 # No -march: each kernel is compiled for several instruction sets, and the right one is chosen when it runs.
-FLAGS = ["-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall"]
+OPTIMISE = ["-O3", "-Wall"]  # CXXFLAGS may override these, but not what follows
+FLAGS = ["-std=c++20", "-fPIC", "-fvisibility=hidden"]
 DEFINES = [f"-DTORCH_TARGET_VERSION=0x{OLDEST_TORCH[0]:02x}{OLDEST_TORCH[1]:02x}000000000000"]
 
 
@@ -110,7 +111,7 @@ def compile_library(work: Path) -> tuple[Path, dict[str, str]]:
     torch, torch_version = find_torch()
     cxx, compiler = find_compiler()
     includes = ["-isystem", str(torch / "include"), "-I", str(ROOT / "csrc")]
-    flags = [*FLAGS, *DEFINES, *shlex.split(os.environ.get("CXXFLAGS", ""))]
+    flags = [*OPTIMISE, *shlex.split(os.environ.get("CXXFLAGS", "")), *FLAGS, *DEFINES]
     link = ["-dynamiclib", "-Wl,-rpath,@loader_path/../torch/lib"] if MACOS else ["-shared"]
     link += ["-L", str(torch / "lib"), "-ltorch_cpu", *shlex.split(os.environ.get("LDFLAGS", ""))]
     library = work / LIBRARY
