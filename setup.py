@@ -205,7 +205,8 @@ WARNING = """
 ******************************************************************************************************
 WARNING: grade-kernels was installed WITHOUT its C++ backend. It works, on the slower `torch` backend.
 Reason: {reason}
-To get it: install torch >= 2.10 and a C++20 compiler (gcc >= 11 or clang >= 14), then install again.
+To get it: install torch >= 2.10 and a C++20 compiler (gcc >= 11 or clang >= 14), then install again
+with pip's --force-reinstall --no-deps --no-cache-dir.
 ******************************************************************************************************
 """
 

@@ -48,7 +48,7 @@ install_torch() {
 
 create
 install_torch
-say "Installing grade-kernels and its tools"
+say "Installing grade-kernels and its tools (a minute or two)"
 # Without isolation the build runs on these, and so can `setup.py build_ext` later.
 pip install --quiet "setuptools>=77" ninja
 pip install --quiet --no-build-isolation --editable ".[dev]"
