@@ -37,7 +37,7 @@ LIBRARY = "_C.dylib" if MACOS else "_C.so"
 INFO = "_build_info.json"
 OLDEST_TORCH = (2, 10)
 # No -march: each kernel is compiled for several instruction sets, and the right one is chosen when it runs.
-OPTIMISE = ["-O3", "-Wall"]  # CXXFLAGS may override these, but not what follows
+OPTIMISE = ["-O3"]  # CXXFLAGS may override this, but not what follows
 FLAGS = ["-std=c++20", "-fPIC", "-fvisibility=hidden"]
 DEFINES = [f"-DTORCH_TARGET_VERSION=0x{OLDEST_TORCH[0]:02x}{OLDEST_TORCH[1]:02x}000000000000"]
 
@@ -91,8 +91,8 @@ def run(command: list[str]) -> None:
     if done.returncode:
         # The first error counts; what follows is mostly its echo.
         lines = done.stdout.splitlines()
-        first = next((i for i, line in enumerate(lines) if "error" in line), max(0, len(lines) - 20))
-        raise CannotBuildError("compilation failed:\n" + "\n".join(lines[first : first + 20]))
+        first = next((i for i, line in enumerate(lines) if "error" in line), max(0, len(lines) - 8))
+        raise CannotBuildError("compilation failed:\n" + "\n".join(lines[first : first + 8]))
     warnings = done.stdout.replace("ninja: no work to do.", "").strip()
     if warnings:
         print(warnings)
