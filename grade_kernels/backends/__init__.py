@@ -1,0 +1,121 @@
+"""One place that chooses which backend serves a call.
+
+Every backend is a module with the same three functions over canonical arguments, which `ops` prepares:
+
+* `logits`: `[N, V]`, any strides, float32, float64, bfloat16 or float16; `compute` below is float64 for float64 and
+  float32 for the rest, and all arithmetic happens in it.
+* `seed` (0-d int64), `row_ids` (int64 `[N]` or None for `0..N-1`), `vocab_start` (global id of column 0): the noise.
+* `tau`: `[N]` in `compute`.
+
+```
+sample(logits, seed, row_ids, vocab_start, logsumexp) -> Sample
+    ids = argmax(l + g), score_max = max(l + g), and with logsumexp also max(l) and sum(exp(l - max(l))).
+    Ties go to the smaller id. CPU backends mark a row that holds NaN, +inf or only -inf by id -1; GPU backends give it
+    an id in range and NaN in score_max.
+softmax(logits, tau, seed, row_ids, vocab_start, score_max, normalize, out_dtype) -> (weights, total)
+    weights = exp((l + g - score_max) / tau), total = their sum [N]; with normalize the weights are divided by it.
+softmax_backward(dy, logits, tau, seed, row_ids, vocab_start, estimator, sample, dlogprobs, needs_dtau, out) -> dtau
+    The estimator's rule (the table in `ops.gumbel_ste_embedding`) for dl given dy [N, V], plus
+    dlogprobs * (one_hot(ids) - softmax(l)) where dlogprobs is given, written to out [N, V], which may be dy itself.
+    The statistics of sample that the estimator does not use may be empty.
+```
+
+`reference` is not such a module: there the public functions call `grade_kernels.reference`, plain autograd and all.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+
+__all__ = ["BACKENDS", "Sample", "available_backends", "module", "select", "set_backend", "status", "use_backend"]
+
+BACKENDS = ("reference", "torch", "cpu", "triton")
+_override: str | None = None
+
+
+class Sample(NamedTuple):
+    """What a forward pass leaves behind per row; O(rows) numbers, the only ones saved for backward."""
+
+    ids: torch.Tensor  # [N] int64
+    score_max: torch.Tensor  # [N] compute, max(l + g)
+    logit_max: torch.Tensor  # [N] compute, max(l); empty unless asked for
+    logit_sum: torch.Tensor  # [N] compute, sum(exp(l - max(l))); empty unless asked for
+
+
+def _why_not(name: str) -> str | None:
+    """None if a backend can run on this machine at all, else the reason why it cannot."""
+    if name in ("reference", "torch"):
+        return None
+    return module(name).why_unavailable()
+
+
+def module(name: str) -> ModuleType:
+    """The module that implements a backend."""
+    return importlib.import_module(f"grade_kernels.backends.{name}")
+
+
+def status() -> dict[str, str | None]:
+    """Every known backend with None if it is available here, else the reason why it is not."""
+    return {name: _why_not(name) for name in BACKENDS}
+
+
+def available_backends() -> list[str]:
+    """Names of the backends that can run on this machine."""
+    return [name for name, reason in status().items() if reason is None]
+
+
+def _known(name: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"unknown backend {name!r}; the known ones are {', '.join(BACKENDS)}")
+    return name
+
+
+def set_backend(name: str | None) -> None:
+    """Use one backend for every later call in this process; None lets each call choose by device again.
+
+    Raises:
+        ValueError: a name that is not known, or a backend that cannot run on this machine.
+    """
+    global _override
+    if name is not None and (reason := _why_not(_known(name))) is not None:
+        raise ValueError(f"backend {name!r} is not available: {reason}")
+    _override = name
+
+
+@contextmanager
+def use_backend(name: str | None) -> Iterator[None]:
+    """Use one backend inside a `with` block (process-wide, as `set_backend`). Raises as `set_backend` does."""
+    global _override
+    before = _override
+    set_backend(name)
+    try:
+        yield
+    finally:
+        _override = before
+
+
+def select(device: torch.device, dtype: torch.dtype) -> str:
+    """The backend for tensors of this device and dtype.
+
+    An explicit choice (`use_backend`, `set_backend`, then the environment variable GRADE_KERNELS_BACKEND) wins, and
+    raises where it cannot serve the device. Otherwise: `cpu` or `triton` for their devices, else `torch`.
+    """
+    name = _override or os.environ.get("GRADE_KERNELS_BACKEND") or None
+    if name is not None:
+        if _known(name) in ("reference", "torch"):
+            return name
+        reason = _why_not(name) or module(name).why_not_device(device)
+        if reason is not None:
+            raise ValueError(f"backend {name!r} cannot serve tensors on device {str(device)!r}: {reason}")
+        return name
+    preferred = "cpu" if device.type == "cpu" else "triton"
+    if _why_not(preferred) is None and module(preferred).why_not_device(device) is None:
+        return preferred
+    return "torch"

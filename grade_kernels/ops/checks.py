@@ -1,0 +1,168 @@
+"""Checks of arguments that the operations share: each names the argument, what came and what was expected.
+
+Types, shapes and devices are checked where an operation is called. Values of tensors are checked inside the registered
+operations, so that `torch.compile` traces through the public functions: always on the CPU, on a GPU only under
+GRADE_KERNELS_CHECK=1, since reading them there would wait for the device.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from numbers import Real
+
+import torch
+
+from grade_kernels.noise import GumbelNoise
+
+ESTIMATORS = ("ste", "soft", "st", "reinmax")
+FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The arithmetic that serves a dtype: float64 for itself, float32 for everything narrower."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def reads_values(*tensors: torch.Tensor) -> bool:
+    """Whether values of these tensors may be read: on the CPU, or anywhere when the user asked for it."""
+    return os.environ.get("GRADE_KERNELS_CHECK") == "1" or all(t.device.type == "cpu" for t in tensors)
+
+
+def check_floating(name: str, value: object) -> None:
+    """A tensor of one of the four floating dtypes, or TypeError."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    if value.dtype not in FLOATING:
+        raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {value.dtype}")
+
+
+def check_logits(logits: object, dim: int = -1) -> None:
+    """Floating logits with at least one token along dim; a dim that does not exist raises IndexError as in PyTorch."""
+    check_floating("logits", logits)
+    assert isinstance(logits, torch.Tensor)
+    if isinstance(dim, bool) or not isinstance(dim, int):
+        raise TypeError(f"dim must be an int, got {type(dim).__name__}")
+    if logits.size(dim) == 0:
+        raise ValueError(f"logits must have at least one token, got shape {tuple(logits.shape)} with dim {dim}")
+
+
+def check_same_device(name: str, value: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
+    """Both tensors on one device, or ValueError naming both."""
+    if value.device != other.device:
+        raise ValueError(f"{name} is on device {str(value.device)!r}, but {other_name} on {str(other.device)!r}")
+
+
+def canonical_noise(
+    noise: GumbelNoise | None, num_rows: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor | None, int]:
+    """Seed, row ids and vocabulary offset of a noise for `num_rows` rows; None draws from torch's default generator."""
+    if noise is None:
+        noise = GumbelNoise.from_generator()
+    elif not isinstance(noise, GumbelNoise):
+        raise TypeError(f"noise must be a GumbelNoise or None, got {type(noise).__name__}")
+    if noise.row_ids is not None:
+        if noise.row_ids.numel() != num_rows:
+            raise ValueError(f"noise.row_ids has {noise.row_ids.numel()} entries, but the logits have {num_rows} rows")
+        if noise.row_ids.device != device:
+            raise ValueError(f"noise.row_ids is on device {str(noise.row_ids.device)!r}, but the logits on {str(device)!r}")
+    return noise.seed, noise.row_ids, noise.vocab_start
+
+
+def canonical_tau(
+    tau: float | torch.Tensor, batch_shape: Sequence[int], device: torch.device, dtype: torch.dtype
+) -> torch.Tensor:
+    """Tau as `[rows]` in compute precision, connected to a tensor tau's graph.
+
+    Accepts a positive number, a 0-d tensor, or one value per row: of the batch shape, of the batch shape with a last 1,
+    or flat.
+    """
+    rows = math.prod(batch_shape)
+    if isinstance(tau, torch.Tensor):
+        if tau.dtype == torch.bool or tau.dtype.is_complex:
+            raise TypeError(f"tau must be a real number or tensor, got dtype {tau.dtype}")
+        if tau.dim() == 0:
+            return tau.to(device=device, dtype=dtype).expand(rows)
+        shape = tuple(tau.shape)
+        if shape not in (tuple(batch_shape), (*batch_shape, 1), (rows,)):
+            raise ValueError(
+                f"tau must be a number, a 0-d tensor or one value per row of shape {tuple(batch_shape)}, got shape {shape}"
+            )
+        if tau.device != device:
+            raise ValueError(f"tau is on device {str(tau.device)!r}, but the logits on {str(device)!r}")
+        return tau.to(dtype).reshape(rows)
+    if isinstance(tau, bool) or not isinstance(tau, (Real, torch.SymFloat, torch.SymInt)):
+        raise TypeError(f"tau must be a number or a tensor, got {type(tau).__name__}")
+    if not (0.0 < tau < math.inf):
+        raise ValueError(f"tau must be positive and finite, got {tau}")
+    return torch.full((rows,), tau, dtype=dtype, device=device)
+
+
+def check_tau_values(tau: torch.Tensor) -> None:
+    """Positive, finite values; ValueError with the first that is not."""
+    bad = ~((tau > 0) & tau.isfinite())
+    if bad.any():
+        row = int(bad.nonzero()[0])
+        raise ValueError(f"tau must be positive and finite, got {tau[row].item()} (row {row})")
+
+
+def check_ids_values(ids: torch.Tensor, vocab_size: int) -> None:
+    """Ids inside the vocabulary; ValueError with the first that is not."""
+    bad = (ids < 0) | (ids >= vocab_size)
+    if bad.any():
+        row = int(bad.nonzero()[0])
+        raise ValueError(f"ids must lie in [0, {vocab_size}), got {int(ids[row])} (row {row})")
+
+
+def check_rows(logits: torch.Tensor, bad: torch.Tensor) -> None:
+    """Raise ValueError for the first row that a backend marked as having no distribution."""
+    if not bad.any():
+        return
+    row = int(bad.nonzero()[0])
+    values = logits[row]
+    if values.isnan().any():
+        what = "NaN"
+    elif (values == torch.inf).any():
+        what = "+inf"
+    else:
+        what = "only -inf"
+    raise ValueError(f"logits must be finite or -inf with one finite value per row, but row {row} holds {what}")
+
+
+def bad_rows(logits: torch.Tensor) -> torch.Tensor:
+    """Rows `[N]` of `[N, V]` logits that hold NaN, +inf or only -inf."""
+    return ~logits.amax(dim=1).isfinite()
+
+
+def check_tables(embedding: object, vocab_size: int, logits: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """One or several `[V, D]` tables as a tuple."""
+    tables = tuple(embedding) if isinstance(embedding, (tuple, list)) else (embedding,)
+    if not tables:
+        raise ValueError("embedding must hold at least one table, got an empty tuple")
+    for i, table in enumerate(tables):
+        name = f"embedding[{i}]" if isinstance(embedding, (tuple, list)) else "embedding"
+        check_floating(name, table)
+        if table.dim() != 2:
+            raise ValueError(f"{name} must be two-dimensional [V, D], got shape {tuple(table.shape)}")
+        if table.shape[0] != vocab_size:
+            raise ValueError(f"{name} has {table.shape[0]} rows, but the vocabulary has {vocab_size} tokens")
+        check_same_device(name, table, "logits", logits)
+    return tables
+
+
+def check_ids(ids: object, batch_shape: Sequence[int], logits: torch.Tensor) -> None:
+    """Given ids: int64 of the batch shape (values are checked where they may be read)."""
+    if not isinstance(ids, torch.Tensor):
+        raise TypeError(f"ids must be an int64 tensor, got {type(ids).__name__}")
+    if ids.dtype != torch.int64:
+        raise TypeError(f"ids must be int64, got {ids.dtype}")
+    if tuple(ids.shape) != tuple(batch_shape):
+        raise ValueError(f"ids must have shape {tuple(batch_shape)}, got {tuple(ids.shape)}")
+    check_same_device("ids", ids, "logits", logits)
+
+
+def check_estimator(estimator: object) -> None:
+    """One of the four names."""
+    if estimator not in ESTIMATORS:
+        raise ValueError(f"estimator must be one of {', '.join(map(repr, ESTIMATORS))}, got {estimator!r}")

@@ -1,0 +1,187 @@
+"""`gumbel_softmax` and `gumbel_ste`: relaxed and straight-through samples over the whole vocabulary."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+
+from grade_kernels import backends, reference
+from grade_kernels.noise import GumbelNoise
+from grade_kernels.ops import checks
+from grade_kernels.ops.registry import define
+
+__all__ = ["gumbel_softmax", "gumbel_ste"]
+
+
+def gumbel_softmax(
+    logits: torch.Tensor,
+    tau: float | torch.Tensor = 1.0,
+    hard: bool = False,
+    eps: float = 1e-10,
+    dim: int = -1,
+    *,
+    noise: GumbelNoise | None = None,
+) -> torch.Tensor:
+    """Sample from the Gumbel-softmax distribution; a drop-in for `torch.nn.functional.gumbel_softmax`.
+
+    Computes `y = softmax((logits + g) / tau)`. With `hard` the result is exactly `one_hot(argmax(logits + g))` and the
+    gradient is that of y (straight-through). Saved for backward: the inputs and one number per row.
+
+    Args:
+        logits: `[..., V]` (V at `dim`), float32, float64, bfloat16 or float16. -inf masks a token.
+        tau: temperature: a positive number, a 0-d tensor, or one value per row. A tensor receives its gradient.
+        hard: return the one-hot sample.
+        eps: without effect, as in PyTorch.
+        dim: the vocabulary's dimension.
+        noise: which noise to use. None draws a fresh seed from torch's default generator.
+
+    Returns:
+        A tensor of the logits' shape and dtype.
+
+    Raises:
+        TypeError: logits that are no floating tensor, tau that is no number, noise that is no GumbelNoise.
+        ValueError: an empty vocabulary; tau not positive and finite or of a wrong shape; row_ids of the wrong length;
+            tensors on different devices; on CPU a row of NaN, +inf or only -inf.
+        IndexError: dim out of range.
+
+    Source: Jang, Gu, Poole: Categorical reparameterization with Gumbel-softmax. ICLR 2017.
+    """
+    if eps != 1e-10:
+        warnings.warn("`eps` parameter is deprecated and has no effect.", stacklevel=2)
+    checks.check_logits(logits, dim)
+    moved = logits.movedim(dim, -1)
+    rows = moved.reshape(-1, moved.shape[-1])
+    seed, row_ids, vocab_start = checks.canonical_noise(noise, rows.shape[0], logits.device)
+    row_tau = checks.canonical_tau(tau, moved.shape[:-1], logits.device, checks.compute_dtype(logits.dtype))
+    backend = backends.select(logits.device, logits.dtype)
+    if backend == "reference":
+        if not torch.compiler.is_compiling() and checks.reads_values(rows):
+            checks.check_rows(rows, checks.bad_rows(rows))
+            checks.check_tau_values(row_tau)
+        noise = GumbelNoise(seed, row_ids, vocab_start=vocab_start)
+        return reference.gumbel_softmax(logits, row_tau, hard, dim=dim, noise=noise)
+    y, _ = _gumbel_softmax(rows, row_tau, seed, row_ids, vocab_start, hard, backend)
+    return y.view(moved.shape).movedim(-1, dim)
+
+
+def gumbel_ste(
+    logits: torch.Tensor, tau: float | torch.Tensor = 1.0, dim: int = -1, *, noise: GumbelNoise | None = None
+) -> torch.Tensor:
+    """One-hot sample of the logits' shape with straight-through backward: `gumbel_softmax(hard=True)`.
+
+    Arguments, errors and source as in `gumbel_softmax`.
+    """
+    return gumbel_softmax(logits, tau, hard=True, dim=dim, noise=noise)
+
+
+def _kernel(
+    logits: torch.Tensor,
+    tau: torch.Tensor,
+    seed: torch.Tensor,
+    row_ids: torch.Tensor | None,
+    vocab_start: int,
+    hard: bool,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    implementation = backends.module(backend)
+    if checks.reads_values(tau):
+        checks.check_tau_values(tau)
+    sample = implementation.sample(logits, seed, row_ids, vocab_start, False)
+    if checks.reads_values(logits):
+        checks.check_rows(logits, (sample.ids < 0) | sample.score_max.isnan())
+    if hard:
+        y = torch.zeros(logits.shape, dtype=logits.dtype, device=logits.device)
+        # A row without a distribution has NaN in score_max; it becomes a row of NaN, others add an exact zero.
+        y.scatter_(1, sample.ids[:, None], 1.0)
+        if logits.device.type != "cpu":
+            y.masked_fill_(sample.score_max.isnan()[:, None], torch.nan)
+    else:
+        y, _ = implementation.softmax(
+            logits, tau, seed, row_ids, vocab_start, sample.score_max, True, logits.dtype
+        )
+    return y, sample.score_max
+
+
+def _fake(
+    logits: torch.Tensor,
+    tau: torch.Tensor,
+    seed: torch.Tensor,
+    row_ids: torch.Tensor | None,
+    vocab_start: int,
+    hard: bool,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return (
+        torch.empty(logits.shape, dtype=logits.dtype, device=logits.device),
+        torch.empty(logits.shape[0], dtype=tau.dtype, device=logits.device),
+    )
+
+
+def _backward_kernel(
+    dy: torch.Tensor,
+    logits: torch.Tensor,
+    tau: torch.Tensor,
+    seed: torch.Tensor,
+    row_ids: torch.Tensor | None,
+    vocab_start: int,
+    score_max: torch.Tensor,
+    needs_dtau: bool,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    empty = score_max.new_empty(0)
+    sample = backends.Sample(empty, score_max, empty, empty)
+    dlogits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    dtau = backends.module(backend).softmax_backward(
+        dy, logits, tau, seed, row_ids, vocab_start, "ste", sample, None, needs_dtau, dlogits
+    )
+    return dlogits, dtau
+
+
+def _backward_fake(
+    dy: torch.Tensor,
+    logits: torch.Tensor,
+    tau: torch.Tensor,
+    seed: torch.Tensor,
+    row_ids: torch.Tensor | None,
+    vocab_start: int,
+    score_max: torch.Tensor,
+    needs_dtau: bool,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device), torch.empty_like(score_max)
+
+
+_gumbel_softmax = define(
+    "gumbel_softmax(Tensor logits, Tensor tau, Tensor seed, Tensor? row_ids, SymInt vocab_start, bool hard, "
+    "str backend) -> (Tensor, Tensor)",
+    _kernel,
+    _fake,
+)
+_gumbel_softmax_backward = define(
+    "gumbel_softmax_backward(Tensor dy, Tensor logits, Tensor tau, Tensor seed, Tensor? row_ids, SymInt vocab_start, "
+    "Tensor score_max, bool needs_dtau, str backend) -> (Tensor, Tensor)",
+    _backward_kernel,
+    _backward_fake,
+)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    logits, tau, seed, row_ids, ctx.vocab_start, _, ctx.backend = inputs
+    ctx.save_for_backward(logits, tau, seed, row_ids, output[1])
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, dy: torch.Tensor | None, _: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    if dy is None:
+        return (None,) * 7
+    logits, tau, seed, row_ids, score_max = ctx.saved_tensors
+    dlogits, dtau = _gumbel_softmax_backward(
+        dy, logits, tau, seed, row_ids, ctx.vocab_start, score_max, ctx.needs_input_grad[1], ctx.backend
+    )
+    return dlogits, dtau if ctx.needs_input_grad[1] else None, None, None, None, None, None
+
+
+torch.library.register_autograd("grade_kernels::gumbel_softmax", _backward, setup_context=_setup_context)

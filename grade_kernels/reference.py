@@ -1,0 +1,121 @@
+"""Every operation, dense and obvious: the specification that all backends are tested against.
+
+Plain differentiable PyTorch. Run it on float64 logits for the truth. Narrower logits compute in float32, as everywhere.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from grade_kernels.noise import GumbelNoise
+
+__all__ = ["GumbelSTEEmbedding", "gumbel_sample", "gumbel_softmax", "gumbel_ste", "gumbel_ste_embedding"]
+
+
+class GumbelSTEEmbedding(NamedTuple):
+    """Result of `gumbel_ste_embedding`."""
+
+    embedding: torch.Tensor | tuple[torch.Tensor, ...]  # [..., D], one for each table
+    ids: torch.Tensor  # [...] int64, the sampled tokens
+    logprobs: torch.Tensor  # [...], log softmax(logits)[ids], untempered
+
+
+def _widen(logits: torch.Tensor) -> torch.Tensor:
+    """Logits in compute precision; a masked one (-inf) is a constant and gets gradient exactly 0."""
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    return torch.where(wide == -torch.inf, -torch.inf, wide)
+
+
+def _scores(logits: torch.Tensor, noise: GumbelNoise | None) -> torch.Tensor:
+    """`l + g` for `[..., V]` logits in compute precision."""
+    noise = GumbelNoise.from_generator() if noise is None else noise
+    logits = _widen(logits)
+    rows, vocab = logits[..., 0].numel(), logits.shape[-1]
+    return logits + noise.dense(rows, vocab, dtype=logits.dtype).view(logits.shape).to(logits.device)
+
+
+def _column(tau: float | torch.Tensor, logits: torch.Tensor) -> float | torch.Tensor:
+    """Tau with a trailing dimension to divide `[..., V]` by, in compute precision."""
+    if not isinstance(tau, torch.Tensor) or tau.dim() == 0:
+        return tau
+    return tau.reshape(logits.shape[:-1]).unsqueeze(-1).to(_widen(logits).dtype)
+
+
+def _temper(scores: torch.Tensor, tau: float | torch.Tensor) -> torch.Tensor:
+    """`scores / tau`, where a masked score (-inf) sends no gradient to tau (0 * inf would send NaN)."""
+    masked = scores == -torch.inf
+    return torch.where(masked, -torch.inf, torch.where(masked, 0.0, scores) / tau)
+
+
+def _jacobian(p: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """`J(p) x = p * (x - p . x)`, the (symmetric) Jacobian of softmax at probabilities p, applied to x."""
+    return p * (x - (p * x).sum(-1, keepdim=True))
+
+
+def gumbel_sample(logits: torch.Tensor, dim: int = -1, *, noise: GumbelNoise | None = None) -> torch.Tensor:
+    """`argmax(l + g)`."""
+    return _scores(logits.detach().movedim(dim, -1), noise).argmax(-1)
+
+
+def gumbel_softmax(
+    logits: torch.Tensor,
+    tau: float | torch.Tensor = 1.0,
+    hard: bool = False,
+    eps: float = 1e-10,
+    dim: int = -1,
+    *,
+    noise: GumbelNoise | None = None,
+) -> torch.Tensor:
+    """`softmax((l + g) / tau)`, or with `hard` its one-hot argmax with the same gradient (straight-through)."""
+    moved = logits.movedim(dim, -1)
+    scores = _scores(moved, noise)
+    y = _temper(scores, _column(tau, moved)).softmax(-1)
+    if hard:
+        # Written so that the forward value is exactly one-hot.
+        y = F.one_hot(scores.argmax(-1), scores.shape[-1]).to(y.dtype) + (y - y.detach())
+    return y.to(logits.dtype).movedim(-1, dim)
+
+
+def gumbel_ste(
+    logits: torch.Tensor, tau: float | torch.Tensor = 1.0, dim: int = -1, *, noise: GumbelNoise | None = None
+) -> torch.Tensor:
+    """`gumbel_softmax(hard=True)`."""
+    return gumbel_softmax(logits, tau, hard=True, dim=dim, noise=noise)
+
+
+def gumbel_ste_embedding(
+    logits: torch.Tensor,
+    embedding: torch.Tensor | tuple[torch.Tensor, ...],
+    tau: float | torch.Tensor = 1.0,
+    *,
+    estimator: str = "ste",
+    noise: GumbelNoise | None = None,
+    ids: torch.Tensor | None = None,
+) -> GumbelSTEEmbedding:
+    """Embedding of a sampled token, `y @ E`, with one of four relaxations behind it (see `ops.gumbel_ste_embedding`)."""
+    scores = _scores(logits, noise)
+    wide, tau = _widen(logits), _column(tau, logits)
+    ids = scores.argmax(-1) if ids is None else ids
+    one_hot = F.one_hot(ids, wide.shape[-1]).to(wide.dtype)
+    # The straight-through surrogates are linear around the logits; a masked token has no neighbourhood.
+    step = torch.where(wide == -torch.inf, 0.0, wide - wide.detach())
+    if estimator == "soft":
+        y = _temper(scores, tau).softmax(-1)
+    elif estimator == "ste":
+        soft = _temper(scores, tau).softmax(-1)
+        y = one_hot + (soft - soft.detach())
+    elif estimator == "st":
+        soft = _temper(wide, tau).softmax(-1)
+        y = one_hot + (soft - soft.detach())
+    elif estimator == "reinmax":
+        middle = (one_hot + _temper(wide, tau).softmax(-1)) / 2
+        y = one_hot + 2 * _jacobian(middle.detach(), step) - _jacobian(wide.softmax(-1).detach(), step) / 2
+    else:
+        raise ValueError(f"estimator must be 'ste', 'soft', 'st' or 'reinmax', got {estimator!r}")
+    tables = (embedding,) if isinstance(embedding, torch.Tensor) else tuple(embedding)
+    embedded = tuple((y @ table.to(torch.promote_types(y.dtype, table.dtype))).to(table.dtype) for table in tables)
+    logprobs = wide.log_softmax(-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+    return GumbelSTEEmbedding(embedded[0] if isinstance(embedding, torch.Tensor) else embedded, ids, logprobs)
