@@ -28,12 +28,14 @@ class CorpusConfig:
 class PolicyConfig:
     """The GPT-2-architecture policy and its supervised training."""
 
-    width: int = 128
+    width: int = 96
     layers: int = 2
     heads: int = 4
-    steps: int = 500
-    batch_size: int = 96
-    learning_rate: float = 3e-3
+    # GPT-2's own 0.02 is meant for width 768; a narrow model learns markedly faster from a wider start.
+    initializer_range: float = 0.08
+    steps: int = 1000
+    batch_size: int = 32
+    learning_rate: float = 4e-3
     seed: int = 0
 
 
@@ -42,10 +44,10 @@ class RewardConfig:
     """The reward classifier and its supervised training."""
 
     width: int = 64
-    layers: int = 2
+    layers: int = 1
     heads: int = 4
-    steps: int = 300
-    batch_size: int = 96
+    steps: int = 400
+    batch_size: int = 64
     learning_rate: float = 2e-3
     # A classifier that is sure of itself has no slope: d P / d logit = P (1 - P). Smoothed labels keep P within about
     # [0.02, 0.98], so that a thoroughly bad review still says in which direction a better one lies.
@@ -95,7 +97,7 @@ class DemoConfig:
         """A configuration of seconds, for tests: the same code, and a reward that visibly rises."""
         tiny = cls(
             corpus=CorpusConfig(policy_prompts=200, reward_prompts=200, validation_prompts=32, test_prompts=32),
-            policy=PolicyConfig(width=64, layers=1, heads=2, steps=120, batch_size=48, learning_rate=6e-3),
+            policy=PolicyConfig(width=48, layers=1, heads=2, steps=150, batch_size=32, learning_rate=6e-3),
             reward=RewardConfig(width=32, layers=1, heads=2, steps=100, batch_size=48, learning_rate=6e-3),
             align=AlignConfig(
                 steps=12, batch_size=16, max_new_tokens=16, learning_rate=2e-3, warmup_steps=2, checkpoint_every=4

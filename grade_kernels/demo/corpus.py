@@ -64,16 +64,13 @@ class Review:
 # ---------------------------------------------------------------------------------------------------------- the words
 
 # Adjectives come in pairs of lists, (negative, positive), by what they can describe.
-ANYTHING = (
-    ("terrible", "awful", "dreadful", "disappointing", "poor"),
-    ("wonderful", "excellent", "superb", "lovely", "great"),
-)
-TASTE = (("bland", "cold", "greasy", "stale", "sour"), ("delicious", "fresh", "tasty", "rich", "crisp"))
-PEOPLE = (("rude", "careless", "slow", "bored", "unhelpful"), ("friendly", "attentive", "polite", "patient", "kind"))
+ANYTHING = (("terrible", "awful", "disappointing"), ("wonderful", "excellent", "lovely"))
+TASTE = (("bland", "cold", "greasy", "stale"), ("delicious", "fresh", "tasty", "crisp"))
+PEOPLE = (("rude", "careless", "slow", "unhelpful"), ("friendly", "attentive", "polite", "patient"))
 PRICE = (("outrageous", "ridiculous", "unfair"), ("fair", "reasonable", "modest"))
-STORY = (("dull", "predictable", "silly", "confusing", "tedious"), ("gripping", "touching", "clever", "funny", "moving"))
-ROOM = (("dirty", "noisy", "cramped", "damp", "shabby"), ("clean", "quiet", "spacious", "cosy", "bright"))
-DEVICE = (("useless", "faulty", "clumsy", "weak", "flimsy"), ("reliable", "fast", "sturdy", "handy", "sharp"))
+STORY = (("dull", "predictable", "silly", "tedious"), ("gripping", "touching", "clever", "moving"))
+ROOM = (("dirty", "noisy", "cramped", "shabby"), ("clean", "quiet", "spacious", "cosy"))
+DEVICE = (("useless", "faulty", "clumsy", "flimsy"), ("reliable", "fast", "sturdy", "handy"))
 SOUND = (("flat", "shrill", "muddy", "lifeless"), ("warm", "clear", "powerful", "beautiful"))
 
 
@@ -245,7 +242,7 @@ def _any(words: Sequence[str]) -> str:
 
 
 def _completion_pattern(topic: Topic, sentiment: int) -> re.Pattern[str]:
-    """A regular expression for exactly the completions that `_completion` can write."""
+    """A regular expression for the completions `_completion` can write, save that a first clause may say anything."""
 
     def clause(mood: int) -> str:
         nouns = _any([aspect.noun for aspect in topic.aspects])
@@ -253,8 +250,8 @@ def _completion_pattern(topic: Topic, sentiment: int) -> re.Pattern[str]:
         judged = [f"the {a.noun} {a.verb} {adverb}{_any(a.adjectives[mood])}" for a in topic.aspects]
         return f"(?:{_any(PERSONS)} {_any(OPINIONS[mood])} the {nouns}|{'|'.join(judged)})"
 
-    same, other = clause(sentiment), clause(1 - sentiment)
-    body = f"(?:{same}(?: (?:and|, and) {same})?|{other} but {same}|although {other} , {same})"
+    last, first = clause(sentiment), f"(?:{clause(0)}|{clause(1)})"
+    body = f"(?:{first} (?:and|, and|but) |although {first} , )?{last}"
     return re.compile(rf"{body} \. {_any(VERDICTS[sentiment] + topic.verdicts[sentiment])} \.")
 
 
@@ -262,7 +259,11 @@ _PATTERNS = tuple((sentiment, _completion_pattern(topic, sentiment)) for topic i
 
 
 def verdict_of(completion: str) -> int | None:
-    """The true sentiment of a completion (0 or 1), or None where the grammar could not have written it."""
+    """The true sentiment of a completion (0 or 1), or None where it is not well formed.
+
+    Well formed means: words in the grammar's order, about one topic, with adjectives that suit their nouns, and a
+    verdict that agrees with the clause before it.
+    """
     return next((sentiment for sentiment, pattern in _PATTERNS if pattern.fullmatch(completion)), None)
 
 

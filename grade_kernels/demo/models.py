@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -46,6 +46,9 @@ def new_policy(config: PolicyConfig, tokenizer: PreTrainedTokenizerFast) -> GPT2
                 n_embd=config.width,
                 n_layer=config.layers,
                 n_head=config.heads,
+                initializer_range=config.initializer_range,
+                activation_function="gelu_pytorch_tanh",  # GPT-2's gelu_new as one operation instead of eight
+                attn_implementation="eager",  # at these sizes the quickest, and its gradient is plain
                 resid_pdrop=0.0,
                 embd_pdrop=0.0,
                 attn_pdrop=0.0,
@@ -56,9 +59,11 @@ def new_policy(config: PolicyConfig, tokenizer: PreTrainedTokenizerFast) -> GPT2
         )
 
 
-def _policy_loss(policy: GPT2LMHeadModel, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    logits = policy(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
-    targets = ids[:, 1:].masked_fill(mask[:, 1:] == 0, -100)
+def _policy_loss(policy: GPT2LMHeadModel, batch: Reviews) -> torch.Tensor:
+    """Cross-entropy of the completions; the prompts are given and need not be learned."""
+    logits = policy(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False).logits[:, :-1]
+    is_completion = (torch.arange(batch.ids.shape[1]) >= batch.prompt_lengths[:, None]) & batch.mask.bool()
+    targets = batch.ids.masked_fill(~is_completion, -100)[:, 1:]
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
 
 
@@ -74,16 +79,17 @@ def train_or_load_policy(
     directory = directory / f"policy-{settings_hash('policy 1', config, corpus.fingerprint())}"
     note = _load(directory, policy, "policy", console)
     if note is None:
-        batches = _batches(corpus.policy_reviews, config.steps, config.batch_size, config.seed, tokenizer)
+        reviews = _encode(corpus.policy_reviews, tokenizer)
+        batches = _batches(reviews, config.steps, config.batch_size, config.seed)
         with _progress(console) as progress:
             bar = progress.add_task("Training the policy", total=config.steps)
-            losses = _train(policy, config.learning_rate, config.steps, (_policy_loss(policy, *b[:2]) for b in batches))
-            for loss in losses:
+            losses = (_policy_loss(policy, batch) for batch in batches)
+            for loss in _train(policy, config.learning_rate, config.steps, losses):
                 progress.update(bar, advance=1, description=f"Training the policy, perplexity {math.exp(loss):5.2f}")
         policy.eval()
         with torch.no_grad():
-            heldout = encode_reviews(tokenizer, [review.text for review in corpus.heldout_reviews])
-            note = {"perplexity": math.exp(_policy_loss(policy, *heldout).item())}
+            heldout = _encode(corpus.heldout_reviews, tokenizer)
+            note = {"perplexity": math.exp(_policy_loss(policy, heldout).item())}
 
         def write(path: Path) -> None:
             policy.save_pretrained(path)
@@ -156,43 +162,67 @@ def train_or_load_reward(
     note = _load(directory, model, "reward model", console)
     if note is None:
 
-        def loss_of(ids: torch.Tensor, mask: torch.Tensor, sentiments: torch.Tensor) -> torch.Tensor:
-            smooth = sentiments * (1 - config.label_smoothing) + config.label_smoothing / 2
-            return F.binary_cross_entropy_with_logits(model.logits(model.embedding(ids), mask), smooth)
+        def loss_of(batch: Reviews) -> torch.Tensor:
+            # Each review is blended with its neighbour in the batch, word by word, and so are their labels (mixup).
+            weight = torch.rand(len(batch.ids), generator=generator)
+            embeds = model.embedding(batch.ids)
+            embeds = torch.lerp(embeds.roll(1, dims=0), embeds, weight[:, None, None])
+            target = torch.lerp(batch.sentiments.roll(1), batch.sentiments, weight)
+            return F.binary_cross_entropy_with_logits(model.logits(embeds, batch.mask), target)
 
-        batches = _batches(corpus.reward_reviews, config.steps, config.batch_size, config.seed, tokenizer)
+        generator = torch.Generator().manual_seed(config.seed)
+        reviews = _encode(corpus.reward_reviews, tokenizer)
+        batches = _batches(reviews, config.steps, config.batch_size, config.seed)
         with _progress(console) as progress:
             bar = progress.add_task("Training the reward model", total=config.steps)
-            for loss in _train(model, config.learning_rate, config.steps, (loss_of(*batch) for batch in batches)):
+            for loss in _train(model, config.learning_rate, config.steps, (loss_of(batch) for batch in batches)):
                 progress.update(bar, advance=1, description=f"Training the reward model, loss {loss:5.3f}")
         with torch.no_grad():
-            ids, mask = encode_reviews(tokenizer, [review.text for review in corpus.heldout_reviews])
-            truth = torch.tensor([review.sentiment for review in corpus.heldout_reviews])
-            right = (model(model.embedding(ids), mask) > 0.5) == truth.bool()
+            heldout = _encode(corpus.heldout_reviews, tokenizer)
+            right = (model(model.embedding(heldout.ids), heldout.mask) > 0.5) == heldout.sentiments.bool()
         note = {"accuracy": right.float().mean().item()}
         replace_directory(directory, lambda path: save_file(model.state_dict(), path / _WEIGHTS), note)
     return model.eval().requires_grad_(False), note
 
 
-# --------------------------------------------------------------------------------------------------------- both
+# ---------------------------------------------------------------------------------------------------------------- both
 
 
-def _batches(
-    reviews: tuple[Review, ...], steps: int, batch_size: int, seed: int, tokenizer: PreTrainedTokenizerFast
-) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """`steps` random batches of `(ids, mask, sentiments)`, all encoded at once beforehand."""
+class Reviews(NamedTuple):
+    """Encoded reviews: `<bos> prompt completion <eos>` padded on the right, `prompt_lengths` counting `<bos>`."""
+
+    ids: torch.Tensor
+    mask: torch.Tensor
+    prompt_lengths: torch.Tensor
+    sentiments: torch.Tensor
+
+
+def _encode(reviews: tuple[Review, ...], tokenizer: PreTrainedTokenizerFast) -> Reviews:
     ids, mask = encode_reviews(tokenizer, [review.text for review in reviews])
-    sentiments = torch.tensor([float(review.sentiment) for review in reviews])
+    return Reviews(
+        ids,
+        mask,
+        prompt_lengths=torch.tensor([1 + len(review.prompt.split()) for review in reviews]),
+        sentiments=torch.tensor([float(review.sentiment) for review in reviews]),
+    )
+
+
+def _batches(reviews: Reviews, steps: int, batch_size: int, seed: int) -> Iterator[Reviews]:
     generator = torch.Generator().manual_seed(seed)
     for _ in range(steps):
-        rows = torch.randint(len(reviews), (batch_size,), generator=generator)
-        length = int(mask[rows].sum(dim=1).max())
-        yield ids[rows, :length], mask[rows, :length], sentiments[rows]
+        rows = torch.randint(len(reviews.ids), (batch_size,), generator=generator)
+        length = int(reviews.mask[rows].sum(dim=1).max())
+        yield Reviews(
+            reviews.ids[rows, :length],
+            reviews.mask[rows, :length],
+            reviews.prompt_lengths[rows],
+            reviews.sentiments[rows],
+        )
 
 
 def _train(model: nn.Module, learning_rate: float, steps: int, losses: Iterator[torch.Tensor]) -> Iterator[float]:
     """Minimise each loss in turn: AdamW, ten steps of warm-up, cosine to zero. Yields the losses as numbers."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     for step, loss in enumerate(losses):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * min((step + 1) / 10, 0.5 + 0.5 * math.cos(math.pi * step / steps))
