@@ -124,14 +124,10 @@ def rollout(
         inputs = policy_embed[:, None]
         mask = torch.cat([mask, mask.new_ones(rows, 1)], dim=1)
         positions = positions[:, -1:] + 1
-    return Rollout(
-        torch.stack(ids, 1), torch.stack(alives, 1).long(), torch.stack(logits, 1), torch.stack(embeds, 1)
-    )
+    return Rollout(torch.stack(ids, 1), torch.stack(alives, 1).long(), torch.stack(logits, 1), torch.stack(embeds, 1))
 
 
-def reward_of(
-    model: RewardModel, prompt_ids: torch.Tensor, prompt_mask: torch.Tensor, sample: Rollout
-) -> torch.Tensor:
+def reward_of(model: RewardModel, prompt_ids: torch.Tensor, prompt_mask: torch.Tensor, sample: Rollout) -> torch.Tensor:
     """P(positive) of prompt and completion, `[rows]`, differentiable with respect to the sample."""
     embeds = torch.cat([model.embedding(prompt_ids), sample.reward_embeds], dim=1)
     return model(embeds, torch.cat([prompt_mask, sample.mask], dim=1))
