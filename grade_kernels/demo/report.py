@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Sequence
@@ -77,12 +78,12 @@ def evaluate(
     reference_log_probs = log_probs_under(reference, ids, mask, sample)
     token_log_probs = reference_log_probs.gather(-1, sample.ids[..., None])[..., 0]
     completions = [
-        tokenizer.decode(row[keep.bool()], skip_special_tokens=True)
+        str(tokenizer.decode(row[keep.bool()], skip_special_tokens=True))
         for row, keep in zip(sample.ids, sample.mask, strict=True)
     ]
     verdicts = [verdict_of(completion) for completion in completions]
     words = [completion.split() for completion in completions]
-    bigrams = [pair for text in words for pair in zip(text, text[1:], strict=False)]
+    bigrams = [pair for text in words for pair in itertools.pairwise(text)]
     return Evaluation(
         reward=reward_of(reward_model, ids, mask, sample).mean().item(),
         positive=verdicts.count(POSITIVE) / len(verdicts),
@@ -114,7 +115,11 @@ class DemoResult:
 def save_result(path: Path, result: DemoResult) -> None:
     """Write `results.json`."""
     text = json.dumps(asdict(result), indent=2)
-    replace_file(path, lambda temporary: temporary.write_text(text + "\n"))
+
+    def write(temporary: Path) -> None:
+        temporary.write_text(text + "\n")
+
+    replace_file(path, write)
 
 
 def load_result(path: Path) -> DemoResult:

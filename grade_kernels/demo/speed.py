@@ -11,6 +11,7 @@ everything that was there before (logits, table and gradient of the output inclu
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import subprocess
 import sys
@@ -50,7 +51,9 @@ def _plain(logits: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
 
 
 def _ours(logits: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    return gk.gumbel_ste_embedding(logits, table, TAU)[0]
+    embedding = gk.gumbel_ste_embedding(logits, table, TAU)[0]
+    assert isinstance(embedding, torch.Tensor)  # one table, one embedding
+    return embedding
 
 
 _LAYERS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {"plain": _plain, "ours": _ours}
@@ -97,6 +100,7 @@ def _agree(logits: torch.Tensor, table: torch.Tensor, grad: torch.Tensor) -> boo
     """Do both layers give the same tokens, embeddings and gradient under the same noise?"""
     noise = gk.GumbelNoise(1234)
     ours, ids, _ = gk.gumbel_ste_embedding(logits, table, TAU, noise=noise)
+    assert isinstance(ours, torch.Tensor)
     (ours_grad,) = torch.autograd.grad(ours, logits, grad)
     for start in range(0, len(logits), 8):  # a few rows at a time: the noise in full is large
         rows = slice(start, start + 8)
@@ -137,10 +141,9 @@ def _peak_resident() -> int:
 
 
 def _reset_peak() -> None:
-    try:
+    # Where there is no such file, the peak is that of the whole process, which the inputs dominate.
+    with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        pass  # no such thing here: then the peak is that of the whole process, which the inputs dominate
 
 
 def _main(layer: str, rows: int, vocab: int, width: int) -> None:
