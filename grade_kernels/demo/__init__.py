@@ -78,7 +78,7 @@ def run(arguments: argparse.Namespace) -> int:
         if isinstance(error, ModuleNotFoundError) and error.name not in _NEEDED:
             raise
         if isinstance(error, KeyboardInterrupt):
-            sys.stderr.write(f"\nStopped{': ' if str(error) else ''}{error}. The same command continues.\n")
+            sys.stderr.write(f"\n{str(error) or 'Stopped'}. The same command continues.\n")
             return 128 + getattr(error, "signum", signal.SIGINT)
         sys.stderr.write(f"grade-kernels demo: {error}\n")
         return 1

@@ -37,7 +37,7 @@ class DemoInterrupted(KeyboardInterrupt):
     """A signal stopped the alignment after a whole step, and a checkpoint of that step is on disk."""
 
     def __init__(self, signum: int, step: int, checkpoint: Path) -> None:
-        super().__init__(f"stopped by {signal.Signals(signum).name} after step {step}, checkpoint in {checkpoint}")
+        super().__init__(f"Stopped by {signal.Signals(signum).name} after step {step}, checkpoint in {checkpoint}")
         self.signum, self.step, self.checkpoint = signum, step, checkpoint
 
 

@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,13 +19,12 @@ def replace_file(path: Path, write: Callable[[Path], None]) -> None:
     """Let `write` fill a temporary file beside `path`, then move it there: readers see the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     # The suffix stays, because matplotlib reads the format from it.
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
-    os.close(handle)
+    temporary = path.with_name(f".{path.stem}-{os.getpid()}{path.suffix}")
     try:
-        write(Path(name))
-        os.replace(name, path)
+        write(temporary)
+        os.replace(temporary, path)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 
@@ -38,11 +36,12 @@ def _digest(directory: Path) -> dict[str, str]:
 def replace_directory(path: Path, write: Callable[[Path], None], note: dict[str, Any]) -> None:
     """Let `write` fill a temporary directory, seal it with the hash of each file and `note`, and move it to `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
+    temporary = path.with_name(f".{path.name}-{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
     try:
         write(temporary)
         (temporary / _SEAL).write_text(json.dumps({"files": _digest(temporary), "note": note}, indent=2))
-        temporary.chmod(0o755)  # mkdtemp makes it private
         shutil.rmtree(path, ignore_errors=True)
         os.replace(temporary, path)
     except BaseException:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from rich.console import Console
 
 from grade_kernels.demo import report, speed
@@ -57,44 +59,46 @@ def run_demo(
         report.print_report(finished, config.samples, console)
         return finished
 
-    corpus = build_corpus(config.corpus)
-    tokenizer = build_tokenizer(corpus.words())
-    console.print(
-        f"Corpus: {len(corpus.policy_reviews):,} reviews for the policy, {len(corpus.reward_reviews):,} for the reward "
-        f"model, {len(corpus.test_prompts)} test prompts, {len(tokenizer)} words"
-    )
-    policy, policy_note = train_or_load_policy(output / "cache", config.policy, corpus, tokenizer, console)
-    console.print(f"Policy: perplexity {policy_note['perplexity']:.2f} on reviews of unseen prompts")
-    reward_model, reward_note = train_or_load_reward(output / "cache", config.reward, corpus, tokenizer, console)
-    console.print(f"Reward model: accuracy {reward_note['accuracy']:.1%} on reviews of unseen prompts")
+    with _one_thread():
+        corpus = build_corpus(config.corpus)
+        tokenizer = build_tokenizer(corpus.words())
+        console.print(
+            f"Corpus: {len(corpus.policy_reviews):,} reviews for the policy, {len(corpus.reward_reviews):,} for the reward "
+            f"model, {len(corpus.test_prompts)} test prompts, {len(tokenizer)} words"
+        )
+        policy, policy_note = train_or_load_policy(output / "cache", config.policy, corpus, tokenizer, console)
+        console.print(f"Policy: perplexity {policy_note['perplexity']:.2f} on reviews of unseen prompts")
+        reward_model, reward_note = train_or_load_reward(output / "cache", config.reward, corpus, tokenizer, console)
+        console.print(f"Reward model: accuracy {reward_note['accuracy']:.1%} on reviews of unseen prompts")
 
-    reference = copy.deepcopy(policy).requires_grad_(False)
-    records = align(
-        policy,
-        reference,
-        reward_model,
-        encode_prompts(tokenizer, corpus.train_prompts),
-        config.align,
-        seed=config.seed,
-        checkpoint=checkpoint,
-        identity=identity,
-        console=console,
-        on_step=on_step,
-    )
-
-    console.print("Measuring: test prompts, then the sampling layer against plain PyTorch")
-    before, after = (
-        report.evaluate(
-            model,
+        reference = copy.deepcopy(policy).requires_grad_(False)
+        records = align(
+            policy,
             reference,
             reward_model,
-            tokenizer,
-            corpus.test_prompts,
-            max_new_tokens=config.align.max_new_tokens,
-            seed=config.seed + 2**32,  # not the noise of training
+            encode_prompts(tokenizer, corpus.train_prompts),
+            config.align,
+            seed=config.seed,
+            checkpoint=checkpoint,
+            identity=identity,
+            console=console,
+            on_step=on_step,
         )
-        for model in (reference, policy)
-    )
+
+        console.print("Measuring: test prompts, then the sampling layer against plain PyTorch")
+        before, after = (
+            report.evaluate(
+                model,
+                reference,
+                reward_model,
+                tokenizer,
+                corpus.test_prompts,
+                max_new_tokens=config.align.max_new_tokens,
+                seed=config.seed + 2**32,  # not the noise of training
+            )
+            for model in (reference, policy)
+        )
+
     result = DemoResult(
         identity=identity,
         steps=config.align.steps,
@@ -117,6 +121,21 @@ def run_demo(
     report.print_report(result, config.samples, console)
     console.print(f"Saved in {output}: results.json, reward.png, aligned-policy")
     return result
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Models this small gain little from a second core, and lose tenfold when something else holds it.
+
+    It also makes the result the same whatever the number of cores, because sums keep their order. The sampling layer is
+    measured outside, with all threads.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _identity(config: DemoConfig) -> str:
