@@ -59,8 +59,8 @@ class AlignConfig:
     steps: int = 150
     batch_size: int = 48
     max_new_tokens: int = 28  # the longest completion of the corpus and its end of sequence fit
-    # The relaxation at 0.5 is closer to the hard sample than at 1: the reward rises a little slower, and 90% of the
-    # completions stay well formed instead of 71%.
+    # The relaxation at 0.5 is closer to the hard sample than at 1: at the same reward 85% of the completions stay well
+    # formed instead of 71% (92% before alignment). At 0.3 it is 90%, at a higher KL.
     tau: float = 0.5
     learning_rate: float = 5e-4
     # 0.02 stops at a reward of 0.86 and KL 1.5 nats; 0.01 reaches 0.94 at 2.6. (Praising always where the start policy

@@ -63,8 +63,8 @@ def run_demo(
         corpus = build_corpus(config.corpus)
         tokenizer = build_tokenizer(corpus.words())
         console.print(
-            f"Corpus: {len(corpus.policy_reviews):,} reviews for the policy, {len(corpus.reward_reviews):,} for the reward "
-            f"model, {len(corpus.test_prompts)} test prompts, {len(tokenizer)} words"
+            f"Corpus: {len(corpus.policy_reviews):,} reviews for the policy, {len(corpus.reward_reviews):,} for the "
+            f"reward model, {len(corpus.test_prompts)} test prompts, {len(tokenizer)} words"
         )
         policy, policy_note = train_or_load_policy(output / "cache", config.policy, corpus, tokenizer, console)
         console.print(f"Policy: perplexity {policy_note['perplexity']:.2f} on reviews of unseen prompts")
