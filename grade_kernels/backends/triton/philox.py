@@ -1,0 +1,126 @@
+"""Device functions of the noise contract (`grade_kernels.noise`): Philox words, and noise from words.
+
+All of them take tiles of any shape, `[lanes]` or `[rows, columns]`. Four neighbouring tokens share one Philox call:
+`words` takes the tile of groups (token id >> 2) and returns a tile four times as wide, in which word `v & 3` stands at
+token `v`.
+
+Noise comes in a scaled form, `n = log2(E / ln 2)`, so that `g = SHIFT - LN2 * n`: the factor is absorbed by the fused
+multiply-add with the logit, and the shift, which is the same for all tokens, is added once per row.
+
+Multiply-adds that must be one rounding are written as `fma`, since whether Triton fuses the others is a setting.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from grade_kernels import noise
+
+DOMAIN_GUMBEL = tl.constexpr(noise.DOMAIN_GUMBEL)
+DOMAIN_REFINE = tl.constexpr(noise.DOMAIN_REFINE)
+REFINE_BELOW = tl.constexpr(noise.REFINE_BELOW)
+
+LN2 = tl.constexpr(0.6931471805599453)
+LOG2E = tl.constexpr(1.4426950408889634)
+SHIFT = tl.constexpr(0.36651292058166435)  # -ln(ln 2)
+
+
+def has_fast_log() -> bool:
+    """Whether kernels launched here are compiled for NVIDIA, where `lg2.approx` is one instruction."""
+    if triton.knobs.runtime.interpret:
+        return False
+    return triton.runtime.driver.active.get_current_target().backend == "cuda"
+
+
+@triton.jit
+def load_key(p_seed):
+    """The two key words of a 0-d int64 seed."""
+    seed = tl.load(p_seed).to(tl.uint64, bitcast=True)
+    return seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
+
+
+@triton.jit
+def split_row(row):
+    """The two counter words of int64 row identities."""
+    row = row.to(tl.uint64, bitcast=True)
+    return row.to(tl.uint32), (row >> 32).to(tl.uint32)
+
+
+@triton.jit
+def philox(c0, c1, c2, c3, k0, k1):
+    """Philox4x32-10. Counter and key are uint32 and broadcast, so what is uniform stays scalar."""
+    for _ in tl.static_range(10):
+        # One 64-bit product is a single wide multiply; multiply-high and multiply-low would be two.
+        p0 = c0.to(tl.uint64) * 0xD2511F53
+        p1 = c2.to(tl.uint64) * 0xCD9E8D57
+        c0, c2 = (p1 >> 32).to(tl.uint32) ^ c1 ^ k0, (p0 >> 32).to(tl.uint32) ^ c3 ^ k1
+        c1, c3 = p1.to(tl.uint32), p0.to(tl.uint32)
+        k0 = tl.add(k0, 0x9E3779B9, sanitize_overflow=False)
+        k1 = tl.add(k1, 0xBB67AE85, sanitize_overflow=False)
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def words(groups, row_lo, row_hi, k0, k1, DOMAIN: tl.constexpr):
+    """Words `[..., 4 * G]` of token groups `[..., G]` (uint32), and the least word of each group.
+
+    Row counters and key broadcast to the groups. Whether refinement is needed is decided on the least words: they live
+    in the layout of the groups, so asking moves nothing between threads.
+    """
+    w0, w1, w2, w3 = philox(groups, row_lo, row_hi, tl.full((), DOMAIN, tl.uint32), k0, k1)
+    quads = tl.join(tl.join(w0, w2), tl.join(w1, w3))
+    least = tl.minimum(tl.minimum(w0, w1), tl.minimum(w2, w3))
+    return tl.reshape(quads, groups.shape[:-1] + [4 * groups.shape[-1]]), least
+
+
+@triton.jit
+def fast_log2(x):
+    """`lg2.approx`: NaN for negative numbers, absolute error 2^-22 in (0.5, 2), relative error 2^-22 elsewhere."""
+    return tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def scaled_noise(w, fine, DTYPE: tl.constexpr, FAST: tl.constexpr, REFINE: tl.constexpr):
+    """n = log2(E / ln 2), of which Gumbel noise is SHIFT - LN2 * n; never infinite or NaN.
+
+    w, fine: words of DOMAIN_GUMBEL and DOMAIN_REFINE (read only with REFINE). DTYPE: float32 or float64.
+    FAST: compiled for NVIDIA. REFINE: use `fine` where w < REFINE_BELOW; without it the caller knows that none is.
+    """
+    # Read as a signed number, the word is its distance from the nearer end: y is u for words below 2^31, and for the
+    # others u - 1, minus the complement, with full relative accuracy at either end and a single conversion.
+    y = tl.fma(w.to(tl.int32, bitcast=True).to(DTYPE), 2.0**-32, 2.0**-33)
+    if REFINE:
+        u = tl.fma(w.to(DTYPE), 2.0**-32, (fine.to(DTYPE) + 0.5) * 2.0**-64)
+        y = tl.where(w < REFINE_BELOW, u, y)
+    if DTYPE == tl.float64:
+        # 1 - u is exact here, and its logarithm loses accuracy only where u is small: there, the series.
+        p = tl.full(y.shape, 1.0 / 9.0, DTYPE)
+        for i in tl.static_range(8):
+            p = tl.fma(p, y, 1.0 / (8 - i))
+        e = tl.where(y > 0, tl.where(y < 2.0**-6, y * p, -tl.log(1.0 - tl.abs(y))), -tl.log(tl.abs(y)))
+        n = tl.log2(e * LOG2E)
+    else:
+        # Minimax polynomial of -log1p(-u) / (u ln 2) on (0, 1/2), relative error 1e-6.
+        p = tl.fma(y, 1.429106345938589, -0.9203234775495638)
+        p = tl.fma(p, y, 0.7541598786960653)
+        p = tl.fma(p, y, 0.2705527255204786)
+        p = tl.fma(p, y, 0.4889451341750691)
+        p = tl.fma(p, y, 0.7210831460438285)
+        p = tl.fma(p, y, 1.4426964411392038)
+        if FAST:
+            # Of the two, the one that does not apply is NaN, which maximum ignores, or negative.
+            n = fast_log2(tl.maximum(y * p, -fast_log2(-y)))
+        else:
+            n = tl.log2(tl.where(y > 0, y * p, -tl.log2(tl.where(y > 0, 0.5, -y))))
+    return n
+
+
+@triton.jit
+def strip_noise(groups, row_lo, row_hi, k0, k1, DTYPE: tl.constexpr, FAST: tl.constexpr, REFINE: tl.constexpr):
+    """Scaled noise `[..., 4 * G]` of token groups `[..., G]`, and the groups' least words (see `words`)."""
+    w, least = words(groups, row_lo, row_hi, k0, k1, DOMAIN_GUMBEL)
+    fine = w
+    if REFINE:
+        fine, _ = words(groups, row_lo, row_hi, k0, k1, DOMAIN_REFINE)
+    return scaled_noise(w, fine, DTYPE, FAST, REFINE), least

@@ -1,0 +1,108 @@
+"""How rows are cut up: what the kernels of this backend and their launchers agree on.
+
+A row is scanned in tiles of `STRIPS` strips of `LANES` neighbouring tokens, and cut into splits of `TILES` tiles, one
+program each, so that a few long rows fill a device. The sizes
+depend on the vocabulary alone, so results depend on neither the batch nor
+the device.
+
+Strips are aligned to groups of four *global* token ids, which share a Philox call. A vocabulary shard that starts inside
+such a group is shifted right by `skew` columns that do not exist.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from grade_kernels.backends.triton.philox import has_fast_log
+
+NUM_WARPS = 4
+LANES = NUM_WARPS * 32 * 4  # a thread holds the four tokens of one Philox call
+MAX_STRIPS = 4
+TILES = 4
+TRITON_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64}
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The arithmetic that serves a dtype: float64 for itself, float32 for everything narrower."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+
+
+def launch_options(vocab_size: int, vocab_start: int, dtype: torch.dtype) -> dict[str, Any]:
+    """Arguments that all scanning kernels share."""
+    width = vocab_size + (vocab_start & 3)
+    strips = min(MAX_STRIPS, triton.next_power_of_2(triton.cdiv(width, LANES)))
+    return {
+        "V": vocab_size,
+        "group_start": (vocab_start >> 2) & 0xFFFFFFFF,
+        "SKEW": vocab_start & 3,
+        "LANES": LANES,
+        "STRIPS": strips,
+        "TILES": TILES,
+        "SPLITS": triton.cdiv(width, LANES * strips * TILES),
+        "DTYPE": TRITON_DTYPE[compute_dtype(dtype)],
+        "FAST": has_fast_log(),
+        "num_warps": NUM_WARPS,
+    }
+
+
+def launching(tensor: torch.Tensor) -> AbstractContextManager[Any]:
+    """Makes a tensor's device the current one, which is where Triton launches."""
+    if tensor.device.type != "cpu":
+        return getattr(torch, tensor.device.type).device(tensor.device)
+    if triton.knobs.runtime.interpret:
+        import numpy as np
+
+        return np.errstate(all="ignore")  # the interpreter is NumPy, which warns of the infinities that are meant
+    return nullcontext()
+
+
+@triton.jit
+def split_bounds(i_s, V, SKEW: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr):
+    """First tile of a split, the first that needs masks, and the end."""
+    lo = i_s * TILES
+    hi = tl.minimum(lo + TILES, tl.cdiv(V + SKEW, TILE))
+    # With a skew the first tile needs masks as well; shards that start there are rare enough to mask them all.
+    full = lo if SKEW else tl.minimum(hi, V // TILE)
+    return lo, full, hi
+
+
+@triton.jit
+def load_strip(p_row, s_v, o_v, V, OTHER: tl.constexpr, DTYPE: tl.constexpr, MASKED: tl.constexpr):
+    """Columns o_v of a row in the compute dtype; with MASKED, OTHER where there is no such column."""
+    # Neighbouring columns are the usual case, and their addresses need no 64-bit multiply.
+    p = p_row + (o_v if s_v == 1 else o_v.to(tl.int64) * s_v)
+    if MASKED:
+        b = tl.load(p, mask=(o_v >= 0) & (o_v < V), other=OTHER)
+    else:
+        b = tl.load(p)
+    return b.to(DTYPE)
+
+
+@triton.jit
+def store_strip(p_row, s_v, o_v, V, b, MASKED: tl.constexpr):
+    """Write columns o_v of a row, in the row's dtype."""
+    p = p_row + (o_v if s_v == 1 else o_v.to(tl.int64) * s_v)
+    if MASKED:
+        tl.store(p, b.to(p_row.dtype.element_ty), mask=(o_v >= 0) & (o_v < V))
+    else:
+        tl.store(p, b.to(p_row.dtype.element_ty))
+
+
+@triton.jit
+def _sum_splits_kernel(partial, total, SPLITS: tl.constexpr, BLOCK_S: tl.constexpr):
+    i_n = tl.program_id(0).to(tl.int64)
+    o_s = tl.arange(0, BLOCK_S)
+    tl.store(total + i_n, tl.sum(tl.load(partial + i_n * SPLITS + o_s, mask=o_s < SPLITS, other=0.0), 0))
+
+
+def sum_splits(partial: torch.Tensor, total: torch.Tensor) -> None:
+    """Sum `[N, splits]` into `[N]`, in an order that does not depend on N."""
+    rows, splits = partial.shape
+    _sum_splits_kernel[(rows,)](partial, total, splits, triton.next_power_of_2(splits), num_warps=1)
