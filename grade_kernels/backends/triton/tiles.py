@@ -24,6 +24,7 @@ NUM_WARPS = 4
 LANES = NUM_WARPS * 32 * 4  # a thread holds the four tokens of one Philox call
 MAX_STRIPS = 4
 TILES = 4
+INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))  # fixed when the kernels are decorated, too
 TRITON_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
@@ -56,7 +57,7 @@ def launching(tensor: torch.Tensor) -> AbstractContextManager[Any]:
     """Makes a tensor's device the current one, which is where Triton launches."""
     if tensor.device.type != "cpu":
         return getattr(torch, tensor.device.type).device(tensor.device)
-    if triton.knobs.runtime.interpret:
+    if INTERPRETED:
         import numpy as np
 
         return np.errstate(all="ignore")  # the interpreter is NumPy, which warns of the infinities that are meant
@@ -86,13 +87,23 @@ def load_strip(p_row, s_v, o_v, V, OTHER: tl.constexpr, DTYPE: tl.constexpr, MAS
 
 
 @triton.jit
+def _round_to(b, DTYPE: tl.constexpr):
+    if INTERPRETED and DTYPE == tl.bfloat16:
+        # The interpreter truncates where hardware rounds to nearest even.
+        bits = b.to(tl.float32).to(tl.uint32, bitcast=True)
+        b = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    return b.to(DTYPE)
+
+
+@triton.jit
 def store_strip(p_row, s_v, o_v, V, b, MASKED: tl.constexpr):
     """Write columns o_v of a row, in the row's dtype."""
     p = p_row + (o_v if s_v == 1 else o_v.to(tl.int64) * s_v)
+    b = _round_to(b, p_row.dtype.element_ty)
     if MASKED:
-        tl.store(p, b.to(p_row.dtype.element_ty), mask=(o_v >= 0) & (o_v < V))
+        tl.store(p, b, mask=(o_v >= 0) & (o_v < V))
     else:
-        tl.store(p, b.to(p_row.dtype.element_ty))
+        tl.store(p, b)
 
 
 @triton.jit
