@@ -21,8 +21,8 @@ from typing import Any
 if os.environ.get("TRITON_INTERPRET") == "1":
     raise SystemExit("unset TRITON_INTERPRET: interpreted functions cannot be compiled")
 
+import torch
 import triton
-import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -38,16 +38,17 @@ VOCAB = 151936
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
-def variants(dtype: str, odd: bool) -> dict[str, tuple[Any, dict[str, Any]]]:
+def variants(dtype: str, target: str, odd: bool) -> dict[str, tuple[Any, dict[str, Any]]]:
     """Name -> (kernel, arguments), for logits of a dtype; odd rows are not 16-byte aligned."""
     compute = "fp64" if dtype == "fp64" else "fp32"
     data, stat = f"*{dtype}", f"*{compute}"
     stride = "i64" if odd else "i64 aligned"
-    strips = tiles.MAX_STRIPS
+    torch_dtype = torch.float64 if dtype == "fp64" else torch.float32
     common = {
         "V": "i32" if odd else "i32 aligned", "group_start": "i64", "logits": data, "seed": "*i64", "row_ids": None,
-        "SKEW": 0, "LANES": tiles.LANES, "STRIPS": strips, "TILES": tiles.TILES, "DTYPE": tl.float64 if compute == "fp64" else tl.float32,
-        "SPLITS": -(-VOCAB // (tiles.LANES * strips * tiles.TILES)), "BLOCK_S": 32,
+        "SKEW": 0, **tiles.strip_sizes(VOCAB, torch_dtype, TARGETS[target].warp_size), "BLOCK_S": 32,
+        "DTYPE": tiles.TRITON_DTYPE[torch_dtype], "FAST": target.startswith("sm_"),
+        "ALIGNED": not odd and dtype != "fp64",
         "LOWEST": -1.7976931348623157e308 if compute == "fp64" else -3.4028234663852886e38,
         **dict.fromkeys(("s_n", "s_ln", "s_wn", "s_dyn", "s_outn"), stride),
         **dict.fromkeys(("s_v", "s_lv", "s_wv", "s_dyv", "s_outv", "s_tau"), 1),
@@ -79,7 +80,7 @@ def compile_kernel(kernel: Any, arguments: dict[str, Any], target: str) -> Any:
     names = kernel.arg_names
     signature, constants, attributes = {}, {}, {}
     for i, name in enumerate(names):
-        value = {**arguments, "FAST": target.startswith("sm_")}[name]
+        value = arguments[name]
         if not isinstance(value, str):
             signature[name] = "constexpr"
             constants[(i,)] = value
@@ -143,11 +144,11 @@ def measure(kernel: Any, arguments: dict[str, Any], target: str) -> dict[str, An
     code, figures = amd_code(compiled) if target.startswith("gfx") else nvidia_code(compiled)
     loops = amd_loops(code) if target.startswith("gfx") else nvidia_loops(code)
     # The main loop is the shortest of those that scan: the others mask or refine as well.
-    scans = [body for body in loops if any("LDG" in x or "load" in x for x in body)]
+    logits = 4 * arguments["STRIPS"]  # of a thread, in one round
+    scans = [body for body in loops if len(body) > 5 * logits]
     if scans:
-        threads = TARGETS[target].warp_size * tiles.NUM_WARPS
         body = min(scans, key=len)
-        figures["per_logit"] = round(len(body) / (tiles.LANES * arguments["STRIPS"] / threads), 2)
+        figures["per_logit"] = round(len(body) / logits, 2)
         figures["shared_memory_moves"] = sum(bool(re.match(r"(STS|LDS|ds_)", x)) for x in body)
         figures["top"] = dict(Counter(x.split()[0] for x in body).most_common(24))
     return figures
@@ -165,7 +166,7 @@ def main() -> None:
     results = []
     for target in args.targets:
         for dtype in args.dtypes:
-            for name, (kernel, arguments) in variants(dtype, args.odd).items():
+            for name, (kernel, arguments) in variants(dtype, target, args.odd).items():
                 if args.kernels and name not in args.kernels:
                     continue
                 figures = measure(kernel, arguments, target)

@@ -27,18 +27,17 @@ from grade_kernels.backends.triton.tiles import (
 @triton.jit
 def _sums(
     p_l, p_dy, s_lv, s_dyv, V, group_start, row_lo, row_hi, k0, k1, pivot, rate, tile_lo, tile_hi, state,
-    SKEW: tl.constexpr, LANES: tl.constexpr, STRIPS: tl.constexpr, DTYPE: tl.constexpr, FAST: tl.constexpr,
+    SKEW: tl.constexpr, LANES: tl.constexpr, STRIPS: tl.constexpr, DTYPE: tl.constexpr, FAST: tl.constexpr, ALIGNED: tl.constexpr,
     NOISY: tl.constexpr, REINMAX: tl.constexpr, MASKED: tl.constexpr, REFINE: tl.constexpr,
 ):  # fmt: skip
     """Fold tiles into the lanes' state: sums of w, w * dy and, untempered, exp(l - max) * dy; least word."""
     b_total, b_dot, b_plain, b_low = state
-    o_lane = tl.arange(0, LANES)
     o_group = (group_start + tl.arange(0, LANES // 4).to(tl.uint32)).to(tl.int32, bitcast=True)
     for i_t in range(tile_lo, tile_hi):
         for i_r in tl.static_range(STRIPS):
-            o_v = (i_t * STRIPS + i_r) * LANES - SKEW + o_lane
-            b_l = load_strip(p_l, s_lv, o_v, V, float("-inf"), DTYPE, MASKED)
-            b_dy = load_strip(p_dy, s_dyv, o_v, V, 0.0, DTYPE, MASKED)
+            first = (i_t * STRIPS + i_r) * LANES - SKEW
+            b_l = load_strip(p_l, s_lv, first, V, float("-inf"), LANES, DTYPE, ALIGNED, MASKED)
+            b_dy = load_strip(p_dy, s_dyv, first, V, 0.0, LANES, DTYPE, ALIGNED, MASKED)
             b_dy = tl.where(b_l == float("-inf"), 0.0, b_dy)  # a masked token's may be infinite
             b_s = b_l
             if NOISY:
@@ -58,7 +57,7 @@ def _sums(
 def softmax_backward_sums_kernel(
     dy, logits, tau, seed, row_ids, pivots, ids, partial, s_dyn, s_dyv, s_ln, s_lv, s_tau, N, V, group_start,
     SKEW: tl.constexpr, LANES: tl.constexpr, STRIPS: tl.constexpr, TILES: tl.constexpr, SPLITS: tl.constexpr,
-    DTYPE: tl.constexpr, FAST: tl.constexpr, NOISY: tl.constexpr, REINMAX: tl.constexpr,
+    DTYPE: tl.constexpr, FAST: tl.constexpr, ALIGNED: tl.constexpr, NOISY: tl.constexpr, REINMAX: tl.constexpr,
 ):  # fmt: skip
     """One split of one row into `partial` `[4, N, SPLITS]`.
 
@@ -81,11 +80,11 @@ def softmax_backward_sums_kernel(
     fresh = (zeros, zeros, zeros, tl.full((LANES // 4,), 0xFFFFFFFF, tl.uint32))
     state = _sums(
         p_l, p_dy, s_lv, s_dyv, V, group_start, row_lo, row_hi, k0, k1, pivot, rate, lo, full, fresh,
-        SKEW, LANES, STRIPS, DTYPE, FAST, NOISY, REINMAX, MASKED=False, REFINE=False,
+        SKEW, LANES, STRIPS, DTYPE, FAST, ALIGNED, NOISY, REINMAX, MASKED=False, REFINE=False,
     )  # fmt: skip
     state = _sums(
         p_l, p_dy, s_lv, s_dyv, V, group_start, row_lo, row_hi, k0, k1, pivot, rate, full, hi, state,
-        SKEW, LANES, STRIPS, DTYPE, FAST, NOISY, REINMAX, MASKED=True, REFINE=False,
+        SKEW, LANES, STRIPS, DTYPE, FAST, ALIGNED, NOISY, REINMAX, MASKED=True, REFINE=False,
     )  # fmt: skip
     plane = N.to(tl.int64) * SPLITS
     if NOISY:
@@ -95,7 +94,7 @@ def softmax_backward_sums_kernel(
             # One split in two thousand holds such a word. It is done again; the others pay one minimum per word.
             state = _sums(
                 p_l, p_dy, s_lv, s_dyv, V, group_start, row_lo, row_hi, k0, k1, pivot, rate, lo, hi, fresh,
-                SKEW, LANES, STRIPS, DTYPE, FAST, NOISY, REINMAX, MASKED=True, REFINE=True,
+                SKEW, LANES, STRIPS, DTYPE, FAST, ALIGNED, NOISY, REINMAX, MASKED=True, REFINE=True,
             )  # fmt: skip
     tl.store(partial + i_p, tl.sum(state[0], 0))
     tl.store(partial + plane + i_p, tl.sum(state[1], 0))
@@ -109,23 +108,22 @@ def softmax_backward_sums_kernel(
 def _apply(
     p_l, p_dy, p_out, s_lv, s_dyv, s_outv, V, group_start, row_lo, row_hi, k0, k1, pivot, rate, i_id, dot, factor,
     plain_dot, plain_factor, top, dlogprob, tile_lo, tile_hi, b_dtau,
-    SKEW: tl.constexpr, LANES: tl.constexpr, STRIPS: tl.constexpr, DTYPE: tl.constexpr, FAST: tl.constexpr,
+    SKEW: tl.constexpr, LANES: tl.constexpr, STRIPS: tl.constexpr, DTYPE: tl.constexpr, FAST: tl.constexpr, ALIGNED: tl.constexpr,
     NOISY: tl.constexpr, REINMAX: tl.constexpr, LOGPROB: tl.constexpr, DTAU: tl.constexpr, MASKED: tl.constexpr,
     REFINE: tl.constexpr,
 ):  # fmt: skip
     """Write the gradient of some tiles, and fold its product with the scores' distance from the best into b_dtau."""
-    o_lane = tl.arange(0, LANES)
     o_group = (group_start + tl.arange(0, LANES // 4).to(tl.uint32)).to(tl.int32, bitcast=True)
     for i_t in range(tile_lo, tile_hi):
         # All loads come first: out may be dy, so none could move above a store.
         strips_l = ()
         strips_dy = ()
         for i_r in tl.static_range(STRIPS):
-            o_v = (i_t * STRIPS + i_r) * LANES - SKEW + o_lane
-            strips_l = strips_l + (load_strip(p_l, s_lv, o_v, V, float("-inf"), DTYPE, MASKED),)
-            strips_dy = strips_dy + (load_strip(p_dy, s_dyv, o_v, V, 0.0, DTYPE, MASKED),)
+            first = (i_t * STRIPS + i_r) * LANES - SKEW
+            strips_l = strips_l + (load_strip(p_l, s_lv, first, V, float("-inf"), LANES, DTYPE, ALIGNED, MASKED),)
+            strips_dy = strips_dy + (load_strip(p_dy, s_dyv, first, V, 0.0, LANES, DTYPE, ALIGNED, MASKED),)
         for i_r in tl.static_range(STRIPS):
-            o_v = (i_t * STRIPS + i_r) * LANES - SKEW + o_lane
+            first = (i_t * STRIPS + i_r) * LANES - SKEW
             b_l = strips_l[i_r]
             b_s = b_l
             if NOISY:
@@ -135,7 +133,7 @@ def _apply(
             b_s -= pivot
             b_w = tl.exp2(b_s * rate) * factor
             if REINMAX or LOGPROB:
-                b_hit = (o_v == i_id).to(DTYPE)
+                b_hit = (first + tl.arange(0, LANES) == i_id).to(DTYPE)
                 b_p = tl.exp2((b_l - top) * LOG2E) * plain_factor
             if REINMAX:
                 # 2 J((D + w) / 2) dy - J(p) dy / 2
@@ -149,7 +147,7 @@ def _apply(
                 b_dl += dlogprob * (b_hit - b_p)
             # Exactly zero for a masked token whatever its dy is, unless the row has no distribution at all.
             b_dl = tl.where(m_v, pivot * 0.0, b_dl)
-            store_strip(p_out, s_outv, o_v, V, b_dl, MASKED)
+            store_strip(p_out, s_outv, first, V, b_dl, MASKED)
     return b_dtau
 
 
@@ -158,7 +156,7 @@ def softmax_backward_apply_kernel(
     dy, logits, tau, seed, row_ids, pivots, ids, logit_max, logit_sum, dlogprobs, partial, partial_dtau, out,
     s_dyn, s_dyv, s_ln, s_lv, s_outn, s_outv, s_tau, N, V, group_start,
     SKEW: tl.constexpr, LANES: tl.constexpr, STRIPS: tl.constexpr, TILES: tl.constexpr, SPLITS: tl.constexpr,
-    BLOCK_S: tl.constexpr, DTYPE: tl.constexpr, FAST: tl.constexpr, NOISY: tl.constexpr, REINMAX: tl.constexpr,
+    BLOCK_S: tl.constexpr, DTYPE: tl.constexpr, FAST: tl.constexpr, ALIGNED: tl.constexpr, NOISY: tl.constexpr, REINMAX: tl.constexpr,
 ):  # fmt: skip
     """One split of one row of the gradient, and its share of dtau in `partial_dtau` `[N, SPLITS]` unless that is None."""
     i_p = tl.program_id(0).to(tl.int64)
@@ -209,18 +207,18 @@ def softmax_backward_apply_kernel(
     if is_fine:
         b_dtau = _apply(
             p_l, p_dy, p_out, s_lv, s_dyv, s_outv, V, group_start, row_lo, row_hi, k0, k1, pivot, rate, i_id, dot,
-            factor, plain_dot, plain_factor, top, dlogprob, lo, hi, b_dtau, SKEW, LANES, STRIPS, DTYPE, FAST, NOISY,
+            factor, plain_dot, plain_factor, top, dlogprob, lo, hi, b_dtau, SKEW, LANES, STRIPS, DTYPE, FAST, ALIGNED, NOISY,
             REINMAX, LOGPROB, DTAU, MASKED=True, REFINE=True,
         )  # fmt: skip
     else:
         b_dtau = _apply(
             p_l, p_dy, p_out, s_lv, s_dyv, s_outv, V, group_start, row_lo, row_hi, k0, k1, pivot, rate, i_id, dot,
-            factor, plain_dot, plain_factor, top, dlogprob, lo, full, b_dtau, SKEW, LANES, STRIPS, DTYPE, FAST, NOISY,
+            factor, plain_dot, plain_factor, top, dlogprob, lo, full, b_dtau, SKEW, LANES, STRIPS, DTYPE, FAST, ALIGNED, NOISY,
             REINMAX, LOGPROB, DTAU, MASKED=False, REFINE=False,
         )  # fmt: skip
         b_dtau = _apply(
             p_l, p_dy, p_out, s_lv, s_dyv, s_outv, V, group_start, row_lo, row_hi, k0, k1, pivot, rate, i_id, dot,
-            factor, plain_dot, plain_factor, top, dlogprob, full, hi, b_dtau, SKEW, LANES, STRIPS, DTYPE, FAST, NOISY,
+            factor, plain_dot, plain_factor, top, dlogprob, full, hi, b_dtau, SKEW, LANES, STRIPS, DTYPE, FAST, ALIGNED, NOISY,
             REINMAX, LOGPROB, DTAU, MASKED=True, REFINE=False,
         )  # fmt: skip
     if DTAU:
@@ -241,14 +239,14 @@ def softmax_backward(
     out: torch.Tensor,
 ) -> torch.Tensor:
     """See `grade_kernels.backends`."""
-    rows, vocab = logits.shape
+    rows = logits.shape[0]
     dtype, device = compute_dtype(logits.dtype), logits.device
     noisy, reinmax = estimator in ("ste", "soft"), estimator == "reinmax"
     needs_dtau = needs_dtau and not reinmax
     dtau = (torch.empty if needs_dtau else torch.zeros)(rows, dtype=dtype, device=device)
     if rows == 0:
         return dtau
-    options = launch_options(vocab, vocab_start, logits.dtype)
+    options = launch_options(vocab_start, logits, dy)
     options.update(N=rows, NOISY=noisy, REINMAX=reinmax)
     splits = options["SPLITS"]
     partial = torch.empty(4, rows, splits, dtype=dtype, device=device)

@@ -25,20 +25,19 @@ from grade_kernels.backends.triton.tiles import (
 @triton.jit
 def _sweep(
     p_l, p_w, s_lv, s_wv, V, group_start, row_lo, row_hi, k0, k1, pivot, rate, factor, tile_lo, tile_hi, state,
-    SKEW: tl.constexpr, LANES: tl.constexpr, STRIPS: tl.constexpr, DTYPE: tl.constexpr, FAST: tl.constexpr,
+    SKEW: tl.constexpr, LANES: tl.constexpr, STRIPS: tl.constexpr, DTYPE: tl.constexpr, FAST: tl.constexpr, ALIGNED: tl.constexpr,
     WRITE: tl.constexpr, MASKED: tl.constexpr, REFINE: tl.constexpr,
 ):  # fmt: skip
     """Weights of some tiles: written times factor (WRITE), and folded into the lanes' state (sum, least word)."""
     b_sum, b_low = state
-    o_lane = tl.arange(0, LANES)
     o_group = (group_start + tl.arange(0, LANES // 4).to(tl.uint32)).to(tl.int32, bitcast=True)
     for i_t in range(tile_lo, tile_hi):
         strips = ()
         for i_r in tl.static_range(STRIPS):
-            o_v = (i_t * STRIPS + i_r) * LANES - SKEW + o_lane
-            strips = strips + (load_strip(p_l, s_lv, o_v, V, float("-inf"), DTYPE, MASKED),)
+            first = (i_t * STRIPS + i_r) * LANES - SKEW
+            strips = strips + (load_strip(p_l, s_lv, first, V, float("-inf"), LANES, DTYPE, ALIGNED, MASKED),)
         for i_r in tl.static_range(STRIPS):
-            o_v = (i_t * STRIPS + i_r) * LANES - SKEW + o_lane
+            first = (i_t * STRIPS + i_r) * LANES - SKEW
             groups = (o_group + (i_t * STRIPS + i_r) * (LANES // 4)).to(tl.uint32, bitcast=True)
             b_n, b_least = strip_noise(groups, row_lo, row_hi, k0, k1, DTYPE, FAST, REFINE)
             b_low = tl.minimum(b_low, b_least)
@@ -46,7 +45,7 @@ def _sweep(
             b_w = tl.exp2((tl.fma(b_n, -LN2, strips[i_r]) - pivot) * rate)
             b_sum += b_w
             if WRITE:
-                store_strip(p_w, s_wv, o_v, V, b_w * factor, MASKED)
+                store_strip(p_w, s_wv, first, V, b_w * factor, MASKED)
     return b_sum, b_low
 
 
@@ -54,7 +53,7 @@ def _sweep(
 def softmax_kernel(
     logits, weights, tau, seed, row_ids, score_max, partial, total, s_ln, s_lv, s_wn, s_wv, s_tau, V, group_start,
     SKEW: tl.constexpr, LANES: tl.constexpr, STRIPS: tl.constexpr, TILES: tl.constexpr, SPLITS: tl.constexpr,
-    BLOCK_S: tl.constexpr, DTYPE: tl.constexpr, FAST: tl.constexpr,
+    BLOCK_S: tl.constexpr, DTYPE: tl.constexpr, FAST: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """One split of one row.
 
@@ -83,18 +82,18 @@ def softmax_kernel(
     fresh = (tl.zeros((LANES,), DTYPE), tl.full((LANES // 4,), 0xFFFFFFFF, tl.uint32))
     state = _sweep(
         p_l, p_w, s_lv, s_wv, V, group_start, row_lo, row_hi, k0, k1, pivot, rate, factor, lo, full, fresh,
-        SKEW, LANES, STRIPS, DTYPE, FAST, WRITE, MASKED=False, REFINE=False,
+        SKEW, LANES, STRIPS, DTYPE, FAST, ALIGNED, WRITE, MASKED=False, REFINE=False,
     )  # fmt: skip
     state = _sweep(
         p_l, p_w, s_lv, s_wv, V, group_start, row_lo, row_hi, k0, k1, pivot, rate, factor, full, hi, state,
-        SKEW, LANES, STRIPS, DTYPE, FAST, WRITE, MASKED=True, REFINE=False,
+        SKEW, LANES, STRIPS, DTYPE, FAST, ALIGNED, WRITE, MASKED=True, REFINE=False,
     )  # fmt: skip
     if tl.min(state[1].to(tl.int64), 0) < REFINE_BELOW:
         # One split in two thousand holds such a word. It is done again; the others pay one minimum per word.
         tl.debug_barrier()  # the same addresses are written again, maybe by other threads
         state = _sweep(
             p_l, p_w, s_lv, s_wv, V, group_start, row_lo, row_hi, k0, k1, pivot, rate, factor, lo, hi, fresh,
-            SKEW, LANES, STRIPS, DTYPE, FAST, WRITE, MASKED=True, REFINE=True,
+            SKEW, LANES, STRIPS, DTYPE, FAST, ALIGNED, WRITE, MASKED=True, REFINE=True,
         )  # fmt: skip
     if total is None:
         tl.store(partial + i_p, tl.sum(state[0], 0))
@@ -117,7 +116,7 @@ def softmax(
     total = torch.empty(rows, dtype=dtype, device=device)
     if rows == 0:
         return weights, total
-    options = launch_options(vocab, vocab_start, logits.dtype)
+    options = launch_options(vocab_start, logits)
     partial = torch.empty(rows, options["SPLITS"], dtype=dtype, device=device)
     seed = seed.to(device, non_blocking=True)
     row_ids = None if row_ids is None else row_ids.contiguous()

@@ -25,19 +25,18 @@ from grade_kernels.backends.triton.tiles import (
 @triton.jit
 def _scan(
     p_row, s_v, V, group_start, row_lo, row_hi, k0, k1, tile_lo, tile_hi, state,
-    SKEW: tl.constexpr, LANES: tl.constexpr, STRIPS: tl.constexpr, DTYPE: tl.constexpr, FAST: tl.constexpr,
+    SKEW: tl.constexpr, LANES: tl.constexpr, STRIPS: tl.constexpr, DTYPE: tl.constexpr, FAST: tl.constexpr, ALIGNED: tl.constexpr,
     LSE: tl.constexpr, MASKED: tl.constexpr, REFINE: tl.constexpr,
 ):  # fmt: skip
     """Fold tiles into the lanes' state: best score, the tile that holds it, least word, and max and sum of logits."""
     b_best, b_tile, b_low, b_max, b_sum = state
-    o_lane = tl.arange(0, LANES)
     o_group = (group_start + tl.arange(0, LANES // 4).to(tl.uint32)).to(tl.int32, bitcast=True)
     for i_t in range(tile_lo, tile_hi):
         strips = ()
         b_top = b_max
         for i_r in tl.static_range(STRIPS):
-            o_v = (i_t * STRIPS + i_r) * LANES - SKEW + o_lane
-            strips = strips + (load_strip(p_row, s_v, o_v, V, float("-inf"), DTYPE, MASKED),)
+            first = (i_t * STRIPS + i_r) * LANES - SKEW
+            strips = strips + (load_strip(p_row, s_v, first, V, float("-inf"), LANES, DTYPE, ALIGNED, MASKED),)
             if LSE:
                 b_top = tl.maximum(b_top, strips[i_r])
         if LSE:
@@ -62,7 +61,7 @@ def _scan(
 def sample_scan_kernel(
     logits, seed, row_ids, best, tile, top, total, s_n, s_v, V, group_start,
     LOWEST: tl.constexpr, SKEW: tl.constexpr, LANES: tl.constexpr, STRIPS: tl.constexpr, TILES: tl.constexpr,
-    SPLITS: tl.constexpr, DTYPE: tl.constexpr, FAST: tl.constexpr,
+    SPLITS: tl.constexpr, DTYPE: tl.constexpr, FAST: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """One split of one row into the partial results `[N, SPLITS]`: best score, its tile, max and sum of the logits."""
     i_p = tl.program_id(0).to(tl.int64)
@@ -82,17 +81,17 @@ def sample_scan_kernel(
     )
     state = _scan(
         p_row, s_v, V, group_start, row_lo, row_hi, k0, k1, lo, full, fresh,
-        SKEW, LANES, STRIPS, DTYPE, FAST, LSE, MASKED=False, REFINE=False,
+        SKEW, LANES, STRIPS, DTYPE, FAST, ALIGNED, LSE, MASKED=False, REFINE=False,
     )  # fmt: skip
     state = _scan(
         p_row, s_v, V, group_start, row_lo, row_hi, k0, k1, full, hi, state,
-        SKEW, LANES, STRIPS, DTYPE, FAST, LSE, MASKED=True, REFINE=False,
+        SKEW, LANES, STRIPS, DTYPE, FAST, ALIGNED, LSE, MASKED=True, REFINE=False,
     )  # fmt: skip
     if tl.min(state[2].to(tl.int64), 0) < REFINE_BELOW:
         # One split in two thousand holds such a word. It is scanned again; the others pay one minimum per word.
         state = _scan(
             p_row, s_v, V, group_start, row_lo, row_hi, k0, k1, lo, hi, fresh,
-            SKEW, LANES, STRIPS, DTYPE, FAST, LSE, MASKED=True, REFINE=True,
+            SKEW, LANES, STRIPS, DTYPE, FAST, ALIGNED, LSE, MASKED=True, REFINE=True,
         )  # fmt: skip
     b_best, b_tile, _, b_max, b_sum = state
     m_best = tl.max(b_best, 0)
@@ -110,7 +109,7 @@ def sample_scan_kernel(
 def sample_pick_kernel(
     logits, seed, row_ids, best, tile, top, total, ids, score_max, logit_max, logit_sum, s_n, s_v, V, group_start,
     SKEW: tl.constexpr, LANES: tl.constexpr, STRIPS: tl.constexpr, SPLITS: tl.constexpr, BLOCK_S: tl.constexpr,
-    DTYPE: tl.constexpr, FAST: tl.constexpr,
+    DTYPE: tl.constexpr, FAST: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """Combine the splits of one row, and find its token in the tile that holds the best score."""
     i_n = tl.program_id(0).to(tl.int64)
@@ -131,7 +130,7 @@ def sample_pick_kernel(
     o_v = o_tile + tl.arange(0, STRIPS * LANES)
     o_g = tl.arange(0, STRIPS * LANES // 4).to(tl.uint32)
     groups = group_start.to(tl.uint32) + (i_t * (STRIPS * LANES // 4)).to(tl.uint32) + o_g
-    b_l = load_strip(p_row, s_v, o_v, V, float("-inf"), DTYPE, MASKED=True)
+    b_l = load_strip(p_row, s_v, o_tile, V, float("-inf"), STRIPS * LANES, DTYPE, ALIGNED, MASKED=True)
     b_n, b_least = strip_noise(groups, row_lo, row_hi, k0, k1, DTYPE, FAST, REFINE=False)
     if tl.min(b_least.to(tl.int64), 0) < REFINE_BELOW:
         b_n, b_least = strip_noise(groups, row_lo, row_hi, k0, k1, DTYPE, FAST, REFINE=True)
@@ -161,7 +160,7 @@ def sample(
     logit_max, logit_sum = (torch.empty(rows if logsumexp else 0, dtype=dtype, device=device) for _ in range(2))
     if rows == 0:
         return Sample(ids, score_max, logit_max, logit_sum)
-    options = launch_options(vocab, vocab_start, logits.dtype)
+    options = launch_options(vocab_start, logits)
     tiles, splits = options.pop("TILES"), options["SPLITS"]
     best = torch.empty(rows, splits, dtype=dtype, device=device)
     tile = torch.empty(rows, splits, dtype=torch.int32, device=device)

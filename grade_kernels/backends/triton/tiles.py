@@ -21,9 +21,8 @@ import triton.language as tl
 from grade_kernels.backends.triton.philox import has_fast_log
 
 NUM_WARPS = 4
-LANES = NUM_WARPS * 32 * 4  # a thread holds the four tokens of one Philox call
 MAX_STRIPS = 4
-TILES = 4
+SPLIT_COLUMNS = 8192
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))  # fixed when the kernels are decorated, too
 TRITON_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64}
 
@@ -35,20 +34,39 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 
-def launch_options(vocab_size: int, vocab_start: int, dtype: torch.dtype) -> dict[str, Any]:
-    """Arguments that all scanning kernels share."""
-    width = vocab_size + (vocab_start & 3)
-    strips = min(MAX_STRIPS, triton.next_power_of_2(triton.cdiv(width, LANES)))
+def warp_size() -> int:
+    """Threads of a warp on the device that kernels are launched on."""
+    return 32 if INTERPRETED else triton.runtime.driver.active.get_current_target().warp_size
+
+
+def strip_sizes(width: int, dtype: torch.dtype, warp_size: int) -> dict[str, int]:
+    """LANES, STRIPS, TILES and SPLITS for a row of `width` columns."""
+    lanes = 4 * warp_size * NUM_WARPS  # a thread holds the four tokens of one Philox call
+    # Strips are unrolled and share one step of the running maximum. float64 needs the registers for itself.
+    strips = 1 if dtype == torch.float64 else min(MAX_STRIPS, triton.next_power_of_2(triton.cdiv(width, lanes)))
+    tiles = triton.cdiv(SPLIT_COLUMNS, lanes * strips)
+    return {"LANES": lanes, "STRIPS": strips, "TILES": tiles, "SPLITS": triton.cdiv(width, lanes * strips * tiles)}
+
+
+def is_aligned(*tensors: torch.Tensor) -> bool:
+    """Whether rows of these tensors can be read 16 bytes at a time, by the rule that Triton specialises kernels on."""
+    return all(
+        t.element_size() <= 4 and t.stride(1) == 1 and t.stride(0) % 16 == 0 and t.data_ptr() % 16 == 0
+        for t in tensors
+    )  # fmt: skip
+
+
+def launch_options(vocab_start: int, logits: torch.Tensor, *others: torch.Tensor) -> dict[str, Any]:
+    """Arguments that all scanning kernels share, for the tensors of `logits`' shape that they read."""
+    skew = vocab_start & 3
     return {
-        "V": vocab_size,
+        "V": logits.shape[1],
         "group_start": (vocab_start >> 2) & 0xFFFFFFFF,
-        "SKEW": vocab_start & 3,
-        "LANES": LANES,
-        "STRIPS": strips,
-        "TILES": TILES,
-        "SPLITS": triton.cdiv(width, LANES * strips * TILES),
-        "DTYPE": TRITON_DTYPE[compute_dtype(dtype)],
+        "SKEW": skew,
+        **strip_sizes(logits.shape[1] + skew, logits.dtype, warp_size()),
+        "DTYPE": TRITON_DTYPE[compute_dtype(logits.dtype)],
         "FAST": has_fast_log(),
+        "ALIGNED": skew == 0 and is_aligned(logits, *others),
         "num_warps": NUM_WARPS,
     }
 
@@ -75,8 +93,7 @@ def split_bounds(i_s, V, SKEW: tl.constexpr, TILE: tl.constexpr, TILES: tl.const
 
 
 @triton.jit
-def load_strip(p_row, s_v, o_v, V, OTHER: tl.constexpr, DTYPE: tl.constexpr, MASKED: tl.constexpr):
-    """Columns o_v of a row in the compute dtype; with MASKED, OTHER where there is no such column."""
+def _load(p_row, s_v, o_v, V, OTHER: tl.constexpr, DTYPE: tl.constexpr, MASKED: tl.constexpr):
     # Neighbouring columns are the usual case, and their addresses need no 64-bit multiply.
     p = p_row + (o_v if s_v == 1 else o_v.to(tl.int64) * s_v)
     if MASKED:
@@ -84,6 +101,26 @@ def load_strip(p_row, s_v, o_v, V, OTHER: tl.constexpr, DTYPE: tl.constexpr, MAS
     else:
         b = tl.load(p)
     return b.to(DTYPE)
+
+
+@triton.jit
+def load_strip(
+    p_row, s_v, first, V, OTHER: tl.constexpr, LANES: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr,
+    MASKED: tl.constexpr,
+):  # fmt: skip
+    """LANES columns of a row from `first` in the compute dtype; with MASKED, OTHER where there is no such column."""
+    if ALIGNED:
+        b = _load(p_row, s_v, first + tl.arange(0, LANES), V, OTHER, DTYPE, MASKED)
+    else:
+        # Rows that cannot be read 16 bytes at a time would be given another layout than the noise, and every strip
+        # would go through shared memory. Four loads by the groups of the noise stay in the thread.
+        o_v = first + 4 * tl.arange(0, LANES // 4)
+        b0 = _load(p_row, s_v, o_v, V, OTHER, DTYPE, MASKED)
+        b1 = _load(p_row, s_v, o_v + 1, V, OTHER, DTYPE, MASKED)
+        b2 = _load(p_row, s_v, o_v + 2, V, OTHER, DTYPE, MASKED)
+        b3 = _load(p_row, s_v, o_v + 3, V, OTHER, DTYPE, MASKED)
+        b = tl.reshape(tl.join(tl.join(b0, b2), tl.join(b1, b3)), [LANES])
+    return b
 
 
 @triton.jit
@@ -96,8 +133,9 @@ def _round_to(b, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def store_strip(p_row, s_v, o_v, V, b, MASKED: tl.constexpr):
-    """Write columns o_v of a row, in the row's dtype."""
+def store_strip(p_row, s_v, first, V, b, MASKED: tl.constexpr):
+    """Write a strip to a row from column `first`, in the row's dtype."""
+    o_v = first + tl.arange(0, b.shape[0])
     p = p_row + (o_v if s_v == 1 else o_v.to(tl.int64) * s_v)
     b = _round_to(b, p_row.dtype.element_ty)
     if MASKED:
