@@ -120,12 +120,10 @@ def nvidia_loops(code: list[tuple[int, str]]) -> list[list[str]]:
 def amd_code(compiled: Any) -> tuple[list[str], dict[str, int]]:
     """Lines of assembly, and vector registers and spills."""
     text = compiled.asm["amdgcn"]
-    numbers = {k: int(v) for k, v in re.findall(r"\.(vgpr_count|vgpr_spill_count|sgpr_spill_count):\s+(\d+)", text)}
+    numbers = {k: int(v) for k, v in re.findall(r"\.(vgpr_count|private_segment_fixed_size):\s+(\d+)", text)}
     lines = [line.split(";")[0].strip() for line in text.splitlines()]
-    return lines, {
-        "registers": numbers["vgpr_count"],
-        "spill": 4 * (numbers["vgpr_spill_count"] + numbers["sgpr_spill_count"]),
-    }
+    # Scalar registers spill into lanes of vector registers; only the private segment is memory.
+    return lines, {"registers": numbers["vgpr_count"], "spill": numbers["private_segment_fixed_size"]}
 
 
 def amd_loops(lines: list[str]) -> list[list[str]]:
@@ -145,7 +143,7 @@ def measure(kernel: Any, arguments: dict[str, Any], target: str) -> dict[str, An
     loops = amd_loops(code) if target.startswith("gfx") else nvidia_loops(code)
     # The main loop is the shortest of those that scan: the others mask or refine as well.
     logits = 4 * arguments["STRIPS"]  # of a thread, in one round
-    scans = [body for body in loops if len(body) > 5 * logits]
+    scans = [body for body in loops if len(body) > 5 * logits and not any("saveexec" in x for x in body)]
     if scans:
         body = min(scans, key=len)
         figures["per_logit"] = round(len(body) / logits, 2)

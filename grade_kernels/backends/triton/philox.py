@@ -27,7 +27,7 @@ SHIFT = tl.constexpr(0.36651292058166435)  # -ln(ln 2)
 
 
 def has_fast_log() -> bool:
-    """Whether kernels launched here are compiled for NVIDIA, where `lg2.approx` is one instruction."""
+    """Whether kernels launched here are compiled for NVIDIA, whose instructions FAST code names in PTX."""
     if triton.knobs.runtime.interpret:
         return False
     return triton.runtime.driver.active.get_current_target().backend == "cuda"
@@ -48,27 +48,40 @@ def split_row(row):
 
 
 @triton.jit
-def philox(c0, c1, c2, c3, k0, k1):
+def _wide_product(a, b, FAST: tl.constexpr):
+    """High and low word of a 32-bit product, by a single wide multiply: high and low separately would be two."""
+    if FAST:
+        # LLVM would widen what follows to 64 bits, and ptxas would then add up high words that are zero.
+        high, low = tl.inline_asm_elementwise(
+            "{ .reg .b64 p; mul.wide.u32 p, $2, $3; mov.b64 {$1, $0}, p; }", "=r,=r,r,r", [a, b],
+            dtype=(tl.uint32, tl.uint32), is_pure=True, pack=1,
+        )  # fmt: skip
+    else:
+        p = a.to(tl.uint64) * b
+        high, low = (p >> 32).to(tl.uint32), p.to(tl.uint32)
+    return high, low
+
+
+@triton.jit
+def philox(c0, c1, c2, c3, k0, k1, FAST: tl.constexpr):
     """Philox4x32-10. Counter and key are uint32 and broadcast, so what is uniform stays scalar."""
     for _ in tl.static_range(10):
-        # One 64-bit product is a single wide multiply; multiply-high and multiply-low would be two.
-        p0 = c0.to(tl.uint64) * 0xD2511F53
-        p1 = c2.to(tl.uint64) * 0xCD9E8D57
-        c0, c2 = (p1 >> 32).to(tl.uint32) ^ c1 ^ k0, (p0 >> 32).to(tl.uint32) ^ c3 ^ k1
-        c1, c3 = p1.to(tl.uint32), p0.to(tl.uint32)
+        high0, low0 = _wide_product(c0, 0xD2511F53, FAST)
+        high1, low1 = _wide_product(c2, 0xCD9E8D57, FAST)
+        c0, c1, c2, c3 = high1 ^ (c1 ^ k0), low1, high0 ^ (c3 ^ k1), low0
         k0 = tl.add(k0, 0x9E3779B9, sanitize_overflow=False)
         k1 = tl.add(k1, 0xBB67AE85, sanitize_overflow=False)
     return c0, c1, c2, c3
 
 
 @triton.jit
-def words(groups, row_lo, row_hi, k0, k1, DOMAIN: tl.constexpr):
+def words(groups, row_lo, row_hi, k0, k1, DOMAIN: tl.constexpr, FAST: tl.constexpr):
     """Words `[..., 4 * G]` of token groups `[..., G]` (uint32), and the least word of each group.
 
     Row counters and key broadcast to the groups. Whether refinement is needed is decided on the least words: they live
     in the layout of the groups, so asking moves nothing between threads.
     """
-    w0, w1, w2, w3 = philox(groups, row_lo, row_hi, tl.full((), DOMAIN, tl.uint32), k0, k1)
+    w0, w1, w2, w3 = philox(groups, row_lo, row_hi, tl.full((), DOMAIN, tl.uint32), k0, k1, FAST)
     quads = tl.join(tl.join(w0, w2), tl.join(w1, w3))
     least = tl.minimum(tl.minimum(w0, w1), tl.minimum(w2, w3))
     return tl.reshape(quads, groups.shape[:-1] + [4 * groups.shape[-1]]), least
@@ -87,40 +100,40 @@ def scaled_noise(w, fine, DTYPE: tl.constexpr, FAST: tl.constexpr, REFINE: tl.co
     w, fine: words of DOMAIN_GUMBEL and DOMAIN_REFINE (read only with REFINE). DTYPE: float32 or float64.
     FAST: compiled for NVIDIA. REFINE: use `fine` where w < REFINE_BELOW; without it the caller knows that none is.
     """
-    # Read as a signed number, the word is its distance from the nearer end: y is u for words below 2^31, and for the
-    # others u - 1, minus the complement, with full relative accuracy at either end and a single conversion.
-    y = tl.fma(w.to(tl.int32, bitcast=True).to(DTYPE), 2.0**-32, 2.0**-33)
+    # Read as a signed number, the word is its distance from the nearer end: y is -u for words below 2^31, and for the
+    # others the complement 1 - u, with full relative accuracy at either end and a single conversion.
+    y = tl.fma(w.to(tl.int32, bitcast=True).to(DTYPE), -(2.0**-32), -(2.0**-33))
     if REFINE:
         u = tl.fma(w.to(DTYPE), 2.0**-32, (fine.to(DTYPE) + 0.5) * 2.0**-64)
-        y = tl.where(w < REFINE_BELOW, u, y)
+        y = tl.where(w < REFINE_BELOW, -u, y)
     if DTYPE == tl.float64:
         # 1 - u is exact here, and its logarithm loses accuracy only where u is small: there, the series.
-        p = tl.full(y.shape, 1.0 / 9.0, DTYPE)
+        p = tl.full(y.shape, -1.0 / 9.0, DTYPE)
         for i in tl.static_range(8):
-            p = tl.fma(p, y, 1.0 / (8 - i))
-        e = tl.where(y > 0, tl.where(y < 2.0**-6, y * p, -tl.log(1.0 - tl.abs(y))), -tl.log(tl.abs(y)))
+            p = tl.fma(-p, y, -1.0 / (8 - i))
+        e = tl.where(y < 0, tl.where(y > -(2.0**-6), y * p, -tl.log(1.0 - tl.abs(y))), -tl.log(tl.abs(y)))
         n = tl.log2(e * LOG2E)
     else:
-        # Minimax polynomial of -log1p(-u) / (u ln 2) on (0, 1/2), relative error 1e-6.
-        p = tl.fma(y, 1.429106345938589, -0.9203234775495638)
-        p = tl.fma(p, y, 0.7541598786960653)
+        # Minimax polynomial of log1p(y) / (y ln 2) on (-1/2, 0), relative error 1e-6, negated.
+        p = tl.fma(y, -1.429106345938589, -0.9203234775495638)
+        p = tl.fma(p, y, -0.7541598786960653)
         p = tl.fma(p, y, 0.2705527255204786)
-        p = tl.fma(p, y, 0.4889451341750691)
+        p = tl.fma(p, y, -0.4889451341750691)
         p = tl.fma(p, y, 0.7210831460438285)
-        p = tl.fma(p, y, 1.4426964411392038)
+        p = tl.fma(p, y, -1.4426964411392038)
         if FAST:
             # Of the two, the one that does not apply is NaN, which maximum ignores, or negative.
-            n = fast_log2(tl.maximum(y * p, -fast_log2(-y)))
+            n = fast_log2(tl.maximum(y * p, -fast_log2(y)))
         else:
-            n = tl.log2(tl.where(y > 0, y * p, -tl.log2(tl.where(y > 0, 0.5, -y))))
+            n = tl.log2(tl.where(y < 0, y * p, -tl.log2(tl.where(y < 0, 0.5, y))))
     return n
 
 
 @triton.jit
 def strip_noise(groups, row_lo, row_hi, k0, k1, DTYPE: tl.constexpr, FAST: tl.constexpr, REFINE: tl.constexpr):
     """Scaled noise `[..., 4 * G]` of token groups `[..., G]`, and the groups' least words (see `words`)."""
-    w, least = words(groups, row_lo, row_hi, k0, k1, DOMAIN_GUMBEL)
+    w, least = words(groups, row_lo, row_hi, k0, k1, DOMAIN_GUMBEL, FAST)
     fine = w
     if REFINE:
-        fine, _ = words(groups, row_lo, row_hi, k0, k1, DOMAIN_REFINE)
+        fine, _ = words(groups, row_lo, row_hi, k0, k1, DOMAIN_REFINE, FAST)
     return scaled_noise(w, fine, DTYPE, FAST, REFINE), least
