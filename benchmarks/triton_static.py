@@ -89,8 +89,8 @@ def compile_kernel(kernel: Any, arguments: dict[str, Any], target: str) -> Any:
         if value.startswith("*") or value.endswith(" aligned"):
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    # What the launcher leaves at its default stays at its default here, on either side of Triton 3.10.
-    return triton.compile(source, target=TARGETS[target], options={"num_warps": tiles.NUM_WARPS})
+    options = {"num_warps": tiles.NUM_WARPS, **tiles.target_options(TARGETS[target].backend)}
+    return triton.compile(source, target=TARGETS[target], options=options)
 
 
 def nvidia_code(compiled: Any) -> tuple[list[tuple[int, str]], dict[str, int]]:

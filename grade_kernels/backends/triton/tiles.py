@@ -18,8 +18,6 @@ import torch
 import triton
 import triton.language as tl
 
-from grade_kernels.backends.triton.philox import has_fast_log
-
 NUM_WARPS = 4
 MAX_STRIPS = 4
 SPLIT_COLUMNS = 8192
@@ -34,9 +32,12 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 
-def warp_size() -> int:
-    """Threads of a warp on the device that kernels are launched on."""
-    return 32 if INTERPRETED else triton.runtime.driver.active.get_current_target().warp_size
+def target() -> tuple[str, int]:
+    """Name of the Triton backend that kernels are launched on, and the threads of a warp there."""
+    if INTERPRETED:
+        return "interpreter", 32
+    active = triton.runtime.driver.active.get_current_target()
+    return active.backend, active.warp_size
 
 
 def strip_sizes(width: int, dtype: torch.dtype, warp_size: int) -> dict[str, int]:
@@ -56,18 +57,26 @@ def is_aligned(*tensors: torch.Tensor) -> bool:
     )  # fmt: skip
 
 
+def target_options(backend: str) -> dict[str, Any]:
+    """Compiler options for a Triton backend."""
+    # AMD logarithms and exponentials otherwise spend four instructions on denormal numbers, as NVIDIA's do not.
+    return {"allow_flush_denorm": True} if backend == "hip" else {}
+
+
 def launch_options(vocab_start: int, logits: torch.Tensor, *others: torch.Tensor) -> dict[str, Any]:
     """Arguments that all scanning kernels share, for the tensors of `logits`' shape that they read."""
     skew = vocab_start & 3
+    backend, warp_size = target()
     return {
         "V": logits.shape[1],
         "group_start": (vocab_start >> 2) & 0xFFFFFFFF,
         "SKEW": skew,
-        **strip_sizes(logits.shape[1] + skew, logits.dtype, warp_size()),
+        **strip_sizes(logits.shape[1] + skew, logits.dtype, warp_size),
         "DTYPE": TRITON_DTYPE[compute_dtype(logits.dtype)],
-        "FAST": has_fast_log(),
+        "FAST": backend == "cuda",
         "ALIGNED": skew == 0 and is_aligned(logits, *others),
         "num_warps": NUM_WARPS,
+        **target_options(backend),
     }
 
 
