@@ -1,6 +1,6 @@
 """Static cost of the Triton kernels: compiles them ahead of time and reads the machine code. Needs no GPU.
 
-    python benchmarks/triton_static.py [--targets sm_90 gfx942] [--json]
+    python benchmarks/triton_static.py [--targets sm_90 gfx942] [--layout odd] [--json]
 
 For every kernel and target: registers, bytes of spill, and instructions per logit in the main loop (the loop over tiles
 that need no masks). Instructions that a whole warp shares (scalar ones on AMD, uniform ones on NVIDIA) are counted too.
@@ -35,25 +35,30 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 VOCAB = 151936
+# Rows aligned to 16 bytes; rows that are not; any strides, row ids and a shard at an odd offset; one row of one token.
+LAYOUTS = ("aligned", "odd", "general", "tiny")
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
-def variants(dtype: str, target: str, odd: bool) -> dict[str, tuple[Any, dict[str, Any]]]:
-    """Name -> (kernel, arguments), for logits of a dtype; odd rows are not 16-byte aligned."""
+def variants(dtype: str, target: str, layout: str = "aligned") -> dict[str, tuple[Any, dict[str, Any]]]:
+    """Name -> (kernel, arguments), for logits of a dtype in one of LAYOUTS."""
     compute = "fp64" if dtype == "fp64" else "fp32"
-    data, stat = f"*{dtype}", f"*{compute}"
-    stride = "i64" if odd else "i64 aligned"
     torch_dtype = torch.float64 if dtype == "fp64" else torch.float32
+    data, stat = f"*{dtype}", f"*{compute}"
+    aligned, general, tiny = (layout == name for name in ("aligned", "general", "tiny"))
+    skew = 3 if general else 0
+    sizes = tiles.strip_sizes(1 if tiny else VOCAB + skew, torch_dtype, TARGETS[target].warp_size)
+    row_stride = 1 if tiny else "i64 aligned" if aligned else "i32" if general else "i64"
     common = {
-        "V": "i32" if odd else "i32 aligned", "group_start": "i64", "logits": data, "seed": "*i64", "row_ids": None,
-        "SKEW": 0, **tiles.strip_sizes(VOCAB, torch_dtype, TARGETS[target].warp_size), "BLOCK_S": 32,
-        "DTYPE": tiles.TRITON_DTYPE[torch_dtype], "FAST": target.startswith("sm_"),
-        "ALIGNED": not odd and dtype != "fp64",
-        "LOWEST": -1.7976931348623157e308 if compute == "fp64" else -3.4028234663852886e38,
-        **dict.fromkeys(("s_n", "s_ln", "s_wn", "s_dyn", "s_outn"), stride),
-        **dict.fromkeys(("s_v", "s_lv", "s_wv", "s_dyv", "s_outv", "s_tau"), 1),
+        "V": 1 if tiny else "i32 aligned" if aligned else "i32", "N": "i32", "group_start": "i32" if general else "i64",
+        "logits": data, "seed": "*i64", "row_ids": "*i64" if general else None, "SKEW": skew, **sizes,
+        "BLOCK_S": triton.next_power_of_2(sizes["SPLITS"]), "DTYPE": tiles.TRITON_DTYPE[torch_dtype],
+        "FAST": target.startswith("sm_"), "ALIGNED": aligned and dtype != "fp64",
+        "LOWEST": torch.finfo(torch_dtype).min,
+        **dict.fromkeys(("s_n", "s_ln", "s_wn", "s_dyn", "s_outn"), row_stride),
+        **dict.fromkeys(("s_v", "s_lv", "s_wv", "s_dyv", "s_outv", "s_tau"), "i64" if general else 1),
         **dict.fromkeys(("best", "top", "total", "score_max", "logit_max", "logit_sum", "partial", "pivots", "tau"), stat),
-        "tile": "*i32", "ids": "*i64", "weights": data, "dy": data, "out": data, "N": "i32",
+        "tile": "*i32", "ids": "*i64", "weights": data, "dy": data, "out": data,
         "dlogprobs": None, "partial_dtau": None, "NOISY": True, "REINMAX": False,
     }  # fmt: skip
     table = {
@@ -157,14 +162,14 @@ def main() -> None:
     parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=TARGETS)
     parser.add_argument("--dtypes", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16", "fp16", "fp64"])
     parser.add_argument("--kernels", nargs="+", help="names, as in the first column")
-    parser.add_argument("--odd", action="store_true", help="a vocabulary whose rows are not aligned to 16 bytes")
+    parser.add_argument("--layout", default="aligned", choices=LAYOUTS)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--top", action="store_true", help="show the commonest instructions of the main loop")
     args = parser.parse_args()
     results = []
     for target in args.targets:
         for dtype in args.dtypes:
-            for name, (kernel, arguments) in variants(dtype, target, args.odd).items():
+            for name, (kernel, arguments) in variants(dtype, target, args.layout).items():
                 if args.kernels and name not in args.kernels:
                     continue
                 figures = measure(kernel, arguments, target)

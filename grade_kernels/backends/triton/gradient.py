@@ -53,7 +53,7 @@ def _sums(
     return b_total, b_dot, b_plain, b_low
 
 
-@triton.jit(do_not_specialize=["group_start"])
+@triton.jit(do_not_specialize=["N", "group_start"])
 def softmax_backward_sums_kernel(
     dy, logits, tau, seed, row_ids, pivots, ids, partial, s_dyn, s_dyv, s_ln, s_lv, s_tau, N, V, group_start,
     SKEW: tl.constexpr, LANES: tl.constexpr, STRIPS: tl.constexpr, TILES: tl.constexpr, SPLITS: tl.constexpr,
@@ -151,7 +151,7 @@ def _apply(
     return b_dtau
 
 
-@triton.jit(do_not_specialize=["group_start"])
+@triton.jit(do_not_specialize=["N", "group_start"])
 def softmax_backward_apply_kernel(
     dy, logits, tau, seed, row_ids, pivots, ids, logit_max, logit_sum, dlogprobs, partial, partial_dtau, out,
     s_dyn, s_dyv, s_ln, s_lv, s_outn, s_outv, s_tau, N, V, group_start,

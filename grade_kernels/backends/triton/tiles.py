@@ -103,8 +103,7 @@ def split_bounds(i_s, V, SKEW: tl.constexpr, TILE: tl.constexpr, TILES: tl.const
 
 @triton.jit
 def _load(p_row, s_v, o_v, V, OTHER: tl.constexpr, DTYPE: tl.constexpr, MASKED: tl.constexpr):
-    # Neighbouring columns are the usual case, and their addresses need no 64-bit multiply.
-    p = p_row + (o_v if s_v == 1 else o_v.to(tl.int64) * s_v)
+    p = p_row + o_v.to(tl.int64) * s_v
     if MASKED:
         b = tl.load(p, mask=(o_v >= 0) & (o_v < V), other=OTHER)
     else:
@@ -145,7 +144,7 @@ def _round_to(b, DTYPE: tl.constexpr):
 def store_strip(p_row, s_v, first, V, b, MASKED: tl.constexpr):
     """Write a strip to a row from column `first`, in the row's dtype."""
     o_v = first + tl.arange(0, b.shape[0])
-    p = p_row + (o_v if s_v == 1 else o_v.to(tl.int64) * s_v)
+    p = p_row + o_v.to(tl.int64) * s_v
     b = _round_to(b, p_row.dtype.element_ty)
     if MASKED:
         tl.store(p, b, mask=(o_v >= 0) & (o_v < V))
