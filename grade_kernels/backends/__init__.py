@@ -54,7 +54,19 @@ from typing import NamedTuple
 
 import torch
 
-__all__ = ["BACKENDS", "Head", "Sample", "Softmax", "Support", "available_backends", "module", "select", "set_backend", "status", "use_backend"]
+__all__ = [
+    "BACKENDS",
+    "Head",
+    "Sample",
+    "Softmax",
+    "Support",
+    "available_backends",
+    "module",
+    "select",
+    "set_backend",
+    "status",
+    "use_backend",
+]
 
 BACKENDS = ("reference", "torch", "cpu", "triton")
 _override: str | None = None

@@ -137,7 +137,9 @@ def check_head_rows(bad: torch.Tensor) -> None:
     """Raise ValueError for the first row of hidden states whose logits are no distribution."""
     if bad.any():
         row = int(bad.nonzero()[0])
-        raise ValueError(f"hidden and lm_head must give logits without NaN and +inf and not only -inf, but row {row} does")
+        raise ValueError(
+            f"hidden and lm_head must give logits without NaN and +inf and not only -inf, but row {row} does"
+        )
 
 
 def bad_rows(logits: torch.Tensor) -> torch.Tensor:

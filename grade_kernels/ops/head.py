@@ -38,9 +38,7 @@ def check_head(
     if lm_head.shape[0] == 0:
         raise ValueError(f"{prefix}lm_head must have at least one token, got shape {tuple(lm_head.shape)}")
     if hidden.shape[-1] != lm_head.shape[1]:
-        raise ValueError(
-            f"{prefix}hidden has H = {hidden.shape[-1]}, but {prefix}lm_head has H = {lm_head.shape[1]}"
-        )
+        raise ValueError(f"{prefix}hidden has H = {hidden.shape[-1]}, but {prefix}lm_head has H = {lm_head.shape[1]}")
     checks.check_same_device(f"{prefix}lm_head", lm_head, f"{prefix}hidden", hidden)
     if bias is not None:
         checks.check_floating(f"{prefix}bias", bias)
@@ -57,7 +55,9 @@ def check_head(
     assert hidden is not None
     assert lm_head is not None
     if hidden.dtype != lm_head.dtype:
-        raise TypeError(f"{prefix}hidden and {prefix}lm_head must have one dtype, got {hidden.dtype} and {lm_head.dtype}")
+        raise TypeError(
+            f"{prefix}hidden and {prefix}lm_head must have one dtype, got {hidden.dtype} and {lm_head.dtype}"
+        )
     return hidden, lm_head, bias
 
 
@@ -79,9 +79,7 @@ def select_backend(choice: str, dtype: torch.dtype) -> str:
     return "torch" if dtype == torch.float64 and choice != "reference" else choice
 
 
-def make_head(
-    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, softcap: float | None
-) -> Head:
+def make_head(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, softcap: float | None) -> Head:
     """A head with its bias in compute precision."""
     return Head(hidden, weight, None if bias is None else bias.to(checks.compute_dtype(hidden.dtype)), softcap)
 

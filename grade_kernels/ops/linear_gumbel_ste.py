@@ -291,7 +291,9 @@ class _Backward:
 
     def dy(self, rows: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         """`dY` at single places."""
-        parts = [self.implementation.gather_dot(d, t, rows, tokens) for d, t in zip(self.upstream, self.tables, strict=True)]
+        parts = [
+            self.implementation.gather_dot(d, t, rows, tokens) for d, t in zip(self.upstream, self.tables, strict=True)
+        ]
         return sum(part.to(self.tau.dtype) for part in parts)
 
     def relaxed(self, support: Support, factor: torch.Tensor, tempered: bool) -> Entries:
@@ -356,7 +358,9 @@ class _Backward:
                 plain_dot += (plain(logits) * dy).sum(dim=1, keepdim=True)
         mean = dot / total
         if reinmax:
-            sampled_dy = sum((d * t[ids.squeeze(1)]).sum(1).to(tau.dtype) for d, t in zip(upstream, self.tables, strict=True))
+            sampled_dy = sum(
+                (d * t[ids.squeeze(1)]).sum(1).to(tau.dtype) for d, t in zip(upstream, self.tables, strict=True)
+            )
             mean = 0.5 * (mean + sampled_dy[:, None])
         dtau = torch.zeros_like(tau)
 

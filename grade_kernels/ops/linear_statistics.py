@@ -273,7 +273,15 @@ def _backward_kernel(
     gradients.add_entries(Entries.joined(parts))
     dense = torch.arange(len(tau), device=tau.device) if eps == 0 else overflow.nonzero().squeeze(1)
     if len(dense):
-        _add_dense(gradients, dense, Softmax(logit_max, total, value, *(ref_statistics or (value, value))), ref, tau, scale, kind)
+        _add_dense(
+            gradients,
+            dense,
+            Softmax(logit_max, total, value, *(ref_statistics or (value, value))),
+            ref,
+            tau,
+            scale,
+            kind,
+        )
     return gradients.results(bias)
 
 

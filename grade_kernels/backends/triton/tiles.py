@@ -30,8 +30,6 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-
-
 def target() -> tuple[str, int]:
     """Name of the Triton backend that kernels are launched on, and the threads of a warp there."""
     if INTERPRETED:
