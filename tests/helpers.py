@@ -96,11 +96,18 @@ def assert_same_ids(ids: torch.Tensor, scores: torch.Tensor, dtype: torch.dtype)
     assert not wrong.any(), f"rows {wrong.nonzero().flatten().tolist()} differ by more than rounding"
 
 
-def assert_accurate(ours: torch.Tensor, torch_same_dtype: torch.Tensor, truth: torch.Tensor, what: str = "") -> None:
+def assert_accurate(
+    ours: torch.Tensor,
+    torch_same_dtype: torch.Tensor,
+    truth: torch.Tensor,
+    what: str = "",
+    terms: torch.Tensor | None = None,
+) -> None:
     """The tolerance rule: |truth - ours| <= |truth - PyTorch in the same dtype| + slim margin.
 
-    Both sides are the largest error of a row relative to the row's largest true entry. Slim margin: MARGIN epsilons of
-    the output's dtype. `truth` is float64, computed from the very same (rounded) inputs.
+    Both sides are the largest error of a row. Slim margin: MARGIN epsilons of the output's dtype, relative to the row's
+    largest true entry, or where a result is a difference, to the larger `terms` (of truth's shape) that cancel in it:
+    their rounding has been lost before. `truth` is float64, computed from the very same (rounded) inputs.
     """
     assert ours.shape == truth.shape, f"{what}: shape {tuple(ours.shape)} instead of {tuple(truth.shape)}"
     assert ours.dtype == torch_same_dtype.dtype, f"{what}: dtype {ours.dtype} instead of {torch_same_dtype.dtype}"
@@ -108,16 +115,21 @@ def assert_accurate(ours: torch.Tensor, torch_same_dtype: torch.Tensor, truth: t
         return
     dtype, info = ours.dtype, torch.finfo(ours.dtype)
     ours, theirs, truth = (x.detach().double().cpu() for x in (ours, torch_same_dtype, truth))
+    terms = truth if terms is None else terms.detach().double().cpu()
     if ours.dim() == 0:
-        ours, theirs, truth = ours[None], theirs[None], truth[None]
+        ours, theirs, truth, terms = ours[None], theirs[None], truth[None], terms[None]
     for value in (-math.inf, math.inf):  # the same infinities, which then cancel
         assert torch.equal(ours == value, truth == value), f"{what}: infinities differ"
     finite = truth.isfinite()
     ours, theirs, truth = (torch.where(finite, x, 0.0) for x in (ours, theirs, truth))
     assert ours.isfinite().all(), f"{what}: not finite"
-    scale = truth.abs().amax(-1)
-    # Below the smallest normal number the distance between neighbours no longer shrinks.
-    allowed = (truth - theirs).abs().amax(-1) + MARGIN[dtype] * (info.eps * scale + info.tiny * info.eps)
+    scale = torch.maximum(truth.abs(), torch.where(finite, terms.abs(), 0.0)).amax(-1)
+    # Cancelled terms were computed in the compute dtype; the result is rounded once. Below the smallest normal number
+    # the distance between neighbours no longer shrinks.
+    wide = compute_dtype(dtype)
+    slim = MARGIN[dtype] * (info.eps * truth.abs().amax(-1) + info.tiny * info.eps)
+    slim = slim + MARGIN[wide] * torch.finfo(wide).eps * scale
+    allowed = (truth - theirs).abs().amax(-1) + slim
     error = (truth - ours).abs().amax(-1)
     worst = (error - allowed).argmax()
     assert (error <= allowed).all(), (
