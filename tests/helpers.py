@@ -102,12 +102,14 @@ def assert_accurate(
     truth: torch.Tensor,
     what: str = "",
     terms: torch.Tensor | None = None,
+    compute: torch.dtype | None = None,
 ) -> None:
     """The tolerance rule: |truth - ours| <= |truth - PyTorch in the same dtype| + slim margin.
 
     Both sides are the largest error of a row. Slim margin: MARGIN epsilons of the output's dtype, relative to the row's
     largest true entry, or where a result is a difference, to the larger `terms` (of truth's shape) that cancel in it:
-    their rounding has been lost before. `truth` is float64, computed from the very same (rounded) inputs.
+    their rounding has been lost before. `truth` is float64, computed from the very same (rounded) inputs. `compute` is the
+    dtype of the arithmetic where it is not the output's compute dtype.
     """
     assert ours.shape == truth.shape, f"{what}: shape {tuple(ours.shape)} instead of {tuple(truth.shape)}"
     assert ours.dtype == torch_same_dtype.dtype, f"{what}: dtype {ours.dtype} instead of {torch_same_dtype.dtype}"
@@ -126,7 +128,7 @@ def assert_accurate(
     scale = torch.maximum(truth.abs(), torch.where(finite, terms.abs(), 0.0)).amax(-1)
     # Cancelled terms were computed in the compute dtype; the result is rounded once. Below the smallest normal number
     # the distance between neighbours no longer shrinks.
-    wide = compute_dtype(dtype)
+    wide = compute or compute_dtype(dtype)
     slim = MARGIN[dtype] * (info.eps * truth.abs().amax(-1) + info.tiny * info.eps)
     slim = slim + MARGIN[wide] * torch.finfo(wide).eps * scale
     allowed = (truth - theirs).abs().amax(-1) + slim

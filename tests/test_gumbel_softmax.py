@@ -114,7 +114,7 @@ def test_many_rows(backend: str, device: str, interpreted: bool) -> None:
 
 
 def test_large_vocabulary(backend: str, device: str, interpreted: bool) -> None:
-    vocab = 9001 if interpreted else 151937
+    vocab = 151937 if backend == "cpu" or device == "cuda" else 40009 if not interpreted else 9001
     for dtype in (torch.float32, torch.bfloat16):
         logits = randn(2, vocab, device=device, dtype=dtype) * 3
         Case(logits, row_taus(2, dtype, device), gk.GumbelNoise(11)).check()
@@ -321,15 +321,18 @@ def test_second_derivatives_are_right_or_refused(backend: str, device: str) -> N
     def f(x: torch.Tensor) -> torch.Tensor:
         return gk.gumbel_softmax(x, 0.8, noise=noise_of())
 
+    def penalised(f: Any, x: torch.Tensor) -> torch.Tensor:
+        """Gradient of a loss plus its gradient's square: a first derivative hides behind which a second may be missing."""
+        loss = (f(x) ** 2).sum()
+        (first,) = torch.autograd.grad(loss, x, create_graph=True)
+        return torch.autograd.grad(loss + (first**2).sum(), x)[0]
+
+    g = truth_noise(noise_of(), 2, 5).to(device)
     try:
-        (first,) = torch.autograd.grad((f(x) ** 2).sum(), x, create_graph=True)
-        (second,) = torch.autograd.grad((first**2).sum(), x)
+        ours = penalised(f, x)
     except (RuntimeError, NotImplementedError):
         return
-    y = leaf(x)
-    g = truth_noise(noise_of(), 2, 5).to(device)
-    (first,) = torch.autograd.grad((((y + g) / 0.8).softmax(-1) ** 2).sum(), y, create_graph=True)
-    torch.testing.assert_close(second, torch.autograd.grad((first**2).sum(), y)[0])
+    torch.testing.assert_close(ours, penalised(lambda x: ((x + g) / 0.8).softmax(-1), leaf(x)))
 
 
 @pytest.mark.parametrize("hard", [False, True])
@@ -355,7 +358,7 @@ def test_saved_for_backward(backend: str, device: str, hard: bool, layout: str) 
 
 @pytest.mark.parametrize("hard", [False, True])
 def test_two_runs_are_bitwise_equal(backend: str, device: str, interpreted: bool, hard: bool) -> None:
-    rows, vocab = (3, 1031) if interpreted else (64, 3001)
+    rows, vocab = (3, 1031) if interpreted else (64 if backend == "cpu" else 16, 3001)
     logits, dy = randn(rows, vocab, device=device), randn(rows, vocab, device=device, seed=4)
 
     def run() -> tuple[torch.Tensor, ...]:
