@@ -95,9 +95,7 @@ class GumbelNoise:
     row_ids: torch.Tensor | None
     vocab_start: int
 
-    def __init__(
-        self, seed: int | torch.Tensor, row_ids: torch.Tensor | None = None, *, vocab_start: int = 0
-    ) -> None:
+    def __init__(self, seed: int | torch.Tensor, row_ids: torch.Tensor | None = None, *, vocab_start: int = 0) -> None:
         if isinstance(seed, torch.Tensor):
             if seed.dtype != torch.int64:
                 raise TypeError(f"seed must be an int or a 0-d int64 tensor, got a tensor of dtype {seed.dtype}")

@@ -23,8 +23,10 @@ class GumbelSTEEmbedding(NamedTuple):
     logprobs: torch.Tensor  # [...], log softmax(logits)[ids], untempered
 
 
-def _widen(x: torch.Tensor) -> torch.Tensor:
-    return x if x.dtype == torch.float64 else x.float()
+def _widen(logits: torch.Tensor) -> torch.Tensor:
+    """Logits in compute precision; a masked one (-inf) is a constant and gets gradient exactly 0."""
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    return torch.where(wide == -torch.inf, -torch.inf, wide)
 
 
 def _scores(logits: torch.Tensor, noise: GumbelNoise | None) -> torch.Tensor:
