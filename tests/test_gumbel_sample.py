@@ -47,13 +47,13 @@ def test_the_tolerance_of_ids_hides_nothing() -> None:
 
 def test_many_rows(backend: str, device: str, interpreted: bool) -> None:
     """More rows than any tile holds, more tokens than one chunk, and a number of either that no tile divides."""
-    rows, vocab = (37, 257) if interpreted else (301, 1003)
+    rows, vocab = (37, 257) if interpreted else (301, 259)
     logits, noise = randn(rows, vocab, device=device), noise_of(3, rows, device)
     assert_same_ids(gk.gumbel_sample(logits, noise=noise), truth_scores(logits, noise), torch.float32)
 
 
-def test_large_vocabulary(backend: str, device: str, interpreted: bool) -> None:
-    vocab = 20011 if interpreted else 151937
+def test_large_vocabulary(backend: str, device: str) -> None:
+    vocab = 151937 if backend == "cpu" or device == "cuda" else 20011
     logits = randn(2, vocab, device=device, dtype=torch.bfloat16)
     noise = gk.GumbelNoise(11)
     assert_same_ids(gk.gumbel_sample(logits, noise=noise), truth_scores(logits, noise), torch.bfloat16)

@@ -68,9 +68,9 @@ class Case:
         self.torch_dtau = torch.where(self.torch_dtau.isfinite(), self.torch_dtau, self.true_dtau.to(self.dtau.dtype))
         assert_accurate(self.y, self.torch_y, self.true_y, "y", terms=self.true_y * 4)
         assert_accurate(self.dlogits, self.torch_dlogits, self.true_dlogits, "dlogits", terms=self.terms)
-        wide = self.dtau.dtype
-        assert_accurate(self.dtau[:, None], self.torch_dtau.to(wide)[:, None], self.true_dtau[:, None], "dtau",
-                        terms=self.tau_terms[:, None])  # fmt: skip
+        # One number a row: the rows' errors are compared as a whole, since a single one may be nought by luck.
+        theirs = self.torch_dtau.to(self.dtau.dtype)
+        assert_accurate(self.dtau, theirs, self.true_dtau, "dtau", terms=self.tau_terms)
 
 
 @pytest.mark.parametrize("mask", [False, True], ids=["open", "masked"])
@@ -108,13 +108,13 @@ def test_hard(backend: str, device: str, rows: int, dtype: torch.dtype, vocab: i
 
 
 def test_many_rows(backend: str, device: str, interpreted: bool) -> None:
-    rows, vocab = (19, 131) if interpreted else (301, 517)
+    rows, vocab = (19, 131) if interpreted else (131, 261)
     tau = torch.linspace(0.25, 2.0, rows, device=device)
     Case(randn(rows, vocab, device=device), tau, noise_of(3, rows, device)).check()
 
 
-def test_large_vocabulary(backend: str, device: str, interpreted: bool) -> None:
-    vocab = 151937 if backend == "cpu" or device == "cuda" else 40009 if not interpreted else 9001
+def test_large_vocabulary(backend: str, device: str) -> None:
+    vocab = 151937 if backend == "cpu" or device == "cuda" else 9001
     for dtype in (torch.float32, torch.bfloat16):
         logits = randn(2, vocab, device=device, dtype=dtype) * 3
         Case(logits, row_taus(2, dtype, device), gk.GumbelNoise(11)).check()

@@ -135,8 +135,8 @@ def check(
                     terms=scores.amax(1, keepdim=True), compute=wide)  # fmt: skip
     assert_accurate(dx, theirs.dlogits, truth.dlogits, "dlogits", terms=terms, compute=wide)
     assert (dx[logits == -math.inf] == 0).all()
-    assert_accurate(dt[:, None], theirs.dtau[:, None], truth.dtau[:, None], "dtau",
-                    terms=(terms * scores).sum(1, keepdim=True) / double[2][:, None], compute=wide)  # fmt: skip
+    # One number a row: the rows' errors are compared as a whole, since a single one of PyTorch's may be nought by luck.
+    assert_accurate(dt, theirs.dtau, truth.dtau, "dtau", terms=(terms * scores).sum(1) / double[2], compute=wide)
 
 
 @pytest.mark.parametrize("mask", [False, True], ids=["open", "masked"])
@@ -239,7 +239,7 @@ def test_sampled_ids_given_back_change_nothing(backend: str, device: str, rows: 
 
 
 def test_many_rows(backend: str, device: str, interpreted: bool) -> None:
-    rows, vocab, width = (19, 131, 3) if interpreted else (301, 517, 33)
+    rows, vocab, width = (19, 131, 3) if interpreted else (131, 261, 33)
     for dtype in (torch.float32, torch.bfloat16):
         logits = randn(rows, vocab, device=device, dtype=dtype)
         tables = (randn(vocab, width, device=device, dtype=dtype, seed=1), randn(vocab, 1, device=device, seed=2))
@@ -248,8 +248,8 @@ def test_many_rows(backend: str, device: str, interpreted: bool) -> None:
 
 
 @pytest.mark.parametrize("estimator", ["ste", "soft"])
-def test_large_vocabulary(backend: str, device: str, interpreted: bool, estimator: str) -> None:
-    vocab = 151937 if backend == "cpu" or device == "cuda" else 40009 if not interpreted else 9001
+def test_large_vocabulary(backend: str, device: str, estimator: str) -> None:
+    vocab = 151937 if backend == "cpu" or device == "cuda" else 9001
     logits = randn(2, vocab, device=device, dtype=torch.bfloat16) * 3
     table = randn(vocab, 4, device=device, dtype=torch.bfloat16, seed=1)
     check(logits, (table,), row_taus(2, torch.bfloat16, device), gk.GumbelNoise(11), estimator)
