@@ -1,4 +1,4 @@
-"""Kernels for training through discrete tokens: Gumbel noise, straight-through samples, and what GRADE builds on them."""
+"""Kernels for training through discrete tokens: Gumbel noise, straight-through samples, and GRADE on top of them."""
 
 from grade_kernels import backends, reference
 from grade_kernels.backends import available_backends, set_backend, use_backend

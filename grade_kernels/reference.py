@@ -95,7 +95,7 @@ def gumbel_ste_embedding(
     noise: GumbelNoise | None = None,
     ids: torch.Tensor | None = None,
 ) -> GumbelSTEEmbedding:
-    """Embedding of a sampled token, `y @ E`, with one of four relaxations behind it (see `ops.gumbel_ste_embedding`)."""
+    """Embedding of a sampled token, `y @ E`, with one of four relaxations (see `ops.gumbel_ste_embedding`)."""
     scores = _scores(logits, noise)
     wide, tau = _widen(logits), _column(tau, logits)
     ids = scores.argmax(-1) if ids is None else ids

@@ -114,24 +114,38 @@ GK_INLINE void noise_words(const RowKey& key, uint32_t q, u32 out[4]) {
 }
 #endif
 
-[[gnu::noinline, gnu::cold]] static void refine(const RowKey& key, int64_t token, u32 w, f32& e) {
-  for (int i = 0; i < kLanes; ++i) {
-    if (w[i] < kRefineBelow) {
-      e[i] = exponential_from_word<float>(w[i], token_word(key.seed, key.row, token + i, kDomainRefine));
+[[gnu::noinline, gnu::cold]] static void refine(const RowKey& key, int64_t token, const u32* words, f32* e) {
+  for (int i = 0; i < kPack * kLanes; ++i) {
+    const uint32_t w = ((const uint32_t*)words)[i];
+    if (w < kRefineBelow) {
+      ((float*)e)[i] = exponential_from_word<float>(w, token_word(key.seed, key.row, token + i, kDomainRefine));
     }
   }
 }
 
-// E = -log1p(-u) of sixteen tokens that start at `token`.
-GK_INLINE f32 exponential(const RowKey& key, int64_t token, u32 w) {
-  f32 k, f;
-  split(to_float(~w) * 0x1p-32f + 0x1p-33f, k, f);  // 1 - u, exact where u is near 1
+// E = -log1p(-u) of the tokens of a pack that starts at `token`.
+GK_INLINE f32p exponential(const RowKey& key, int64_t token, u32p w) {
+  f32p y, k, f;
+  for (int i = 0; i < kPack; ++i) y.v[i] = to_float(~w.v[i]) * 0x1p-32f + 0x1p-33f;  // 1 - u, exact where u is near 1
+  split(y, k, f);
   // Where 1 - u > 3/4 its exponent is 0, and -u itself is the more precise f.
-  f = select((i32)(w < 0x40000000u), -(to_float(w) * 0x1p-32f + 0x1p-33f), f);
-  f32 e = -(k * kLn2 + log1p_core(f));
-  if (__builtin_expect(any((i32)(w < kRefineBelow)), 0)) refine(key, token, w, e);
+  for (int i = 0; i < kPack; ++i) {
+    f.v[i] = select((i32)(w.v[i] < 0x40000000u), -(to_float(w.v[i]) * 0x1p-32f + 0x1p-33f), f.v[i]);
+  }
+  f32p e = fma(k, -kLn2, log1p_core(f) * -1.0f);
+  u32 least = w.v[0];
+  for (int i = 1; i < kPack; ++i) least = least < w.v[i] ? least : w.v[i];
+  if (__builtin_expect(any((i32)(least < kRefineBelow)), 0)) {
+    u32p words = w;  // their addresses must not escape from the usual path, or all of it would live in memory
+    f32p refined = e;
+    refine(key, token, words.v, refined.v);
+    e = refined;
+  }
   return e;
 }
+
+// Gumbel noise of the tokens of a pack.
+GK_INLINE f32p gumbel(const RowKey& key, int64_t token, u32p w) { return vlog(exponential(key, token, w)) * -1.0f; }
 
 // An upper bound of the noise, loose by at most 0.07, for five instructions: g <= -log(u), and the bits of a float read
 // as an integer are a lower bound of its logarithm.

@@ -52,6 +52,21 @@ GK_INLINE void store_block(T* row, const Block& block, const f32 x[kVectors]) {
   for (int i = block.first; i < block.last; ++i) row[block.column + i] = staged[i];
 }
 
+template <typename V>
+GK_INLINE Packed<V> pack(const V* x) {
+  Packed<V> out;
+  for (int i = 0; i < kPack; ++i) out.v[i] = x[i];
+  return out;
+}
+GK_INLINE void unpack(f32p x, f32* out) {
+  for (int i = 0; i < kPack; ++i) out[i] = x.v[i];
+}
+GK_INLINE f32 vexp2_one(f32 x) {
+  f32p all;
+  for (int i = 0; i < kPack; ++i) all.v[i] = x;
+  return vexp2(all).v[0];
+}
+
 // Sum over a row, lane by lane.
 struct Sum {
   f32 inner[kVectors] = {}, outer = {};
@@ -60,6 +75,9 @@ struct Sum {
     outer += (inner[0] + inner[1]) + (inner[2] + inner[3]);
     for (int j = 0; j < kVectors; ++j) inner[j] = f32{};
     blocks = 0;
+  }
+  [[gnu::always_inline]] void add(int j, f32p x) {
+    for (int i = 0; i < kPack; ++i) inner[j + i] += x.v[i];
   }
   [[gnu::always_inline]] void tick() {  // once a block
     if (++blocks == kGroup) close();
@@ -74,7 +92,10 @@ struct Sum {
 
 // The exact scores of sixteen tokens, taken only where the bound says that one of them may win.
 [[gnu::noinline]] static void contest(const RowKey& key, int64_t token, int64_t column, f32 l, u32 w, SamplePart<float>& best) {
-  const f32 s = l - vlog(exponential(key, token, w));
+  u32p words;
+  for (int i = 0; i < kPack; ++i) words.v[i] = splat_u(0x80000000u);
+  words.v[0] = w;
+  const f32 s = l + gumbel(key, token, words).v[0];
   for (int i = 0; i < kLanes; ++i) {
     if (s[i] <= best.score_max) continue;
     if (!(s[i] < __builtin_inff())) {  // NaN or +inf
@@ -114,19 +135,19 @@ static SamplePart<float> sample_part(const Rows& in, int64_t row, int64_t begin,
     if constexpr (kLogSumExp) {
       const f32 top = vmax(vmax(l[0], l[1]), vmax(l[2], l[3]));
       if (__builtin_expect(any_gt(top, lane_max), 0)) {
-        const f32 raised = vmax(top, lane_max), scale = vexp2((lane_max - raised) * kLog2E);
+        const f32 raised = vmax(top, lane_max), scale = vexp2_one((lane_max - raised) * kLog2E);
         for (int j = 0; j < kVectors; ++j) sum.inner[j] *= scale;
         sum.outer *= scale;
         lane_max = raised;
       }
-      for (int j = 0; j < kVectors; ++j) sum.inner[j] += vexp2((l[j] - lane_max) * kLog2E);
+      for (int j = 0; j < kVectors; j += kPack) sum.add(j, vexp2((pack(l + j) - lane_max) * kLog2E));
       sum.tick();
     }
   });
   if (kLogSumExp) {
     sum.close();
     best.logit_max = reduce_max(lane_max);
-    best.logit_sum = reduce_sum(sum.outer * vexp2((lane_max - best.logit_max) * kLog2E));
+    best.logit_sum = reduce_sum(sum.outer * vexp2_one((lane_max - best.logit_max) * kLog2E));
   }
   return best;
 }
@@ -151,11 +172,16 @@ GK_INLINE void weigh(const RowKey& key, int64_t vocab_start, const Block& block,
                      float scale, f32 out[kVectors]) {
   u32 w[kVectors];
   if constexpr (kNoisy) noise_words(key, block.counter, w);
-  for (int j = 0; j < kVectors; ++j) {
-    f32 s = l[j];
-    if constexpr (kNoisy) s -= vlog(exponential(key, vocab_start + block.column + j * kLanes, w[j]));
-    out[j] = vexp2((s - pivot) * scale);
+  for (int j = 0; j < kVectors; j += kPack) {
+    f32p s = pack(l + j);
+    if constexpr (kNoisy) s = s + gumbel(key, vocab_start + block.column + j * kLanes, pack(w + j));
+    unpack(vexp2((s - pivot) * scale), out + j);
   }
+}
+
+// exp(l - pivot) of one block.
+GK_INLINE void weigh_plain(const f32 l[kVectors], float pivot, f32 out[kVectors]) {
+  for (int j = 0; j < kVectors; j += kPack) unpack(vexp2((pack(l + j) - pivot) * kLog2E), out + j);
 }
 
 template <typename T, typename Out>
@@ -238,10 +264,11 @@ static void backward_row(const BackwardArgs<float>& args, int64_t row, float* sc
     for (int j = 0; j < kVectors; ++j) {
       sum.inner[j] += e[j];
       dot.inner[j] += select(e[j] != 0.0f, e[j] * dy[j], f32{});
-      if constexpr (kReinmax) {
-        const f32 plain = vexp2((l[j] - plain_pivot) * kLog2E);
-        plain_dot.inner[j] += select(plain != 0.0f, plain * dy[j], f32{});
-      }
+    }
+    if constexpr (kReinmax) {
+      f32 plain[kVectors];
+      weigh_plain(l, plain_pivot, plain);
+      for (int j = 0; j < kVectors; ++j) plain_dot.inner[j] += select(plain[j] != 0.0f, plain[j] * dy[j], f32{});
     }
     sum.tick();
     dot.tick();
@@ -266,16 +293,20 @@ static void backward_row(const BackwardArgs<float>& args, int64_t row, float* sc
     load_block(dy_row, block, 0.0f, dy);
     for (int j = 0; j < kVectors; ++j) {
       dl[j] = select(e[j] != 0.0f, e[j] * factor * (dy[j] - mean), f32{});
-      if (args.dtau) moment.inner[j] += select(e[j] > 0.0f, dl[j] * vlog(vmax(e[j], splat(0x1p-126f))), f32{});
     }
-    if (args.dtau) moment.tick();
+    if (args.dtau) {
+      for (int j = 0; j < kVectors; ++j) e[j] = vmax(e[j], splat(0x1p-126f));  // where e was 0, so is dl
+      for (int j = 0; j < kVectors; j += kPack) moment.add(j, pack(dl + j) * vlog(pack(e + j)));
+      moment.tick();
+    }
     if (needs_plain) {
-      f32 l[kVectors];
+      f32 l[kVectors], plain[kVectors];
       load_block(l_row, block, -__builtin_inff(), l);
+      weigh_plain(l, plain_pivot, plain);
       for (int j = 0; j < kVectors; ++j) {
-        const f32 plain = vexp2((l[j] - plain_pivot) * kLog2E) * plain_inverse;
-        dl[j] -= dlogprob * plain;
-        if constexpr (kReinmax) dl[j] -= select(plain != 0.0f, 0.5f * plain * (dy[j] - plain_mean), f32{});
+        plain[j] *= plain_inverse;
+        dl[j] -= dlogprob * plain[j];
+        if constexpr (kReinmax) dl[j] -= select(plain[j] != 0.0f, 0.5f * plain[j] * (dy[j] - plain_mean), f32{});
       }
     }
     store_block(out, block, dl);
@@ -285,7 +316,7 @@ static void backward_row(const BackwardArgs<float>& args, int64_t row, float* sc
     const int64_t id = args.ids[row];
     const float l = float(l_row[id]);
     if (l > -__builtin_inff()) {
-      const float e = scratch[id], plain = vexp2(splat((l - plain_pivot) * kLog2E))[0] * plain_inverse;
+      const float e = scratch[id], plain = vexp2_one(splat((l - plain_pivot) * kLog2E))[0] * plain_inverse;
       float dl = e * factor * (chosen_dy - mean) + dlogprob * (1.0f - plain);
       if constexpr (kReinmax) dl += (chosen_dy - mean) - 0.5f * plain * (chosen_dy - plain_mean);
       out[id] = T(dl);

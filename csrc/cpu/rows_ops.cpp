@@ -10,6 +10,7 @@
 #include <optional>
 #include <vector>
 
+#include "cpu/memory.h"
 #include "cpu/rows.h"
 #include "cpu/threads.h"
 
@@ -132,6 +133,39 @@ void sample(Tensor logits, Tensor seed, std::optional<Tensor> row_ids, int64_t v
   }
 }
 
+size_t element_size(const Tensor& x) {
+  const Dtype dtype = dtype_of(x);
+  return dtype == Dtype::kDouble ? 8 : dtype == Dtype::kFloat ? 4 : 2;
+}
+
+// Output rows for a kernel that writes all of them.
+void* fresh_rows(const Tensor& out) {
+  expect_writes(out.mutable_data_ptr(), size_t(out.size(0) * out.stride(0)) * element_size(out));
+  return out.mutable_data_ptr();
+}
+
+// one_hot(ids) of any dtype whose one is given by its bits.
+void one_hot(Tensor ids, Tensor out) {
+  char* base = static_cast<char*>(fresh_rows(out));
+  const size_t size = element_size(out), width = size_t(out.size(1)) * size;
+  const int64_t* hot = data<int64_t>(ids);
+  const double one_double = 1.0;
+  const float one_float = 1.0f;
+  const uint16_t one_bfloat = 0x3F80, one_half = 0x3C00;
+  const Dtype dtype = dtype_of(out);
+  const void* one = dtype == Dtype::kDouble  ? static_cast<const void*>(&one_double)
+                    : dtype == Dtype::kFloat ? static_cast<const void*>(&one_float)
+                    : dtype == Dtype::kHalf  ? static_cast<const void*>(&one_half)
+                                             : static_cast<const void*>(&one_bfloat);
+  parallel_rows(out.size(0), [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      char* cells = base + size_t(row) * width;
+      std::memset(cells, 0, width);
+      std::memcpy(cells + size_t(hot[row]) * size, one, size);
+    }
+  });
+}
+
 // Runs kernel(args, row, scratch) for every row, with one scratch row per thread.
 template <typename Real, typename Kernel, typename Args>
 void each_row(Kernel kernel, const Args& args) {
@@ -148,7 +182,7 @@ void softmax_rows(const Rows& in, const Tensor& tau, const Tensor& score_max, bo
                                data<Real>(tau),
                                data<Real>(score_max),
                                normalize,
-                               out.mutable_data_ptr(),
+                               fresh_rows(out),
                                dtype_of(out),
                                out.stride(0),
                                mutable_data<Real>(total)};
@@ -176,7 +210,7 @@ void backward_rows(const Rows& in, Estimator estimator, const Tensor& dy, const 
                                 dlogprobs ? data<Real>(*dlogprobs) : nullptr,
                                 dy.const_data_ptr(),
                                 dy.stride(0),
-                                out.mutable_data_ptr(),
+                                fresh_rows(out),
                                 out.stride(0),
                                 dtau ? mutable_data<Real>(*dtau) : nullptr};
   each_row<Real>(kernels<Real>().softmax_backward, args);
@@ -202,6 +236,7 @@ STABLE_TORCH_LIBRARY(grade_kernels_cpu, m) {
   m.def(
       "sample(Tensor logits, Tensor seed, Tensor? row_ids, int vocab_start, bool logsumexp, Tensor(a!) ids, "
       "Tensor(b!) score_max, Tensor(c!) logit_max, Tensor(d!) logit_sum) -> ()");
+  m.def("one_hot(Tensor ids, Tensor(a!) out) -> ()");
   m.def(
       "softmax(Tensor logits, Tensor tau, Tensor seed, Tensor? row_ids, int vocab_start, Tensor score_max, "
       "bool normalize, Tensor(a!) out, Tensor(b!) total) -> ()");
@@ -213,6 +248,7 @@ STABLE_TORCH_LIBRARY(grade_kernels_cpu, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(grade_kernels_cpu, CompositeExplicitAutograd, m) {
   m.impl("sample", TORCH_BOX(&gk::sample));
+  m.impl("one_hot", TORCH_BOX(&gk::one_hot));
   m.impl("softmax", TORCH_BOX(&gk::softmax));
   m.impl("softmax_backward", TORCH_BOX(&gk::softmax_backward));
 }

@@ -1,6 +1,6 @@
 """One place that chooses which backend serves a call.
 
-Every backend is a module with the same three functions over canonical arguments, which `ops` prepares:
+Every backend is a module with the same four functions over canonical arguments, which `ops` prepares:
 
 * `logits`: `[N, V]`, any strides, float32, float64, bfloat16 or float16; `compute` below is float64 for float64 and
   float32 for the rest, and all arithmetic happens in it.
@@ -12,6 +12,8 @@ sample(logits, seed, row_ids, vocab_start, logsumexp) -> Sample
     ids = argmax(l + g), score_max = max(l + g), and with logsumexp also max(l) and sum(exp(l - max(l))).
     Ties go to the smaller id. CPU backends mark a row that holds NaN, +inf or only -inf by id -1; GPU backends give it
     an id in range and NaN in score_max.
+one_hot(sample, vocab_size, dtype) -> [N, V]
+    one_hot(ids), exactly; NaN throughout a row whose score_max is NaN.
 softmax(logits, tau, seed, row_ids, vocab_start, score_max, normalize, out_dtype) -> (weights, total)
     weights = exp((l + g - score_max) / tau), total = their sum [N]; with normalize the weights are divided by it.
 softmax_backward(dy, logits, tau, seed, row_ids, vocab_start, estimator, sample, dlogprobs, needs_dtau, out) -> dtau

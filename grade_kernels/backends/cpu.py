@@ -64,6 +64,13 @@ def _plain(x: torch.Tensor | None) -> torch.Tensor | None:
     return None if x is None else x.contiguous()
 
 
+def one_hot(sample: Sample, vocab_size: int, dtype: torch.dtype) -> torch.Tensor:
+    """See `grade_kernels.backends`."""
+    out = torch.empty(sample.ids.shape[0], vocab_size, dtype=dtype)
+    _kernels().one_hot(sample.ids, out)
+    return out
+
+
 def softmax(
     logits: torch.Tensor,
     tau: torch.Tensor,

@@ -66,7 +66,9 @@ def canonical_noise(
         if noise.row_ids.numel() != num_rows:
             raise ValueError(f"noise.row_ids has {noise.row_ids.numel()} entries, but the logits have {num_rows} rows")
         if noise.row_ids.device != device:
-            raise ValueError(f"noise.row_ids is on device {str(noise.row_ids.device)!r}, but the logits on {str(device)!r}")
+            raise ValueError(
+                f"noise.row_ids is on device {str(noise.row_ids.device)!r}, but the logits on {str(device)!r}"
+            )
     return noise.seed, noise.row_ids, noise.vocab_start
 
 
@@ -87,7 +89,8 @@ def canonical_tau(
         shape = tuple(tau.shape)
         if shape not in (tuple(batch_shape), (*batch_shape, 1), (rows,)):
             raise ValueError(
-                f"tau must be a number, a 0-d tensor or one value per row of shape {tuple(batch_shape)}, got shape {shape}"
+                f"tau must be a number, a 0-d tensor or one value per row of shape {tuple(batch_shape)}, "
+                f"got shape {shape}"
             )
         if tau.device != device:
             raise ValueError(f"tau is on device {str(tau.device)!r}, but the logits on {str(device)!r}")

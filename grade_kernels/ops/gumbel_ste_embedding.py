@@ -191,9 +191,7 @@ def _backward_kernel(
     implementation = backends.module(backend)
     score_max, logit_max, logit_sum, total = statistics
     widths = [table.shape[1] for table in tables]
-    upstream = [
-        part.to(table.dtype) for part, table in zip(dembedded.split(widths, dim=1), tables, strict=True)
-    ]
+    upstream = [part.to(table.dtype) for part, table in zip(dembedded.split(widths, dim=1), tables, strict=True)]
     needs_dlogits, needs_dtau, *needs_tables = needs
     dlogits, dtau = logits.new_empty(0), tau.new_empty(0)
     if needs_dlogits or needs_dtau:
