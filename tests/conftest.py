@@ -22,8 +22,8 @@ if not HAS_GPU:
     # Has to be there before anything imports triton, which torch does lazily.
     os.environ["TRITON_INTERPRET"] = "1"
 
-import grade_kernels as gk
-from tests.helpers import poisoned_memory
+import grade_kernels as gk  # noqa: E402
+from tests.helpers import poisoned_memory  # noqa: E402
 
 
 class Place(NamedTuple):

@@ -83,8 +83,8 @@ def top_two_gap(scores: torch.Tensor) -> torch.Tensor:
 def assert_same_ids(ids: torch.Tensor, scores: torch.Tensor, dtype: torch.dtype) -> None:
     """`ids` are the argmax of the float64 `scores` `[N, V]`, unless the two best are closer than rounding.
 
-    Rounding: 8 epsilon of the compute dtype, relative to the largest finite magnitude that was added (at least 32, which
-    bounds noise). In 1000 rows of 4099 tokens that excuses about one row in 10^5, so it cannot hide an error.
+    Rounding: 8 epsilon of the compute dtype, relative to the largest finite magnitude that was added (at least 32,
+    which bounds noise). In 1000 rows of 4099 tokens that excuses about one row in 10^5, so it cannot hide an error.
     """
     ids, scores = ids.reshape(-1).cpu(), scores.cpu()
     assert ids.dtype == torch.int64
@@ -108,8 +108,8 @@ def assert_accurate(
 
     Both sides are the largest error of a row. Slim margin: MARGIN epsilons of the output's dtype, relative to the row's
     largest true entry, or where a result is a difference, to the larger `terms` (of truth's shape) that cancel in it:
-    their rounding has been lost before. `truth` is float64, computed from the very same (rounded) inputs. `compute` is the
-    dtype of the arithmetic where it is not the output's compute dtype.
+    their rounding has been lost before. `truth` is float64, computed from the very same (rounded) inputs. `compute`
+    is the dtype of the arithmetic where it is not the output's compute dtype.
     """
     assert ours.shape == truth.shape, f"{what}: shape {tuple(ours.shape)} instead of {tuple(truth.shape)}"
     assert ours.dtype == torch_same_dtype.dtype, f"{what}: dtype {ours.dtype} instead of {torch_same_dtype.dtype}"
@@ -155,7 +155,9 @@ def noise_of(seed: int = 1, rows: int | None = None, device: str = "cpu", **kwar
     """A noise; with `rows` one whose row identities are in no order and beyond 32 bits."""
     if rows is None:
         return gk.GumbelNoise(seed, **kwargs)
-    ids = torch.tensor([(-1) ** i * (7919 * i + 5) * (2**33 + 1) for i in range(rows)], dtype=torch.int64, device=device)
+    ids = torch.tensor(
+        [(-1) ** i * (7919 * i + 5) * (2**33 + 1) for i in range(rows)], dtype=torch.int64, device=device
+    )
     return gk.GumbelNoise(seed, ids, **kwargs)
 
 

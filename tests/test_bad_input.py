@@ -1,4 +1,4 @@
-"""Every row of the table of bad input, for every operation and backend: the error's type, and what its message names."""
+"""Every row of the table of bad input, for every operation and backend: the error's type, and what its words name."""
 
 from __future__ import annotations
 
@@ -113,14 +113,18 @@ def test_tau_is_checked_for_an_empty_batch(backend: str, device: str, op: Op) ->
 
 
 @every_op
-@pytest.mark.parametrize("logits", [None, 1.0, [[1.0, 2.0]], np.zeros((2, 3)), "logits"], ids=lambda x: type(x).__name__)
+@pytest.mark.parametrize(
+    "logits", [None, 1.0, [[1.0, 2.0]], np.zeros((2, 3)), "logits"], ids=lambda x: type(x).__name__
+)
 def test_logits_that_are_no_tensor(backend: str, op: Op, logits: Any) -> None:
     with raises(TypeError, "logits", type(logits).__name__):
         op(logits)
 
 
 @every_op
-@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8, torch.bool, torch.complex64, torch.complex128])
+@pytest.mark.parametrize(
+    "dtype", [torch.int64, torch.int32, torch.uint8, torch.bool, torch.complex64, torch.complex128]
+)
 def test_logits_of_a_wrong_dtype(backend: str, device: str, op: Op, dtype: torch.dtype) -> None:
     with raises(TypeError, "logits", dtype):
         op(torch.zeros(3, VOCAB, dtype=dtype, device=device))
@@ -352,8 +356,8 @@ def test_masks_are_legal(backend: str, device: str, op: Op) -> None:
 @pytest.mark.parametrize("kind", BAD_ROWS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_bad_rows_stay_alone_on_a_gpu(place: Any, backend: str, device: str, kind: str, dtype: torch.dtype) -> None:
-    """What the module of the Triton backend itself does, interpreter included: NaN in that row, an id in range, no other
-    row touched. Elsewhere a module marks the row, and the operation raises.
+    """What the module of the Triton backend itself does, interpreter included: NaN in that row, an id in range, no
+    other row touched. Elsewhere a module marks the row, and the operation raises.
     """
     if backend == "reference":
         pytest.skip("the reference has no such module")

@@ -64,7 +64,9 @@ LAYOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "every second row": lambda x: x.repeat_interleave(2, 0)[::2],
     "every third column": lambda x: x.repeat_interleave(3, 1)[:, ::3],
     "padded rows": lambda x: torch.cat([x, torch.full_like(x, math.nan)], 1)[:, : x.shape[1]],
-    "offset": lambda x: torch.cat([torch.full_like(x[:1], math.nan).flatten(), x.flatten()])[x.shape[1] :].view(x.shape),
+    "offset": lambda x: torch.cat([torch.full_like(x[:1], math.nan).flatten(), x.flatten()])[x.shape[1] :].view(
+        x.shape
+    ),
     "offset by one": lambda x: torch.cat([x.new_full((1,), math.nan), x.flatten()])[1:].view(x.shape),
     "leading dimensions": lambda x: x.view(1, x.shape[0], 1, x.shape[1]),
 }

@@ -124,11 +124,12 @@ def check(
     else:
         assert torch.equal(out.ids, ids)
     assert isinstance(out.embedding, tuple)
+    weights = p if estimator == "soft" else 0 * p  # a looked-up row is no sum
     for i in range(len(tables)):
         assert_accurate(out.embedding[i], theirs.embedding[i], truth.embedding[i], f"embedding[{i}]",
-                        terms=(p if estimator == "soft" else 0 * p) @ double[1][i].abs() * 4, compute=wide)  # fmt: skip
+                        terms=weights @ double[1][i].abs() * 4, compute=wide)  # fmt: skip
         assert_accurate(dtables[i], theirs.dtables[i], truth.dtables[i], f"dtables[{i}]",
-                        terms=(p if estimator == "soft" else 0 * p).T @ wide_des[i].abs() * 4, compute=wide)  # fmt: skip
+                        terms=weights.T @ wide_des[i].abs() * 4, compute=wide)  # fmt: skip
         if estimator != "soft":
             assert torch.equal(out.embedding[i], tables[i][out.ids]), "a looked-up row is a copy"
     assert_accurate(out.logprobs[:, None], theirs.logprobs[:, None], truth.logprobs[:, None], "logprobs",
@@ -361,7 +362,9 @@ def test_gradient_of_shared_tau(backend: str, device: str, rows: int, estimator:
         out = gk.gumbel_ste_embedding(leaf(logits), table, tau, estimator=estimator, noise=noise_of())
         found.append(grads((out.embedding * de).sum(), tau)[0])
     assert found[1].dtype == dtype
-    torch.testing.assert_close(found[1], found[0].sum().to(dtype), rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=0)
+    torch.testing.assert_close(
+        found[1], found[0].sum().to(dtype), rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=0
+    )
     assert (found[1] == 0) == (estimator == "reinmax")
 
 
@@ -382,7 +385,13 @@ def test_gradcheck(backend: str, device: str, form: str, mask: bool) -> None:
         estimator = "soft" if form == "soft" else "ste"
         x = x.masked_fill(hidden, -math.inf)
         out = gk.gumbel_ste_embedding(x, e, t, estimator=estimator, noise=noise_of())
-        return (out.logprobs,) if form == "logprobs" else out.embedding if form == "tables" else (*out.embedding, out.logprobs)
+        return (
+            (out.logprobs,)
+            if form == "logprobs"
+            else out.embedding
+            if form == "tables"
+            else (*out.embedding, out.logprobs)
+        )
 
     assert torch.autograd.gradcheck(f, (logits, tau, *tables))
 
@@ -472,10 +481,15 @@ def test_two_runs_are_bitwise_equal(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_repeated_ids_add_up_in_wide_arithmetic(backend: str, device: str, interpreted: bool, dtype: torch.dtype) -> None:
+def test_repeated_ids_add_up_in_wide_arithmetic(
+    backend: str, device: str, interpreted: bool, dtype: torch.dtype
+) -> None:
     """1000 times 1.0 on one row of the table is 1000, which a running bfloat16 sum stops short of at 256."""
     rows = 300 if interpreted else 1000
-    logits, table = torch.zeros(rows, 3, dtype=dtype, device=device), leaf(torch.zeros(3, 2, dtype=dtype, device=device))
+    logits, table = (
+        torch.zeros(rows, 3, dtype=dtype, device=device),
+        leaf(torch.zeros(3, 2, dtype=dtype, device=device)),
+    )
     ids = torch.ones(rows, dtype=torch.int64, device=device)
     out = gk.gumbel_ste_embedding(logits, table, noise=noise_of(), ids=ids)
     (dtable,) = grads(out.embedding.sum(), table)

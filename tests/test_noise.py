@@ -62,7 +62,9 @@ def exact(word: np.ndarray, refinement: np.ndarray) -> np.ndarray:
     """-log(-log(1 - u)) in 80-bit floating point, u taken from its exact rational value."""
     w, fine = word.astype(np.longdouble), refinement.astype(np.longdouble)
     half, one = np.longdouble(0.5), np.longdouble(1)
-    u = np.where(word < 256, (w * 2.0**32 + fine + half) * np.longdouble(2.0**-64), (w + half) * np.longdouble(2.0**-32))
+    u = np.where(
+        word < 256, (w * 2.0**32 + fine + half) * np.longdouble(2.0**-64), (w + half) * np.longdouble(2.0**-32)
+    )
     one_minus_u = (np.longdouble(2.0**32) - w - half) * np.longdouble(2.0**-32)
     exponential = np.where(u < half, -np.log1p(-np.minimum(u, half)), -np.log(np.minimum(one_minus_u, one)))
     return -np.log(exponential)
@@ -90,7 +92,8 @@ def test_known_answers_of_random123(counter: str, key: str, expected: str) -> No
     counter_int, key_int, expected_int = ([int(x, 16) for x in s.split()] for s in (counter, key, expected))
     assert philox_int(counter_int, key_int) == expected_int
     words = philox_4x32_10(
-        tuple(torch.tensor(x) for x in counter_int), tuple(torch.tensor(x) for x in key_int)  # type: ignore[arg-type]
+        tuple(torch.tensor(x) for x in counter_int),
+        tuple(torch.tensor(x) for x in key_int),  # type: ignore[arg-type]
     )
     assert [int(w) for w in words] == expected_int
 

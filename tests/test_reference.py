@@ -113,7 +113,7 @@ def test_embedding_and_its_gradients(estimator: str, given: bool, mask: bool) ->
 
 
 def test_reinmax_at_a_vocabulary_of_two_is_the_published_formula() -> None:
-    """Liu et al. 2023, algorithm 2: pi = softmax(l / tau); pi1 = (pi + D) / 2; pi2 such that y = pi2 - pi1.detach() + D.
+    """Liu et al. 2023, algorithm 2, with its own detours through logarithms and detached terms.
 
     The gradient is that of softmax(log(pi1) - l.detach() + l) times 2, minus half that of softmax(l).
     """
