@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from grade_kernels import backends, reference
-from grade_kernels.backends.torch import column_chunks
+from grade_kernels.backends.torch.rows import column_chunks
 from grade_kernels.noise import GumbelNoise
 from grade_kernels.ops import checks
 from grade_kernels.ops.registry import define

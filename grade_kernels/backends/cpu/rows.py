@@ -1,40 +1,15 @@
-"""The native CPU backend: C++ kernels of csrc/cpu, fused over one row at a time."""
+"""Rows of given logits: launches the kernels of csrc/cpu/rows.inl."""
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
 
-from grade_kernels import _build
 from grade_kernels.backends import Sample
 
 # Numbers of csrc/cpu/rows.h's Estimator.
 _ESTIMATOR = {"ste": 0, "soft": 0, "st": 1, "reinmax": 2}
-
-
-@functools.cache
-def _load() -> str | None:
-    """Load the compiled library once; None on success, else the reason for failure."""
-    path = _build.library_path()
-    if path is None:
-        return _build.missing_reason()
-    try:
-        torch.ops.load_library(str(path))
-    except OSError as error:
-        return f"the C++ kernels do not load: {error}"
-    return None
-
-
-def why_unavailable() -> str | None:
-    """None if the compiled library is present and loads, else the reason."""
-    return _load()
-
-
-def why_not_device(device: torch.device) -> str | None:
-    """None for the CPU."""
-    return None if device.type == "cpu" else "it runs on the CPU only"
 
 
 def _kernels() -> Any:

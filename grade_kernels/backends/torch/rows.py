@@ -1,4 +1,4 @@
-"""The fallback: plain PyTorch operations on any device, chunked over the vocabulary.
+"""Rows of given logits in plain PyTorch operations, chunked over the vocabulary.
 
 The noise is that of `grade_kernels.noise`, made one chunk at a time, so nothing of the size of the logits is ever held
 beside inputs and outputs.
