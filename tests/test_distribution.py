@@ -86,7 +86,7 @@ def test_the_tail_is_sampled_as_often_as_it_should_be(backend: str, device: str)
     """Tail tokens together have probability 2^18 e^-17.5 / (1 + 2^18 e^-17.5) = 0.0065.
 
     In 10,000 rows that is 65.4 times, by the binomial distribution between 37 and 97 with a false alarm of 2 * 10^-4.
-    With noise capped at 16.64 a tail token beats the head only where the head's own noise is below -0.86: about 20 times.
+    With noise capped at 16.64 a tail token beats the head only where the head's own noise is below -0.86: 20 times.
     """
     if backend != "cpu" and device == "cpu":
         pytest.skip("2.6 billion words take minutes here; test_rows_in_which_the_tail_wins decides for this backend")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import grade_kernels as gk
-from grade_kernels.backends import torch as torch_backend
+from grade_kernels.backends.torch import rows as torch_backend
 from tests.helpers import DTYPES, ODD_VOCABS, assert_same_ids, masked, noise_of, randn, top_two_gap, truth_noise
 
 pytestmark = pytest.mark.usefixtures("poison")

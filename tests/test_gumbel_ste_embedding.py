@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import grade_kernels as gk
-from grade_kernels.backends import torch as torch_backend
+from grade_kernels.backends.torch import rows as torch_backend
 from tests.helpers import (
     ESTIMATORS,
     ODD_VOCABS,
