@@ -162,7 +162,7 @@ PAIRS = {
 }
 
 
-@pytest.mark.parametrize("vocab", [2, 127, 1031])
+@pytest.mark.parametrize("vocab", [2, 1031])
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("pair", PAIRS)
 def test_dtypes(backend: str, device: str, rows: int, pair: str, estimator: str, vocab: int) -> None:
@@ -257,7 +257,7 @@ def test_large_vocabulary(backend: str, device: str, estimator: str) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("estimator", ["ste", "soft"])
 def test_strides(backend: str, device: str, rows: int, layout: str, estimator: str) -> None:
     """Logits, table and upstream gradients of any layout."""
     logits, table = randn(rows, 131, device=device), randn(131, 4, device=device, seed=1)
@@ -294,8 +294,8 @@ def test_upstream_of_stride_zero(backend: str, device: str, rows: int, estimator
 
 @pytest.mark.parametrize("shape", [(7,), (1, 7), (2, 1, 7), (2, 3, 2, 7), (0, 7), (2, 0, 7), (0, 0, 7), (0, 1)])
 @pytest.mark.parametrize("estimator", ESTIMATORS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_leading_shapes(backend: str, device: str, shape: tuple[int, ...], estimator: str, dtype: torch.dtype) -> None:
+def test_leading_shapes(backend: str, device: str, shape: tuple[int, ...], estimator: str) -> None:
+    dtype = torch.float32 if len(shape) % 2 else torch.bfloat16  # empty and full batches of either
     batch, vocab = shape[:-1], shape[-1]
     logits, tau = leaf(randn(*shape, dtype=dtype, device=device)), leaf(torch.ones(batch, device=device))
     tables = tuple(leaf(randn(vocab, width, dtype=dtype, device=device, seed=width)) for width in (1, 3))
