@@ -11,7 +11,15 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["DOMAIN_GUMBEL", "DOMAIN_REFINE", "DOMAIN_SUPPORT", "GumbelNoise", "gumbel_from_words", "philox_4x32_10", "uniform_from_words"]
+__all__ = [
+    "DOMAIN_GUMBEL",
+    "DOMAIN_REFINE",
+    "DOMAIN_SUPPORT",
+    "GumbelNoise",
+    "gumbel_from_words",
+    "philox_4x32_10",
+    "uniform_from_words",
+]
 
 DOMAIN_GUMBEL = 0  # the word that becomes the noise
 DOMAIN_REFINE = 1  # 32 more bits for the decisive tail, read when the first word is below REFINE_BELOW

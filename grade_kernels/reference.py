@@ -153,7 +153,7 @@ def head_logits(
         logits = logits + bias.to(dtype)
     if logit_softcap is not None:
         logits = logit_softcap * torch.tanh(logits / logit_softcap)
-    return torch.where(logits == -torch.inf, -torch.inf, logits / temperature)
+    return logits / temperature
 
 
 def _expectation(logp: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,179 @@
+"""`sample`: the Gumbel-max token of each row, and the statistics of its distribution, in one pass over the logits.
+
+Scan: one program per row and split keeps, lane by lane, the best score so far and the tile in which it rose; nothing
+crosses threads before the end of the split. Pick: one program per row combines the splits in a fixed order and looks
+at the winning tile again to say which token it was. There are no atomics, so two runs agree bit for bit.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from grade_kernels.backends import Sample
+from grade_kernels.backends.triton.philox import LN2, LOG2E, REFINE_BELOW, SHIFT, load_key, split_row, strip_noise
+from grade_kernels.backends.triton.tiles import (
+    compute_dtype,
+    launch_options,
+    load_strip,
+    launching,
+    split_bounds,
+)
+
+
+@triton.jit
+def _scan(
+    p_row, s_v, V, group_start, row_lo, row_hi, k0, k1, tile_lo, tile_hi, state,
+    SKEW: tl.constexpr, LANES: tl.constexpr, STRIPS: tl.constexpr, DTYPE: tl.constexpr, FAST: tl.constexpr, ALIGNED: tl.constexpr,
+    LSE: tl.constexpr, MASKED: tl.constexpr, REFINE: tl.constexpr,
+):  # fmt: skip
+    """Fold tiles into the lanes' state: best score, the tile that holds it, least word, and max and sum of logits."""
+    b_best, b_tile, b_low, b_max, b_sum = state
+    o_group = (group_start + tl.arange(0, LANES // 4).to(tl.uint32)).to(tl.int32, bitcast=True)
+    for i_t in range(tile_lo, tile_hi):
+        strips = ()
+        b_top = b_max
+        for i_r in tl.static_range(STRIPS):
+            first = (i_t * STRIPS + i_r) * LANES - SKEW
+            strips = strips + (load_strip(p_row, s_v, first, V, float("-inf"), LANES, DTYPE, ALIGNED, MASKED),)
+            if LSE:
+                b_top = tl.maximum(b_top, strips[i_r])
+        if LSE:
+            b_sum *= tl.exp2((b_max - b_top) * LOG2E)
+            b_max = b_top
+        for i_r in tl.static_range(STRIPS):
+            groups = (o_group + (i_t * STRIPS + i_r) * (LANES // 4)).to(tl.uint32, bitcast=True)
+            b_n, b_least = strip_noise(groups, row_lo, row_hi, k0, k1, DTYPE, FAST, REFINE)
+            b_low = tl.minimum(b_low, b_least)
+            b_s = tl.fma(b_n, -LN2, strips[i_r])
+            # NaN must win here: it is how a bad row is known.
+            b_peak = b_s if i_r == 0 else tl.maximum(b_peak, b_s, propagate_nan=tl.PropagateNan.ALL)
+            if LSE:
+                b_sum += tl.exp2((strips[i_r] - b_max) * LOG2E)
+        # Where in the tile is left to the pick kernel: an index per logit would cost two instructions more.
+        b_tile = tl.where(b_peak > b_best, i_t, b_tile)
+        b_best = tl.maximum(b_best, b_peak, propagate_nan=tl.PropagateNan.ALL)
+    return b_best, b_tile, b_low, b_max, b_sum
+
+
+@triton.jit(do_not_specialize=["group_start"])
+def sample_scan_kernel(
+    logits, seed, row_ids, best, tile, top, total, s_n, s_v, V, group_start,
+    LOWEST: tl.constexpr, SKEW: tl.constexpr, LANES: tl.constexpr, STRIPS: tl.constexpr, TILES: tl.constexpr,
+    SPLITS: tl.constexpr, DTYPE: tl.constexpr, FAST: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """One split of one row into the partial results `[N, SPLITS]`: best score, its tile, max and sum of the logits."""
+    i_p = tl.program_id(0).to(tl.int64)
+    i_n, i_s = i_p // SPLITS, (i_p % SPLITS).to(tl.int32)
+    LSE: tl.constexpr = top is not None
+    k0, k1 = load_key(seed)
+    row_lo, row_hi = split_row(i_n if row_ids is None else tl.load(row_ids + i_n))
+    group_start = group_start.to(tl.uint32)
+    p_row = logits + i_n * s_n
+    lo, full, hi = split_bounds(i_s, V, SKEW, LANES * STRIPS, TILES)
+    fresh = (
+        tl.full((LANES,), float("-inf"), DTYPE),
+        tl.full((LANES,), 0, tl.int32) + lo,
+        tl.full((LANES // 4,), 0xFFFFFFFF, tl.uint32),
+        tl.full((LANES,), LOWEST, DTYPE),  # finite: a lane that has seen only -inf must not compute inf - inf
+        tl.zeros((LANES,), DTYPE),
+    )
+    state = _scan(
+        p_row, s_v, V, group_start, row_lo, row_hi, k0, k1, lo, full, fresh,
+        SKEW, LANES, STRIPS, DTYPE, FAST, ALIGNED, LSE, MASKED=False, REFINE=False,
+    )  # fmt: skip
+    state = _scan(
+        p_row, s_v, V, group_start, row_lo, row_hi, k0, k1, full, hi, state,
+        SKEW, LANES, STRIPS, DTYPE, FAST, ALIGNED, LSE, MASKED=True, REFINE=False,
+    )  # fmt: skip
+    if tl.min(state[2].to(tl.int64), 0) < REFINE_BELOW:
+        # One split in two thousand holds such a word. It is scanned again; the others pay one minimum per word.
+        state = _scan(
+            p_row, s_v, V, group_start, row_lo, row_hi, k0, k1, lo, hi, fresh,
+            SKEW, LANES, STRIPS, DTYPE, FAST, ALIGNED, LSE, MASKED=True, REFINE=True,
+        )  # fmt: skip
+    b_best, b_tile, _, b_max, b_sum = state
+    m_best = tl.max(b_best, 0)
+    if tl.max((b_best != b_best).to(tl.int32), 0) > 0:
+        m_best = tl.full((), float("nan"), DTYPE)
+    tl.store(best + i_p, m_best)
+    tl.store(tile + i_p, tl.min(tl.where(b_best == m_best, b_tile, 0x7FFFFFFF), 0))
+    if LSE:
+        m_max = tl.max(b_max, 0)
+        tl.store(top + i_p, m_max)
+        tl.store(total + i_p, tl.sum(b_sum * tl.exp2((b_max - m_max) * LOG2E), 0))
+
+
+@triton.jit(do_not_specialize=["group_start"])
+def sample_pick_kernel(
+    logits, seed, row_ids, best, tile, top, total, ids, score_max, logit_max, logit_sum, s_n, s_v, V, group_start,
+    SKEW: tl.constexpr, LANES: tl.constexpr, STRIPS: tl.constexpr, SPLITS: tl.constexpr, BLOCK_S: tl.constexpr,
+    DTYPE: tl.constexpr, FAST: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """Combine the splits of one row, and find its token in the tile that holds the best score."""
+    i_n = tl.program_id(0).to(tl.int64)
+    o_s = tl.arange(0, BLOCK_S)
+    m_s = o_s < SPLITS
+    b_best = tl.load(best + i_n * SPLITS + o_s, mask=m_s, other=float("-inf"))
+    b_tile = tl.load(tile + i_n * SPLITS + o_s, mask=m_s, other=0x7FFFFFFF)
+    m_best = tl.max(b_best, 0)
+    is_bad = (tl.max((b_best != b_best).to(tl.int32), 0) > 0) | (tl.abs(m_best) == float("inf"))
+    # A bad row still looks somewhere: its id must lie in the vocabulary.
+    i_t = tl.min(tl.where(b_best == m_best, b_tile, 0x7FFFFFFF), 0)
+    i_t = tl.where(is_bad, 0, i_t)
+
+    k0, k1 = load_key(seed)
+    row_lo, row_hi = split_row(i_n if row_ids is None else tl.load(row_ids + i_n))
+    p_row = logits + i_n * s_n
+    o_tile = i_t * (STRIPS * LANES) - SKEW
+    o_v = o_tile + tl.arange(0, STRIPS * LANES)
+    o_g = tl.arange(0, STRIPS * LANES // 4).to(tl.uint32)
+    groups = group_start.to(tl.uint32) + (i_t * (STRIPS * LANES // 4)).to(tl.uint32) + o_g
+    b_l = load_strip(p_row, s_v, o_tile, V, float("-inf"), STRIPS * LANES, DTYPE, ALIGNED, MASKED=True)
+    b_n, b_least = strip_noise(groups, row_lo, row_hi, k0, k1, DTYPE, FAST, REFINE=False)
+    if tl.min(b_least.to(tl.int64), 0) < REFINE_BELOW:
+        b_n, b_least = strip_noise(groups, row_lo, row_hi, k0, k1, DTYPE, FAST, REFINE=True)
+    b_s = tl.fma(b_n, -LN2, b_l)
+    i_v = tl.min(tl.where(b_s == tl.max(b_s, 0), o_v, V - 1), 0)
+    tl.store(ids + i_n, tl.maximum(i_v, 0).to(tl.int64))
+
+    nan = tl.full((), float("nan"), DTYPE)
+    tl.store(score_max + i_n, tl.where(is_bad, nan, m_best + SHIFT))
+    if top is not None:
+        b_top = tl.load(top + i_n * SPLITS + o_s, mask=m_s, other=float("-inf"))
+        b_total = tl.load(total + i_n * SPLITS + o_s, mask=m_s, other=0.0)
+        m_top = tl.max(b_top, 0)
+        m_total = tl.sum(b_total * tl.exp2((b_top - m_top) * LOG2E), 0)
+        tl.store(logit_max + i_n, tl.where(is_bad, nan, m_top))
+        tl.store(logit_sum + i_n, tl.where(is_bad, nan, m_total))
+
+
+def sample(
+    logits: torch.Tensor, seed: torch.Tensor, row_ids: torch.Tensor | None, vocab_start: int, logsumexp: bool
+) -> Sample:
+    """See `grade_kernels.backends`."""
+    rows, vocab = logits.shape
+    dtype, device = compute_dtype(logits.dtype), logits.device
+    ids = torch.empty(rows, dtype=torch.int64, device=device)
+    score_max = torch.empty(rows, dtype=dtype, device=device)
+    logit_max, logit_sum = (torch.empty(rows if logsumexp else 0, dtype=dtype, device=device) for _ in range(2))
+    if rows == 0:
+        return Sample(ids, score_max, logit_max, logit_sum)
+    options = launch_options(vocab_start, logits)
+    tiles, splits = options.pop("TILES"), options["SPLITS"]
+    best = torch.empty(rows, splits, dtype=dtype, device=device)
+    tile = torch.empty(rows, splits, dtype=torch.int32, device=device)
+    top, total = (torch.empty_like(best) if logsumexp else None for _ in range(2))
+    seed = seed.to(device, non_blocking=True)
+    row_ids = None if row_ids is None else row_ids.contiguous()
+    with launching(logits):
+        sample_scan_kernel[(rows * splits,)](
+            logits, seed, row_ids, best, tile, top, total, *logits.stride(),
+            LOWEST=torch.finfo(dtype).min, TILES=tiles, **options,
+        )  # fmt: skip
+        sample_pick_kernel[(rows,)](
+            logits, seed, row_ids, best, tile, top, total, ids, score_max, logit_max, logit_sum, *logits.stride(),
+            BLOCK_S=triton.next_power_of_2(splits), **options,
+        )  # fmt: skip
+    return Sample(ids, score_max, logit_max, logit_sum)
