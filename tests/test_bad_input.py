@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import grade_kernels as gk
+from grade_kernels.backends.torch import rows as torch_rows
 
 pytestmark = pytest.mark.usefixtures("poison")
 
@@ -105,8 +106,9 @@ def test_tau_of_a_wrong_dtype(backend: str, device: str, op: Op, dtype: torch.dt
 @every_op_with_tau
 def test_tau_is_checked_for_an_empty_batch(backend: str, device: str, op: Op) -> None:
     """A wrong number is wrong before the first row arrives."""
-    with raises(ValueError, "tau", -1.0):
-        op(logits_on(device, 0, VOCAB), -1.0)
+    for tau in (0.0, -1.0, math.nan, math.inf):
+        with raises(ValueError, "tau", tau):
+            op(logits_on(device, 0, VOCAB), tau)
 
 
 # --- types
@@ -339,6 +341,19 @@ def test_bad_value_far_into_a_long_row(backend: str, device: str, op: Op, kind: 
             op(logits.to(device))
         if backend == "triton":
             return
+
+
+@every_op
+@pytest.mark.parametrize("kind", BAD_ROWS)
+def test_bad_value_in_a_later_chunk(op: Op, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The torch backend in chunks of 256 tokens: the running maximum of earlier chunks does not hide it."""
+    monkeypatch.setattr(torch_rows, "CHUNK_ELEMENTS", 1)
+    logits = torch.zeros(2, 1000)
+    for at in (0, 254, 300, 990):
+        logits[1] = -math.inf if kind == "only -inf" else 0.0
+        logits[1, at : at + VOCAB] = torch.tensor(BAD_ROWS[kind])
+        with gk.use_backend("torch"), raises(ValueError, "logits", "row 1"):
+            op(logits)
 
 
 @every_op

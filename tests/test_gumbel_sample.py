@@ -185,6 +185,9 @@ def test_chunks_of_the_torch_backend(monkeypatch: pytest.MonkeyPatch, width: int
         monkeypatch.setattr(torch_backend, "CHUNK_ELEMENTS", width * 3)
         assert len(list(torch_backend.column_chunks(3, 4099))) == -(-4099 // max(256, width))
         assert torch.equal(gk.gumbel_sample(logits, noise=noise), whole)
+        tie = torch.full((3, 4099), -math.inf)
+        tie[:, [200, 300, 4098]] = 1e30
+        assert gk.gumbel_sample(tie, noise=noise).tolist() == [200] * 3
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -107,6 +107,15 @@ def test_hard(backend: str, device: str, rows: int, dtype: torch.dtype, vocab: i
         assert torch.equal(hard.dtau, soft.dtau)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_narrow_results_are_rounded_once(backend: str, device: str, rows: int, dtype: torch.dtype) -> None:
+    """A narrow result is the float32 result of equal inputs, rounded: at most the odd entry near a tie differs."""
+    logits, noise = randn(rows, 1000, dtype=dtype, device=device), noise_of()
+    for tau in (0.5, 2.0):
+        wide = gk.gumbel_softmax(logits.float(), tau, noise=noise).to(dtype)
+        assert (gk.gumbel_softmax(logits, tau, noise=noise) != wide).float().mean() < 0.005
+
+
 def test_many_rows(backend: str, device: str, interpreted: bool) -> None:
     rows, vocab = (19, 131) if interpreted else (131, 261)
     tau = torch.linspace(0.25, 2.0, rows, device=device)
