@@ -85,7 +85,7 @@ def problem(
     upstream = tuple(
         randn(*shape, t.shape[1], dtype=t.dtype, device=device, seed=seed + 20 + i) for i, t in enumerate(tables)
     )
-    dlogprobs = randn(*shape, dtype=compute_dtype(dtype), device=device, seed=seed + 30)
+    dlogprobs = randn(rows, dtype=compute_dtype(dtype), device=device, seed=seed + 30).reshape(shape)
     ids = (torch.arange(rows, device=device) * 3 % vocab).reshape(shape) if given else None
     if given and mask and ids is not None:
         ids = torch.where(ids % 3 == 1, 0, ids)
@@ -102,10 +102,9 @@ def everything(p: Problem) -> tuple[str, ...]:
     return tuple(name for name in GRADIENTS if not absent.get(name, False))
 
 
-def run(p: Problem, eps: float = 0.0, wanted: tuple[str, ...] | None = None, function: Any = None, **kwargs: Any) -> Answer:
+def run(p: Problem, eps: float = 0.0, wanted: tuple[str, ...] | None = None, **kwargs: Any) -> Answer:
     """The operation and its gradients, of `wanted` tensors only."""
     wanted = everything(p) if wanted is None else wanted
-    function = gk.linear_gumbel_ste if function is None else function
 
     def maybe(name: str, x: Any) -> Any:
         return leaf(x) if name in wanted and isinstance(x, Tensor) else x
@@ -113,11 +112,15 @@ def run(p: Problem, eps: float = 0.0, wanted: tuple[str, ...] | None = None, fun
     hidden, lm_head, bias, tau = (maybe(n, x) for n, x in (("hidden", p.hidden), ("lm_head", p.lm_head),
                                                            ("bias", p.bias), ("tau", p.tau)))  # fmt: skip
     tables = tuple(maybe("tables", table) for table in p.tables)
-    out = function(
+    out = gk.linear_gumbel_ste(
         hidden, lm_head, tables, tau, bias=bias, logit_softcap=p.softcap, estimator=p.estimator, noise=p.noise,
         ids=p.ids, eps=eps, **kwargs,
     )  # fmt: skip
-    loss(p, out).backward()
+    total = loss(p, out)
+    if total.requires_grad or p.estimator != "reinmax":  # reinmax defines no gradient of tau
+        total.backward()
+    if p.estimator == "reinmax" and isinstance(tau, Tensor) and "tau" in wanted and tau.grad is None:
+        tau.grad = torch.zeros_like(tau)
     return Answer(
         tuple(x.detach() for x in out.embedding), out.ids, out.logprobs.detach(),
         hidden.grad, lm_head.grad, None if bias is None else bias.grad, tuple(table.grad for table in tables),
