@@ -29,7 +29,7 @@ def _words(text: str) -> tuple[str, ...]:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("grade-kernels benchmarks")
-    group.addoption("--quick", action="store_true", help=f"one vocabulary ({HEADLINE}), float32, few rounds")
+    group.addoption("--quick", action="store_true", help="what has a target, at one size, in few rounds")
     group.addoption("--vocab", type=_numbers, metavar="V,V", help=f"vocabulary sizes (default: {VOCABULARIES})")
     group.addoption("--rows", type=int, default=64, metavar="N", help="rows of logits (default: %(default)s)")
     group.addoption("--dtypes", type=_words, metavar="NAME,NAME", help="default: float32,bfloat16")

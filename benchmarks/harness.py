@@ -87,11 +87,11 @@ def run_race(
         budget: seconds that may be spent, beyond a first call of each.
         rounds: the fewest and the most.
     """
-    # The first call compiles, loads and warms; where it compiled, it says nothing about the next one.
+    # The first call compiles, loads and warms; where that may be most of it, the second one says what a call costs.
     cost = 0.0
     for name, work in contestants.items():
         first = seconds(work, case.device)
-        cost += seconds(work, case.device) if name.startswith("compiled") else first
+        cost += seconds(work, case.device) if name.startswith("compiled") or first < budget / 10 else first
     count = max(rounds[0], min(rounds[1], int(budget / cost)))
     (ours, work), *others = contestants.items()
     times: dict[str, list[float]] = {name: [] for name in contestants}

@@ -105,7 +105,7 @@ def check(case: Case, ours: Callable[[], tuple[torch.Tensor, ...]]) -> None:
     expected = _step(partial(_ours(op, gk.reference, None), noise=noise), wide, dy)
     if table is not None:
         expected = table[expected[0].argmax(-1)].cpu(), *expected[1:]
-    for what, mine, truth in zip(("output", "gradient"), actual, expected, strict=False):
+    for what, mine, truth in zip(("output", "gradient")[: len(expected)], actual, expected, strict=True):
         mine, truth = (x[index].detach().cpu().double() for x, index in ((mine, rows.to(mine.device)), (truth, ...)))
         if what == "output" and case.op != "gumbel_softmax":
             assert torch.equal(mine, truth), f"{case}: another sample than the reference's"
