@@ -74,7 +74,7 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A test module says what it measures at one size as `cases(option)`; a test that takes `case` runs once for each."""
+    """A test `test_x` that takes `case` runs once for each of its module's `cases_x(option)`."""
     if "case" in metafunc.fixturenames:
         cases = getattr(metafunc.module, f"cases_{metafunc.function.__name__.removeprefix('test_')}")
         metafunc.parametrize("case", cases(metafunc.config.option), ids=str)
@@ -112,7 +112,8 @@ def race(request: pytest.FixtureRequest, benchmark: Any, results: Results) -> It
         return measured
 
     yield measure
-    torch.compiler.reset()  # nothing compiled for one case outlives it; inductor's cache on disk does
+    if "compiled" in " ".join(request.config.option.contestants or ("compiled",)):
+        torch.compiler.reset()  # nothing compiled for one case outlives it; inductor's cache on disk does
 
 
 @pytest.fixture

@@ -1,14 +1,15 @@
 """What every benchmark here is made of: a case, its contestants, paired timing, and where results go.
 
-A benchmark is a function `build(case) -> Contestants` at module level: it makes the inputs and returns the same work done
-in several ways, ours first, each a callable without arguments that returns its outputs and gradients. Peak memory calls
-`build` again in a process of its own (`benchmarks.memory`). `conftest.py` has the fixtures `race` and `peaks`, which
-check, measure and record.
+A benchmark is a function `build(case) -> Contestants` at module level: it makes the inputs and returns the same work
+done in several ways, ours first, each a callable without arguments that returns its outputs and gradients. Peak memory
+calls `build` again in a process of its own (`benchmarks.memory`). `conftest.py` has the fixtures `race` and `peaks`,
+which check, measure and record.
 """
 
 from __future__ import annotations
 
 import csv
+import functools
 import platform
 import statistics
 import time
@@ -55,7 +56,12 @@ class Case:
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """`torch.compile` at its best: specialised to the shape, and an error rather than a silent return to eager."""
-    return torch.compile(function, fullgraph=True, dynamic=False)
+
+    @functools.cache
+    def make() -> Callable[..., Any]:  # on the first call: the import alone takes seconds
+        return torch.compile(function, fullgraph=True, dynamic=False)
+
+    return lambda *arguments: make()(*arguments)
 
 
 def run(work: Callable[[], Any], device: str) -> Any:
@@ -75,9 +81,7 @@ def seconds(work: Callable[[], Any], device: str) -> float:
     return stop - start
 
 
-def run_race(
-    benchmark: Any, case: Case, contestants: Contestants, budget: float, rounds: tuple[int, int]
-) -> Race:
+def run_race(benchmark: Any, case: Case, contestants: Contestants, budget: float, rounds: tuple[int, int]) -> Race:
     """Time the contestants in turns, A B C A B C, so that a drift of the machine meets all of them alike.
 
     Args:

@@ -11,7 +11,7 @@ import resource
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -45,14 +45,11 @@ def finish(process: subprocess.Popen[str]) -> int:
 def measure(build: Callable[[Case], Contestants], case: Case, name: str) -> int:
     """Bytes by which the resident set of this process exceeds, at its peak, that before one call; for a fresh process.
 
-    Libraries and thread pools are loaded by a call on two rows; compiled code, which knows only its own shape, by a
-    call on all of them. Whatever else a first call sets up counts.
+    A call on the same inputs goes before, for compilation and for what libraries set up once and keep (threads, MKL's
+    packing buffers); so this is what a step of a loop takes.
     """
-    if not name.startswith("compiled"):
-        build(replace(case, N=2))[name]()
     work = build(case)[name]
-    if name.startswith("compiled"):
-        work()
+    work()
     gc.collect()
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)

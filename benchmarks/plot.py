@@ -56,7 +56,8 @@ def _draw_panel(axis: Any, rows: list[dict[str, str]], measure: str) -> None:
     fixed = [name for name in ("N", "V", "H", "D") if name != against]
     lines = defaultdict(list)
     for row in rows:
-        lines[(row["competitor"], *(row[name] for name in fixed))].append((int(row[against]), scale * float(row[measure])))
+        point = int(row[against]), scale * float(row[measure])
+        lines[row["competitor"], *(row[name] for name in fixed)].append(point)
     several = {name for i, name in enumerate(fixed, 1) if len({key[i] for key in lines}) > 1}
     contestants = list(dict.fromkeys(key[0] for key in lines))
     others = [name for name in contestants if name not in COLORS]

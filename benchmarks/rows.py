@@ -78,8 +78,8 @@ def build(case: Case) -> Contestants:
     if case.op == "gumbel_sample":
         functions |= {
             "multinomial": _multinomial,
-            "race": _exponential_race,
-            "compiled race": compiled(_exponential_race),
+            "exponential": _exponential_race,
+            "compiled exponential": compiled(_exponential_race),
         }
     return {name: lambda function=function: _step(function, logits, upstream) for name, function in functions.items()}
 
