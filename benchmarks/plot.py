@@ -21,6 +21,7 @@ from benchmarks.harness import OURS
 
 MEASURES = {"median_seconds": ("time, ms", 1e3), "peak_bytes": ("peak memory above the inputs, MiB", 2.0**-20)}
 COLORS = {OURS: "#d62728", "eager": "#1f77b4", "compiled": "#2ca02c"}
+STYLES = ("-", "--", ":", "-.")
 OTHERS = ("#9467bd", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22", "#17becf")
 
 
@@ -52,37 +53,28 @@ def draw(rows: list[dict[str, str]], title: str) -> Any:
 
 def _draw_panel(axis: Any, rows: list[dict[str, str]], measure: str) -> None:
     label, scale = MEASURES[measure]
-    against = max(("V", "N"), key=lambda name: len({row[name] for row in rows}))
-    fixed = [name for name in ("N", "V", "H", "D") if name != against]
+    values = {name: {row[name] for row in rows} for name in ("V", "N", "H", "D")}
+    against = max(("V", "N"), key=lambda name: len(values[name]))
+    varying = [name for name in values if name != against and len(values[name]) > 1]
     lines = defaultdict(list)
     for row in rows:
-        point = int(row[against]), scale * float(row[measure])
-        lines[row["competitor"], *(row[name] for name in fixed)].append(point)
-    several = {name for i, name in enumerate(fixed, 1) if len({key[i] for key in lines}) > 1}
-    contestants = list(dict.fromkeys(key[0] for key in lines))
-    others = [name for name in contestants if name not in COLORS]
-    sizes = list(dict.fromkeys(key[1:] for key in lines))
-    if len({size for points in lines.values() for size, _ in points}) == 1:
-        bars = {" ".join([key[0], *_sizes(key, fixed, several)]): points[0][1] for key, points in lines.items()}
-        axis.bar(bars.keys(), bars.values(), color=[_color(key[0], others) for key in lines])
+        sizes = ", ".join(f"{name} = {row[name]}" for name in varying)
+        lines[row["competitor"], sizes].append((int(row[against]), scale * float(row[measure])))
+    others = [name for name in dict.fromkeys(name for name, _ in lines) if name not in COLORS]
+    colors = COLORS | {name: OTHERS[i % len(OTHERS)] for i, name in enumerate(others)}
+    styles = {sizes: STYLES[i % len(STYLES)] for i, sizes in enumerate(dict.fromkeys(sizes for _, sizes in lines))}
+    axis.set_ylabel(label)
+    if len(values[against]) == 1:
+        axis.bar([" ".join(key) for key in lines], [points[0][1] for points in lines.values()],
+                 color=[colors[name] for name, _ in lines])  # fmt: skip
         axis.tick_params(axis="x", rotation=30)
-        axis.set_ylabel(label)
         return
-    for key, points in lines.items():
-        style = ("-", "--", ":", "-.")[sizes.index(key[1:]) % 4]
-        name = " ".join([key[0], *_sizes(key, fixed, several)])
-        axis.plot(*zip(*sorted(points), strict=True), style, marker="o", ms=4, color=_color(key[0], others), label=name)
-    axis.set(xlabel=against, ylabel=label, yscale="log")
+    for (name, sizes), points in lines.items():
+        x, y = zip(*sorted(points), strict=True)
+        axis.plot(x, y, styles[sizes], marker="o", ms=4, color=colors[name], label=f"{name} {sizes}".strip())
+    axis.set(xlabel=against, yscale="log")
     axis.grid(alpha=0.3, which="both")
     axis.legend(fontsize="small")
-
-
-def _sizes(key: tuple[str, ...], fixed: list[str], several: set[str]) -> list[str]:
-    return [f"{name}={size}" for name, size in zip(fixed, key[1:], strict=True) if name in several]
-
-
-def _color(name: str, others: list[str]) -> str:
-    return COLORS[name] if name in COLORS else OTHERS[others.index(name) % len(OTHERS)]
 
 
 def main() -> None:
