@@ -45,7 +45,8 @@ def test_csv(output):
 
 def test_json(output):
     for record in json.loads((output / "benchmarks.json").read_text())["benchmarks"]:
-        assert record["stats"]["rounds"] == len(record["extra_info"]["ratios_by_round"]["eager"])
+        assert record["extra_info"]["ratios_by_round"].keys() >= {"grade-kernels", "eager"}
+        assert record["stats"]["rounds"] % len(record["extra_info"]["ratios_by_round"]["eager"]) == 0
 
 
 def test_plots(output):
