@@ -6,6 +6,7 @@ the kernels, so that no statistic is reduced across lanes.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -29,6 +30,15 @@ def _lanes(hidden: torch.Tensor) -> torch.Tensor:
     padded = hidden.new_zeros(width, max(1, -(-rows // _LANES)) * _LANES)
     padded[:, :rows] = hidden.T
     return padded
+
+
+def _chunks(vocab: int, width: int) -> Iterator[slice]:
+    """Chunks of the vocabulary. The first are short: before any normaliser is known, every token is a candidate."""
+    start, step = 0, max(256, width // 32)
+    while start < vocab:
+        stop = min(start + min(step, width), vocab)
+        yield slice(start, stop)
+        start, step = stop, 4 * step
 
 
 class _Pass:
@@ -57,8 +67,8 @@ class _Pass:
         room = _PIECES * lanes * -(-width // _PIECES) * _CANDIDATE_WORDS if self.eps > 0 else 0
         scratch = torch.empty(room, dtype=torch.int32)
         row_ids = None if row_ids is None else row_ids.contiguous()
-        for start in range(0, vocab, width):
-            chunk = slice(start, min(start + width, vocab))
+        for chunk in _chunks(vocab, width):
+            start = chunk.start
             out = torch.mm(head.weight[chunk], hidden, out=logits[: chunk.stop - start])
             bias, ref_out, ref_bias = None if head.bias is None else head.bias[chunk], None, None
             if ref is not None and ref_hidden is not None and ref_logits is not None:
