@@ -11,7 +11,15 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["DOMAIN_GUMBEL", "DOMAIN_REFINE", "DOMAIN_SUPPORT", "GumbelNoise", "gumbel_from_words", "philox_4x32_10"]
+__all__ = [
+    "DOMAIN_GUMBEL",
+    "DOMAIN_REFINE",
+    "DOMAIN_SUPPORT",
+    "GumbelNoise",
+    "gumbel_from_words",
+    "philox_4x32_10",
+    "uniform_from_words",
+]
 
 DOMAIN_GUMBEL = 0  # the word that becomes the noise
 DOMAIN_REFINE = 1  # 32 more bits for the decisive tail, read when the first word is below REFINE_BELOW
@@ -72,6 +80,15 @@ def gumbel_from_words(word: torch.Tensor, refinement: torch.Tensor, dtype: torch
     return -torch.log(exponential)
 
 
+def uniform_from_words(word: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The uniform number in (0, 1) that decides stochastic support: another view of the same 32 bits.
+
+    Multiplying by an odd number near 2^32 over the golden ratio is a bijection that spreads any run of neighbouring
+    words (hence of neighbouring noise) evenly over the unit interval, so that the decision is independent of the noise.
+    """
+    return (((word * 0x9E3779B1) & _MASK32).to(dtype) + 0.5) * 2.0**-32
+
+
 class GumbelNoise:
     """Identity of the Gumbel noise an operation uses: a seed, and optionally who each row is.
 
@@ -95,9 +112,7 @@ class GumbelNoise:
     row_ids: torch.Tensor | None
     vocab_start: int
 
-    def __init__(
-        self, seed: int | torch.Tensor, row_ids: torch.Tensor | None = None, *, vocab_start: int = 0
-    ) -> None:
+    def __init__(self, seed: int | torch.Tensor, row_ids: torch.Tensor | None = None, *, vocab_start: int = 0) -> None:
         if isinstance(seed, torch.Tensor):
             if seed.dtype != torch.int64:
                 raise TypeError(f"seed must be an int or a 0-d int64 tensor, got a tensor of dtype {seed.dtype}")

@@ -12,7 +12,19 @@ import torch.nn.functional as F
 
 from grade_kernels.noise import GumbelNoise
 
-__all__ = ["GumbelSTEEmbedding", "gumbel_sample", "gumbel_softmax", "gumbel_ste", "gumbel_ste_embedding"]
+__all__ = [
+    "GumbelSTEEmbedding",
+    "gumbel_sample",
+    "gumbel_softmax",
+    "gumbel_ste",
+    "gumbel_ste_embedding",
+    "head_logits",
+    "linear_entropy",
+    "linear_gumbel_sample",
+    "linear_gumbel_ste",
+    "linear_kl",
+    "linear_logprobs",
+]
 
 
 class GumbelSTEEmbedding(NamedTuple):
@@ -23,8 +35,10 @@ class GumbelSTEEmbedding(NamedTuple):
     logprobs: torch.Tensor  # [...], log softmax(logits)[ids], untempered
 
 
-def _widen(x: torch.Tensor) -> torch.Tensor:
-    return x if x.dtype == torch.float64 else x.float()
+def _widen(logits: torch.Tensor) -> torch.Tensor:
+    """Logits in compute precision; a masked one (-inf) is a constant and gets gradient exactly 0."""
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    return torch.where(wide == -torch.inf, -torch.inf, wide)
 
 
 def _scores(logits: torch.Tensor, noise: GumbelNoise | None) -> torch.Tensor:
@@ -93,7 +107,7 @@ def gumbel_ste_embedding(
     noise: GumbelNoise | None = None,
     ids: torch.Tensor | None = None,
 ) -> GumbelSTEEmbedding:
-    """Embedding of a sampled token, `y @ E`, with one of four relaxations behind it (see `ops.gumbel_ste_embedding`)."""
+    """Embedding of a sampled token, `y @ E`, with one of four relaxations (see `ops.gumbel_ste_embedding`)."""
     scores = _scores(logits, noise)
     wide, tau = _widen(logits), _column(tau, logits)
     ids = scores.argmax(-1) if ids is None else ids
@@ -117,3 +131,108 @@ def gumbel_ste_embedding(
     embedded = tuple((y @ table.to(torch.promote_types(y.dtype, table.dtype))).to(table.dtype) for table in tables)
     logprobs = wide.log_softmax(-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
     return GumbelSTEEmbedding(embedded[0] if isinstance(embedding, torch.Tensor) else embedded, ids, logprobs)
+
+
+# ---- Operations through the LM head -------------------------------------------------------------------------------
+
+
+def head_logits(
+    hidden: torch.Tensor,
+    lm_head: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    logit_softcap: float | None = None,
+    temperature: float = 1.0,
+) -> torch.Tensor:
+    """Logits `[..., V]` of a head in compute precision: `softcap(hidden @ lm_head.T + bias) / temperature`."""
+    dtype = torch.float64 if torch.float64 in (hidden.dtype, lm_head.dtype) else torch.float32
+    logits = hidden.to(dtype) @ lm_head.to(dtype).T
+    if bias is not None:
+        logits = logits + bias.to(dtype)
+    if logit_softcap is not None:
+        logits = logit_softcap * torch.tanh(logits / logit_softcap)
+    return logits / temperature
+
+
+def _expectation(logp: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """`sum p x` over the tokens that have any probability."""
+    possible = logp > -torch.inf
+    return torch.where(possible, logp.exp() * torch.where(possible, x, 0.0), 0.0).sum(-1)
+
+
+def linear_gumbel_ste(
+    hidden: torch.Tensor,
+    lm_head: torch.Tensor,
+    embedding: torch.Tensor | tuple[torch.Tensor, ...],
+    tau: float | torch.Tensor = 1.0,
+    *,
+    bias: torch.Tensor | None = None,
+    logit_softcap: float | None = None,
+    estimator: str = "ste",
+    noise: GumbelNoise | None = None,
+    ids: torch.Tensor | None = None,
+    eps: float = 2**-11,
+) -> GumbelSTEEmbedding:
+    """`gumbel_ste_embedding` of the head's logits. The reference's gradient is exact at every eps."""
+    logits = head_logits(hidden, lm_head, bias, logit_softcap)
+    return gumbel_ste_embedding(logits, embedding, tau, estimator=estimator, noise=noise, ids=ids)
+
+
+def linear_gumbel_sample(
+    hidden: torch.Tensor,
+    lm_head: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+    logit_softcap: float | None = None,
+    noise: GumbelNoise | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`argmax(l + g)` and its log-probability."""
+    logits = head_logits(hidden.detach(), lm_head.detach(), bias, logit_softcap)
+    ids = gumbel_sample(logits, noise=noise)
+    return ids, logits.log_softmax(-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1).detach()
+
+
+def linear_logprobs(
+    hidden: torch.Tensor,
+    lm_head: torch.Tensor,
+    ids: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+    logit_softcap: float | None = None,
+    temperature: float = 1.0,
+    eps: float = 2**-11,
+) -> torch.Tensor:
+    """`log softmax(l / temperature)[ids]`."""
+    logits = head_logits(hidden, lm_head, bias, logit_softcap, temperature)
+    return logits.log_softmax(-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+
+
+def linear_kl(
+    hidden: torch.Tensor,
+    lm_head: torch.Tensor,
+    ref_hidden: torch.Tensor,
+    ref_lm_head: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+    ref_bias: torch.Tensor | None = None,
+    logit_softcap: float | None = None,
+    temperature: float = 1.0,
+    eps: float = 2**-11,
+) -> torch.Tensor:
+    """`sum p (log p - log q)` of the policy p and the reference q, whose tensors are constants."""
+    logp = head_logits(hidden, lm_head, bias, logit_softcap, temperature).log_softmax(-1)
+    ref = head_logits(ref_hidden, ref_lm_head, ref_bias, logit_softcap, temperature)
+    return _expectation(logp, logp - ref.detach().log_softmax(-1))
+
+
+def linear_entropy(
+    hidden: torch.Tensor,
+    lm_head: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+    logit_softcap: float | None = None,
+    temperature: float = 1.0,
+    eps: float = 2**-11,
+) -> torch.Tensor:
+    """`-sum p log p`."""
+    logp = head_logits(hidden, lm_head, bias, logit_softcap, temperature).log_softmax(-1)
+    return -_expectation(logp, logp)

@@ -1,6 +1,6 @@
 """One place that chooses which backend serves a call.
 
-Every backend is a module with the same three functions over canonical arguments, which `ops` prepares:
+Every backend is a module with the same four functions over canonical arguments, which `ops` prepares:
 
 * `logits`: `[N, V]`, any strides, float32, float64, bfloat16 or float16; `compute` below is float64 for float64 and
   float32 for the rest, and all arithmetic happens in it.
@@ -12,12 +12,32 @@ sample(logits, seed, row_ids, vocab_start, logsumexp) -> Sample
     ids = argmax(l + g), score_max = max(l + g), and with logsumexp also max(l) and sum(exp(l - max(l))).
     Ties go to the smaller id. CPU backends mark a row that holds NaN, +inf or only -inf by id -1; GPU backends give it
     an id in range and NaN in score_max.
+one_hot(sample, vocab_size, dtype) -> [N, V]
+    one_hot(ids), exactly; NaN throughout a row whose score_max is NaN.
 softmax(logits, tau, seed, row_ids, vocab_start, score_max, normalize, out_dtype) -> (weights, total)
     weights = exp((l + g - score_max) / tau), total = their sum [N]; with normalize the weights are divided by it.
 softmax_backward(dy, logits, tau, seed, row_ids, vocab_start, estimator, sample, dlogprobs, needs_dtau, out) -> dtau
     The estimator's rule (the table in `ops.gumbel_ste_embedding`) for dl given dy [N, V], plus
     dlogprobs * (one_hot(ids) - softmax(l)) where dlogprobs is given, written to out [N, V], which may be dy itself.
     The statistics of sample that the estimator does not use may be empty.
+```
+
+Through a head, without ever holding `[N, V]`, over `Head(hidden [N, H], weight [V, H], bias [V] or None, softcap)`:
+
+```
+head_sample(head, seed, row_ids, vocab_start) -> Sample
+    `sample` with logsumexp of the head's logits.
+head_scores(head, tau, seed, row_ids, vocab_start, eps) -> (Sample, total, Support)
+    The same, with total = sum(exp((l + g - score_max) / tau)) and, where eps > 0, the stochastic support of
+    p = softmax((l + g) / tau). For eps = 0 the support is empty.
+head_softmax(head, tau, seed, row_ids, vocab_start, eps, ref) -> (Softmax, Support)
+    Without noise: statistics of p = softmax(l / tau) and its support, decided by words of DOMAIN_SUPPORT; ref is a
+    second head over the same vocabulary, or None.
+head_logits_at(head, rows, tokens) -> [K]
+    Single logits, rounded as those that the passes above saw.
+gather_dot(x, table, rows, tokens) -> [K]           x[rows] . table[tokens], in compute precision
+gather_sum(values, table, offsets, tokens) -> [N, H]  sum over a row's entries of value * table[token]
+scatter_sum(values, x, rows, tokens, table) -> [V, H]  sum over entries of value * x[row] at row `token`, table's dtype
 ```
 
 `reference` is not such a module: there the public functions call `grade_kernels.reference`, plain autograd and all.
@@ -34,7 +54,19 @@ from typing import NamedTuple
 
 import torch
 
-__all__ = ["BACKENDS", "Sample", "available_backends", "module", "select", "set_backend", "status", "use_backend"]
+__all__ = [
+    "BACKENDS",
+    "Head",
+    "Sample",
+    "Softmax",
+    "Support",
+    "available_backends",
+    "module",
+    "select",
+    "set_backend",
+    "status",
+    "use_backend",
+]
 
 BACKENDS = ("reference", "torch", "cpu", "triton")
 _override: str | None = None
@@ -47,6 +79,37 @@ class Sample(NamedTuple):
     score_max: torch.Tensor  # [N] compute, max(l + g)
     logit_max: torch.Tensor  # [N] compute, max(l); empty unless asked for
     logit_sum: torch.Tensor  # [N] compute, sum(exp(l - max(l))); empty unless asked for
+
+
+class Softmax(NamedTuple):
+    """Statistics per row of `p = softmax(l / tau)`, and of a reference r with the same tau where there is one."""
+
+    logit_max: torch.Tensor  # [N] compute
+    total: torch.Tensor  # [N], sum(exp((l - logit_max) / tau))
+    moment: torch.Tensor  # [N], sum p (l - logit_max) / tau, or with a reference sum p (l - r) / tau
+    ref_max: torch.Tensor  # [N], empty without a reference
+    ref_total: torch.Tensor
+
+
+class Head(NamedTuple):
+    """A head whose logits are `softcap(hidden @ weight.T + bias)`."""
+
+    hidden: torch.Tensor  # [N, H]
+    weight: torch.Tensor  # [V, H], same dtype
+    bias: torch.Tensor | None  # [V] compute
+    softcap: float | None
+
+
+class Support(NamedTuple):
+    """Stochastic support: each token kept with probability min(1, p / eps); sorted by row, then by token.
+
+    The value that stands for a kept token's p is max(p, eps), which makes sums over the support unbiased.
+    """
+
+    offsets: torch.Tensor  # [N + 1] int64, where each row's entries begin
+    tokens: torch.Tensor  # [K] int64
+    p: torch.Tensor  # [K] compute, exact probabilities
+    overflow: torch.Tensor  # [N] bool: rows whose support did not fit; they have no entries and take the dense path
 
 
 def _why_not(name: str) -> str | None:

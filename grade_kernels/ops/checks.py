@@ -66,7 +66,9 @@ def canonical_noise(
         if noise.row_ids.numel() != num_rows:
             raise ValueError(f"noise.row_ids has {noise.row_ids.numel()} entries, but the logits have {num_rows} rows")
         if noise.row_ids.device != device:
-            raise ValueError(f"noise.row_ids is on device {str(noise.row_ids.device)!r}, but the logits on {str(device)!r}")
+            raise ValueError(
+                f"noise.row_ids is on device {str(noise.row_ids.device)!r}, but the logits on {str(device)!r}"
+            )
     return noise.seed, noise.row_ids, noise.vocab_start
 
 
@@ -87,7 +89,8 @@ def canonical_tau(
         shape = tuple(tau.shape)
         if shape not in (tuple(batch_shape), (*batch_shape, 1), (rows,)):
             raise ValueError(
-                f"tau must be a number, a 0-d tensor or one value per row of shape {tuple(batch_shape)}, got shape {shape}"
+                f"tau must be a number, a 0-d tensor or one value per row of shape {tuple(batch_shape)}, "
+                f"got shape {shape}"
             )
         if tau.device != device:
             raise ValueError(f"tau is on device {str(tau.device)!r}, but the logits on {str(device)!r}")
@@ -130,12 +133,23 @@ def check_rows(logits: torch.Tensor, bad: torch.Tensor) -> None:
     raise ValueError(f"logits must be finite or -inf with one finite value per row, but row {row} holds {what}")
 
 
+def check_head_rows(bad: torch.Tensor) -> None:
+    """Raise ValueError for the first row of hidden states whose logits are no distribution."""
+    if bad.any():
+        row = int(bad.nonzero()[0])
+        raise ValueError(
+            f"hidden and lm_head must give logits without NaN and +inf and not only -inf, but row {row} does"
+        )
+
+
 def bad_rows(logits: torch.Tensor) -> torch.Tensor:
     """Rows `[N]` of `[N, V]` logits that hold NaN, +inf or only -inf."""
     return ~logits.amax(dim=1).isfinite()
 
 
-def check_tables(embedding: object, vocab_size: int, logits: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def check_tables(
+    embedding: object, vocab_size: int, other: torch.Tensor, other_name: str = "logits"
+) -> tuple[torch.Tensor, ...]:
     """One or several `[V, D]` tables as a tuple."""
     tables = tuple(embedding) if isinstance(embedding, (tuple, list)) else (embedding,)
     if not tables:
@@ -147,11 +161,11 @@ def check_tables(embedding: object, vocab_size: int, logits: torch.Tensor) -> tu
             raise ValueError(f"{name} must be two-dimensional [V, D], got shape {tuple(table.shape)}")
         if table.shape[0] != vocab_size:
             raise ValueError(f"{name} has {table.shape[0]} rows, but the vocabulary has {vocab_size} tokens")
-        check_same_device(name, table, "logits", logits)
+        check_same_device(name, table, other_name, other)
     return tables
 
 
-def check_ids(ids: object, batch_shape: Sequence[int], logits: torch.Tensor) -> None:
+def check_ids(ids: object, batch_shape: Sequence[int], other: torch.Tensor, other_name: str = "logits") -> None:
     """Given ids: int64 of the batch shape (values are checked where they may be read)."""
     if not isinstance(ids, torch.Tensor):
         raise TypeError(f"ids must be an int64 tensor, got {type(ids).__name__}")
@@ -159,7 +173,7 @@ def check_ids(ids: object, batch_shape: Sequence[int], logits: torch.Tensor) -> 
         raise TypeError(f"ids must be int64, got {ids.dtype}")
     if tuple(ids.shape) != tuple(batch_shape):
         raise ValueError(f"ids must have shape {tuple(batch_shape)}, got {tuple(ids.shape)}")
-    check_same_device("ids", ids, "logits", logits)
+    check_same_device("ids", ids, other_name, other)
 
 
 def check_estimator(estimator: object) -> None:

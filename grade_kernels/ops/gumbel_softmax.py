@@ -92,15 +92,9 @@ def _kernel(
     if checks.reads_values(logits):
         checks.check_rows(logits, (sample.ids < 0) | sample.score_max.isnan())
     if hard:
-        y = torch.zeros(logits.shape, dtype=logits.dtype, device=logits.device)
-        # A row without a distribution has NaN in score_max; it becomes a row of NaN, others add an exact zero.
-        y.scatter_(1, sample.ids[:, None], 1.0)
-        if logits.device.type != "cpu":
-            y.masked_fill_(sample.score_max.isnan()[:, None], torch.nan)
+        y = implementation.one_hot(sample, logits.shape[1], logits.dtype)
     else:
-        y, _ = implementation.softmax(
-            logits, tau, seed, row_ids, vocab_start, sample.score_max, True, logits.dtype
-        )
+        y, _ = implementation.softmax(logits, tau, seed, row_ids, vocab_start, sample.score_max, True, logits.dtype)
     return y, sample.score_max
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from grade_kernels import backends, reference
-from grade_kernels.backends.torch import column_chunks
+from grade_kernels.backends.torch.rows import column_chunks
 from grade_kernels.noise import GumbelNoise
 from grade_kernels.ops import checks
 from grade_kernels.ops.registry import define
@@ -90,7 +90,7 @@ def gumbel_ste_embedding(
     return GumbelSTEEmbedding(parts if several else parts[0], out_ids.view(batch), logprobs.view(batch))
 
 
-def _joint_dtype(tables: list[torch.Tensor]) -> torch.dtype:
+def joint_dtype(tables: list[torch.Tensor]) -> torch.dtype:
     """The dtype that holds every table's values exactly, so that one tensor can carry all embeddings."""
     dtype = tables[0].dtype
     for table in tables[1:]:
@@ -126,7 +126,7 @@ def _kernel(
     if estimator == "soft":
         embedded, total = _soft_lookup(implementation, logits, tables, tau, seed, row_ids, vocab_start, sample)
     else:
-        embedded = torch.cat([table[ids].to(_joint_dtype(tables)) for table in tables], dim=1)
+        embedded = torch.cat([table[ids].to(joint_dtype(tables)) for table in tables], dim=1)
         if logits.device.type != "cpu":
             embedded = embedded + poison.to(embedded.dtype)[:, None]
     return embedded, ids, logprobs, sample.score_max, sample.logit_max, sample.logit_sum, total
@@ -153,7 +153,7 @@ def _soft_lookup(
         for acc, table in zip(sums, tables, strict=True):
             acc += weights.to(table.dtype) @ table[columns]
     embedded = [(acc / total[:, None]).to(table.dtype) for acc, table in zip(sums, tables, strict=True)]
-    return torch.cat([part.to(_joint_dtype(tables)) for part in embedded], dim=1), total
+    return torch.cat([part.to(joint_dtype(tables)) for part in embedded], dim=1), total
 
 
 def _fake(
@@ -168,7 +168,7 @@ def _fake(
     backend: str,
 ) -> tuple[torch.Tensor, ...]:
     rows = logits.shape[0]
-    embedded = logits.new_empty(rows, sum(table.shape[1] for table in tables), dtype=_joint_dtype(tables))
+    embedded = logits.new_empty(rows, sum(table.shape[1] for table in tables), dtype=joint_dtype(tables))
     total = tau.new_empty(rows if estimator == "soft" else 0)
     return embedded, logits.new_empty(rows, dtype=torch.int64), *(tau.new_empty(rows) for _ in range(4)), total
 
@@ -191,9 +191,7 @@ def _backward_kernel(
     implementation = backends.module(backend)
     score_max, logit_max, logit_sum, total = statistics
     widths = [table.shape[1] for table in tables]
-    upstream = [
-        part.to(table.dtype) for part, table in zip(dembedded.split(widths, dim=1), tables, strict=True)
-    ]
+    upstream = [part.to(table.dtype) for part, table in zip(dembedded.split(widths, dim=1), tables, strict=True)]
     needs_dlogits, needs_dtau, *needs_tables = needs
     dlogits, dtau = logits.new_empty(0), tau.new_empty(0)
     if needs_dlogits or needs_dtau:
@@ -296,7 +294,7 @@ def _backward(ctx: Any, dembedded: torch.Tensor | None, *rest: torch.Tensor | No
         return (None,) * 9
     if dembedded is None:
         width = sum(table.shape[1] for table in tables)
-        dembedded = torch.zeros(logits.shape[0], width, dtype=_joint_dtype(tables), device=logits.device)
+        dembedded = torch.zeros(logits.shape[0], width, dtype=joint_dtype(tables), device=logits.device)
     needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[2], *ctx.needs_input_grad[1]]
     dlogits, dtau, dtables = _gumbel_ste_embedding_backward(
         dembedded, dlogprobs, logits, tables, tau, seed, row_ids, ctx.vocab_start, ids,

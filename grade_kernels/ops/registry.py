@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-library = torch.library.Library("grade_kernels", "DEF")  # noqa: TOR901
+library = torch.library.Library("grade_kernels", "DEF")
 
 
 def define(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> Any:

@@ -1,4 +1,4 @@
-"""The fallback: plain PyTorch operations on any device, chunked over the vocabulary.
+"""Rows of given logits in plain PyTorch operations, chunked over the vocabulary.
 
 The noise is that of `grade_kernels.noise`, made one chunk at a time, so nothing of the size of the logits is ever held
 beside inputs and outputs.
@@ -53,10 +53,9 @@ def sample(
     """See `grade_kernels.backends`."""
     rows, vocab = logits.shape
     scores = _Scores(logits, seed, row_ids, vocab_start)
-    options = {"dtype": scores.dtype, "device": logits.device}
-    score_max = torch.full((rows,), -torch.inf, **options)
+    score_max = torch.full((rows,), -torch.inf, dtype=scores.dtype, device=logits.device)
     ids = torch.zeros(rows, dtype=torch.int64, device=logits.device)
-    logit_max, logit_sum = torch.full((rows,), -torch.inf, **options), torch.zeros(rows, **options)
+    logit_max, logit_sum = score_max, torch.zeros_like(score_max)
     for columns in column_chunks(rows, vocab):
         best, where = scores.chunk(columns).max(dim=1)
         # NaN wins every later comparison, as in torch.max.
@@ -78,6 +77,14 @@ def sample(
     if not logsumexp:
         logit_max, logit_sum = logits.new_empty(0, dtype=scores.dtype), logits.new_empty(0, dtype=scores.dtype)
     return Sample(ids, score_max, logit_max, logit_sum)
+
+
+def one_hot(sample: Sample, vocab_size: int, dtype: torch.dtype) -> torch.Tensor:
+    """See `grade_kernels.backends`."""
+    rows = sample.ids.shape[0]
+    out = torch.zeros(rows, vocab_size, dtype=dtype, device=sample.ids.device)
+    out.scatter_(1, sample.ids[:, None], 1.0)
+    return out if out.device.type == "cpu" else out.masked_fill_(sample.score_max.isnan()[:, None], torch.nan)
 
 
 def softmax(

@@ -1,0 +1,33 @@
+# `make demo` and `make test` need Python >= 3.10 and a C++ compiler, and set up the rest in .venv by themselves.
+#   PYTHON=python3.12       another interpreter for .venv
+#   TORCH_INDEX_URL=https://...   a package index with the torch build of your choice (ROCm, a CUDA version, nightly)
+#   ARGS="..."              more arguments for the demo, pytest or the benchmarks
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: help demo test bench lint venv
+
+help:  ## show this list
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile
+
+demo: venv  ## align a small language model with the package's kernels, on this machine
+	$(BIN)/grade-kernels demo $(ARGS)
+
+test: venv  ## run all tests
+	$(BIN)/python -m pytest $(ARGS)
+
+bench: venv  ## check, then time every operation against plain PyTorch
+	$(BIN)/python -m pytest benchmarks $(ARGS)
+
+lint: venv  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# Ninja looks after the sources of csrc, so this costs a fraction of a second when nothing has changed.
+venv: .venv/.stamp  ## the set-up alone
+	@$(BIN)/python setup.py --quiet build_ext --inplace
+
+.venv/.stamp: pyproject.toml setup.py tools/venv.sh
+	@PYTHON="$(PYTHON)" tools/venv.sh .venv
+	@touch $@

@@ -1,0 +1,95 @@
+// The row kernels for float64 logits: plain scalar code, since float64 is here to check with, not to train in.
+#include <cmath>
+#include <limits>
+
+#include "common/gumbel.h"
+#include "cpu/rows.h"
+
+namespace gk {
+
+namespace {
+
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+
+const double* row_of(const Rows& in, int64_t row) { return static_cast<const double*>(in.logits) + row * in.stride; }
+
+double score(const Rows& in, int64_t row, int64_t v, double l) {
+  return l + token_gumbel<double>(in.noise.seed, in.noise.row(row), in.noise.vocab_start + v);
+}
+
+// A zero weight sends nothing, whatever it is multiplied with.
+double product(double weight, double x) { return weight != 0.0 ? weight * x : 0.0; }
+
+SamplePart<double> sample(const Rows& in, int64_t row, int64_t begin, int64_t end, bool logsumexp) {
+  const double* l = row_of(in, row);
+  SamplePart<double> best{-kInfinity, -kInfinity, 0.0, -1, false};
+  for (int64_t v = begin; v < end; ++v) {
+    const double s = score(in, row, v, l[v]);
+    if (s <= best.score_max) continue;
+    if (!(s < kInfinity)) {
+      best.bad = true;
+      continue;
+    }
+    best.score_max = s;
+    best.id = v;
+  }
+  if (logsumexp) {
+    for (int64_t v = begin; v < end; ++v) best.logit_max = l[v] > best.logit_max ? l[v] : best.logit_max;
+    for (int64_t v = begin; v < end; ++v) best.logit_sum += l[v] > -kInfinity ? std::exp(l[v] - best.logit_max) : 0.0;
+  }
+  return best;
+}
+
+void softmax(const SoftmaxArgs<double>& args, int64_t row, double*) {
+  const double* l = row_of(args.in, row);
+  double* out = static_cast<double*>(args.out) + row * args.out_stride;
+  const double tau = args.tau[row];
+  const double pivot = args.score_max[row];
+  double total = 0.0;
+  for (int64_t v = 0; v < args.in.vocab; ++v) total += out[v] = std::exp((score(args.in, row, v, l[v]) - pivot) / tau);
+  args.total[row] = total;
+  if (!args.normalize) return;
+  for (int64_t v = 0; v < args.in.vocab; ++v) out[v] /= total;
+}
+
+void softmax_backward(const BackwardArgs<double>& args, int64_t row, double* weights) {
+  const double* l = row_of(args.in, row);
+  const double* dy = static_cast<const double*>(args.dy) + row * args.dy_stride;
+  double* out = static_cast<double*>(args.out) + row * args.out_stride;
+  const bool noisy = args.estimator == Estimator::kNoisy, reinmax = args.estimator == Estimator::kReinmax;
+  const bool needs_plain = reinmax || args.dlogprobs;
+  const double tau = args.tau[row], pivot = noisy ? args.score_max[row] : args.logit_max[row];
+  const double dlogprob = args.dlogprobs ? args.dlogprobs[row] : 0.0;
+  const int64_t id = needs_plain ? args.ids[row] : -1;
+  const auto plain = [&](int64_t v) { return std::exp(l[v] - args.logit_max[row]) / args.logit_sum[row]; };
+  const auto distance = [&](int64_t v) { return (noisy ? score(args.in, row, v, l[v]) : l[v]) - pivot; };
+  double total = 0.0, mean = 0.0, plain_mean = 0.0;
+  for (int64_t v = 0; v < args.in.vocab; ++v) {
+    weights[v] = std::exp(distance(v) / tau);
+    total += weights[v];
+    mean += product(weights[v], dy[v]);
+    if (reinmax) plain_mean += product(plain(v), dy[v]);
+  }
+  mean /= total;
+  if (reinmax) mean = 0.5 * (mean + dy[id]);
+  double moment = 0.0;
+  for (int64_t v = 0; v < args.in.vocab; ++v) {
+    const double p = weights[v] / total, upstream = dy[v];
+    double dl;
+    if (reinmax) {
+      dl = product(p, upstream - mean) - 0.5 * product(plain(v), upstream - plain_mean) + (v == id ? upstream - mean : 0.0);
+    } else {
+      dl = product(p, upstream - mean) / tau;
+      if (args.dtau && p != 0.0) moment += dl * distance(v) / tau;
+    }
+    if (args.dlogprobs) dl += dlogprob * (double(v == id) - plain(v));
+    out[v] = l[v] == -kInfinity ? 0.0 : dl;
+  }
+  if (args.dtau) args.dtau[row] = -moment;
+}
+
+}  // namespace
+
+const RowKernels<double> kRowsDouble = {"double", sample, softmax, softmax_backward};
+
+}  // namespace gk

@@ -1,0 +1,33 @@
+// Rows over torch's own threads.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#if defined(__x86_64__)
+#include <xmmintrin.h>
+#endif
+
+namespace gk {
+
+// Weights far below a row's maximum become subnormal products, and each costs a microcode trap; nothing that small can
+// be seen in a result, so they are flushed to zero while a kernel runs.
+class FlushSubnormals {
+#if defined(__x86_64__)
+ public:
+  FlushSubnormals() : saved_(_mm_getcsr()) { _mm_setcsr(saved_ | 0x8040); }
+  ~FlushSubnormals() { _mm_setcsr(saved_); }
+
+ private:
+  unsigned saved_;
+#endif
+};
+
+template <typename Work>
+void parallel_rows(int64_t count, const Work& work) {
+  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+    FlushSubnormals flush;
+    work(begin, end);
+  });
+}
+
+}  // namespace gk

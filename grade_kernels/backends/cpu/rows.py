@@ -1,0 +1,95 @@
+"""Rows of given logits: launches the kernels of csrc/cpu/rows.inl."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from grade_kernels.backends import Sample
+
+# Numbers of csrc/cpu/rows.h's Estimator.
+_ESTIMATOR = {"ste": 0, "soft": 0, "st": 1, "reinmax": 2}
+
+
+def _kernels() -> Any:
+    return torch.ops.grade_kernels_cpu
+
+
+def _unit_stride(rows: torch.Tensor) -> torch.Tensor:
+    """The kernels take any stride between rows, but tokens side by side."""
+    return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
+
+
+def sample(
+    logits: torch.Tensor, seed: torch.Tensor, row_ids: torch.Tensor | None, vocab_start: int, logsumexp: bool
+) -> Sample:
+    """See `grade_kernels.backends`."""
+    compute = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    rows = logits.shape[0]
+    ids, score_max = torch.empty(rows, dtype=torch.int64), torch.empty(rows, dtype=compute)
+    logit_max, logit_sum = torch.empty(2, rows if logsumexp else 0, dtype=compute).unbind()
+    _kernels().sample(
+        _unit_stride(logits), seed, _plain(row_ids), vocab_start, logsumexp, ids, score_max, logit_max, logit_sum
+    )
+    return Sample(ids, score_max, logit_max, logit_sum)
+
+
+def _plain(x: torch.Tensor | None) -> torch.Tensor | None:
+    return None if x is None else x.contiguous()
+
+
+def one_hot(sample: Sample, vocab_size: int, dtype: torch.dtype) -> torch.Tensor:
+    """See `grade_kernels.backends`."""
+    out = torch.empty(sample.ids.shape[0], vocab_size, dtype=dtype)
+    _kernels().one_hot(sample.ids, out)
+    return out
+
+
+def softmax(
+    logits: torch.Tensor,
+    tau: torch.Tensor,
+    seed: torch.Tensor,
+    row_ids: torch.Tensor | None,
+    vocab_start: int,
+    score_max: torch.Tensor,
+    normalize: bool,
+    out_dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `grade_kernels.backends`."""
+    out, total = torch.empty(logits.shape, dtype=out_dtype), torch.empty_like(score_max)
+    _kernels().softmax(
+        _unit_stride(logits), tau.contiguous(), seed, _plain(row_ids), vocab_start, score_max, normalize, out, total
+    )
+    return out, total
+
+
+def softmax_backward(
+    dy: torch.Tensor,
+    logits: torch.Tensor,
+    tau: torch.Tensor,
+    seed: torch.Tensor,
+    row_ids: torch.Tensor | None,
+    vocab_start: int,
+    estimator: str,
+    sample: Sample,
+    dlogprobs: torch.Tensor | None,
+    needs_dtau: bool,
+    out: torch.Tensor,
+) -> torch.Tensor:
+    """See `grade_kernels.backends`."""
+    dtau = torch.empty(logits.shape[0], dtype=tau.dtype)
+    _kernels().softmax_backward(
+        _unit_stride(dy),
+        _unit_stride(logits),
+        tau.contiguous(),
+        seed,
+        _plain(row_ids),
+        vocab_start,
+        _ESTIMATOR[estimator],
+        *sample,
+        _plain(dlogprobs),
+        out,
+        dtau if needs_dtau else None,
+    )
+    return dtau

@@ -1,0 +1,26 @@
+"""The fallback: plain PyTorch operations on any device, chunked over the vocabulary."""
+
+from grade_kernels.backends.torch.head import (
+    gather_dot,
+    gather_sum,
+    head_logits_at,
+    head_sample,
+    head_scores,
+    head_softmax,
+    scatter_sum,
+)
+from grade_kernels.backends.torch.rows import one_hot, sample, softmax, softmax_backward
+
+__all__ = [
+    "gather_dot",
+    "gather_sum",
+    "head_logits_at",
+    "head_sample",
+    "head_scores",
+    "head_softmax",
+    "one_hot",
+    "sample",
+    "scatter_sum",
+    "softmax",
+    "softmax_backward",
+]

@@ -1,0 +1,253 @@
+"""Statistics and stochastic support of a head's logits in plain PyTorch, one chunk of the vocabulary at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+
+from grade_kernels.backends import Head, Sample, Softmax, Support
+from grade_kernels.backends.torch.rows import column_chunks
+from grade_kernels.noise import (
+    DOMAIN_GUMBEL,
+    DOMAIN_REFINE,
+    DOMAIN_SUPPORT,
+    GumbelNoise,
+    gumbel_from_words,
+    uniform_from_words,
+)
+
+GATHER_ELEMENTS = 2**22  # gathered elements that are held at once
+
+
+def support_capacity(eps: float, vocab_size: int) -> int:
+    """Entries a row's support may take: four times what a flat distribution needs, yet far from the vocabulary."""
+    return int(min(4.0 / eps + 64, max(vocab_size // 8, 64)))
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The arithmetic that serves a dtype: float64 for itself, float32 for everything narrower."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def head_chunks(head: Head) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Columns and logits `[N, columns]` in compute precision, chunk by chunk."""
+    dtype = compute_dtype(head.hidden.dtype)
+    for columns in column_chunks(head.hidden.shape[0], head.weight.shape[0]):
+        logits = (head.hidden @ head.weight[columns].T).to(dtype)
+        if head.bias is not None:
+            logits += head.bias[columns]
+        yield columns, softcapped(logits, head.softcap)
+
+
+def softcapped(logits: torch.Tensor, softcap: float | None) -> torch.Tensor:
+    """`softcap * tanh(l / softcap)`, as in Gemma 2."""
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+class _LogSumExp:
+    """Running `max(x)` and `sum(exp((x - max) / tau))` of `[N, V]` values that come in chunks."""
+
+    def __init__(self, rows: int, like: torch.Tensor, tau: torch.Tensor | None = None) -> None:
+        dtype = compute_dtype(like.dtype)
+        self.max = torch.full((rows,), -torch.inf, dtype=dtype, device=like.device)
+        self.total = torch.zeros(rows, dtype=dtype, device=like.device)
+        self.moment = torch.zeros(rows, dtype=dtype, device=like.device)
+        self.tau = torch.ones_like(self.max) if tau is None else tau
+
+    def weights(self, x: torch.Tensor) -> torch.Tensor:
+        """`exp((x - max) / tau)` for the maximum so far."""
+        pivot = torch.where(self.max == -torch.inf, 0.0, self.max)
+        return ((x - pivot[:, None]) / self.tau[:, None]).exp()
+
+    def update(self, x: torch.Tensor, y: torch.Tensor | None = None) -> torch.Tensor:
+        """Take a chunk (and what to average with its weights); returns its weights."""
+        raised = torch.maximum(self.max, x.amax(dim=1))
+        pivot = torch.where(raised == -torch.inf, 0.0, raised)
+        scale = ((self.max - pivot) / self.tau).exp()
+        self.max = raised
+        weights = self.weights(x)
+        self.total = self.total * scale + weights.sum(dim=1)
+        if y is not None:
+            self.moment = self.moment * scale + torch.where(weights > 0, weights * y, 0.0).sum(dim=1)
+        return weights
+
+
+class _Candidates:
+    """Entries that may be in the support: decided against the running normaliser, a lower bound of the final one."""
+
+    def __init__(self, sums: _LogSumExp, eps: float, vocab_size: int) -> None:
+        self.sums, self.eps, self.capacity = sums, eps, support_capacity(eps, vocab_size)
+        self.rows: list[torch.Tensor] = []
+        self.tokens: list[torch.Tensor] = []
+        self.scores: list[torch.Tensor] = []
+        self.uniforms: list[torch.Tensor] = []
+
+    def take(self, columns: slice, weights: torch.Tensor, scores: torch.Tensor, uniform: torch.Tensor) -> None:
+        kept = weights > uniform * self.eps * self.sums.total[:, None]
+        rows, tokens = kept.nonzero(as_tuple=True)
+        self.rows.append(rows)
+        self.tokens.append(tokens + columns.start)
+        self.scores.append(scores[rows, tokens])
+        self.uniforms.append(uniform[rows, tokens])
+        if sum(len(part) for part in self.rows[1:]) > 4 * self.capacity * len(weights):
+            self._filter()
+
+    def _filter(self) -> torch.Tensor:
+        """Drop what the normaliser so far rules out; returns the probabilities of the rest under it."""
+        rows, tokens = torch.cat(self.rows), torch.cat(self.tokens)
+        scores, uniforms = torch.cat(self.scores), torch.cat(self.uniforms)
+        p = ((scores - self.sums.max[rows]) / self.sums.tau[rows]).exp() / self.sums.total[rows]
+        kept = p > uniforms * self.eps
+        self.rows, self.tokens = [rows[kept]], [tokens[kept]]
+        self.scores, self.uniforms = [scores[kept]], [uniforms[kept]]
+        return p[kept]
+
+    def support(self) -> Support:
+        p, rows, tokens = self._filter(), self.rows[0], self.tokens[0]
+        overflow = torch.bincount(rows, minlength=len(self.sums.max)) > self.capacity
+        fits = ~overflow[rows]
+        p, rows, tokens = p[fits], rows[fits], tokens[fits]
+        order = rows.argsort(stable=True)  # chunks came in token order
+        counts = torch.bincount(rows, minlength=len(self.sums.max))
+        offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+        return Support(offsets, tokens[order], p[order], overflow)
+
+
+def empty_support(rows: int, like: torch.Tensor) -> Support:
+    """A support without entries."""
+    device = like.device
+    return Support(
+        torch.zeros(rows + 1, dtype=torch.int64, device=device),
+        torch.zeros(0, dtype=torch.int64, device=device),
+        torch.zeros(0, dtype=compute_dtype(like.dtype), device=device),
+        torch.zeros(rows, dtype=torch.bool, device=device),
+    )
+
+
+def _noise(head: Head, seed: torch.Tensor, row_ids: torch.Tensor | None, vocab_start: int) -> GumbelNoise:
+    if row_ids is None:
+        row_ids = torch.arange(head.hidden.shape[0], device=head.hidden.device)
+    return GumbelNoise(seed.to(head.hidden.device), row_ids, vocab_start=vocab_start)
+
+
+def head_scores(
+    head: Head, tau: torch.Tensor, seed: torch.Tensor, row_ids: torch.Tensor | None, vocab_start: int, eps: float
+) -> tuple[Sample, torch.Tensor, Support]:
+    """See `grade_kernels.backends`."""
+    rows, vocab = head.hidden.shape[0], head.weight.shape[0]
+    noise = _noise(head, seed, row_ids, vocab_start)
+    tempered, plain = _LogSumExp(rows, head.hidden, tau), _LogSumExp(rows, head.hidden)
+    ids = torch.zeros(rows, dtype=torch.int64, device=head.hidden.device)
+    candidates = _Candidates(tempered, eps, vocab) if eps > 0 else None
+    for columns, logits in head_chunks(head):
+        word, refinement = (
+            noise.words(rows, logits.shape[1], vocab_start=columns.start, domain=domain)
+            for domain in (DOMAIN_GUMBEL, DOMAIN_REFINE)
+        )
+        scores = logits + gumbel_from_words(word, refinement, logits.dtype)
+        best, where = scores.max(dim=1)
+        ids = torch.where(~(best <= tempered.max), where + columns.start, ids)
+        plain.update(logits)
+        weights = tempered.update(scores)
+        if candidates is not None:
+            candidates.take(columns, weights, scores, uniform_from_words(word, logits.dtype))
+    bad = ~tempered.max.isfinite()
+    support = empty_support(rows, head.hidden) if candidates is None else candidates.support()
+    if head.hidden.device.type == "cpu":
+        ids = torch.where(bad, -1, ids)
+    score_max = torch.where(bad, torch.nan, tempered.max)
+    return Sample(ids, score_max, plain.max, plain.total), tempered.total, support
+
+
+def head_sample(head: Head, seed: torch.Tensor, row_ids: torch.Tensor | None, vocab_start: int) -> Sample:
+    """See `grade_kernels.backends`."""
+    one = torch.ones(head.hidden.shape[0], dtype=compute_dtype(head.hidden.dtype), device=head.hidden.device)
+    return head_scores(head, one, seed, row_ids, vocab_start, 0.0)[0]
+
+
+def head_softmax(
+    head: Head,
+    tau: torch.Tensor,
+    seed: torch.Tensor,
+    row_ids: torch.Tensor | None,
+    vocab_start: int,
+    eps: float,
+    ref: Head | None,
+) -> tuple[Softmax, Support]:
+    """See `grade_kernels.backends`."""
+    rows, vocab = head.hidden.shape[0], head.weight.shape[0]
+    noise = _noise(head, seed, row_ids, vocab_start)
+    sums, ref_sums = _LogSumExp(rows, head.hidden, tau), _LogSumExp(rows, head.hidden, tau)
+    candidates = _Candidates(sums, eps, vocab) if eps > 0 else None
+    ref_chunks = None if ref is None else head_chunks(ref)
+    for columns, logits in head_chunks(head):
+        if ref_chunks is None:
+            weights = sums.update(logits, logits / tau[:, None])
+        else:
+            ref_logits = next(ref_chunks)[1]
+            ref_sums.update(ref_logits)
+            weights = sums.update(logits, (logits - ref_logits) / tau[:, None])
+        if candidates is not None:
+            word = noise.words(rows, logits.shape[1], vocab_start=columns.start, domain=DOMAIN_SUPPORT)
+            candidates.take(columns, weights, logits, uniform_from_words(word, logits.dtype))
+    support = empty_support(rows, head.hidden) if candidates is None else candidates.support()
+    moment = sums.moment / sums.total
+    if ref is None:
+        empty = moment.new_empty(0)
+        return Softmax(sums.max, sums.total, moment - sums.max / tau, empty, empty), support
+    return Softmax(sums.max, sums.total, moment, ref_sums.max, ref_sums.total), support
+
+
+def gather_dot(x: torch.Tensor, table: torch.Tensor, rows: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """See `grade_kernels.backends`."""
+    dtype = compute_dtype(torch.promote_types(x.dtype, table.dtype))
+    out = torch.empty(len(tokens), dtype=dtype, device=x.device)
+    step = max(1, GATHER_ELEMENTS // max(1, x.shape[1]))
+    for i in range(0, len(tokens), step):
+        part = slice(i, i + step)
+        out[part] = (x[rows[part]].to(dtype) * table[tokens[part]].to(dtype)).sum(dim=1)
+    return out
+
+
+def gather_sum(values: torch.Tensor, table: torch.Tensor, offsets: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """See `grade_kernels.backends`."""
+    width = table.shape[1]
+    out = torch.zeros(len(offsets) - 1, width, dtype=values.dtype, device=table.device)
+    # Blocks of columns keep what is gathered small without splitting a row's sum.
+    step = max(1, GATHER_ELEMENTS // max(1, len(tokens)))
+    for i in range(0, width, step):
+        gathered = table[:, i : i + step][tokens].to(values.dtype) * values[:, None]
+        out[:, i : i + step] = torch.segment_reduce(gathered, "sum", offsets=offsets, axis=0, initial=0)
+    return out
+
+
+def head_logits_at(
+    head: Head, rows: torch.Tensor, tokens: torch.Tensor, dot: Callable[..., torch.Tensor] = gather_dot
+) -> torch.Tensor:
+    """See `grade_kernels.backends`; another backend lends its own gather_dot."""
+    logits = dot(head.hidden, head.weight, rows, tokens)
+    logits = logits.to(head.hidden.dtype).to(logits.dtype)  # what a matrix product in that dtype returns
+    if head.bias is not None:
+        logits = logits + head.bias[tokens]
+    return softcapped(logits, head.softcap)
+
+
+def scatter_sum(
+    values: torch.Tensor,
+    x: torch.Tensor,
+    rows: torch.Tensor,
+    tokens: torch.Tensor,
+    table: torch.Tensor,
+    summed: Callable[..., torch.Tensor] = gather_sum,
+) -> torch.Tensor:
+    """See `grade_kernels.backends`; another backend lends its own gather_sum."""
+    out = torch.zeros(table.shape[0], x.shape[1], dtype=table.dtype, device=table.device)
+    if len(tokens) == 0:
+        return out
+    order = tokens.argsort(stable=True)
+    tokens, rows, values = tokens[order], rows[order], values[order]
+    distinct, counts = torch.unique_consecutive(tokens, return_counts=True)
+    offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    out[distinct] = summed(values, x, offsets, rows).to(table.dtype)
+    return out
