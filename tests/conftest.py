@@ -26,6 +26,33 @@ import grade_kernels as gk  # noqa: E402
 from tests.helpers import poisoned_memory  # noqa: E402
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers", "thin(k): Triton's interpreter, which is slow, runs every k-th case of this test"
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deselect all but every k-th interpreted case of a thinned test.
+
+    k has no divisor in common with the numbers of parameters, so every value of each parameter still comes up.
+    """
+    seen: dict[str, int] = {}
+    kept, dropped = [], []
+    for item in items:
+        mark = item.get_closest_marker("thin")
+        call = getattr(item, "callspec", None)
+        if mark is None or HAS_GPU or call is None or call.params.get("place") != ("triton", "cpu"):
+            kept.append(item)
+            continue
+        name = item.nodeid.split("[")[0]
+        seen[name] = seen.get(name, -1) + 1
+        (dropped if seen[name] % mark.args[0] else kept).append(item)
+    if dropped:
+        config.hook.pytest_deselected(items=dropped)
+        items[:] = kept
+
+
 class Place(NamedTuple):
     """One backend on one device."""
 
@@ -41,6 +68,8 @@ def _places() -> list:
         for name in gk.backends.BACKENDS:
             if (name, device) == ("cpu", "cuda") or (name == "triton" and device == "cpu" and HAS_GPU):
                 continue
+            if device == "cuda" and not HAS_GPU and name != "triton":
+                continue  # one skipped case says it for all three
             marks = [pytest.mark.gpu] if device == "cuda" else []
             if device == "cuda" and not HAS_GPU:
                 marks.append(pytest.mark.skip(reason="no GPU on this machine"))

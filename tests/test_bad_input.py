@@ -309,6 +309,7 @@ def with_bad_rows(values: list[float], dtype: torch.dtype, device: str, *bad: in
     return logits.to(device)
 
 
+@pytest.mark.thin(11)
 @every_op
 @pytest.mark.parametrize("kind", BAD_ROWS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
@@ -324,6 +325,7 @@ def test_row_without_a_distribution(
         op(with_bad_rows(BAD_ROWS[kind], dtype, device, 2).view(2, 2, VOCAB))
 
 
+@pytest.mark.thin(5)
 @every_op
 @pytest.mark.parametrize("kind", BAD_ROWS)
 def test_bad_value_far_into_a_long_row(backend: str, device: str, op: Op, kind: str,
@@ -368,6 +370,7 @@ def test_masks_are_legal(backend: str, device: str, op: Op) -> None:
         assert (out if out.dim() == 1 else out.argmax(-1)).tolist() == [2, 2, 2]
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("kind", BAD_ROWS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_bad_rows_stay_alone_on_a_gpu(place: Any, backend: str, device: str, kind: str, dtype: torch.dtype) -> None:

@@ -21,6 +21,7 @@ def truth_scores(logits: torch.Tensor, noise: gk.GumbelNoise) -> torch.Tensor:
     return flat + truth_noise(noise, *flat.shape)
 
 
+@pytest.mark.thin(7)
 @pytest.mark.parametrize("mask", [False, True], ids=["open", "masked"])
 @pytest.mark.parametrize("vocab", ODD_VOCABS)
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -72,6 +73,7 @@ LAYOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_strides(backend: str, device: str, rows: int, layout: str, dtype: torch.dtype) -> None:

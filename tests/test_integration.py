@@ -74,6 +74,7 @@ def assert_all_close(ours: list, theirs: list) -> None:
 # --- torch.compile
 
 
+@pytest.mark.thin(3)
 @every_call
 def test_compile(backend: str, device: str, call: Callable[..., tuple[torch.Tensor, ...]]) -> None:
     """One graph, forward and backward, that other values of seed and tau tensors do not recompile."""
@@ -218,6 +219,7 @@ def test_every_operation_passes_opcheck(backend: str, device: str) -> None:
 # --- autocast
 
 
+@pytest.mark.thin(3)
 @every_call
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_changes_nothing(
@@ -248,6 +250,7 @@ def test_autocast_through_a_head(backend: str, device: str) -> None:
 # --- checkpoint
 
 
+@pytest.mark.thin(5)
 @every_call
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("given", [False, True], ids=["drawn", "given"])
