@@ -259,12 +259,15 @@ def _fake(
 
     sparse = collect and eps > 0 and estimator != "soft"
     count, plain_count = entries(sparse), entries(sparse and estimator == "reinmax")
-    integers = {"dtype": torch.int64}
+
+    def integers(size: Any) -> torch.Tensor:
+        return tau.new_empty(size, dtype=torch.int64)
+
     return (
         hidden.new_empty(rows, sum(table.shape[1] for table in tables), dtype=joint_dtype(tables)),
-        tau.new_empty(rows, **integers), tau.new_empty(rows), tau.new_empty(5, rows),
-        tau.new_empty(rows + 1, **integers), tau.new_empty(count, **integers), tau.new_empty(count),
-        tau.new_empty(rows + 1, **integers), tau.new_empty(plain_count, **integers), tau.new_empty(plain_count),
+        integers(rows), tau.new_empty(rows), tau.new_empty(5, rows),
+        integers(rows + 1), integers(count), tau.new_empty(count),
+        integers(rows + 1), integers(plain_count), tau.new_empty(plain_count),
         tau.new_empty(rows, dtype=torch.bool),
     )  # fmt: skip
 
@@ -291,10 +294,10 @@ class _Backward:
 
     def dy(self, rows: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         """`dY` at single places."""
-        parts = [
-            self.implementation.gather_dot(d, t, rows, tokens) for d, t in zip(self.upstream, self.tables, strict=True)
-        ]
-        return sum(part.to(self.tau.dtype) for part in parts)
+        total = torch.zeros(len(tokens), dtype=self.tau.dtype, device=self.tau.device)
+        for upstream, table in zip(self.upstream, self.tables, strict=True):
+            total += self.implementation.gather_dot(upstream, table, rows, tokens)
+        return total
 
     def relaxed(self, support: Support, factor: torch.Tensor, tempered: bool) -> Entries:
         """`factor * J(p) dY` on a support; unbiased, since each entry sees the mean without its own rounding."""
@@ -347,7 +350,10 @@ class _Backward:
             return (logits - statistics.logit_max).exp() / statistics.logit_sum
 
         def dy_chunk(columns: slice, like: torch.Tensor) -> torch.Tensor:
-            return sum((d @ t[columns].T).to(like.dtype) for d, t in zip(upstream, self.tables, strict=True))
+            out = torch.zeros_like(like)
+            for d, table in zip(upstream, self.tables, strict=True):
+                out += d @ table[columns].T
+            return out
 
         total, dot, plain_dot = (torch.zeros_like(tau) for _ in range(3))
         for columns, logits in head_chunks(self.head._replace(hidden=self.head.hidden[rows])):
@@ -358,10 +364,7 @@ class _Backward:
                 plain_dot += (plain(logits) * dy).sum(dim=1, keepdim=True)
         mean = dot / total
         if reinmax:
-            sampled_dy = sum(
-                (d * t[ids.squeeze(1)]).sum(1).to(tau.dtype) for d, t in zip(upstream, self.tables, strict=True)
-            )
-            mean = 0.5 * (mean + sampled_dy[:, None])
+            mean = 0.5 * (mean + self.dy(rows, self.ids[rows])[:, None])
         dtau = torch.zeros_like(tau)
 
         def rule(columns: slice, logits: torch.Tensor) -> torch.Tensor:
@@ -414,7 +417,8 @@ def _backward_kernel(
     saved = _Statistics(*statistics.unbind())
     noise = (seed, row_ids, vocab_start)
     step = _Backward(implementation, gradients, tables, upstream, tau, noise, ids, saved, eps)
-    support, plain = Support(*supports[:3], overflow), Support(*supports[3:], overflow)
+    support = Support(supports[0], supports[1], supports[2], overflow)
+    plain = Support(supports[3], supports[4], supports[5], overflow)
     soft = estimator == "soft"
     through_logits = any(needs_head) or needs_dtau
     if eps > 0 and soft and (through_logits or any(needs_tables)):
