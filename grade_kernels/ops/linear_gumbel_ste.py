@@ -527,7 +527,7 @@ def _backward(ctx: Any, dembedded: torch.Tensor | None, *rest: torch.Tensor | No
     supports, overflow, tables = saved[:6], saved[6], saved[7:]
     dlogprobs = rest[1]
     if dembedded is None and dlogprobs is None:
-        return (None,) * 14
+        return *(None,) * 4, [None] * len(tables), *(None,) * 9
     if dembedded is None:
         width = sum(table.shape[1] for table in tables)
         dembedded = torch.zeros(hidden.shape[0], width, dtype=joint_dtype(tables), device=hidden.device)
