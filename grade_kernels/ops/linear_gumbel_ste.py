@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +24,7 @@ from grade_kernels.ops.head import (
     row_of_entries,
     row_sums,
     select_backend,
+    softcap_slope,
 )
 from grade_kernels.ops.linear_gumbel_sample import chosen_logprobs
 from grade_kernels.ops.registry import define
@@ -328,7 +330,12 @@ class _Backward:
     def dense(
         self, rows: torch.Tensor, estimator: str, dlogprobs: torch.Tensor | None, dtables: list[torch.Tensor | None]
     ) -> None:
-        """The exact rule for some rows: one pass over the vocabulary for the means, one for the gradient."""
+        """The exact rule for some rows.
+
+        The gradient of the logits is `p (dY - D)`, and D is known only at the end of the vocabulary. The gradient of the
+        hidden states is linear in D, so where no other is asked for, one pass sums what is and what is not multiplied
+        by it. Otherwise one pass finds the means and another makes the gradient.
+        """
         tau, ids = self.tau[rows, None], self.ids[rows, None]
         upstream = [d[rows] for d in self.upstream]
         statistics = _Statistics(*(x[rows, None] for x in self.statistics))
@@ -355,6 +362,9 @@ class _Backward:
                 out += d @ table[columns].T
             return out
 
+        if not (reinmax or self.gradients.needs[1] or self.gradients.needs[2]):
+            self._dense_hidden(rows, estimator, dlogprobs, dtables, weights, plain, dy_chunk)
+            return
         total, dot, plain_dot = (torch.zeros_like(tau) for _ in range(3))
         for columns, logits in head_chunks(self.head._replace(hidden=self.head.hidden[rows])):
             part, dy = weights(columns, logits), dy_chunk(columns, logits)
@@ -385,6 +395,51 @@ class _Backward:
 
         self.gradients.add_dense(rows, rule)
         self.dtau[rows] += dtau.squeeze(1)
+
+    def _dense_hidden(
+        self,
+        rows: torch.Tensor,
+        estimator: str,
+        dlogprobs: torch.Tensor | None,
+        dtables: list[torch.Tensor | None],
+        weights: Callable[[slice, torch.Tensor], torch.Tensor],
+        plain: Callable[[torch.Tensor], torch.Tensor],
+        dy_chunk: Callable[[slice, torch.Tensor], torch.Tensor],
+    ) -> None:
+        """`dense` in one pass, for the gradients of hidden states, tau and, with `soft`, tables."""
+        tau, head = self.tau[rows, None], self.head._replace(hidden=self.head.hidden[rows])
+        # Counting dY from the sampled token's keeps what is subtracted at the end small.
+        origin = self.dy(rows, self.ids[rows])[:, None]
+        total, dot, moment, moment_dot = (torch.zeros_like(tau) for _ in range(4))
+        kinds = 2 if dlogprobs is None else 3
+        sums = torch.zeros(kinds * len(rows), head.hidden.shape[1], dtype=tau.dtype, device=tau.device)
+        for columns, logits in head_chunks(head):
+            part, dy = weights(columns, logits), dy_chunk(columns, logits).sub_(origin)
+            terms = [part * dy, part] if dlogprobs is None else [part * dy, part, plain(logits)]
+            total += part.sum(dim=1, keepdim=True)
+            dot += terms[0].sum(dim=1, keepdim=True)
+            logp = torch.where(part > 0, part.log(), 0.0)
+            moment += (part * logp).sum(dim=1, keepdim=True)
+            moment_dot += (terms[0] * logp).sum(dim=1, keepdim=True)
+            if self.gradients.hidden is not None:
+                stacked = torch.cat(terms)
+                if head.softcap is not None:
+                    stacked *= softcap_slope(logits, head.softcap).repeat(kinds, 1)
+                sums += stacked.to(head.weight.dtype) @ head.weight[columns]
+            if estimator == "soft":
+                p = part / self.statistics.relaxed_sum[rows, None]
+                for upstream, dtable in zip(self.upstream, dtables, strict=True):
+                    if dtable is not None:
+                        dtable[columns] += p.to(upstream.dtype).T @ upstream[rows]
+        mean = dot / total
+        self.dtau[rows] -= ((moment_dot - mean * moment) / (total * tau)).squeeze(1)
+        if self.gradients.hidden is not None:
+            weighted, unweighted, *plains = sums.split(len(rows))
+            self.gradients.hidden[rows] += (weighted - mean * unweighted) / (total * tau)
+            if dlogprobs is not None:
+                self.gradients.hidden[rows] -= dlogprobs[rows, None] * plains[0]
+        if dlogprobs is not None:
+            self.gradients.add_entries(Entries(rows, self.ids[rows], dlogprobs[rows]))
 
 
 def _backward_kernel(
