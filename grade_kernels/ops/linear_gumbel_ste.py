@@ -332,9 +332,9 @@ class _Backward:
     ) -> None:
         """The exact rule for some rows.
 
-        The gradient of the logits is `p (dY - D)`, and D is known only at the end of the vocabulary. The gradient of the
-        hidden states is linear in D, so where no other is asked for, one pass sums what is and what is not multiplied
-        by it. Otherwise one pass finds the means and another makes the gradient.
+        The gradient of the logits is `p (dY - D)`, and D is known only at the end of the vocabulary. The gradient of
+        the hidden states is linear in D, so where no other is asked for, one pass sums what is and what is not
+        multiplied by it. Otherwise one pass finds the means and another makes the gradient.
         """
         tau, ids = self.tau[rows, None], self.ids[rows, None]
         upstream = [d[rows] for d in self.upstream]
