@@ -66,7 +66,7 @@ def tile_options(sizes: Config, dtype: torch.dtype, backend: str, capability: in
         **sizes._asdict(),
         "TILES": SPLIT // sizes.BN,
         "PERMUTED": permuted,
-        "FAST": backend == "cuda",
+        "TARGET": backend,
         **target_options(backend),
     }
 
@@ -209,34 +209,64 @@ def weights(b_0, b_1, b_2, b_3, top, rate):
 
 
 @triton.jit
-def keep(b_w, w, threshold):
-    """Whether a weight exceeds its word's uniform number times eps times the bound; threshold is the latter two / 2^32."""
-    mixed = tl.mul(w, 0x9E3779B1, sanitize_overflow=False)
-    return b_w > mixed.to(tl.float32) * threshold[:, None]
+def beside(x, b_y, TARGET: tl.constexpr):
+    """x, laid out over the threads as b_y is and computed after it.
+
+    Otherwise words that meet no logit (their minimum, say) would be drawn a second time in a layout of their own, and
+    the others before the product, whose registers they would take.
+    """
+    x, b_y = tl.broadcast(x, b_y)
+    if TARGET == "cuda":
+        x = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r,r", [x, b_y], dtype=x.dtype, is_pure=True, pack=1)
+    elif TARGET == "hip":
+        x = tl.inline_asm_elementwise("v_mov_b32 $0, $1", "=v,v,v", [x, b_y], dtype=x.dtype, is_pure=True, pack=1)
+    return x
 
 
 @triton.jit
-def put(p_slots, position, capacity, m_keep, b_x, o_v):
-    """Write one quarter's candidates: the score's bits above, the token below."""
-    packed = (b_x.to(tl.int32, bitcast=True).to(tl.int64) << 32) | o_v[None, :].to(tl.int64)
-    tl.store(p_slots[:, None] + position, packed, mask=m_keep & (position < capacity))
+def hurdle(w, threshold):
+    """What a weight must exceed: its word's uniform number times eps times the bound; threshold is the latter two / 2^32."""
+    return tl.mul(w, 0x9E3779B1, sanitize_overflow=False).to(tl.float32) * threshold[:, None]
+
+
+@triton.jit
+def put(p_slots, position, capacity, b_e, b_h, b_x, o_v, TARGET: tl.constexpr):
+    """Write those of a quarter whose weight e exceeds the hurdle h: the score's bits above, the token below."""
+    if TARGET == "cuda":
+        # Triton's store would first move everything to another layout through shared memory.
+        tl.inline_asm_elementwise(
+            """{
+            .reg .pred p;
+            .reg .b64 a;
+            setp.gt.f32 p, $4, $5;
+            setp.lt.and.s32 p, $2, $3, p;
+            mad.wide.s32 a, $2, 8, $1;
+            @p st.global.v2.b32 [a], {$7, $6};
+            mov.b32 $0, 0;
+            }""",
+            "=r,l,r,r,f,f,r,r",
+            [p_slots.to(tl.int64)[:, None], position, capacity, b_e, b_h, b_x.to(tl.int32, bitcast=True), o_v[None, :]],
+            dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+    else:
+        packed = (b_x.to(tl.int32, bitcast=True).to(tl.int64) << 32) | o_v[None, :].to(tl.int64)
+        tl.store(p_slots[:, None] + position, packed, mask=(b_e > b_h) & (position < capacity))
 
 
 @triton.jit
 def collect(
-    p_slots, count, capacity, threshold, w_0, w_1, w_2, w_3, e_0, e_1, e_2, e_3, x_0, x_1, x_2, x_3, o_g
+    p_slots, count, capacity, threshold, w_0, w_1, w_2, w_3, e_0, e_1, e_2, e_3, x_0, x_1, x_2, x_3, o_g,
+    TARGET: tl.constexpr,
 ):  # fmt: skip
     """Append a tile's candidates (words w, weights e, scores x) to each row's slots in token order; the new counts."""
-    m_0, m_1, m_2, m_3 = (
-        keep(e_0, w_0, threshold), keep(e_1, w_1, threshold), keep(e_2, w_2, threshold), keep(e_3, w_3, threshold),
-    )  # fmt: skip
-    n_0 = m_0.to(tl.int32)
-    n_01 = n_0 + m_1.to(tl.int32)
-    n_012 = n_01 + m_2.to(tl.int32)
-    n = n_012 + m_3.to(tl.int32)
+    h_0, h_1, h_2, h_3 = hurdle(w_0, threshold), hurdle(w_1, threshold), hurdle(w_2, threshold), hurdle(w_3, threshold)
+    n_0 = (e_0 > h_0).to(tl.int32)
+    n_01 = n_0 + (e_1 > h_1).to(tl.int32)
+    n_012 = n_01 + (e_2 > h_2).to(tl.int32)
+    n = n_012 + (e_3 > h_3).to(tl.int32)
     position = count[:, None] + tl.cumsum(n, 1) - n
-    put(p_slots, position, capacity, m_0, x_0, o_g)
-    put(p_slots, position + n_0, capacity, m_1, x_1, o_g + 1)
-    put(p_slots, position + n_01, capacity, m_2, x_2, o_g + 2)
-    put(p_slots, position + n_012, capacity, m_3, x_3, o_g + 3)
+    put(p_slots, position, capacity, e_0, h_0, x_0, o_g, TARGET)
+    put(p_slots, position + n_0, capacity, e_1, h_1, x_1, o_g + 1, TARGET)
+    put(p_slots, position + n_01, capacity, e_2, h_2, x_2, o_g + 2, TARGET)
+    put(p_slots, position + n_012, capacity, e_3, h_3, x_3, o_g + 3, TARGET)
     return count + tl.sum(n, 1)

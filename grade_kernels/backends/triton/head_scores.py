@@ -17,6 +17,7 @@ from grade_kernels.backends.triton import head_support
 from grade_kernels.backends.triton.head import (
     LOWEST,
     NOWHERE,
+    beside,
     collect,
     head_options,
     logits,
@@ -34,6 +35,7 @@ from grade_kernels.backends.triton.philox import (
     REFINE_BELOW,
     SHIFT,
     load_key,
+    log2,
     philox,
     scaled_noise,
     split_row,
@@ -51,19 +53,27 @@ def _best(b_0, b_1, b_2, b_3, o_g):
     return m_best, i_v
 
 
+@triton.jit
+def _refinement(w, fine, FAST: tl.constexpr):
+    """What the second word adds to the noise of words below REFINE_BELOW, 0 for others: E is u there, to 3e-8."""
+    u = tl.fma(fine.to(tl.float32) + 0.5, 2.0**-32, w.to(tl.float32))
+    return tl.where(w < REFINE_BELOW, -LN2 * (log2(u, FAST) - log2(w.to(tl.float32) + 0.5, FAST)), 0.0)
+
+
 @triton.jit(do_not_specialize=["group_start", "first_row", "first_split", "step", "softcap", "eps"])
 def head_scores_kernel(
     hidden, weight, bias, seed, row_ids, tau, before_max, before_sum,
     best, index, plain_max, plain_sum, top, total, slots, counts, places, room,
     s_slots, s_hn, s_hk, s_wv, s_wk, N, V, H, softcap, eps, group_start, first_row, first_split, splits, step,
     SKEW: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TILES: tl.constexpr,
-    EVEN_K: tl.constexpr, PERMUTED: tl.constexpr, FAST: tl.constexpr,
+    EVEN_K: tl.constexpr, PERMUTED: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
     """One split of BM rows: best score and its token, plain max and sum; with tau the tempered sum; with slots candidates.
 
     before_max, before_sum: what earlier launches know of the rows' normaliser, a lower bound that candidates must beat.
     The tempered sum is relative to `top`, the larger of before_max and the split's best score.
     """
+    FAST: tl.constexpr = TARGET == "cuda"
     blocks = tl.cdiv(N, BM)
     i_p = tl.program_id(0)
     i_b = i_p % blocks
@@ -103,24 +113,27 @@ def head_scores_kernel(
         b_max = b_raised
 
         o_g = first + 4 * tl.arange(0, BN // 4)
-        groups = (o_group + i_t * (BN // 4)).to(tl.uint32, bitcast=True)
+        groups = (o_group + i_t * (BN // 4)).to(tl.uint32, bitcast=True)[None, :]
+        c_lo, c_hi = row_lo[:, None], row_hi[:, None]
         w_0, w_1, w_2, w_3 = philox(
-            groups[None, :], row_lo[:, None], row_hi[:, None], tl.full((), DOMAIN_GUMBEL, tl.uint32), k0, k1, FAST
+            beside(groups, l_0, TARGET), c_lo, c_hi, tl.full((), DOMAIN_GUMBEL, tl.uint32), k0, k1, FAST
         )
+        s_0 = tl.fma(scaled_noise(w_0, w_0, tl.float32, FAST, False), -LN2, l_0)
+        s_1 = tl.fma(scaled_noise(w_1, w_1, tl.float32, FAST, False), -LN2, l_1)
+        s_2 = tl.fma(scaled_noise(w_2, w_2, tl.float32, FAST, False), -LN2, l_2)
+        s_3 = tl.fma(scaled_noise(w_3, w_3, tl.float32, FAST, False), -LN2, l_3)
         least = tl.minimum(tl.minimum(w_0, w_1), tl.minimum(w_2, w_3))
-        if tl.max((least < REFINE_BELOW).to(tl.int32)) > 0:  # one tile in a thousand
-            f_0, f_1, f_2, f_3 = philox(
-                groups[None, :], row_lo[:, None], row_hi[:, None], tl.full((), DOMAIN_REFINE, tl.uint32), k0, k1, FAST
-            )
-            s_0 = tl.fma(scaled_noise(w_0, f_0, tl.float32, FAST, True), -LN2, l_0)
-            s_1 = tl.fma(scaled_noise(w_1, f_1, tl.float32, FAST, True), -LN2, l_1)
-            s_2 = tl.fma(scaled_noise(w_2, f_2, tl.float32, FAST, True), -LN2, l_2)
-            s_3 = tl.fma(scaled_noise(w_3, f_3, tl.float32, FAST, True), -LN2, l_3)
-        else:
-            s_0 = tl.fma(scaled_noise(w_0, w_0, tl.float32, FAST, False), -LN2, l_0)
-            s_1 = tl.fma(scaled_noise(w_1, w_1, tl.float32, FAST, False), -LN2, l_1)
-            s_2 = tl.fma(scaled_noise(w_2, w_2, tl.float32, FAST, False), -LN2, l_2)
-            s_3 = tl.fma(scaled_noise(w_3, w_3, tl.float32, FAST, False), -LN2, l_3)
+        if tl.max((least < REFINE_BELOW).to(tl.int32)) > 0:
+            # One tile in a thousand. The key is loaded anew so that the words are drawn anew: kept for this, they would
+            # cost every tile their registers.
+            c0, c1 = load_key(seed, volatile=True)
+            again = beside(groups, s_0, TARGET)
+            w_0, w_1, w_2, w_3 = philox(again, c_lo, c_hi, tl.full((), DOMAIN_GUMBEL, tl.uint32), c0, c1, FAST)
+            f_0, f_1, f_2, f_3 = philox(again, c_lo, c_hi, tl.full((), DOMAIN_REFINE, tl.uint32), c0, c1, FAST)
+            s_0 += _refinement(w_0, f_0, FAST)
+            s_1 += _refinement(w_1, f_1, FAST)
+            s_2 += _refinement(w_2, f_2, FAST)
+            s_3 += _refinement(w_3, f_3, FAST)
         m_best, i_v = _best(s_0, s_1, s_2, s_3, o_g)
         b_id = tl.where(m_best > b_best, i_v, b_id)
         b_best = nan_max(b_best, m_best)
@@ -134,7 +147,8 @@ def head_scores_kernel(
         if slots is not None:
             threshold = eps * (b_before + b_total)
             count = collect(
-                p_slots, count, capacity, threshold, w_0, w_1, w_2, w_3, e_0, e_1, e_2, e_3, s_0, s_1, s_2, s_3, o_g
+                p_slots, count, capacity, threshold, w_0, w_1, w_2, w_3, e_0, e_1, e_2, e_3, s_0, s_1, s_2, s_3, o_g,
+                TARGET,
             )  # fmt: skip
     o_p = o_n * splits + i_s
     tl.store(best + o_p, b_best, mask=m_n)
@@ -189,7 +203,7 @@ def _run(
     if candidates is not None and tau is not None:
         support = candidates.support(
             vocab, tau, score_max, row_total, seed, row_ids, first_row, vocab_start, SHIFT.value, noise.DOMAIN_GUMBEL,
-            options["FAST"],
+            options["TARGET"] == "cuda",
         )  # fmt: skip
     return Sample(ids, score_max, logit_max, logit_sum), row_total, support
 

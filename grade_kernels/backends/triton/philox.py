@@ -27,9 +27,9 @@ SHIFT = tl.constexpr(0.36651292058166435)  # -ln(ln 2)
 
 
 @triton.jit
-def load_key(p_seed):
+def load_key(p_seed, volatile: tl.constexpr = False):
     """The two key words of a 0-d int64 seed."""
-    seed = tl.load(p_seed).to(tl.uint64, bitcast=True)
+    seed = tl.load(p_seed, volatile=volatile).to(tl.uint64, bitcast=True)
     return seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
 
 
