@@ -19,26 +19,31 @@ import triton
 from triton.compiler import ASTSource
 
 from benchmarks.triton_static import TARGETS, amd_code, nvidia_code
-from grade_kernels.backends.triton import head, head_scores
-from grade_kernels.backends.triton.philox import SHIFT
+from grade_kernels.backends.triton import head, head_relaxation, head_sampling
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 CAPABILITY = {"sm_80": 80, "sm_90": 90, "sm_100": 100, "gfx942": 0}
 INTEGERS = ("N", "group_start", "first_row", "first_split", "splits", "step", "s_slots")
-FLOATS = "best plain_max plain_sum top total before_max before_sum tau score_max out_max out_sum out_total".split()
+FLOATS = "best plain_max plain_sum top total before_max before_sum tau score_max out_max out_sum out_total moment ref_top ref_total".split()
 
 
 def variants() -> dict[str, tuple[Any, dict[str, Any], int]]:
     """Name -> kernel, the arguments in which it differs, and products per tile."""
-    scores = head_scores.head_scores_kernel
+    scores = head_sampling.head_scores_kernel
     nothing = dict.fromkeys(("tau", "before_max", "before_sum", "top", "total", "slots", "counts", "places", "room"))
+    softmax = head_relaxation.head_softmax_kernel
+    without_slots = dict.fromkeys(("before_max", "before_sum", "slots", "counts", "places", "room"))
+    nothing_ref = dict.fromkeys(("ref_hidden", "ref_weight", "ref_bias", "ref_softcap", "ref_top", "ref_total"))
     every = {"bias": "*fp32", "softcap": "fp32", "row_ids": "*i64", "EVEN_K": False}
     return {
         "sample": (scores, nothing, 1),
         "sample, all flags": (scores, {**nothing, **every, "SKEW": 3}, 1),
         "scores": (scores, {}, 1),
         "scores, all flags": (scores, {**every, "SKEW": 3}, 1),
-        "scores, eps 0": (scores, dict.fromkeys(("before_max", "before_sum", "slots", "counts", "places", "room")), 1),
+        "softmax": (softmax, nothing_ref, 1),
+        "softmax, ref, all flags": (softmax, {**every, "SKEW": 3, "ref_bias": "*fp32", "EVEN_R": False}, 2),
+        "softmax, ref, eps 0": (softmax, {**without_slots, "ref_softcap": None}, 2),
+        "scores, eps 0": (scores, without_slots, 1),
     }
 
 
@@ -52,7 +57,7 @@ def compile_variant(kernel: Any, changes: dict[str, Any], dtype: str, sizes: hea
         "seed": "*i64", "index": "*i32", "slots": "*i64", "counts": "*i32", "places": "*i32", "room": "*i32",
         "s_hn": "i64 aligned", "s_hk": 1, "s_wv": "i64 aligned", "s_wk": 1,
         "s_rn": "i64 aligned", "s_rk": 1, "s_uv": "i64 aligned", "s_uk": 1, "R": "i32 aligned",
-        "bias": None, "ref_bias": None, "softcap": None, "row_ids": None, "SKEW": 0, "EVEN_K": True,
+        "bias": None, "ref_bias": None, "softcap": None, "ref_softcap": None, "row_ids": None, "SKEW": 0, "EVEN_K": True,
         "EVEN_R": True, **options, **changes,
     }  # fmt: skip
     signature, constants, attributes = {}, {}, {}

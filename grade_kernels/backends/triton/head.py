@@ -4,7 +4,8 @@ A program owns BM hidden rows and a split of the vocabulary, SPLIT tokens, which
 tensor cores as `[BM, BN]` in registers and is at once taken apart into four quarters `[BM, BN // 4]`, quarter j holding
 the tokens `4 * group + j`: the four tokens of a Philox call then lie in one thread, and words meet logits without any
 exchange. NVIDIA's accumulators give a thread pairs of neighbouring columns, so there the columns of the tile are
-permuted: rows of the head are loaded in the order that makes two pairs of one thread four neighbouring tokens.
+permuted: rows of the head are loaded in the order that gives each of the four threads of a row a run of neighbouring
+tokens.
 
 Sizes depend on neither the batch nor the device's size, so a row's result is the same in every batch.
 """
@@ -144,7 +145,7 @@ def columns(BN: tl.constexpr, PERMUTED: tl.constexpr):
     o = tl.arange(0, BN)
     if PERMUTED:
         half = o % (BN // 2)
-        o = half // 8 * 16 + half % 8 // 2 * 4 + o // (BN // 2) * 2 + o % 2
+        o = half % 8 // 2 * (BN // 4) + half // 8 * 4 + o // (BN // 2) * 2 + o % 2
     return o
 
 
@@ -152,7 +153,7 @@ def columns(BN: tl.constexpr, PERMUTED: tl.constexpr):
 def quarters(b_acc, BM: tl.constexpr, BN: tl.constexpr, PERMUTED: tl.constexpr):
     """A tile as four `[BM, BN // 4]`, one for each token of a group."""
     if PERMUTED:
-        b_acc = tl.permute(tl.reshape(b_acc, [BM, 2, BN // 16, 4, 2]), [0, 2, 3, 1, 4])
+        b_acc = tl.permute(tl.reshape(b_acc, [BM, 2, BN // 16, 4, 2]), [0, 3, 2, 1, 4])
     even, odd = tl.split(tl.reshape(b_acc, [BM, BN // 4, 2, 2]))
     b_0, b_2 = tl.split(even)
     b_1, b_3 = tl.split(odd)

@@ -92,7 +92,7 @@ def slot_arguments(candidates: Candidates | None) -> tuple[Any, ...]:
 
 
 @triton.jit
-def _combined(p_max, p_sum, o, m_s, rate):
+def combined(p_max, p_sum, o, m_s, rate):
     """Maximum and sum of exp2((x - maximum) * rate) of one row from its splits'."""
     b_max = tl.load(p_max + o, mask=m_s, other=LOWEST)
     m_max = tl.reduce(b_max, 0, nan_max)
@@ -100,17 +100,17 @@ def _combined(p_max, p_sum, o, m_s, rate):
     return m_max, tl.sum(tl.load(p_sum + o, mask=m_s, other=0.0) * b_scale, 0), b_max, b_scale
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def normalizer_kernel(top, total, tau, out_max, out_sum, splits, BLOCK_S: tl.constexpr):
     """Maximum and tempered sum of a row, over the splits that have run."""
     i_n = tl.program_id(0).to(tl.int64)
     o_s = tl.arange(0, BLOCK_S)
-    m_max, m_sum, _, _ = _combined(top, total, i_n * splits + o_s, o_s < splits, LOG2E / tl.load(tau + i_n))
+    m_max, m_sum, _, _ = combined(top, total, i_n * splits + o_s, o_s < splits, LOG2E / tl.load(tau + i_n))
     tl.store(out_max + i_n, m_max)
     tl.store(out_sum + i_n, m_sum)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits", "V"])
 def sample_combine_kernel(
     best, index, plain_max, plain_sum, top, total, tau, ids, score_max, out_max, out_sum, out_total, splits, V,
     SHIFT: tl.constexpr, BLOCK_S: tl.constexpr,
@@ -127,17 +127,17 @@ def sample_combine_kernel(
     i_v = tl.min(tl.where(b_best == m_best, tl.load(index + o, mask=m_s, other=NOWHERE), NOWHERE), 0)
     tl.store(ids + i_n, tl.minimum(i_v, V - 1).to(tl.int64))  # a bad row's lies in the vocabulary as well
     tl.store(score_max + i_n, m_best + SHIFT)
-    m_max, m_sum, _, _ = _combined(plain_max, plain_sum, o, m_s, LOG2E)
+    m_max, m_sum, _, _ = combined(plain_max, plain_sum, o, m_s, LOG2E)
     is_bad = m_best != m_best
     tl.store(out_max + i_n, tl.where(is_bad, nan, m_max))
     tl.store(out_sum + i_n, tl.where(is_bad, nan, m_sum))
     if tau is not None:
         rate = LOG2E / tl.load(tau + i_n)
-        m_max, m_sum, _, _ = _combined(top, total, o, m_s, rate)
+        m_max, m_sum, _, _ = combined(top, total, o, m_s, rate)
         tl.store(out_total + i_n, m_sum * tl.exp2((m_max - m_best) * rate))
 
 
-@triton.jit(do_not_specialize=["group_start", "first_row", "eps"])
+@triton.jit(do_not_specialize=["splits", "group_start", "first_row", "eps"])
 def support_kernel(
     slots, counts, places, room, seed, row_ids, tau, score_max, total, kept, offsets, tokens, p,
     s_slots, splits, first_row, group_start, eps,

@@ -60,7 +60,7 @@ def _refinement(w, fine, FAST: tl.constexpr):
     return tl.where(w < REFINE_BELOW, -LN2 * (log2(u, FAST) - log2(w.to(tl.float32) + 0.5, FAST)), 0.0)
 
 
-@triton.jit(do_not_specialize=["group_start", "first_row", "first_split", "step", "softcap", "eps"])
+@triton.jit(do_not_specialize=["N", "V", "splits", "group_start", "first_row", "first_split", "step", "softcap", "eps"])
 def head_scores_kernel(
     hidden, weight, bias, seed, row_ids, tau, before_max, before_sum,
     best, index, plain_max, plain_sum, top, total, slots, counts, places, room,
@@ -102,7 +102,7 @@ def head_scores_kernel(
         count = tl.zeros((BM,), tl.int32)
         p_slots = slots + o_n * s_slots + tl.load(places + i_s)
         capacity = tl.load(room + i_s)
-    for i_t in range(i_s * TILES, tl.minimum(i_s * TILES + TILES, tl.cdiv(V + SKEW, BN))):
+    for i_t in tl.range(i_s * TILES, tl.minimum(i_s * TILES + TILES, tl.cdiv(V + SKEW, BN)), disable_licm=True):
         first = i_t * BN - SKEW
         l_0, l_1, l_2, l_3 = logits(
             p_h, s_hk, weight, s_wv, s_wk, bias, softcap, H, V, first, o_n, BM, BN, BK, EVEN_K, PERMUTED
