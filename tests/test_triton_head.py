@@ -119,7 +119,9 @@ def test_scores_and_sample(name, dtype):
     if name == "many launches" and dtype != torch.bfloat16:
         pytest.skip("one dtype is enough")
     head, tau, row_ids, start = arguments(case, dtype)
-    truth, truth_total, truth_support = plain.head_scores(double(head), tau.double(), seed(), row_ids, start, case["eps"])
+    truth, truth_total, truth_support = plain.head_scores(
+        double(head), tau.double(), seed(), row_ids, start, case["eps"]
+    )
     found, total, support = fused.head_scores(on(head), on(tau), on(seed()), on(row_ids), start, case["eps"])
     assert torch.equal(found.ids.cpu(), truth.ids)
     for a, b in zip(found[1:], truth[1:], strict=True):
@@ -345,7 +347,10 @@ def test_no_rows():
 @pytest.mark.parametrize("width", [1, 40, 700])
 def test_gathered_products(dtype, width):
     generator = torch.Generator().manual_seed(0)
-    x, table = torch.randn(5, width, generator=generator).to(dtype), torch.randn(23, width, generator=generator).to(dtype)
+    x, table = (
+        torch.randn(5, width, generator=generator).to(dtype),
+        torch.randn(23, width, generator=generator).to(dtype),
+    )
     counts = torch.tensor([3, 0, 9, 1, 0])
     offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
     rows = torch.arange(5).repeat_interleave(counts)
