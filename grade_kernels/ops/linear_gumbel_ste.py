@@ -27,7 +27,7 @@ from grade_kernels.ops.head import (
     softcap_slope,
 )
 from grade_kernels.ops.linear_gumbel_sample import chosen_logprobs
-from grade_kernels.ops.registry import define
+from grade_kernels.ops.registry import define, once_differentiable
 
 __all__ = ["LinearGumbelSTE", "linear_gumbel_ste"]
 
@@ -602,3 +602,4 @@ def _backward(ctx: Any, dembedded: torch.Tensor | None, *rest: torch.Tensor | No
 
 
 torch.library.register_autograd("grade_kernels::linear_gumbel_ste", _backward, setup_context=_setup_context)
+once_differentiable("linear_gumbel_ste_backward")

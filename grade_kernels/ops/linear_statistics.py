@@ -24,7 +24,7 @@ from grade_kernels.ops.head import (
     row_of_entries,
     select_backend,
 )
-from grade_kernels.ops.registry import define
+from grade_kernels.ops.registry import define, once_differentiable
 
 __all__ = ["linear_entropy", "linear_kl", "linear_logprobs"]
 
@@ -370,3 +370,4 @@ def _backward(ctx: Any, dvalue: torch.Tensor | None, *_: torch.Tensor | None) ->
 
 
 torch.library.register_autograd("grade_kernels::linear_statistic", _backward, setup_context=_setup_context)
+once_differentiable("linear_statistic_backward")
