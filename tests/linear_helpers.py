@@ -79,9 +79,7 @@ def problem(
         b = randn(vocab, dtype=dtype, device=device, seed=seed + 2)
     if mask and b is not None:
         b[torch.arange(vocab, device=device) % 3 == 1] = -math.inf
-    tables = tuple(
-        randn(vocab, 3 + i, dtype=t, device=device, seed=seed + 3 + i) for i, t in enumerate(table_dtypes)
-    )
+    tables = tuple(randn(vocab, 3 + i, dtype=t, device=device, seed=seed + 3 + i) for i, t in enumerate(table_dtypes))
     upstream = tuple(
         randn(*shape, t.shape[1], dtype=t.dtype, device=device, seed=seed + 20 + i) for i, t in enumerate(tables)
     )
@@ -205,7 +203,9 @@ def margin(p: Problem, truth: Answer) -> float:
     return max(1.0, size)
 
 
-def close(ours: Tensor | None, theirs: Tensor | None, truth: Tensor | None, what: str, slim: float, unit: float) -> None:
+def close(
+    ours: Tensor | None, theirs: Tensor | None, truth: Tensor | None, what: str, slim: float, unit: float
+) -> None:
     """The tolerance rule over a whole tensor: |truth - ours| <= |truth - PyTorch| + slim * (largest entry).
 
     `unit` is the epsilon of the arithmetic; one rounding to the tensor's own dtype is allowed on top.

@@ -298,7 +298,9 @@ def test_replay_of_given_ids(backend: str, device: str, rows: int, estimator: st
                 assert torch.equal(a, b), name
         torch.testing.assert_close(given.logprobs, logprobs, rtol=1e-6, atol=1e-6)
         out = gk.linear_gumbel_ste(p.hidden, p.lm_head, p.tables, p.tau, bias=p.bias, noise=p.noise, ids=ids)
-        assert backend == "reference" or out.ids.data_ptr() != ids.data_ptr(), "the caller's ids must not become an output"
+        assert backend == "reference" or out.ids.data_ptr() != ids.data_ptr(), (
+            "the caller's ids must not become an output"
+        )
 
 
 def test_other_ids_change_the_relaxation_of_reinmax_only(backend: str, device: str) -> None:
