@@ -5,54 +5,27 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
 #include <cstring>
 #include <optional>
 #include <vector>
 
+#include "cpu/isa.h"
 #include "cpu/memory.h"
 #include "cpu/rows.h"
+#include "cpu/tensors.h"
 #include "cpu/threads.h"
 
 namespace gk {
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
 // Tokens that one piece of a row covers. Fixed, so that a sum does not depend on how many threads there are.
 constexpr int64_t kPiece = 1 << 16;
-
-Dtype dtype_of(const Tensor& x) {
-  switch (x.scalar_type()) {
-    case ScalarType::Float:
-      return Dtype::kFloat;
-    case ScalarType::BFloat16:
-      return Dtype::kBFloat16;
-    case ScalarType::Half:
-      return Dtype::kHalf;
-    case ScalarType::Double:
-      return Dtype::kDouble;
-    default:
-      STD_TORCH_CHECK(false, "grade_kernels: dtype not supported by the cpu backend");
-  }
-}
 
 Rows rows_of(const Tensor& logits, const Tensor& seed, const std::optional<Tensor>& row_ids, int64_t vocab_start) {
   STD_TORCH_CHECK(logits.dim() == 2 && (logits.size(1) <= 1 || logits.stride(1) == 1),
                   "grade_kernels: the cpu kernels take [N, V] with unit stride along V");
-  Noise noise{uint64_t(*seed.const_data_ptr<int64_t>()), row_ids ? row_ids->const_data_ptr<int64_t>() : nullptr,
-              vocab_start};
-  return {logits.const_data_ptr(), dtype_of(logits), logits.size(0), logits.size(1), logits.stride(0), noise};
-}
-
-template <typename Real>
-const Real* data(const Tensor& x) {  // null for an empty statistic
-  return x.numel() ? static_cast<const Real*>(x.const_data_ptr()) : nullptr;
-}
-template <typename Real>
-Real* mutable_data(const Tensor& x) {
-  return x.numel() ? static_cast<Real*>(x.mutable_data_ptr()) : nullptr;
+  return {logits.const_data_ptr(), dtype_of(logits), logits.size(0), logits.size(1), logits.stride(0),
+          noise_of(seed, row_ids, vocab_start)};
 }
 
 template <typename Real>
@@ -63,23 +36,7 @@ const RowKernels<double>& kernels() {
 }
 template <>
 const RowKernels<float>& kernels() {
-  static const RowKernels<float>& chosen = []() -> const RowKernels<float>& {
-#if defined(__x86_64__)
-    const char* wanted = std::getenv("GRADE_KERNELS_CPU_ISA");  // for tests: a lower instruction set than the machine's
-    const auto allowed = [wanted](const char* name) { return !wanted || !std::strcmp(wanted, name); };
-    __builtin_cpu_init();
-    if (allowed("avx512") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-      return kRowsAvx512;
-    }
-    if (allowed("avx2") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-        __builtin_cpu_supports("f16c")) {
-      return kRowsAvx2;
-    }
-#endif
-    return kRowsGeneric;
-  }();
-  return chosen;
+  return GK_KERNELS_OF(kRows);
 }
 
 template <typename Real>
@@ -131,11 +88,6 @@ void sample(Tensor logits, Tensor seed, std::optional<Tensor> row_ids, int64_t v
     sample_rows(in, logsumexp, out, mutable_data<float>(score_max), mutable_data<float>(logit_max),
                 mutable_data<float>(logit_sum));
   }
-}
-
-size_t element_size(const Tensor& x) {
-  const Dtype dtype = dtype_of(x);
-  return dtype == Dtype::kDouble ? 8 : dtype == Dtype::kFloat ? 4 : 2;
 }
 
 // Output rows for a kernel that writes all of them.

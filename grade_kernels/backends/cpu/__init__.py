@@ -7,9 +7,32 @@ import functools
 import torch
 
 from grade_kernels import _build
+from grade_kernels.backends.cpu.head import (
+    gather_dot,
+    gather_sum,
+    head_logits_at,
+    head_sample,
+    head_scores,
+    head_softmax,
+    scatter_sum,
+)
 from grade_kernels.backends.cpu.rows import one_hot, sample, softmax, softmax_backward
 
-__all__ = ["one_hot", "sample", "softmax", "softmax_backward", "why_not_device", "why_unavailable"]
+__all__ = [
+    "gather_dot",
+    "gather_sum",
+    "head_logits_at",
+    "head_sample",
+    "head_scores",
+    "head_softmax",
+    "one_hot",
+    "sample",
+    "scatter_sum",
+    "softmax",
+    "softmax_backward",
+    "why_not_device",
+    "why_unavailable",
+]
 
 
 @functools.cache

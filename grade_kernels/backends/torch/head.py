@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -199,15 +199,6 @@ def head_softmax(
     return Softmax(sums.max, sums.total, moment, ref_sums.max, ref_sums.total), support
 
 
-def head_logits_at(head: Head, rows: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """See `grade_kernels.backends`."""
-    logits = gather_dot(head.hidden, head.weight, rows, tokens)
-    logits = logits.to(head.hidden.dtype).to(logits.dtype)  # what a matrix product in that dtype returns
-    if head.bias is not None:
-        logits = logits + head.bias[tokens]
-    return softcapped(logits, head.softcap)
-
-
 def gather_dot(x: torch.Tensor, table: torch.Tensor, rows: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """See `grade_kernels.backends`."""
     dtype = compute_dtype(torch.promote_types(x.dtype, table.dtype))
@@ -231,10 +222,26 @@ def gather_sum(values: torch.Tensor, table: torch.Tensor, offsets: torch.Tensor,
     return out
 
 
-def scatter_sum(
-    values: torch.Tensor, x: torch.Tensor, rows: torch.Tensor, tokens: torch.Tensor, table: torch.Tensor
+def head_logits_at(
+    head: Head, rows: torch.Tensor, tokens: torch.Tensor, dot: Callable[..., torch.Tensor] = gather_dot
 ) -> torch.Tensor:
-    """See `grade_kernels.backends`."""
+    """See `grade_kernels.backends`; another backend lends its own gather_dot."""
+    logits = dot(head.hidden, head.weight, rows, tokens)
+    logits = logits.to(head.hidden.dtype).to(logits.dtype)  # what a matrix product in that dtype returns
+    if head.bias is not None:
+        logits = logits + head.bias[tokens]
+    return softcapped(logits, head.softcap)
+
+
+def scatter_sum(
+    values: torch.Tensor,
+    x: torch.Tensor,
+    rows: torch.Tensor,
+    tokens: torch.Tensor,
+    table: torch.Tensor,
+    summed: Callable[..., torch.Tensor] = gather_sum,
+) -> torch.Tensor:
+    """See `grade_kernels.backends`; another backend lends its own gather_sum."""
     out = torch.zeros(table.shape[0], x.shape[1], dtype=table.dtype, device=table.device)
     if len(tokens) == 0:
         return out
@@ -242,5 +249,5 @@ def scatter_sum(
     tokens, rows, values = tokens[order], rows[order], values[order]
     distinct, counts = torch.unique_consecutive(tokens, return_counts=True)
     offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-    out[distinct] = gather_sum(values, x, offsets, rows).to(table.dtype)
+    out[distinct] = summed(values, x, offsets, rows).to(table.dtype)
     return out

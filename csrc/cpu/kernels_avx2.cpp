@@ -1,4 +1,4 @@
-// Row kernels for avx2.
+// All kernels for avx2.
 #if defined(__x86_64__)
 #include <immintrin.h>
 
@@ -9,7 +9,8 @@
 #include <torch/headeronly/util/Half.h>
 
 #include "common/gumbel.h"
-#include "cpu/rows.h"
+#include "cpu/gather.h"
+#include "cpu/head.h"
 
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
@@ -25,6 +26,8 @@ using c10::Half;
 #include "cpu/simd.h"
 #include "cpu/noise.h"
 #include "cpu/rows.inl"
+#include "cpu/head.inl"
+#include "cpu/gather.inl"
 }  // namespace
 }  // namespace gk::avx2
 #if defined(__clang__)
@@ -33,4 +36,6 @@ using c10::Half;
 
 const gk::RowKernels<float> gk::kRowsAvx2 = {"avx2", gk::avx2::sample, gk::avx2::softmax,
                                                  gk::avx2::softmax_backward};
+const gk::HeadKernels gk::kHeadAvx2 = {gk::avx2::head_sample, gk::avx2::head_scores, gk::avx2::head_softmax};
+const gk::GatherKernels gk::kGatherAvx2 = {gk::avx2::gather_dot, gk::avx2::gather_sum};
 #endif

@@ -1,4 +1,4 @@
-// Row kernels for avx512.
+// All kernels for avx512.
 #if defined(__x86_64__)
 #include <immintrin.h>
 
@@ -9,7 +9,8 @@
 #include <torch/headeronly/util/Half.h>
 
 #include "common/gumbel.h"
-#include "cpu/rows.h"
+#include "cpu/gather.h"
+#include "cpu/head.h"
 
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c"))), apply_to = function)
@@ -25,6 +26,8 @@ using c10::Half;
 #include "cpu/simd.h"
 #include "cpu/noise.h"
 #include "cpu/rows.inl"
+#include "cpu/head.inl"
+#include "cpu/gather.inl"
 }  // namespace
 }  // namespace gk::avx512
 #if defined(__clang__)
@@ -33,4 +36,6 @@ using c10::Half;
 
 const gk::RowKernels<float> gk::kRowsAvx512 = {"avx512", gk::avx512::sample, gk::avx512::softmax,
                                                  gk::avx512::softmax_backward};
+const gk::HeadKernels gk::kHeadAvx512 = {gk::avx512::head_sample, gk::avx512::head_scores, gk::avx512::head_softmax};
+const gk::GatherKernels gk::kGatherAvx512 = {gk::avx512::gather_dot, gk::avx512::gather_sum};
 #endif

@@ -1,4 +1,4 @@
-// Row kernels for generic.
+// All kernels for generic.
 #include <cmath>
 #include <cstdint>
 
@@ -6,7 +6,8 @@
 #include <torch/headeronly/util/Half.h>
 
 #include "common/gumbel.h"
-#include "cpu/rows.h"
+#include "cpu/gather.h"
+#include "cpu/head.h"
 
 namespace gk::generic {
 namespace {
@@ -15,8 +16,12 @@ using c10::Half;
 #include "cpu/simd.h"
 #include "cpu/noise.h"
 #include "cpu/rows.inl"
+#include "cpu/head.inl"
+#include "cpu/gather.inl"
 }  // namespace
 }  // namespace gk::generic
 
 const gk::RowKernels<float> gk::kRowsGeneric = {"generic", gk::generic::sample, gk::generic::softmax,
                                                  gk::generic::softmax_backward};
+const gk::HeadKernels gk::kHeadGeneric = {gk::generic::head_sample, gk::generic::head_scores, gk::generic::head_softmax};
+const gk::GatherKernels gk::kGatherGeneric = {gk::generic::gather_dot, gk::generic::gather_sum};

@@ -1,0 +1,154 @@
+"""Options, fixtures and the report of the benchmarks. `harness.py` says what they are made of."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import grade_kernels as gk
+from benchmarks import memory
+from benchmarks.harness import OURS, Case, Contestants, Race, Results, cpu_name, run_race
+
+VOCABULARIES = (32000, 50257, 128256, 151936, 262144)  # Llama 2, GPT-2, Llama 3, Qwen 3, Gemma 3
+HEADLINE = 151936
+RESULTS = pytest.StashKey[Results]()
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in text.split(","))
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split(","))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("grade-kernels benchmarks")
+    group.addoption("--quick", action="store_true", help="what has a target, at one size, in few rounds")
+    group.addoption("--vocab", type=_numbers, metavar="V,V", help=f"vocabulary sizes (default: {VOCABULARIES})")
+    group.addoption("--rows", type=int, default=64, metavar="N", help="rows of logits (default: %(default)s)")
+    group.addoption("--dtypes", type=_words, metavar="NAME,NAME", help="default: float32,bfloat16")
+    group.addoption("--contestants", type=_words, metavar="NAME,NAME", help="whom to race against (default: all)")
+    group.addoption("--device", default="cpu", help="where the tensors live (default: %(default)s)")
+    group.addoption("--threads", type=int, metavar="N", help="torch's threads (default: torch's own choice)")
+    group.addoption("--budget", type=float, metavar="SECONDS", help="for the rounds of one case (default: 2)")
+    group.addoption("--output", type=Path, default=Path("bench-output"), help="folder (default: %(default)s)")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """Before pytest-benchmark reads its own options: a JSON of the run, and our tables instead of its own."""
+    config.stash[RESULTS] = Results()
+    option = config.option
+    option.vocab = option.vocab or ((HEADLINE,) if option.quick else VOCABULARIES)
+    option.dtypes = option.dtypes or (("float32",) if option.quick else ("float32", "bfloat16"))
+    option.budget = option.budget if option.budget is not None else (1.0 if option.quick else 2.0)
+    if option.threads is not None:
+        torch.set_num_threads(option.threads)
+    if not option.collectonly:
+        option.output.mkdir(parents=True, exist_ok=True)
+        option.benchmark_json = option.benchmark_json or str(option.output / "benchmarks.json")
+    option.benchmark_quiet = not option.benchmark_verbose
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    backend = gk.backends.select(torch.device(config.option.device), torch.float32)
+    return f"torch {torch.__version__} on {cpu_name()}; our backend: {backend}"
+
+
+def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
+    huge_pages = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    machine_info |= {
+        "torch": torch.__version__,
+        "torch_threads": torch.get_num_threads(),
+        "torch_config": torch.__config__.show(),
+        "cpu_name": cpu_name(),
+        "transparent_hugepage": huge_pages.read_text().strip() if huge_pages.exists() else None,
+        "load_average": os.getloadavg() if hasattr(os, "getloadavg") else None,
+    }
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test `test_x` that takes `case` runs once for each of its module's `cases_x(option)`."""
+    if "case" in metafunc.fixturenames:
+        cases = getattr(metafunc.module, f"cases_{metafunc.function.__name__.removeprefix('test_')}")
+        metafunc.parametrize("case", cases(metafunc.config.option), ids=str)
+
+
+@pytest.fixture
+def results(request: pytest.FixtureRequest) -> Results:
+    return request.config.stash[RESULTS]
+
+
+@pytest.fixture
+def race(request: pytest.FixtureRequest, benchmark: Any, results: Results) -> Iterator[Callable[..., Race]]:
+    """Checks ours, then times it in turns with the others: `race(case, contestants, check, targets)`.
+
+    `check()` raises where a result is wrong, and then there is no number.
+    """
+    option = request.config.option
+
+    def measure(
+        case: Case, contestants: Contestants, check: Callable[[], None], targets: dict[str, float] | None = None
+    ) -> Race:
+        check()
+        if option.contestants is not None:
+            contestants = {name: work for name, work in contestants.items() if name in (OURS, *option.contestants)}
+        measured = run_race(benchmark, case, contestants, option.budget, (3, 15))
+        benchmark.group = f"{case.op} {case.step}"
+        benchmark.extra_info |= {
+            "case": str(case),
+            "seconds": measured.medians,
+            "ratios": {name: measured.ratio(name) for name in measured.times},
+            "ratios_by_round": {name: measured.ratios(name) for name in measured.times},
+            "targets": targets or {},
+        }
+        results.add_race(case, measured, targets or {})
+        return measured
+
+    yield measure
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()  # nothing compiled for one case outlives it; inductor's cache on disk does
+
+
+@pytest.fixture
+def peaks(request: pytest.FixtureRequest, results: Results) -> Callable[..., dict[str, int]]:
+    """Peak memory of some contestants, each in a fresh process: `peaks(case, build, names, limit)`.
+
+    `limit(peaks)` is the most bytes that ours may take.
+    """
+    option = request.config.option
+    if option.device != "cpu":
+        pytest.skip("the resident set does not see device memory")
+
+    def measure(
+        case: Case,
+        build: Callable[[Case], Contestants],
+        names: tuple[str, ...],
+        limit: Callable[[dict[str, int]], float] | None = None,
+    ) -> dict[str, int]:
+        names = tuple(n for n in names if option.contestants is None or n in (OURS, *option.contestants))
+        processes = {name: memory.start(build, case, name) for name in names}
+        measured = {name: memory.finish(process) for name, process in processes.items()}
+        results.add_peaks(case, measured, limit and limit(measured))
+        return measured
+
+    return measure
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    results = config.stash[RESULTS]
+    if not results.rows:
+        return
+    path = config.option.output / "benchmarks.csv"
+    results.write_csv(path)
+    terminalreporter.section("benchmarks")
+    for line in results.tables():
+        terminalreporter.write_line(line)
+    terminalreporter.write_line(f"\n{path} holds the figures; `python -m benchmarks.plot {path}` draws them")

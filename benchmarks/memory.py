@@ -1,0 +1,90 @@
+"""Peak memory of one call, in a process of its own: what the resident set grows by beyond interpreter and inputs."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import importlib
+import json
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from benchmarks.harness import ROOT, Case, Contestants
+
+_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+def start(build: Callable[[Case], Contestants], case: Case, name: str) -> subprocess.Popen[str]:
+    """Start measuring one contestant; `finish` gives the bytes. Other processes do not disturb it."""
+    request = {"module": build.__module__, "build": build.__name__, "case": asdict(case), "name": name}
+    return subprocess.Popen(
+        [sys.executable, "-m", "benchmarks.memory", json.dumps(request | {"threads": torch.get_num_threads()})],
+        cwd=ROOT,
+        # A fixed threshold (glibc moves its own): large blocks go back to the system as soon as they are freed.
+        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**20)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> int:
+    """Wait for a measurement; returns bytes."""
+    output, _ = process.communicate()
+    if process.returncode:
+        raise RuntimeError(f"measuring memory failed with status {process.returncode}: {' '.join(process.args)}")
+    return int(output.split()[-1])
+
+
+def measure(build: Callable[[Case], Contestants], case: Case, name: str) -> int:
+    """Bytes by which the resident set of this process exceeds, at its peak, that before one call; for a fresh process.
+
+    A call on the same inputs goes before, for compilation and for what libraries set up once and keep (threads, MKL's
+    packing buffers); so this is what a step of a loop takes.
+    """
+    work = build(case)[name]
+    work()
+    gc.collect()
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
+    before = _resident()
+    if os.access(_CLEAR, os.W_OK):
+        _CLEAR.write_text("5")  # the high-water mark starts again from here
+    result = work()
+    peak = _high_water()
+    del result
+    return peak - before
+
+
+def _resident() -> int:
+    return _from_status("VmRSS") if _STATUS.exists() else _high_water()
+
+
+def _high_water() -> int:
+    """Where the mark cannot be reset, this includes the start of the process: an upper bound."""
+    if _STATUS.exists():
+        return _from_status("VmHWM")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _from_status(name: str) -> int:
+    line = next(line for line in _STATUS.read_text().splitlines() if line.startswith(name + ":"))
+    return int(line.split()[1]) * 1024
+
+
+def main() -> None:
+    request = json.loads(sys.argv[1])
+    torch.set_num_threads(request["threads"])
+    build = getattr(importlib.import_module(request["module"]), request["build"])
+    print(measure(build, Case(**request["case"]), request["name"]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,230 @@
+// Registers the head's and the gather kernels with torch (stable ABI): pieces of a chunk over threads, and their merging.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "cpu/gather.h"
+#include "cpu/head.h"
+#include "cpu/isa.h"
+#include "cpu/tensors.h"
+#include "cpu/threads.h"
+
+namespace gk {
+namespace {
+
+enum Kind { kSample, kScores, kSoftmax };
+
+// A chunk is cut into this many pieces whatever the number of threads, so that results do not depend on it.
+constexpr int64_t kPieces = 8;
+
+// Statistics of all chunks so far; rows of the float tensor `state`.
+struct State {
+  float *score_max, *score_sum, *logit_max, *logit_sum, *moment;
+  int64_t* id;
+  int32_t *bad, *count, *overflow;
+  Candidate* candidates;
+  int64_t capacity;
+};
+
+float merged_scale(float from, float to, float tau) { return from == to ? 1.0f : std::exp((from - to) / tau); }
+
+// Adds a piece's sum that counts from its own maximum.
+void merge_sum(float& max, float& sum, float piece_max, float piece_sum, float tau) {
+  const float top = std::max(max, piece_max);
+  sum = (sum > 0 ? sum * merged_scale(max, top, tau) : 0.0f) + (piece_sum > 0 ? piece_sum * merged_scale(piece_max, top, tau) : 0.0f);
+  max = top;
+}
+
+float uniform(uint32_t word) { return (float(word * 0x9E3779B1u) + 0.5f) * 0x1p-32f; }
+
+// Keeps what the normaliser so far does not rule out; returns how many.
+int32_t filter(Candidate* list, int32_t count, float max, float sum, float tau, float eps) {
+  int32_t kept = 0;
+  for (int32_t i = 0; i < count; ++i) {
+    if (std::exp((list[i].score - max) / tau) > uniform(list[i].word) * eps * sum) list[kept++] = list[i];
+  }
+  return kept;
+}
+
+void append(State& state, int64_t row, const Candidate* found, int32_t count, int64_t first_token, float tau, float eps) {
+  if (state.overflow[row]) return;
+  Candidate* list = state.candidates + row * state.capacity;
+  const float max = state.score_max[row], sum = state.score_sum[row];
+  for (int32_t i = 0; i < count; ++i) {
+    if (!(std::exp((found[i].score - max) / tau) > uniform(found[i].word) * eps * sum)) continue;
+    if (state.count[row] == state.capacity) {
+      state.count[row] = filter(list, state.count[row], max, sum, tau, eps);
+      if (state.count[row] > state.capacity - state.capacity / 8) {  // compaction no longer pays: the dense path will
+        state.overflow[row] = 1;
+        state.count[row] = 0;
+        return;
+      }
+    }
+    Candidate& added = list[state.count[row]++];
+    added = found[i];
+    added.token += int32_t(first_token);
+  }
+}
+
+void merge_row(Kind kind, const HeadArgs& args, int64_t row, const HeadPiece* pieces, int64_t piece_stride,
+               const Candidate* found, int64_t found_stride, State& state) {
+  const int64_t lane = row % kHeadLanes;
+  const float tau = args.tau[row];
+  for (int64_t i = 0; i < kPieces; ++i) {
+    const HeadPiece& piece = pieces[i * piece_stride];
+    state.bad[row] |= piece.bad[lane];
+    if (kind != kSoftmax && piece.score_max[lane] > state.score_max[row]) state.id[row] = args.in.first_token + piece.id[lane];
+    if (kind == kSample) {
+      state.score_max[row] = std::max(state.score_max[row], piece.score_max[lane]);
+    } else {
+      const float old_max = state.score_max[row], old_sum = state.score_sum[row];
+      merge_sum(state.score_max[row], state.score_sum[row], piece.score_max[lane], piece.score_sum[lane], tau);
+      if (kind == kSoftmax) {
+        // A moment counts from its maximum, unless it is a difference from a reference.
+        const float top = state.score_max[row];
+        const auto moved = [&](float moment, float max, float sum) {
+          if (!(sum > 0)) return 0.0f;
+          return merged_scale(max, top, tau) * (args.ref ? moment : moment + sum * ((max - top) / tau));
+        };
+        state.moment[row] = moved(state.moment[row], old_max, old_sum) +
+                            moved(piece.moment[lane], piece.score_max[lane], piece.score_sum[lane]);
+      }
+    }
+    if (kind != kSoftmax || args.ref) {
+      merge_sum(state.logit_max[row], state.logit_sum[row], piece.logit_max[lane], piece.logit_sum[lane],
+                kind == kSoftmax ? tau : 1.0f);
+    }
+  }
+  if (args.eps > 0.0f) {
+    for (int64_t i = 0; i < kPieces; ++i) {
+      append(state, row, found + i * found_stride, pieces[i * piece_stride].count[lane], args.in.first_token, tau,
+             args.eps);
+    }
+  }
+}
+
+void head_chunk(int64_t kind_, Tensor logits, std::optional<Tensor> ref, std::optional<Tensor> bias,
+                std::optional<Tensor> ref_bias, double softcap, int64_t rows, Tensor tau, Tensor seed,
+                std::optional<Tensor> row_ids, int64_t vocab_start, int64_t first_token, double eps, Tensor state_,
+                Tensor ids, Tensor flags, Tensor candidates, Tensor scratch) {
+  const Kind kind = static_cast<Kind>(kind_);
+  const int64_t tokens = logits.size(0), groups = (rows + kHeadLanes - 1) / kHeadLanes;
+  STD_TORCH_CHECK(logits.stride(1) == 1 && logits.size(1) >= groups * kHeadLanes, "grade_kernels: chunk layout");
+  float* values = mutable_data<float>(state_);
+  int32_t* marks = mutable_data<int32_t>(flags);
+  State state{values, values + rows, values + 2 * rows, values + 3 * rows, values + 4 * rows, mutable_data<int64_t>(ids),
+              marks, marks + rows, marks + 2 * rows, mutable_data<Candidate>(candidates),
+              eps > 0 ? candidates.size(1) / 3 : 0};
+  const HeadArgs args{{logits.const_data_ptr(), dtype_of(logits), tokens, logits.stride(0), rows, first_token,
+                       data<float>(bias), float(softcap), noise_of(seed, row_ids, vocab_start)},
+                      ref ? ref->const_data_ptr() : nullptr,
+                      data<float>(ref_bias),
+                      data<float>(tau),
+                      state.score_max,
+                      state.score_sum,
+                      float(eps),
+                      (tokens + kPieces - 1) / kPieces};
+  const HeadKernels& kernels = GK_KERNELS_OF(kHead);
+  const auto kernel = kind == kSample ? kernels.sample : kind == kScores ? kernels.scores : kernels.softmax;
+  std::vector<HeadPiece> pieces(size_t(kPieces * groups));
+  Candidate* found = mutable_data<Candidate>(scratch);
+  const int64_t lane_room = args.candidates, piece_room = lane_room * kHeadLanes;
+  parallel_rows(kPieces * groups, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t group = i % groups, first = std::min(tokens, i / groups * lane_room);
+      HeadPiece& piece = pieces[size_t(i)];
+      piece = HeadPiece{};
+      kernel(args, group, first, std::min(tokens, first + lane_room), piece, found ? found + i * piece_room : nullptr);
+    }
+  });
+  parallel_rows(rows, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      const int64_t group = row / kHeadLanes;
+      const Candidate* of_row = found ? found + group * piece_room + row % kHeadLanes * lane_room : nullptr;
+      merge_row(kind, args, row, pieces.data() + group, groups, of_row, groups * piece_room, state);
+    }
+  });
+}
+
+// Last filter, with the final normaliser; a candidate's score becomes its probability.
+void head_finish(Tensor tau_, double eps, Tensor state_, Tensor flags, Tensor candidates) {
+  const int64_t rows = tau_.numel(), capacity = candidates.size(1) / 3;
+  const float *tau = data<float>(tau_), *max = data<float>(state_);
+  int32_t* marks = mutable_data<int32_t>(flags);
+  Candidate* all = mutable_data<Candidate>(candidates);
+  parallel_rows(rows, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      Candidate* list = all + row * capacity;
+      const float sum = max[rows + row];
+      int32_t kept = 0;
+      for (int32_t i = 0; i < marks[rows + row]; ++i) {
+        const float p = std::exp((list[i].score - max[row]) / tau[row]) / sum;
+        if (!(p > uniform(list[i].word) * float(eps))) continue;
+        list[kept] = list[i];
+        list[kept++].score = p;
+      }
+      marks[rows + row] = kept;
+    }
+  });
+}
+
+void head_support(Tensor candidates, Tensor offsets_, Tensor tokens_, Tensor p_) {
+  const int64_t rows = offsets_.numel() - 1, capacity = candidates.size(1) / 3;
+  const int64_t* offsets = data<int64_t>(offsets_);
+  const Candidate* all = data<Candidate>(candidates);
+  int64_t* tokens = mutable_data<int64_t>(tokens_);
+  float* p = mutable_data<float>(p_);
+  for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t k = offsets[row]; k < offsets[row + 1]; ++k) {
+      const Candidate& candidate = all[row * capacity + k - offsets[row]];
+      tokens[k] = candidate.token;
+      p[k] = candidate.score;
+    }
+  }
+}
+
+void gather_dot(Tensor x, Tensor table, Tensor rows, Tensor tokens, Tensor out) {
+  const GatherArgs args{x.const_data_ptr(), dtype_of(x), x.stride(0), table.const_data_ptr(), dtype_of(table),
+                        table.stride(0), table.size(1), data<int64_t>(rows), data<int64_t>(tokens), nullptr, nullptr,
+                        mutable_data<float>(out)};
+  parallel_rows(tokens.numel(), [&](int64_t begin, int64_t end) { GK_KERNELS_OF(kGather).dot(args, begin, end); });
+}
+
+void gather_sum(Tensor values, Tensor table, Tensor offsets, Tensor tokens, Tensor out) {
+  const int64_t width = table.size(1), blocks = (width + kGatherBlock - 1) / kGatherBlock;
+  const GatherArgs args{nullptr, Dtype::kFloat, 0, table.const_data_ptr(), dtype_of(table), table.stride(0), width,
+                        nullptr, data<int64_t>(tokens), data<int64_t>(offsets), data<float>(values),
+                        mutable_data<float>(out)};
+  parallel_rows((offsets.numel() - 1) * blocks, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t first = i % blocks * kGatherBlock;
+      GK_KERNELS_OF(kGather).sum(args, i / blocks, first, std::min(width, first + kGatherBlock));
+    }
+  });
+}
+
+}  // namespace
+}  // namespace gk
+
+STABLE_TORCH_LIBRARY_FRAGMENT(grade_kernels_cpu, m) {
+  m.def(
+      "head_chunk(int kind, Tensor logits, Tensor? ref, Tensor? bias, Tensor? ref_bias, float softcap, int rows, "
+      "Tensor tau, Tensor seed, Tensor? row_ids, int vocab_start, int first_token, float eps, Tensor(a!) state, "
+      "Tensor(b!) ids, Tensor(c!) flags, Tensor(d!) candidates, Tensor(e!) scratch) -> ()");
+  m.def("head_finish(Tensor tau, float eps, Tensor state, Tensor(a!) flags, Tensor(b!) candidates) -> ()");
+  m.def("head_support(Tensor candidates, Tensor offsets, Tensor(a!) tokens, Tensor(b!) p) -> ()");
+  m.def("gather_dot(Tensor x, Tensor table, Tensor rows, Tensor tokens, Tensor(a!) out) -> ()");
+  m.def("gather_sum(Tensor values, Tensor table, Tensor offsets, Tensor tokens, Tensor(a!) out) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(grade_kernels_cpu, CompositeExplicitAutograd, m) {
+  m.impl("head_chunk", TORCH_BOX(&gk::head_chunk));
+  m.impl("head_finish", TORCH_BOX(&gk::head_finish));
+  m.impl("head_support", TORCH_BOX(&gk::head_support));
+  m.impl("gather_dot", TORCH_BOX(&gk::gather_dot));
+  m.impl("gather_sum", TORCH_BOX(&gk::gather_sum));
+}

@@ -1,0 +1,172 @@
+"""A head's statistics and support: a matrix product per chunk of the vocabulary, then the kernels of csrc/cpu/head.inl.
+
+The product is taken as `weight[chunk] @ hidden.T`: faster than its transpose, and it puts hidden rows into the lanes of
+the kernels, so that no statistic is reduced across lanes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from grade_kernels.backends import Head, Sample, Softmax, Support
+from grade_kernels.backends.torch import head as fallback
+
+CHUNK_ELEMENTS = 2**20  # logits that exist at a time
+_LANES, _PIECES = 16, 8  # kHeadLanes and kPieces of csrc/cpu
+_CANDIDATE_WORDS = 3  # int32 words of csrc/cpu/head.h's Candidate
+_SAMPLE, _SCORES, _SOFTMAX = range(3)
+
+
+def _kernels() -> Any:
+    return torch.ops.grade_kernels_cpu
+
+
+def _lanes(hidden: torch.Tensor) -> torch.Tensor:
+    """`hidden.T`, with columns of zeros up to a whole number of lanes."""
+    rows, width = hidden.shape
+    padded = hidden.new_zeros(width, max(1, -(-rows // _LANES)) * _LANES)
+    padded[:, :rows] = hidden.T
+    return padded
+
+
+def _chunks(vocab: int, width: int) -> Iterator[slice]:
+    """Chunks of the vocabulary. The first are short: before any normaliser is known, every token is a candidate."""
+    start, step = 0, max(256, width // 32)
+    while start < vocab:
+        stop = min(start + min(step, width), vocab)
+        yield slice(start, stop)
+        start, step = stop, 4 * step
+
+
+class _Pass:
+    """One pass over the vocabulary."""
+
+    def __init__(self, kind: int, head: Head, tau: torch.Tensor, eps: float) -> None:
+        rows, vocab = head.hidden.shape[0], head.weight.shape[0]
+        self.kind, self.head, self.tau, self.eps = kind, head, tau.contiguous(), eps
+        self.state = torch.zeros(5, rows)  # csrc/cpu/head_ops.cpp's State: two maxima, two sums, a moment
+        self.state[0::2][:2] = torch.finfo(torch.float32).min
+        self.ids = torch.full((rows,), -1)
+        self.flags = torch.zeros(3, rows, dtype=torch.int32)  # bad, entries, overflow
+        self.capacity = fallback.support_capacity(eps, vocab) if eps > 0 else 0
+        self.candidates = torch.empty(rows, self.capacity * _CANDIDATE_WORDS, dtype=torch.int32)
+
+    def run(
+        self, seed: torch.Tensor, row_ids: torch.Tensor | None, vocab_start: int, ref: Head | None = None
+    ) -> None:
+        head, rows = self.head, self.head.hidden.shape[0]
+        hidden, ref_hidden = _lanes(head.hidden), None if ref is None else _lanes(ref.hidden)
+        lanes, vocab = hidden.shape[1], head.weight.shape[0]
+        width = max(256, CHUNK_ELEMENTS // lanes // 64 * 64)
+        logits = torch.empty(min(width, vocab), lanes, dtype=head.hidden.dtype)
+        ref_logits = None if ref is None else torch.empty_like(logits)
+        # Candidates of a chunk before they are filtered: room for all, touched where there are any.
+        room = _PIECES * lanes * -(-width // _PIECES) * _CANDIDATE_WORDS if self.eps > 0 else 0
+        scratch = torch.empty(room, dtype=torch.int32)
+        row_ids = None if row_ids is None else row_ids.contiguous()
+        for chunk in _chunks(vocab, width):
+            start = chunk.start
+            out = torch.mm(head.weight[chunk], hidden, out=logits[: chunk.stop - start])
+            bias, ref_out, ref_bias = None if head.bias is None else head.bias[chunk], None, None
+            if ref is not None and ref_hidden is not None and ref_logits is not None:
+                ref_out = torch.mm(ref.weight[chunk], ref_hidden, out=ref_logits[: chunk.stop - start])
+                if ref_out.dtype != out.dtype:
+                    out, ref_out = out.float(), ref_out.float()
+                ref_bias = None if ref.bias is None else ref.bias[chunk]
+            _kernels().head_chunk(
+                self.kind, out, ref_out, bias, ref_bias, head.softcap or 0.0, rows, self.tau, seed, row_ids,
+                vocab_start, start, self.eps, self.state, self.ids, self.flags, self.candidates, scratch,
+            )  # fmt: skip
+
+    def bad(self) -> torch.Tensor:
+        """Rows that have no distribution."""
+        return (self.flags[0] != 0) | (self.state[0] == torch.finfo(torch.float32).min)
+
+    def sample(self) -> Sample:
+        bad = self.bad()
+        score_max = torch.where(bad, torch.nan, self.state[0])
+        return Sample(torch.where(bad, -1, self.ids), score_max, self.state[2], self.state[3])
+
+    def support(self) -> Support:
+        rows = self.head.hidden.shape[0]
+        if self.eps == 0:
+            return fallback.empty_support(rows, self.head.hidden)
+        _kernels().head_finish(self.tau, self.eps, self.state, self.flags, self.candidates)
+        offsets = torch.zeros(rows + 1, dtype=torch.int64)
+        torch.cumsum(self.flags[1], 0, out=offsets[1:])
+        count = int(offsets[-1])
+        tokens, p = torch.empty(count, dtype=torch.int64), torch.empty(count)
+        _kernels().head_support(self.candidates, offsets, tokens, p)
+        return Support(offsets, tokens, p, self.flags[2] != 0)
+
+
+def head_sample(head: Head, seed: torch.Tensor, row_ids: torch.Tensor | None, vocab_start: int) -> Sample:
+    """See `grade_kernels.backends`."""
+    step = _Pass(_SAMPLE, head, torch.ones(head.hidden.shape[0]), 0.0)
+    step.run(seed, row_ids, vocab_start)
+    return step.sample()
+
+
+def head_scores(
+    head: Head, tau: torch.Tensor, seed: torch.Tensor, row_ids: torch.Tensor | None, vocab_start: int, eps: float
+) -> tuple[Sample, torch.Tensor, Support]:
+    """See `grade_kernels.backends`."""
+    step = _Pass(_SCORES, head, tau, eps)
+    step.run(seed, row_ids, vocab_start)
+    return step.sample(), step.state[1], step.support()
+
+
+def head_softmax(
+    head: Head,
+    tau: torch.Tensor,
+    seed: torch.Tensor,
+    row_ids: torch.Tensor | None,
+    vocab_start: int,
+    eps: float,
+    ref: Head | None,
+) -> tuple[Softmax, Support]:
+    """See `grade_kernels.backends`."""
+    step = _Pass(_SOFTMAX, head, tau, eps)
+    step.run(seed, row_ids, vocab_start, ref)
+    largest, total, ref_max, ref_total, moment = step.state
+    largest = torch.where(step.bad(), torch.nan, largest)
+    if ref is None:
+        ref_max = ref_total = moment.new_empty(0)
+    return Softmax(largest, total, moment / total, ref_max, ref_total), step.support()
+
+
+def head_logits_at(head: Head, rows: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """See `grade_kernels.backends`."""
+    return fallback.head_logits_at(head, rows, tokens, gather_dot)
+
+
+def _rows_in_memory(x: torch.Tensor) -> torch.Tensor:
+    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+
+
+def gather_dot(x: torch.Tensor, table: torch.Tensor, rows: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """See `grade_kernels.backends`."""
+    if torch.float64 in (x.dtype, table.dtype):
+        return fallback.gather_dot(x, table, rows, tokens)
+    out = torch.empty(len(tokens))
+    _kernels().gather_dot(_rows_in_memory(x), _rows_in_memory(table), rows.contiguous(), tokens.contiguous(), out)
+    return out
+
+
+def gather_sum(values: torch.Tensor, table: torch.Tensor, offsets: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """See `grade_kernels.backends`."""
+    if torch.float64 in (values.dtype, table.dtype):
+        return fallback.gather_sum(values, table, offsets, tokens)
+    out = torch.empty(len(offsets) - 1, table.shape[1])
+    _kernels().gather_sum(values.contiguous(), _rows_in_memory(table), offsets, tokens.contiguous(), out)
+    return out
+
+
+def scatter_sum(
+    values: torch.Tensor, x: torch.Tensor, rows: torch.Tensor, tokens: torch.Tensor, table: torch.Tensor
+) -> torch.Tensor:
+    """See `grade_kernels.backends`."""
+    return fallback.scatter_sum(values, x, rows, tokens, table, gather_sum)
