@@ -248,3 +248,16 @@ def worst_difference(ours: dict[str, torch.Tensor], truth: dict[str, torch.Tenso
     assert ours.keys() == truth.keys()
     floor = 1e-8 * max(float(g.norm()) for g in truth.values())
     return max(float((ours[name] - truth[name]).norm() / truth[name].norm().clamp_min(floor)) for name in truth)
+
+
+def word_tokenizer() -> Any:
+    """A tokenizer of `VOCAB` whole words: `<pad> <bos> <eos> w3 ... w60`, which begins every text with `<bos>`."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    words = {word: i for i, word in enumerate(["<pad>", "<bos>", "<eos>", *(f"w{i}" for i in range(3, VOCAB))])}
+    inner = Tokenizer(models.WordLevel(words, unk_token="w3"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    inner.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
+    return tf.PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", padding_side="left"
+    )

@@ -30,14 +30,7 @@ Rewards: {rewards}.
 |---|---|
 {settings}
 
-```bibtex
-@article{{nel2025grade,
-  title  = {{GRADE}},
-  author = {{Nel}},
-  year   = {{2025}},
-  note   = {{arXiv:2601.11574}},
-}}
-```
+Method: GRADE, [arXiv:2601.11574](https://arxiv.org/abs/2601.11574).
 """
 
 

@@ -40,7 +40,7 @@ class LanguageModel:
         softcap: c in `c * tanh(l / c)`, or None.
     """
 
-    model: nn.Module
+    model: Any
     backbone: nn.Module
     head: nn.Linear
     embedding: nn.Embedding
@@ -98,7 +98,7 @@ def read_language_model(model: nn.Module, *, name: str = "model") -> LanguageMod
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"{name} must be a causal language model, got {type(model).__name__}")
-    inner = unwrap(model)
+    inner: Any = unwrap(model)
     kind = type(inner).__name__
     if hasattr(inner, "peft_config"):
         if any(getattr(config, "is_prompt_learning", False) for config in inner.peft_config.values()):
@@ -206,12 +206,13 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 def _active(module: nn.Module) -> Any:
     """The layer at work where PEFT keeps a trained copy beside the original (`modules_to_save`)."""
-    copies = getattr(module, "modules_to_save", None)
+    wrapper: Any = module
+    copies = getattr(wrapper, "modules_to_save", None)
     if not isinstance(copies, nn.ModuleDict):
         return module
-    if module.disable_adapters or not module.active_adapters:
-        return module.original_module
-    return copies[module.active_adapters[0]]
+    if wrapper.disable_adapters or not wrapper.active_adapters:
+        return wrapper.original_module
+    return copies[wrapper.active_adapters[0]]
 
 
 def _scale_of(embedding: nn.Module) -> torch.Tensor | float:

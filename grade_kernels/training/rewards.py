@@ -127,7 +127,7 @@ class SequenceClassificationReward(nn.Module):
         self.label = _label_index(config, label)
         self.output = output
         self.__name__ = name or (getattr(config, "_name_or_path", "") or kind).rstrip("/").split("/")[-1]
-        self.model = model.eval().requires_grad_(False)
+        self.model: Any = model.eval().requires_grad_(False)
         self._decoder = isinstance(getattr(model, "score", None), nn.Module)
         self._verify()
 

@@ -30,7 +30,6 @@ from grade_kernels.training.config import GRADEConfig
 from grade_kernels.training.loss import (
     GradeLoss,
     check_vocabulary,
-    completed,
     objectives_loss,
     reference_of,
     token_ids,
@@ -56,9 +55,9 @@ class GRADETrainer(Trainer):
         model: a causal language model, plain or PEFT's, or the name of one.
         reward_funcs: one or several of: a sequence classifier of transformers or the name of one (see
             `SequenceClassificationReward` for its label and output), any differentiable
-            `reward(inputs_embeds, attention_mask, **columns) -> [B]` with its table as `reward.embedding`, or a function
-            of text `f(prompts, completions, completion_ids, **columns) -> [B numbers]`, which is logged and not
-            optimised. At least one must be differentiable. Columns are the data set's, as lists.
+            `reward(inputs_embeds, attention_mask, **columns) -> [B]` with its table as `reward.embedding`, or a
+            function of text `f(prompts, completions, completion_ids, **columns) -> [B numbers]`, which is logged and
+            not optimised. At least one must be differentiable. Columns are the data set's, as lists.
         args: settings. Default: `GRADEConfig` with an output directory named after the model.
         train_dataset: with a column `prompt`, strings or lists of messages.
         eval_dataset: the same, or a dict of such.
@@ -75,7 +74,10 @@ class GRADETrainer(Trainer):
             that can not be replayed exactly. All of them before the first step.
     """
 
+    args: GRADEConfig
+    processing_class: Any
     _tag_names = ("grade-kernels", "grade")
+    _staging: Path | None = None  # where a checkpoint is being written
 
     def __init__(
         self,
@@ -91,7 +93,11 @@ class GRADETrainer(Trainer):
         peft_config: Any = None,
     ) -> None:
         if args is None:
-            name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "") or "model"
+            name = (
+                model
+                if isinstance(model, str)
+                else getattr(getattr(model, "config", None), "_name_or_path", "") or "model"
+            )
             args = GRADEConfig(output_dir=f"{name.rstrip('/').split('/')[-1]}-GRADE")
         if not isinstance(args, GRADEConfig):
             raise TypeError(f"args must be a GRADEConfig, got {type(args).__name__}")
@@ -346,7 +352,7 @@ class GRADETrainer(Trainer):
     def _show_table(self, prompts: list[Any], sample: GradeLoss, rows: dict[str, torch.Tensor]) -> None:
         count = len(prompts) if self.args.num_completions_to_print is None else self.args.num_completions_to_print
         texts = self._texts(sample.completion_ids, sample.completion_mask)
-        numbers = {
+        numbers: dict[str, Sequence[float]] = {
             name: value[:count].tolist()
             for name, value in rows.items()
             if name in ("reward", "kl") or "rewards/" in name
@@ -358,7 +364,7 @@ class GRADETrainer(Trainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
-            self._signature_columns = ["prompt"]
+            self._signature_columns: Any = ["prompt"]
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         dataset = self.train_dataset if train_dataset is None else train_dataset
@@ -374,7 +380,8 @@ class GRADETrainer(Trainer):
 
         Args:
             resume_from_checkpoint: a directory, or True for the latest in the output directory; if that one is damaged,
-                a warning names it and the one before is used.
+                a warning
+                names it and the one before is used.
             args: further arguments of the library's.
             kwargs: further keywords of the library's.
 
@@ -398,7 +405,7 @@ class GRADETrainer(Trainer):
             if wrong := checkpoints.damage(Path(choice)):
                 raise ValueError(f"{choice} can not be resumed from: {wrong}")
             return str(choice)
-        found = checkpoints.complete_checkpoints(Path(self.args.output_dir))
+        found = checkpoints.complete_checkpoints(Path(str(self.args.output_dir)))
         for path in found:
             wrong = checkpoints.damage(path)
             if wrong is None:
@@ -410,8 +417,6 @@ class GRADETrainer(Trainer):
     def _get_output_dir(self, trial: Any) -> str:
         run = super()._get_output_dir(trial)
         return run if self._staging is None else str(self._staging)
-
-    _staging: Path | None = None
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Write a checkpoint beside its place, seal it, then rename it: it is complete or it is not there."""
@@ -456,7 +461,7 @@ class GRADETrainer(Trainer):
             if kept > max(limit - (best is not None), 1):
                 shutil.rmtree(path, ignore_errors=True)
 
-    def create_model_card(
+    def create_model_card(  # type: ignore[override]
         self,
         model_name: str | None = None,
         dataset_name: str | None = None,
@@ -475,8 +480,8 @@ class GRADETrainer(Trainer):
             return
         more = [tags] if isinstance(tags, str) else list(tags or [])
         model_card.write(
-            Path(self.args.output_dir),
-            model_name=model_name or Path(self.args.output_dir).name,
+            Path(str(self.args.output_dir)),
+            model_name=model_name or Path(str(self.args.output_dir)).name,
             base_model=getattr(self._policy().model.config, "_name_or_path", "") or None,
             dataset_name=dataset_name,
             tags=[*self._tag_names, *more],
@@ -494,7 +499,7 @@ class GRADETrainer(Trainer):
         examples = [example for example, _ in zip(iter(dataset), range(2), strict=False)]
         if not examples:
             return
-        inputs = self._prepare_input(self._collator(examples))
+        inputs: Any = self._prepare_input(self._collator(examples))
         for objective in self.objectives:
             with torch.enable_grad(), self.accelerator.autocast():
                 embeds = objective.table[inputs["input_ids"]].requires_grad_()
@@ -594,8 +599,8 @@ def _read_rewards(
         reward_table(function, name)
         if args.reward_transform != "probability" and getattr(function, "output", "probability") != "probability":
             raise ValueError(
-                f"reward_transform = {args.reward_transform!r} needs a reward that is a probability, but {name} returns "
-                f"{function.output!r}"
+                f"reward_transform = {args.reward_transform!r} needs a reward that is a probability, but {name} "
+                f"returns {function.output!r}"
             )
         objectives.append(Objective(function, 1.0 if weight is None else float(weight), args.reward_transform, name))
     if not objectives:
@@ -609,7 +614,9 @@ def _read_rewards(
 def _check_tokenizers(reward_funcs: Any, given: Any, tokenizer: Any) -> None:
     """Every token has the same id for the policy and for the rewards, as far as tokenizers tell."""
     functions = list(reward_funcs) if isinstance(reward_funcs, (list, tuple)) else [reward_funcs]
-    others = list(given) if isinstance(given, (list, tuple)) else [given] * (1 if given is not None else len(functions))
+    if given is None:
+        given = [None] * len(functions)
+    others = list(given) if isinstance(given, (list, tuple)) else [given]
     if len(others) != len(functions):
         raise ValueError(f"reward_processing_classes must be one per reward ({len(functions)}), got {len(others)}")
     for i, (function, other) in enumerate(zip(functions, others, strict=True)):
