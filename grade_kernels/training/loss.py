@@ -13,7 +13,7 @@ from torch import nn
 from grade_kernels.noise import GumbelNoise
 from grade_kernels.ops import checks
 from grade_kernels.ops.head import check_eps
-from grade_kernels.training.policy import LanguageModel, evaluating, read_language_model, unwrap
+from grade_kernels.training.policy import LanguageModel, evaluating, gather_root, read_language_model, unwrap
 from grade_kernels.training.replay import replay
 from grade_kernels.training.rewards import DifferentiableReward, Objective
 from grade_kernels.training.rollout import Rollout, rollout
@@ -123,6 +123,7 @@ def objectives_loss(
     skip_truncated: bool = False,
 ) -> GradeLoss:
     """`grade_loss` for several weighted rewards; with `skip_truncated`, completions that never ended count nothing."""
+    gather_root(unwrap(model))
     policy = read_language_model(model)
     hops = _checked_hops(feedback_hops)
     checks.check_estimator(estimator)

@@ -11,15 +11,18 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 __all__ = [
     "Capture",
     "LanguageModel",
     "evaluating",
+    "gather_root",
     "last_hidden_state",
     "position_arguments",
     "position_ids",
     "read_language_model",
+    "sweeping",
     "unwrap",
 ]
 
@@ -190,6 +193,26 @@ class Capture:
     def __exit__(self, *error: object) -> None:
         for hook in self._hooks:
             hook.remove()
+
+
+def gather_root(model: nn.Module) -> None:
+    """Under FSDP2, bring the parameters together that no layer owns (embedding, head), until the next backward ends."""
+    if isinstance(model, FSDPModule):
+        model.set_reshard_after_forward(False, recurse=False)
+        model.unshard()
+
+
+@contextmanager
+def sweeping(model: nn.Module) -> Iterator[None]:
+    """Backward passes that are not the last one: under FSDP2 they leave the gathered parameters where they are."""
+    sharded = model if isinstance(model, FSDPModule) else None
+    if sharded is not None:
+        sharded.set_reshard_after_backward(False, recurse=False)
+    try:
+        yield
+    finally:
+        if sharded is not None:
+            sharded.set_reshard_after_backward(True, recurse=False)
 
 
 @contextmanager

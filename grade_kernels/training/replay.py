@@ -27,6 +27,8 @@ from grade_kernels.training.policy import (
     last_hidden_state,
     position_arguments,
     position_ids,
+    sweeping,
+    unwrap,
 )
 from grade_kernels.training.rewards import Objective
 from grade_kernels.training.rollout import Rollout
@@ -111,18 +113,9 @@ def replay(
         outputs.append(kl)
         d_outputs.append((beta * row_weights).to(kl.dtype))
     if hops:
-        # The fed-back path's gradient changes from sweep to sweep; what the loss itself sends into h does not.
-        (d_hidden,) = torch.autograd.grad(outputs, hidden, d_outputs, retain_graph=True)
         fed_back_embedding = embeddings[-1]
-        d_fed_back = torch.zeros_like(fed_back_embedding)
-        total = d_hidden
-        for hop in range(hops):
-            (d_embedded,) = torch.autograd.grad(hidden, embedded, total, retain_graph=True)
-            d_fed_back = torch.zeros_like(d_fed_back)
-            d_fed_back[:, :-1] = (layout.at(d_embedded, layout.fed) * policy.embed_scale).to(d_fed_back.dtype)
-            if hop + 1 < hops:
-                (through,) = torch.autograd.grad(fed_back_embedding, hidden, d_fed_back, retain_graph=True)
-                total = d_hidden + through
+        with sweeping(unwrap(model)):
+            d_fed_back = _sweep(policy, layout, embedded, hidden, fed_back_embedding, outputs, d_outputs, hops)
         outputs.append(fed_back_embedding)
         d_outputs.append(d_fed_back)
     surrogate = sum((output * d_output).sum() for output, d_output in zip(outputs, d_outputs, strict=True))
@@ -131,6 +124,31 @@ def replay(
     # The number is the loss, the gradient is the surrogate's.
     loss = value + (surrogate - surrogate.detach()).to(value.dtype)  # type: ignore[union-attr]
     return Replay(loss, values, kl.detach())
+
+
+def _sweep(
+    policy: LanguageModel,
+    layout: Layout,
+    embedded: torch.Tensor,
+    hidden: torch.Tensor,
+    fed_back: torch.Tensor,
+    outputs: list[torch.Tensor],
+    d_outputs: list[torch.Tensor],
+    hops: int,
+) -> torch.Tensor:
+    """The gradient `[B, T, D]` on the fed-back samples after so many sweeps, each one backward pass to the inputs."""
+    # What the loss itself sends into h is the same in every sweep.
+    (d_hidden,) = torch.autograd.grad(outputs, hidden, d_outputs, retain_graph=True)
+    d_fed_back = torch.zeros_like(fed_back)
+    total = d_hidden
+    for hop in range(hops):
+        if hop:
+            (through,) = torch.autograd.grad(fed_back, hidden, d_fed_back, retain_graph=True)
+            total = d_hidden + through
+        (d_embedded,) = torch.autograd.grad(hidden, embedded, total, retain_graph=True)
+        d_fed_back = torch.zeros_like(fed_back)
+        d_fed_back[:, :-1] = (layout.at(d_embedded, layout.fed) * policy.embed_scale).to(fed_back.dtype)
+    return d_fed_back
 
 
 @dataclass(frozen=True)

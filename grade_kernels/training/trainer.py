@@ -34,7 +34,7 @@ from grade_kernels.training.loss import (
     reference_of,
     token_ids,
 )
-from grade_kernels.training.policy import LanguageModel, read_language_model
+from grade_kernels.training.policy import LanguageModel, gather_root, read_language_model, unwrap
 from grade_kernels.training.prompts import PromptCollator, RepeatedPrompts, check_prompt_dataset, prompt_text
 from grade_kernels.training.replay import Layout, completion_kl, refer, score_completions
 from grade_kernels.training.rewards import NonFiniteRewardError, Objective, SequenceClassificationReward, reward_table
@@ -230,6 +230,7 @@ class GRADETrainer(Trainer):
         inputs = self._prepare_inputs(inputs)
         ids, mask, args = inputs["input_ids"], inputs["attention_mask"], self.args
         with torch.no_grad(), self.accelerator.autocast():
+            gather_root(unwrap(model))
             policy = read_language_model(model)
             sample = rollout(
                 policy, ids, mask, max_new_tokens=args.max_completion_length, noise=self._evaluation_noise(len(ids)),
