@@ -73,9 +73,7 @@ def test_gumbel_ste(backend: str, estimator: str, eps: float) -> None:
 
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("estimator", ESTIMATORS)
-def test_gumbel_ste_whose_support_overflows(
-    backend: str, estimator: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_gumbel_ste_whose_support_overflows(backend: str, estimator: str, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny_capacity(monkeypatch, 8)
     p = problem((N,), V, H, bias=True, estimator=estimator, scale=0.05)
     assert_small(lambda: run(p, 2**-6, ("hidden",)))

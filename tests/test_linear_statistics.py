@@ -77,10 +77,7 @@ def check(kind: str, p: Problem, temperature: float = 0.7, slim: float = 1.0, wh
     found = []
     for convert in (lambda x: x, lambda x: x, lambda x: x.double()):
         inputs, head, ref = heads(convert)
-        if not found:
-            value = call(kind, p, head, temperature, 0.0)
-        else:
-            value = eager(kind, p, head, temperature, ref)
+        value = call(kind, p, head, temperature, 0.0) if not found else eager(kind, p, head, temperature, ref)
         found.append(with_gradients(value, p, inputs))
     assert found[0][0].dtype == (torch.float64 if p.hidden.dtype == torch.float64 else torch.float32)
     unit = torch.finfo(p.hidden.dtype).eps
