@@ -24,7 +24,7 @@ from grade_kernels.backends.triton import head, head_relaxation, head_sampling
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 CAPABILITY = {"sm_80": 80, "sm_90": 90, "sm_100": 100, "gfx942": 0}
 INTEGERS = ("N", "group_start", "first_row", "first_split", "splits", "step", "s_slots")
-FLOATS = "best plain_max plain_sum top total before_max before_sum tau score_max out_max out_sum out_total moment ref_top ref_total".split()
+FLOATS = ["best", "plain_max", "plain_sum", "top", "total", "before_max", "before_sum", "tau", "score_max", "out_max", "out_sum", "out_total", "moment", "ref_top", "ref_total"]
 
 
 def variants() -> dict[str, tuple[Any, dict[str, Any], int]]:
@@ -133,7 +133,7 @@ def configurations(dtype: str, products: int) -> list[head.Config]:
     """Every configuration that is shipped for a dtype."""
     if dtype == "fp32":
         return [c for _, c in head.WIDE]
-    return [c for _, c in head.NARROW][: 1 if products > 1 else None]
+    return [head.PAIR] if products > 1 else [c for _, c in head.NARROW]
 
 
 def main() -> None:

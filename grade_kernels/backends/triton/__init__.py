@@ -27,7 +27,7 @@ _HOME = {
     "scatter_sum": "gather",
 }
 
-__all__ = [*_HOME, "why_not_device", "why_unavailable"]  # noqa: PLE0604
+__all__ = [*_HOME, "why_not_device", "why_unavailable"]
 
 
 def __getattr__(name: str) -> Any:

@@ -39,16 +39,17 @@ class Config(NamedTuple):
 
 # By how many rows there are at most. Both leave room for two programs on a multiprocessor, so that one's epilogue hides
 # behind the other's product.
-NARROW = ((64, Config(64, 128, 64, 4, 4)), (None, Config(128, 128, 64, 8, 3)))
+NARROW = ((64, Config(64, 64, 64, 4, 4)), (None, Config(128, 64, 64, 8, 3)))
+PAIR = Config(64, 32, 64, 4, 3)  # two products per tile
 # float32 is multiplied in true float32, which no tensor core does: small tiles of fused multiply-adds.
 WIDE = ((None, Config(64, 64, 16, 8, 2)),)
 
 
 def config(rows: int, dtype: torch.dtype, products: int = 1) -> Config:
-    """Tile sizes for a number of rows; two products per tile take the smaller ones."""
+    """Tile sizes for a number of rows."""
     if dtype == torch.float32:
         return WIDE[0][1]
-    return next(c for most, c in NARROW if most is None or rows <= most or products > 1)
+    return PAIR if products > 1 else next(c for most, c in NARROW if most is None or rows <= most)
 
 
 def target() -> tuple[str, int]:

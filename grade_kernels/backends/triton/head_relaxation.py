@@ -39,7 +39,20 @@ def _weighted(b_w, b_x):
     return tl.where(b_w > 0, b_w * b_x, 0.0)
 
 
-@triton.jit(do_not_specialize=["N", "V", "splits", "group_start", "first_row", "first_split", "step", "softcap", "ref_softcap", "eps"])
+@triton.jit(
+    do_not_specialize=[
+        "N",
+        "V",
+        "splits",
+        "group_start",
+        "first_row",
+        "first_split",
+        "step",
+        "softcap",
+        "ref_softcap",
+        "eps",
+    ]
+)
 def head_softmax_kernel(
     hidden, weight, bias, ref_hidden, ref_weight, ref_bias, seed, row_ids, tau, before_max, before_sum,
     top, total, moment, ref_top, ref_total, slots, counts, places, room,

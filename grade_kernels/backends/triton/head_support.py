@@ -207,9 +207,7 @@ class Candidates:
         rows, splits, device = self.rows, self.splits, self.slots.device
         kept = torch.empty(rows, splits, dtype=torch.int32, device=device)
 
-        def launch(
-            offsets: torch.Tensor | None, tokens: torch.Tensor | None, p: torch.Tensor | None
-        ) -> None:
+        def launch(offsets: torch.Tensor | None, tokens: torch.Tensor | None, p: torch.Tensor | None) -> None:
             support_kernel[(rows * splits,)](
                 self.slots, self.counts, self.places, self.room, seed, row_ids, tau, score_max, total,
                 kept, offsets, tokens, p, self.per_row, splits, first_row, (vocab_start >> 2) & 0xFFFFFFFF, self.eps,
