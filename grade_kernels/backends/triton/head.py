@@ -1,7 +1,7 @@
 """Tiles of a head's logits: the matrix product, and what the kernels that consume it do with a tile.
 
-A program owns BM hidden rows and a split of the vocabulary, SPLIT tokens, which it takes in tiles of BN. A tile leaves the
-tensor cores as `[BM, BN]` in registers and is at once taken apart into four quarters `[BM, BN // 4]`, quarter j holding
+A program owns BM hidden rows and a split of the vocabulary, SPLIT tokens, which it takes in tiles of BN. A tile leaves
+the tensor cores as `[BM, BN]` in registers and is at once taken apart into four quarters `[BM, BN // 4]`, quarter j holding
 the tokens `4 * group + j`: the four tokens of a Philox call then lie in one thread, and words meet logits without any
 exchange. NVIDIA's accumulators give a thread pairs of neighbouring columns, so there the columns of the tile are
 permuted: rows of the head are loaded in the order that gives each of the four threads of a row a run of neighbouring
@@ -227,7 +227,7 @@ def beside(x, b_y, TARGET: tl.constexpr):
 
 @triton.jit
 def hurdle(w, threshold):
-    """What a weight must exceed: its word's uniform number times eps times the bound; threshold is the latter two / 2^32."""
+    """What a weight must exceed: its word's uniform number times the threshold, eps * bound / 2^32."""
     return tl.mul(w, 0x9E3779B1, sanitize_overflow=False).to(tl.float32) * threshold[:, None]
 
 

@@ -1,4 +1,4 @@
-"""`head_softmax`: statistics and support of a head's noise-free softmax, alone or beside a reference's, in one fused pass."""
+"""`head_softmax`: statistics and support of a head's noise-free softmax, alone or beside a reference's, in one pass."""
 
 from __future__ import annotations
 
@@ -63,8 +63,8 @@ def head_softmax_kernel(
 ):  # fmt: skip
     """One split of BM rows: max, tempered sum and moment, with a reference its max and sum, with slots candidates.
 
-    Sums are relative to `top`, the larger of before_max and the split's largest logit. The moment is the sum of weight times
-    (l - top), or (l - r) with a reference r, in units of tau.
+    Sums are relative to `top`, the larger of before_max and the split's largest logit. The moment is the sum of weight
+    times (l - top), or (l - r) with a reference r, in units of tau.
     """
     FAST: tl.constexpr = TARGET == "cuda"
     blocks = tl.cdiv(N, BM)

@@ -68,7 +68,7 @@ def head_scores_kernel(
     SKEW: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TILES: tl.constexpr,
     EVEN_K: tl.constexpr, PERMUTED: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
-    """One split of BM rows: best score and its token, plain max and sum; with tau the tempered sum; with slots candidates.
+    """One split of BM rows: best score and its token, plain max and sum; with tau the tempered sum; with slots too.
 
     before_max, before_sum: what earlier launches know of the rows' normaliser, a lower bound that candidates must beat.
     The tempered sum is relative to `top`, the larger of before_max and the split's best score.

@@ -2,9 +2,9 @@
 
 A candidate must beat a lower bound of the row's final normaliser. Programs run side by side and share nothing, so the
 bound comes from earlier launches: the first covers about `2 / eps` tokens and keeps them all, each further one up to
-GROWTH times what came before, knowing the sum of that. So a row collects about `(2 + GROWTH * launches) / eps` candidates
-at worst, whatever the vocabulary. A launch takes splits from all over the vocabulary, for neighbouring ids belong together
-(a script, say) and a launch's share should be typical of the rest.
+GROWTH times what came before, knowing the sum of that. So a row collects about `(2 + GROWTH * launches) / eps`
+candidates at worst, whatever the vocabulary. A launch takes splits from all over the vocabulary, for neighbouring ids belong
+together (a script, say) and a launch's share should be typical of the rest.
 
 Each split has slots in proportion to what it may collect. A row in which they do not suffice is marked.
 """
