@@ -3,7 +3,7 @@
     python -m benchmarks.triton_head_static [--targets sm_90 ...] [--dtypes bf16 ...] [--kernels sample ...] [--top]
 
 Per kernel: registers, spills, and on NVIDIA the instructions per logit of a tile's epilogue: everything in the loop
-over tiles outside the loop over the width, by the way that most tiles take (no refined noise, not at the vocabulary's edge).
+over tiles outside the loop over the width, by the way of most tiles (no refined noise, not the vocabulary's edge).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Tiles of a head's logits: the matrix product, and what the kernels that consume it do with a tile.
 
 A program owns BM hidden rows and a split of the vocabulary, SPLIT tokens, which it takes in tiles of BN. A tile leaves
-the tensor cores as `[BM, BN]` in registers and is at once taken apart into four quarters `[BM, BN // 4]`, quarter j holding
+the tensor cores as `[BM, BN]` in registers and is taken apart into four quarters `[BM, BN // 4]`, quarter j holding
 the tokens `4 * group + j`: the four tokens of a Philox call then lie in one thread, and words meet logits without any
 exchange. NVIDIA's accumulators give a thread pairs of neighbouring columns, so there the columns of the tile are
 permuted: rows of the head are loaded in the order that gives each of the four threads of a row a run of neighbouring

@@ -208,7 +208,7 @@ def _run(
     for launch in head_support.schedule(splits, eps):
         if launch.first > 0:
             head_support.normalizer_kernel[(rows,)](top, total, tau, before_max, before_sum, **shared, num_warps=1)
-        head_softmax_kernel[(triton.cdiv(rows, options["BM"]) * launch.count,)](
+        head_softmax_kernel[(triton.cdiv(rows, options["BM"]) * launch.number,)](
             *head[:3], *ref_tensors, seed, row_ids, tau,
             before_max if launch.first > 0 else None, before_sum if launch.first > 0 else None,
             top, total, moment, ref_top, ref_total, *head_support.slot_arguments(candidates),

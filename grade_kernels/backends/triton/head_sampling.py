@@ -186,7 +186,7 @@ def _run(
     for launch in head_support.schedule(splits, eps):
         if launch.first > 0:
             head_support.normalizer_kernel[(rows,)](top, total, tau, before_max, before_sum, **shared, num_warps=1)
-        head_scores_kernel[(triton.cdiv(rows, options["BM"]) * launch.count,)](
+        head_scores_kernel[(triton.cdiv(rows, options["BM"]) * launch.number,)](
             head.hidden, head.weight, head.bias, seed, row_ids, tau,
             before_max if launch.first > 0 else None, before_sum if launch.first > 0 else None,
             best, index, plain_max, plain_sum, top, total, *head_support.slot_arguments(candidates),
