@@ -248,6 +248,18 @@ def test_equal_scores_go_to_the_smaller_id():
         assert found.ids.tolist() == [3, 3]
 
 
+@runs
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("vocab", [1, 7, 4099])
+def test_one_hot(dtype, vocab, poison):
+    ids = torch.tensor([0, vocab - 1, vocab // 2])
+    score_max = torch.tensor([1.0, math.nan, -2.0])
+    out = triton_backend.one_hot(Sample(*_on(ids, score_max, score_max[:0], score_max[:0])), vocab, dtype).cpu()
+    assert out.dtype == dtype
+    assert out[1].isnan().all()
+    assert torch.equal(out[[0, 2]], torch.nn.functional.one_hot(ids[[0, 2]], vocab).to(dtype))
+
+
 def _relaxations(logits, tau, dy, ids, dlogprobs, vocab_start, estimator, backend, compute, out_dtype, stats, alias):
     """Outputs of softmax and softmax_backward, on the CPU in float64."""
     seed, rows = torch.tensor(SEED), ROWS[: logits.shape[0]]
@@ -475,7 +487,7 @@ def test_kernels_compile_without_spills(layout, dtype):
     """What the interpreter does not see: types of scalars that are specialised, and strides that are not."""
     kernels = ["sample+lse", "ste apply+logprob+dtau"]
     if layout in ("general", "tiny"):
-        kernels += ["sample pick", "softmax write", "ste sums", "st sums", "reinmax sums", "reinmax apply"]
+        kernels += ["sample pick", "one hot", "softmax write", "ste sums", "st sums", "reinmax sums", "reinmax apply"]
     figures = _compile("--targets", "sm_90", "--dtypes", dtype, "--layout", layout, "--kernels", *kernels)
     assert len(figures) == len(kernels)
     assert all(kernel["spill"] == 0 for kernel in figures), figures
