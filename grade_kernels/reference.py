@@ -128,9 +128,12 @@ def gumbel_ste_embedding(
     else:
         raise ValueError(f"estimator must be 'ste', 'soft', 'st' or 'reinmax', got {estimator!r}")
     tables = (embedding,) if isinstance(embedding, torch.Tensor) else tuple(embedding)
-    embedded = tuple((y @ table.to(torch.promote_types(y.dtype, table.dtype))).to(table.dtype) for table in tables)
+    embedded = []
+    for table in tables:
+        dtype = torch.promote_types(y.dtype, table.dtype)
+        embedded.append((y.to(dtype) @ table.to(dtype)).to(table.dtype))
     logprobs = wide.log_softmax(-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
-    return GumbelSTEEmbedding(embedded[0] if isinstance(embedding, torch.Tensor) else embedded, ids, logprobs)
+    return GumbelSTEEmbedding(embedded[0] if isinstance(embedding, torch.Tensor) else tuple(embedded), ids, logprobs)
 
 
 # ---- Operations through the LM head -------------------------------------------------------------------------------

@@ -7,6 +7,8 @@
 
 namespace gk {
 
+constexpr int64_t kGatherBlock = 1024;  // columns that gather_sum takes at a time: 4 KiB of sums
+
 struct GatherArgs {
   const void* x;  // gather_dot: [N, width]
   Dtype x_dtype;

@@ -1,11 +1,20 @@
 // Sparse products with rows of a table. Included like simd.h, after rows.inl.
 
-// x . y over n elements; two dtypes, float32 sums.
+// Rows of a table are visited in no order the hardware foresees, so while one is read the next is asked for.
+template <typename T>
+GK_INLINE void prefetch(const T* p, int64_t elements) {
+  for (int64_t byte = 0; byte < elements * int64_t(sizeof(T)); byte += 64) {
+    __builtin_prefetch(reinterpret_cast<const char*>(p) + byte);
+  }
+}
+
+// x . y over n elements; two dtypes, float32 sums. `next` is the y of the call after this one.
 template <typename X, typename Y>
-GK_INLINE float dot(const X* x, const Y* y, int64_t n) {
+GK_INLINE float dot(const X* x, const Y* y, int64_t n, const Y* next) {
   f32 sum[4] = {};
   int64_t i = 0;
   for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
+    prefetch(next + i, 4 * kLanes);
     for (int j = 0; j < 4; ++j) sum[j] += load(x + i + j * kLanes) * load(y + i + j * kLanes);
   }
   for (; i + kLanes <= n; i += kLanes) sum[0] += load(x + i) * load(y + i);
@@ -19,32 +28,33 @@ static void dot_entries(const GatherArgs& args, int64_t begin, int64_t end) {
   const X* x = static_cast<const X*>(args.x);
   const Y* table = static_cast<const Y*>(args.table);
   for (int64_t k = begin; k < end; ++k) {
-    args.out[k] = dot(x + args.rows[k] * args.x_stride, table + args.tokens[k] * args.table_stride, args.width);
+    const Y* next = table + args.tokens[k + 1 < end ? k + 1 : k] * args.table_stride;
+    args.out[k] = dot(x + args.rows[k] * args.x_stride, table + args.tokens[k] * args.table_stride, args.width, next);
   }
 }
 
-// out[row, columns] = sum over the row's entries of value * table[token, columns].
+// out[row, columns] = sum over the row's entries of value * table[token, columns], for up to kGatherBlock columns.
 template <typename T>
 static void sum_block(const GatherArgs& args, int64_t row, int64_t begin, int64_t end) {
-  constexpr int kHeld = 8;  // vectors of the sum that stay in registers
   const T* table = static_cast<const T*>(args.table);
   float* out = args.out + row * args.width;
   const int64_t first = args.offsets[row], last = args.offsets[row + 1];
-  int64_t column = begin;
-  for (; column + kHeld * kLanes <= end; column += kHeld * kLanes) {
-    f32 sum[kHeld] = {};
-    for (int64_t k = first; k < last; ++k) {
-      const T* source = table + args.tokens[k] * args.table_stride + column;
-      if (k + 4 < last) __builtin_prefetch(table + args.tokens[k + 4] * args.table_stride + column);
-      const float value = args.values[k];
-      for (int j = 0; j < kHeld; ++j) sum[j] += value * load(source + j * kLanes);
+  f32 sum[kGatherBlock / kLanes] = {};
+  const int64_t vectors = (end - begin) / kLanes;
+  for (int64_t k = first; k < last; ++k) {
+    const T* source = table + args.tokens[k] * args.table_stride + begin;
+    const T* next = table + args.tokens[k + 1 < last ? k + 1 : k] * args.table_stride + begin;
+    const float value = args.values[k];
+    for (int64_t j = 0; j < vectors; ++j) {
+      prefetch(next + j * kLanes, kLanes);
+      sum[j] += value * load(source + j * kLanes);
     }
-    for (int j = 0; j < kHeld; ++j) store(out + column + j * kLanes, sum[j]);
   }
-  for (; column < end; ++column) {
-    float sum = 0.0f;
-    for (int64_t k = first; k < last; ++k) sum += args.values[k] * float(table[args.tokens[k] * args.table_stride + column]);
-    out[column] = sum;
+  for (int64_t j = 0; j < vectors; ++j) store(out + begin + j * kLanes, sum[j]);
+  for (int64_t column = begin + vectors * kLanes; column < end; ++column) {
+    float total = 0.0f;
+    for (int64_t k = first; k < last; ++k) total += args.values[k] * float(table[args.tokens[k] * args.table_stride + column]);
+    out[column] = total;
   }
 }
 

@@ -30,7 +30,7 @@ struct LaneKey {
 };
 
 // Words of tokens 4 * counter .. 4 * counter + 3 for the sixteen rows.
-GK_INLINE void lane_words(const LaneKey& key, uint32_t counter, u32 out[kCall]) {
+GK_STEP void lane_words(const LaneKey& key, uint32_t counter, u32 out[kCall]) {
   const uint64_t p0_scalar = uint64_t(kPhiloxM0) * counter;
   const uint64_t p1_scalar = uint64_t(kPhiloxM1) * (uint32_t(p0_scalar >> 32) ^ key.domain ^ key.k1[0]);
   const uint32_t c0_scalar = uint32_t(p1_scalar >> 32), c2_scalar = uint32_t(p0_scalar);
@@ -104,7 +104,7 @@ GK_INLINE void lane_words(const LaneKey& key, uint32_t counter, u32 out[kCall]) 
 }
 
 // Gumbel noise of one call's four tokens for the sixteen rows.
-GK_INLINE void lane_gumbel(const LaneKey& key, int64_t token, const u32 w[kCall], f32 out[kCall]) {
+GK_STEP void lane_gumbel(const LaneKey& key, int64_t token, const u32 w[kCall], f32 out[kCall]) {
   for (int j = 0; j < kCall; j += kPack) {
     f32p e = exponential_unrefined(pack(w + j));
     for (int i = 0; i < kPack; ++i) {
@@ -120,7 +120,7 @@ GK_INLINE void lane_gumbel(const LaneKey& key, int64_t token, const u32 w[kCall]
 
 // The logits of up to four tokens; those outside [begin, end) are masked.
 template <typename T>
-GK_INLINE void load_call(const HeadChunk& in, const void* logits, const float* bias, int64_t group, int64_t token,
+GK_STEP void load_call(const HeadChunk& in, const void* logits, const float* bias, int64_t group, int64_t token,
                          int64_t begin, int64_t end, f32 out[kCall]) {
   const T* x = static_cast<const T*>(logits) + group * kLanes;
   for (int j = 0; j < kCall; ++j) {
@@ -162,7 +162,12 @@ struct LaneSum {
     sum *= factor;
     return true;
   }
-  [[gnu::always_inline]] void weigh(const f32 x[kCall], f32 scale, f32 out[kCall]) {
+#ifdef GK_AVX512
+  [[gnu::always_inline]]
+#else
+  [[gnu::noinline]]
+#endif
+  void weigh(const f32 x[kCall], f32 scale, f32 out[kCall]) {
     for (int j = 0; j < kCall; j += kPack) {
       f32p y;
       for (int i = 0; i < kPack; ++i) y.v[i] = (x[j + i] - max) * scale;
@@ -193,7 +198,7 @@ GK_INLINE void check(const f32 s[kCall], HeadPiece& out) {
 }
 
 // Candidates among four tokens: weight > uniform * bound, uniform the word times the golden ratio modulo one.
-GK_INLINE void collect(const f32 weight[kCall], const u32 w[kCall], const f32 score[kCall], f32 bound, int64_t token,
+GK_STEP void collect(const f32 weight[kCall], const u32 w[kCall], const f32 score[kCall], f32 bound, int64_t token,
                        const HeadArgs& args, HeadPiece& out, Candidate* found) {
   const f32 unit = bound * 0x1p-32f;
   uint32_t bits[kCall], all = 0;

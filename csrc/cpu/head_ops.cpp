@@ -195,15 +195,14 @@ void gather_dot(Tensor x, Tensor table, Tensor rows, Tensor tokens, Tensor out) 
 }
 
 void gather_sum(Tensor values, Tensor table, Tensor offsets, Tensor tokens, Tensor out) {
-  constexpr int64_t block = 512;  // columns of a work item
-  const int64_t width = table.size(1), blocks = (width + block - 1) / block;
+  const int64_t width = table.size(1), blocks = (width + kGatherBlock - 1) / kGatherBlock;
   const GatherArgs args{nullptr, Dtype::kFloat, 0, table.const_data_ptr(), dtype_of(table), table.stride(0), width,
                         nullptr, data<int64_t>(tokens), data<int64_t>(offsets), data<float>(values),
                         mutable_data<float>(out)};
   parallel_rows((offsets.numel() - 1) * blocks, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t first = i % blocks * block;
-      GK_KERNELS_OF(kGather).sum(args, i / blocks, first, std::min(width, first + block));
+      const int64_t first = i % blocks * kGatherBlock;
+      GK_KERNELS_OF(kGather).sum(args, i / blocks, first, std::min(width, first + kGatherBlock));
     }
   });
 }

@@ -82,12 +82,12 @@ GK_INLINE void philox_call(const RowKey& key, uint32_t q, uint32_t* out) {
   *(wide*)out = w_low(w01, w23);
   *(wide*)(out + 2 * kCountersPerCall) = w_high_pairs(w01, w23);
 }
-GK_INLINE void noise_words(const RowKey& key, uint32_t q, u32 out[4]) {
+GK_STEP void noise_words(const RowKey& key, uint32_t q, u32 out[4]) {
 #pragma GCC unroll 4
   for (int i = 0; i < 16; i += kCountersPerCall) philox_call(key, q + uint32_t(i), (uint32_t*)out + 4 * i);
 }
 #else
-GK_INLINE void noise_words(const RowKey& key, uint32_t q, u32 out[4]) {
+GK_STEP void noise_words(const RowKey& key, uint32_t q, u32 out[4]) {
   uint32_t c0[16], c1[16], c2[16], c3[16];
   for (int i = 0; i < 16; ++i) {
     c0[i] = q + uint32_t(i);
@@ -124,7 +124,7 @@ GK_INLINE void noise_words(const RowKey& key, uint32_t q, u32 out[4]) {
 }
 
 // E = -log1p(-u) of a pack of words, but for the refinement of the few below kRefineBelow.
-GK_INLINE f32p exponential_unrefined(u32p w) {
+GK_STEP f32p exponential_unrefined(u32p w) {
   f32p y, k, f;
   for (int i = 0; i < kPack; ++i) y.v[i] = to_float(~w.v[i]) * 0x1p-32f + 0x1p-33f;  // 1 - u, exact where u is near 1
   split(y, k, f);
@@ -136,7 +136,7 @@ GK_INLINE f32p exponential_unrefined(u32p w) {
 }
 
 // E of the tokens of a pack that starts at `token`.
-GK_INLINE f32p exponential(const RowKey& key, int64_t token, u32p w) {
+GK_STEP f32p exponential(const RowKey& key, int64_t token, u32p w) {
   f32p e = exponential_unrefined(w);
   u32 least = w.v[0];
   for (int i = 1; i < kPack; ++i) least = least < w.v[i] ? least : w.v[i];
@@ -150,7 +150,7 @@ GK_INLINE f32p exponential(const RowKey& key, int64_t token, u32p w) {
 }
 
 // Gumbel noise of the tokens of a pack.
-GK_INLINE f32p gumbel(const RowKey& key, int64_t token, u32p w) { return vlog(exponential(key, token, w)) * -1.0f; }
+GK_STEP f32p gumbel(const RowKey& key, int64_t token, u32p w) { return vlog(exponential(key, token, w)) * -1.0f; }
 
 // An upper bound of the noise, loose by at most 0.07, for five instructions: g <= -log(u), and the bits of a float read
 // as an integer are a lower bound of its logarithm.

@@ -29,7 +29,7 @@ GK_INLINE void for_each_block(int64_t vocab_start, int64_t begin, int64_t end, V
 }
 
 template <typename T>
-GK_INLINE void load_block(const T* row, const Block& block, float fill, f32 out[kVectors]) {
+GK_STEP void load_block(const T* row, const Block& block, float fill, f32 out[kVectors]) {
   if (__builtin_expect(block.full(), 1)) {
     for (int j = 0; j < kVectors; ++j) out[j] = load(row + block.column + j * kLanes);
     return;
@@ -42,7 +42,7 @@ GK_INLINE void load_block(const T* row, const Block& block, float fill, f32 out[
 }
 
 template <typename T>
-GK_INLINE void store_block(T* row, const Block& block, const f32 x[kVectors]) {
+GK_STEP void store_block(T* row, const Block& block, const f32 x[kVectors]) {
   if (__builtin_expect(block.full(), 1)) {
     for (int j = 0; j < kVectors; ++j) store(row + block.column + j * kLanes, x[j]);
     return;
@@ -168,7 +168,7 @@ static SamplePart<float> sample(const Rows& in, int64_t row, int64_t begin, int6
 
 // exp((l + g - pivot) / tau), or without noise exp((l - pivot) / tau), of one block.
 template <bool kNoisy>
-GK_INLINE void weigh(const RowKey& key, int64_t vocab_start, const Block& block, const f32 l[kVectors], float pivot,
+GK_STEP void weigh(const RowKey& key, int64_t vocab_start, const Block& block, const f32 l[kVectors], float pivot,
                      float scale, f32 out[kVectors]) {
   u32 w[kVectors];
   if constexpr (kNoisy) noise_words(key, block.counter, w);
@@ -180,7 +180,7 @@ GK_INLINE void weigh(const RowKey& key, int64_t vocab_start, const Block& block,
 }
 
 // exp(l - pivot) of one block.
-GK_INLINE void weigh_plain(const f32 l[kVectors], float pivot, f32 out[kVectors]) {
+GK_STEP void weigh_plain(const f32 l[kVectors], float pivot, f32 out[kVectors]) {
   for (int j = 0; j < kVectors; j += kPack) unpack(vexp2((pack(l + j) - pivot) * kLog2E), out + j);
 }
 

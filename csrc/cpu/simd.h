@@ -5,6 +5,14 @@
 
 #define GK_INLINE [[gnu::always_inline]] static inline
 
+// A step of a kernel's inner loop. Without 512-bit registers a vector is many instructions, and inlining every step
+// everywhere makes a library four times the size that takes a minute to compile; there a call costs nothing beside it.
+#ifdef GK_AVX512
+#define GK_STEP GK_INLINE
+#else
+#define GK_STEP [[gnu::noinline]] static
+#endif
+
 using f32 = float __attribute__((vector_size(64)));
 using i32 = int32_t __attribute__((vector_size(64)));
 using u32 = uint32_t __attribute__((vector_size(64)));
@@ -86,7 +94,7 @@ GK_INLINE f32 load(const BFloat16* p) {
   const u16 x = *(const u16u*)p;
   return (f32)(__builtin_convertvector(x, u32) << 16);
 }
-GK_INLINE f32 load(const Half* p) {
+GK_STEP f32 load(const Half* p) {
   const u16 x = *(const u16u*)p;
 #ifdef GK_AVX512
   return (f32)_mm512_cvtph_ps((__m256i)x);
@@ -101,13 +109,13 @@ GK_INLINE f32 load(const Half* p) {
 }
 
 GK_INLINE void store(float* p, f32 x) { *(f32u*)p = x; }
-GK_INLINE void store(BFloat16* p, f32 x) {
+GK_STEP void store(BFloat16* p, f32 x) {
   const u32 bits = (u32)x;
   const u32 rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;  // to nearest, ties to even
   const u32 quiet = (bits >> 16) | 0x40u;
   *(u16u*)p = __builtin_convertvector(((u32)(x == x) & rounded) | ((u32)(x != x) & quiet), u16);
 }
-GK_INLINE void store(Half* p, f32 x) {
+GK_STEP void store(Half* p, f32 x) {
 #ifdef GK_AVX512
   *(u16u*)p = (u16)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #else
@@ -153,7 +161,7 @@ GK_INLINE f32p fma(f32p a, float b, float c) { f32p out; GK_EACH(a.v[each] * b +
 // ---- Logarithm and exponential ------------------------------------------------------------------------------------
 
 // log1p(f) for f in [-0.25, 0.5], minimax: relative error 5e-9 before rounding.
-GK_INLINE f32p log1p_core(f32p f) {
+GK_STEP f32p log1p_core(f32p f) {
   f32p q = fma(f, -0.044909629970788956f, 0.10448333621025085f);
   q = fma(q, f, -0.1316223293542862f);
   q = fma(q, f, 0.14482061564922333f);
@@ -176,14 +184,14 @@ GK_INLINE void split(f32p x, f32p& k, f32p& f) {
 }
 
 // Natural logarithm of positive normal numbers.
-GK_INLINE f32p vlog(f32p x) {
+GK_STEP f32p vlog(f32p x) {
   f32p k, f;
   split(x, k, f);
   return fma(k, kLn2, log1p_core(f));
 }
 
 // 2^x for x <= 0; zero below 2^-126, so that nothing is ever subnormal.
-GK_INLINE f32p vexp2(f32p x) {
+GK_STEP f32p vexp2(f32p x) {
   f32p n, f, out;
   for (int i = 0; i < kPack; ++i) {
     const f32 clamped = vmax(x.v[i], splat(-126.0f));

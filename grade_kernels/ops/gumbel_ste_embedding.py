@@ -291,7 +291,7 @@ def _backward(ctx: Any, dembedded: torch.Tensor | None, *rest: torch.Tensor | No
     logits, tau, seed, row_ids, ids, score_max, logit_max, logit_sum, total, *tables = ctx.saved_tensors
     dlogprobs = rest[1]
     if dembedded is None and dlogprobs is None:
-        return (None,) * 9
+        return None, [None] * len(tables), *(None,) * 7
     if dembedded is None:
         width = sum(table.shape[1] for table in tables)
         dembedded = torch.zeros(logits.shape[0], width, dtype=joint_dtype(tables), device=logits.device)

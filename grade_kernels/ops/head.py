@@ -97,16 +97,28 @@ def row_sums(values: torch.Tensor, support: Support) -> torch.Tensor:
 
 
 class Entries(NamedTuple):
-    """A sparse gradient of the logits: values at (row, token), in any order, repeated places adding up."""
+    """A sparse gradient of the logits: values at (row, token), repeated places adding up."""
 
     rows: torch.Tensor
     tokens: torch.Tensor
     values: torch.Tensor
+    offsets: torch.Tensor | None = None  # [N + 1] where each row's entries begin, if they are sorted by row
 
     @staticmethod
     def joined(parts: list[Entries]) -> Entries:
         """All entries of several."""
-        return Entries(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
+        if len(parts) == 1:
+            return parts[0]
+        return Entries(*(torch.cat([part[i] for part in parts]) for i in range(3)))
+
+    def sorted(self, num_rows: int) -> Entries:
+        """The same, in the order of rows."""
+        if self.offsets is not None:
+            return self
+        order = self.rows.argsort(stable=True)
+        counts = torch.bincount(self.rows, minlength=num_rows)
+        offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+        return Entries(self.rows[order], self.tokens[order], self.values[order], offsets)
 
 
 class HeadGradients:
@@ -128,15 +140,13 @@ class HeadGradients:
 
     def add_entries(self, entries: Entries) -> None:
         """Take a sparse gradient with respect to the (capped) logits."""
-        rows, tokens, values = entries
+        rows, tokens, values, offsets = entries.sorted(len(self.head.hidden))
+        assert offsets is not None
         if self.head.softcap is not None:
             logits = self.implementation.head_logits_at(self.head, rows, tokens)
             values = values * softcap_slope(logits, self.head.softcap)
         if self.hidden is not None:
-            order = rows.argsort(stable=True)
-            counts = torch.bincount(rows, minlength=len(self.hidden))
-            offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-            self.hidden += self.implementation.gather_sum(values[order], self.head.weight, offsets, tokens[order])
+            self.hidden += self.implementation.gather_sum(values, self.head.weight, offsets, tokens)
         if self.needs[1]:
             part = self.implementation.scatter_sum(values, self.head.hidden, rows, tokens, self.head.weight)
             self.weight = part if self.weight is None else self.weight.add_(part)

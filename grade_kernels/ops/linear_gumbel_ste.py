@@ -304,7 +304,7 @@ class _Backward:
         values = factor[rows] * q * (dy - mean)
         if tempered:  # z - max(z) is log p up to a constant, which a gradient that sums to zero does not see
             self.dtau -= row_sums(values * support.p.log(), support)
-        return Entries(rows, support.tokens, values)
+        return Entries(rows, support.tokens, values, support.offsets)
 
     def reinmax(self, support: Support, plain: Support, sampled_p: torch.Tensor) -> list[Entries]:
         """`2 J((D + p) / 2) dY - J(softmax(l)) dY / 2`; the sampled token is always visited, at its exact value."""

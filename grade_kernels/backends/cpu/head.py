@@ -6,6 +6,7 @@ the kernels, so that no statistic is reduced across lanes.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -31,6 +32,15 @@ def _lanes(hidden: torch.Tensor) -> torch.Tensor:
     return padded
 
 
+def _chunks(vocab: int, width: int) -> Iterator[slice]:
+    """Chunks of the vocabulary. The first are short: before any normaliser is known, every token is a candidate."""
+    start, step = 0, max(256, width // 32)
+    while start < vocab:
+        stop = min(start + min(step, width), vocab)
+        yield slice(start, stop)
+        start, step = stop, 4 * step
+
+
 class _Pass:
     """One pass over the vocabulary."""
 
@@ -44,9 +54,7 @@ class _Pass:
         self.capacity = fallback.support_capacity(eps, vocab) if eps > 0 else 0
         self.candidates = torch.empty(rows, self.capacity * _CANDIDATE_WORDS, dtype=torch.int32)
 
-    def run(
-        self, seed: torch.Tensor, row_ids: torch.Tensor | None, vocab_start: int, ref: Head | None = None
-    ) -> None:
+    def run(self, seed: torch.Tensor, row_ids: torch.Tensor | None, vocab_start: int, ref: Head | None = None) -> None:
         head, rows = self.head, self.head.hidden.shape[0]
         hidden, ref_hidden = _lanes(head.hidden), None if ref is None else _lanes(ref.hidden)
         lanes, vocab = hidden.shape[1], head.weight.shape[0]
@@ -57,8 +65,8 @@ class _Pass:
         room = _PIECES * lanes * -(-width // _PIECES) * _CANDIDATE_WORDS if self.eps > 0 else 0
         scratch = torch.empty(room, dtype=torch.int32)
         row_ids = None if row_ids is None else row_ids.contiguous()
-        for start in range(0, vocab, width):
-            chunk = slice(start, min(start + width, vocab))
+        for chunk in _chunks(vocab, width):
+            start = chunk.start
             out = torch.mm(head.weight[chunk], hidden, out=logits[: chunk.stop - start])
             bias, ref_out, ref_bias = None if head.bias is None else head.bias[chunk], None, None
             if ref is not None and ref_hidden is not None and ref_logits is not None:

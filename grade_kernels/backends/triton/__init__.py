@@ -13,16 +13,21 @@ from typing import Any
 
 import torch
 
-__all__ = ["sample", "softmax", "softmax_backward", "why_not_device", "why_unavailable"]
+__all__ = ["one_hot", "sample", "softmax", "softmax_backward", "why_not_device", "why_unavailable"]
 
-_HOME = {"sample": "sampling", "softmax": "relaxation", "softmax_backward": "gradient"}
+_HOME = {
+    "one_hot": "grade_kernels.backends.torch.rows",  # a fill and a scatter: nothing to fuse
+    "sample": f"{__name__}.sampling",
+    "softmax": f"{__name__}.relaxation",
+    "softmax_backward": f"{__name__}.gradient",
+}
 
 
 def __getattr__(name: str) -> Any:
-    """The three functions of the interface, imported (and Triton with them) when they are first asked for."""
+    """The functions of the interface, imported (and Triton with them) when they are first asked for."""
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    function = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    function = getattr(importlib.import_module(_HOME[name]), name)
     globals()[name] = function
     return function
 
