@@ -16,7 +16,7 @@ import torch
 __all__ = ["one_hot", "sample", "softmax", "softmax_backward", "why_not_device", "why_unavailable"]
 
 _HOME = {
-    "one_hot": "grade_kernels.backends.torch.rows",  # a fill and a scatter: nothing to fuse
+    "one_hot": f"{__name__}.onehot",
     "sample": f"{__name__}.sampling",
     "softmax": f"{__name__}.relaxation",
     "softmax_backward": f"{__name__}.gradient",
