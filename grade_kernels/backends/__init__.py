@@ -164,6 +164,16 @@ def use_backend(name: str | None) -> Iterator[None]:
         _override = before
 
 
+def _refusal(name: str, device: torch.device) -> str | None:
+    """None if a backend serves a device, else the reason why it does not."""
+    return _why_not(name) or module(name).why_not_device(device)
+
+
+# torch.compile asks once and does not trace into imports and drivers: torch.compiler.assume_constant_result, which would
+# import the compiler here.
+_refusal._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def select(device: torch.device, dtype: torch.dtype) -> str:
     """The backend for tensors of this device and dtype.
 
@@ -174,11 +184,8 @@ def select(device: torch.device, dtype: torch.dtype) -> str:
     if name is not None:
         if _known(name) in ("reference", "torch"):
             return name
-        reason = _why_not(name) or module(name).why_not_device(device)
-        if reason is not None:
+        if (reason := _refusal(name, device)) is not None:
             raise ValueError(f"backend {name!r} cannot serve tensors on device {str(device)!r}: {reason}")
         return name
     preferred = "cpu" if device.type == "cpu" else "triton"
-    if _why_not(preferred) is None and module(preferred).why_not_device(device) is None:
-        return preferred
-    return "torch"
+    return preferred if _refusal(preferred, device) is None else "torch"
