@@ -199,7 +199,7 @@ def test_expanded_logits_and_gradients(backend: str, device: str, rows: int) -> 
     assert grads(y.sum(), repeated)[0].abs().max() < 1e-6  # the sum is 1 whatever the logits
 
 
-@pytest.mark.thin(5)
+@pytest.mark.thin(7)
 @pytest.mark.parametrize("dim", [0, 1, 2, -1, -2, -3])
 @pytest.mark.parametrize("hard", [False, True])
 def test_dims(backend: str, device: str, dim: int, hard: bool) -> None:
@@ -236,7 +236,7 @@ def test_leading_shapes(backend: str, device: str, shape: tuple[int, ...], hard:
 
 @pytest.mark.thin(3)
 @pytest.mark.parametrize("hard", [False, True])
-def test_forms_of_tau(backend: str, device: str, hard: bool) -> None:
+def test_forms_of_tau(backend: str, device: str, interpreted: bool, hard: bool) -> None:
     """A number, 0-d tensors of several dtypes, and one value per row as [2, 3], [2, 3, 1] and [6]: the same result."""
     logits = randn(2, 3, 17, device=device)
     expected = gk.gumbel_softmax(logits, 0.5, hard, noise=noise_of())
@@ -250,7 +250,7 @@ def test_forms_of_tau(backend: str, device: str, hard: bool) -> None:
         per_row.bfloat16(),
         per_row.T.contiguous().T,
     ]
-    for tau in forms:
+    for tau in forms[:: 3 if interpreted else 1]:
         assert torch.equal(gk.gumbel_softmax(logits, tau, hard, noise=noise_of()), expected)
     one = gk.gumbel_softmax(logits, 1.0, hard, noise=noise_of())
     for tau in (1, torch.tensor(1, device=device), torch.ones(2, 3, dtype=torch.int64, device=device)):

@@ -378,6 +378,7 @@ def test_gradient_of_shared_tau(backend: str, device: str, rows: int, estimator:
     assert (found[1] == 0) == (estimator == "reinmax")
 
 
+@pytest.mark.thin(5)
 @pytest.mark.parametrize("form", ["soft", "logprobs", "tables"])
 @pytest.mark.parametrize("mask", [False, True], ids=["open", "masked"])
 def test_gradcheck(backend: str, device: str, interpreted: bool, form: str, mask: bool) -> None:
@@ -491,7 +492,8 @@ def test_two_runs_are_bitwise_equal(
     assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.thin(3)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_repeated_ids_add_up_in_wide_arithmetic(
     backend: str, device: str, interpreted: bool, dtype: torch.dtype
 ) -> None:

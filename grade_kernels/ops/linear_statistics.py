@@ -39,7 +39,7 @@ def linear_logprobs(
     temperature: float = 1.0,
     eps: float = 2**-11,
 ) -> torch.Tensor:
-    """Log-probability of given tokens, `log softmax(l / temperature)[ids]` with `l = softcap(hidden @ lm_head.T + bias)`.
+    """Log-probability of given tokens, `log softmax(l / temperature)[ids]`, `l = softcap(hidden @ lm_head.T + bias)`.
 
     Args:
         hidden: `[..., H]`, float32, bfloat16, float16 or float64.
@@ -94,7 +94,7 @@ def linear_entropy(
     temperature: float = 1.0,
     eps: float = 2**-11,
 ) -> torch.Tensor:
-    """Entropy `-sum p log p` of `p = softmax(l / temperature)`, in nats. Arguments and errors as in `linear_logprobs`."""
+    """Entropy `-sum p log p` of `p = softmax(l / temperature)`, in nats. Arguments as in `linear_logprobs`."""
     return _statistic("entropy", hidden, lm_head, bias, logit_softcap, temperature, eps)
 
 

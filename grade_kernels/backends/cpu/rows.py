@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from typing import Any
 
 import torch
@@ -10,6 +11,9 @@ from grade_kernels.backends import Sample
 
 # Numbers of csrc/cpu/rows.h's Estimator.
 _ESTIMATOR = {"ste": 0, "soft": 0, "st": 1, "reinmax": 2}
+
+
+_FRESH_MEMORY = 2**21  # bytes from which a mapping of its own pays
 
 
 def _kernels() -> Any:
@@ -40,10 +44,18 @@ def _plain(x: torch.Tensor | None) -> torch.Tensor | None:
 
 
 def one_hot(sample: Sample, vocab_size: int, dtype: torch.dtype) -> torch.Tensor:
-    """See `grade_kernels.backends`."""
-    out = torch.empty(sample.ids.shape[0], vocab_size, dtype=dtype)
-    _kernels().one_hot(sample.ids, out)
-    return out
+    """See `grade_kernels.backends`.
+
+    A large one stands on fresh anonymous memory, which the system hands out as zeros and backs with real pages only
+    where it is written: once a row. Filling it would take longer than sampling, and most of that in page faults.
+    """
+    rows = sample.ids.shape[0]
+    size = rows * vocab_size * dtype.itemsize
+    if size < _FRESH_MEMORY:
+        out = torch.zeros(rows, vocab_size, dtype=dtype)
+    else:
+        out = torch.frombuffer(mmap.mmap(-1, size), dtype=dtype).view(rows, vocab_size)
+    return out.scatter_(1, sample.ids[:, None], 1.0)
 
 
 def softmax(
