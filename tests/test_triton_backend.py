@@ -454,9 +454,9 @@ def test_masked_tokens_get_no_gradient_whatever_arrives(estimator, poison):
 # Instructions per logit in the main loop, measured with Triton 3.9 (benchmarks/NOTES-triton.md) plus 5%.
 LIMITS = {
     "sm_90": {"sample": 28.9, "sample+lse": 35.2, "softmax write": 32.3, "ste sums": 35.4, "ste apply": 35.7},
-    "sm_80": {"sample": 30.2, "softmax write": 33.7},
-    "sm_100": {"sample": 28.9, "softmax write": 32.3},
-    "gfx942": {"sample": 33.4, "softmax write": 33.0},
+    "sm_80": {"sample": 30.2},
+    "sm_100": {"sample": 28.9},
+    "gfx942": {"sample": 33.4},
 }
 
 
@@ -485,9 +485,9 @@ def test_compiled_main_loops(target):
 )
 def test_kernels_compile_without_spills(layout, dtype):
     """What the interpreter does not see: types of scalars that are specialised, and strides that are not."""
-    kernels = ["sample+lse", "ste apply+logprob+dtau"]
+    kernels = ["ste apply+logprob+dtau"]
     if layout in ("general", "tiny"):
-        kernels += ["sample pick", "one hot", "softmax write", "ste sums", "st sums", "reinmax sums", "reinmax apply"]
+        kernels += ["sample+lse", "sample pick", "one hot", "softmax write", "ste sums", "reinmax sums"]
     figures = _compile("--targets", "sm_90", "--dtypes", dtype, "--layout", layout, "--kernels", *kernels)
     assert len(figures) == len(kernels)
     assert all(kernel["spill"] == 0 for kernel in figures), figures
