@@ -169,8 +169,8 @@ def _refusal(name: str, device: torch.device) -> str | None:
     return _why_not(name) or module(name).why_not_device(device)
 
 
-# torch.compile asks once and does not trace into imports and drivers: torch.compiler.assume_constant_result, which would
-# import the compiler here.
+# torch.compile asks once and does not trace into imports and drivers. torch.compiler.assume_constant_result, which does
+# the same, would import the compiler here.
 _refusal._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
