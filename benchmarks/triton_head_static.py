@@ -24,7 +24,10 @@ from grade_kernels.backends.triton import head, head_relaxation, head_sampling
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 CAPABILITY = {"sm_80": 80, "sm_90": 90, "sm_100": 100, "gfx942": 0}
 INTEGERS = ("N", "group_start", "first_row", "first_split", "splits", "step", "s_slots")
-FLOATS = "best plain_max plain_sum top total before_max before_sum tau score_max out_max out_sum out_total moment ref_top ref_total".split()
+FLOATS = [
+    "best", "plain_max", "plain_sum", "top", "total", "before_max", "before_sum", "tau", "score_max", "out_max",
+    "out_sum", "out_total", "moment", "ref_top", "ref_total",
+]  # fmt: skip
 
 
 def variants() -> dict[str, tuple[Any, dict[str, Any], int]]:

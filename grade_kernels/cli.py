@@ -9,8 +9,11 @@ from importlib.metadata import PackageNotFoundError, version
 
 __all__ = ["main"]
 
-# What `pip install 'grade-kernels[demo]'` brings beyond the plain package.
-_DEMO_PACKAGES = {"matplotlib", "numpy", "psutil", "rich", "tokenizers", "transformers"}
+# What `pip install 'grade-kernels[demo]'` and `'grade-kernels[train]'` bring beyond the plain package.
+_PACKAGES = {
+    "demo": {"matplotlib", "numpy", "psutil", "rich", "tokenizers", "transformers"},
+    "train": {"accelerate", "datasets", "peft", "rich", "tokenizers", "transformers", "yaml"},
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -21,7 +24,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     commands.add_parser("doctor", help="versions, devices, backends, and a self-check of each against the reference")
     demo = commands.add_parser("demo", help="align a small language model on this machine")
+    commands.add_parser("train", help="align a language model with GRADETrainer", add_help=False)
     try:
+        if argv[:1] == ["train"]:
+            from grade_kernels.training import command
+
+            return command.run(argv[1:])
         if argv[:1] == ["demo"]:
             from grade_kernels.demo import add_arguments, run
 
@@ -30,9 +38,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.command == "demo":
             return run(arguments) or 0
     except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] not in _DEMO_PACKAGES:
+        name = argv[0]
+        if error.name is None or error.name.partition(".")[0] not in _PACKAGES.get(name, ()):
             raise
-        print(f"`grade-kernels demo` needs {error.name}: pip install 'grade-kernels[demo]'", file=sys.stderr)
+        print(f"`grade-kernels {name}` needs {error.name}: pip install 'grade-kernels[{name}]'", file=sys.stderr)
         return 1
     from grade_kernels import doctor
 

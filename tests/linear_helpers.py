@@ -145,11 +145,11 @@ def flat(p: Problem) -> Problem:
     tau = (tau.expand(rows) if tau.dim() == 0 else tau.reshape(rows)).cpu()
     row_ids = None if p.noise.row_ids is None else p.noise.row_ids.cpu()
     return Problem(
-        p.hidden.cpu().reshape(rows, -1), p.lm_head.cpu(), None if p.bias is None else p.bias.cpu(),
+        p.hidden.cpu().reshape(rows, p.hidden.shape[-1]), p.lm_head.cpu(), None if p.bias is None else p.bias.cpu(),
         tuple(t.cpu() for t in p.tables), tau, p.softcap, p.estimator,
         gk.GumbelNoise(p.noise.seed.cpu(), row_ids, vocab_start=p.noise.vocab_start),
         None if p.ids is None else p.ids.cpu().reshape(rows),
-        tuple(d.cpu().reshape(rows, -1) for d in p.upstream), p.dlogprobs.cpu().reshape(rows),
+        tuple(d.cpu().reshape(rows, d.shape[-1]) for d in p.upstream), p.dlogprobs.cpu().reshape(rows),
     )  # fmt: skip
 
 
@@ -182,8 +182,8 @@ def by_hand(p: Problem, ids: Tensor) -> Answer:
     dl = torch.where(logits == -math.inf, 0.0, out.dlogits * slope)
     tau = out.dtau.reshape(shape)
     return Answer(
-        tuple(e.reshape(*shape, -1) for e in out.embedding), ids.reshape(shape), out.logprobs.reshape(shape),
-        (dl @ p.lm_head).reshape(*shape, -1), dl.T @ p.hidden,
+        tuple(e.reshape(*shape, e.shape[-1]) for e in out.embedding), ids.reshape(shape), out.logprobs.reshape(shape),
+        (dl @ p.lm_head).reshape(*shape, p.lm_head.shape[1]), dl.T @ p.hidden,
         None if p.bias is None else dl.sum(0).to(p.bias.dtype), out.dtables, tau,
     )  # fmt: skip
 

@@ -171,12 +171,14 @@ def op_arguments(backend: str, device: str) -> dict[str, list[tuple]]:
     vector, matrix = torch.ones(N, device=device), randn(N, V, device=device, seed=4)
     frozen = [t.detach() for t in (logits, tau, *tables)]
     plain_logits, plain_tau, plain_tables = frozen[0], frozen[1], frozen[2:]
-    _, score_max = torch.ops.grade_kernels.gumbel_softmax(plain_logits, plain_tau, seed, rows, 4, False, backend)
+    _, score_max = torch.ops.grade_kernels.gumbel_softmax(plain_logits, plain_tau, seed, rows, 4, -1, False, backend)
     arguments: dict[str, list[tuple]] = {
         "gumbel_sample": [(plain_logits, seed, rows, 4, backend), (plain_logits, seed, None, 0, backend)],
-        "gumbel_softmax": [(logits, tau, seed, r, 4, hard, backend) for r in (rows, None) for hard in (False, True)],
+        "gumbel_softmax": [
+            (logits, tau, seed, r, 4, -1, hard, backend) for r in (rows, None) for hard in (False, True)
+        ],
         "gumbel_softmax_backward": [
-            (matrix, plain_logits, plain_tau, seed, rows, 4, score_max, needs, backend) for needs in (False, True)
+            (matrix, plain_logits, plain_tau, seed, rows, 4, -1, score_max, needs, backend) for needs in (False, True)
         ],
         "gumbel_ste_embedding": [],
         "gumbel_ste_embedding_backward": [],

@@ -141,8 +141,8 @@ def test_sizes(backend: str, device: str, interpreted: bool, estimator: str, voc
             for x in statistics(p, eps):
                 assert x.isfinite().all()
             if vocab == 1:
-                assert answer.logprobs.abs().max() == 0 if n else True
-                assert (answer.bias == 0).all(), "one token has probability 1 whatever its logit"
+                assert n == 0 or answer.logprobs.abs().max() <= 1e-6
+                assert (answer.bias.abs() <= 1e-5).all(), "one token has probability 1 whatever its logit"
 
 
 @EPSES

@@ -119,6 +119,12 @@ def _why_not(name: str) -> str | None:
     return module(name).why_unavailable()
 
 
+@torch.compiler.assume_constant_result
+def _why_not_here(name: str, device: torch.device) -> str | None:
+    """None if a backend can serve tensors of a device here, else the reason. Looks beyond what torch.compile traces."""
+    return _why_not(name) or module(name).why_not_device(device)
+
+
 def module(name: str) -> ModuleType:
     """The module that implements a backend."""
     return importlib.import_module(f"grade_kernels.backends.{name}")
@@ -164,16 +170,6 @@ def use_backend(name: str | None) -> Iterator[None]:
         _override = before
 
 
-def _refusal(name: str, device: torch.device) -> str | None:
-    """None if a backend serves a device, else the reason why it does not."""
-    return _why_not(name) or module(name).why_not_device(device)
-
-
-# torch.compile asks once and does not trace into imports and drivers. torch.compiler.assume_constant_result, which does
-# the same, would import the compiler here.
-_refusal._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
 def select(device: torch.device, dtype: torch.dtype) -> str:
     """The backend for tensors of this device and dtype.
 
@@ -184,8 +180,9 @@ def select(device: torch.device, dtype: torch.dtype) -> str:
     if name is not None:
         if _known(name) in ("reference", "torch"):
             return name
-        if (reason := _refusal(name, device)) is not None:
+        reason = _why_not_here(name, device)
+        if reason is not None:
             raise ValueError(f"backend {name!r} cannot serve tensors on device {str(device)!r}: {reason}")
         return name
     preferred = "cpu" if device.type == "cpu" else "triton"
-    return preferred if _refusal(preferred, device) is None else "torch"
+    return preferred if _why_not_here(preferred, device) is None else "torch"

@@ -25,9 +25,10 @@ from grade_kernels.ops.head import (
     row_sums,
     select_backend,
     softcap_slope,
+    wanted_gradients,
 )
 from grade_kernels.ops.linear_gumbel_sample import chosen_logprobs
-from grade_kernels.ops.registry import define
+from grade_kernels.ops.registry import define, once_differentiable
 
 __all__ = ["LinearGumbelSTE", "linear_gumbel_ste"]
 
@@ -572,6 +573,7 @@ _linear_gumbel_ste_backward = define(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
     hidden, lm_head, bias, ctx.softcap, tables, tau, seed, row_ids, ctx.vocab_start, _, *rest = inputs
     ctx.estimator, ctx.eps, _, ctx.backend = rest
+    ctx.given = [hidden is not None, lm_head is not None, bias is not None]
     ctx.save_for_backward(hidden, lm_head, bias, tau, seed, row_ids, output[1], *output[3:], *tables)
     ctx.mark_non_differentiable(output[1], *output[3:])
     ctx.set_materialize_grads(False)
@@ -587,7 +589,7 @@ def _backward(ctx: Any, dembedded: torch.Tensor | None, *rest: torch.Tensor | No
         width = sum(table.shape[1] for table in tables)
         dembedded = torch.zeros(hidden.shape[0], width, dtype=joint_dtype(tables), device=hidden.device)
     needed = ctx.needs_input_grad
-    needs = [*needed[:3], needed[5], *needed[4]]
+    needs = [*wanted_gradients(ctx, 3), needed[5], *needed[4]]
     dhead, dtau, dtables = _linear_gumbel_ste_backward(
         dembedded, dlogprobs, hidden, lm_head, bias, ctx.softcap, tables, tau, seed, row_ids, ctx.vocab_start, ids,
         statistics, supports, overflow, ctx.estimator, ctx.eps, needs, ctx.backend,
@@ -602,3 +604,4 @@ def _backward(ctx: Any, dembedded: torch.Tensor | None, *rest: torch.Tensor | No
 
 
 torch.library.register_autograd("grade_kernels::linear_gumbel_ste", _backward, setup_context=_setup_context)
+once_differentiable("linear_gumbel_ste_backward")

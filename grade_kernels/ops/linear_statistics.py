@@ -23,8 +23,9 @@ from grade_kernels.ops.head import (
     needs_graph,
     row_of_entries,
     select_backend,
+    wanted_gradients,
 )
-from grade_kernels.ops.registry import define
+from grade_kernels.ops.registry import define, once_differentiable
 
 __all__ = ["linear_entropy", "linear_kl", "linear_logprobs"]
 
@@ -353,6 +354,7 @@ _linear_statistic_backward = define(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
     hidden, lm_head, bias, ctx.softcap, *ref, ids, tau, _, ctx.kind, ctx.eps, _, ctx.backend = inputs
+    ctx.given = [hidden is not None, lm_head is not None, bias is not None]
     ctx.save_for_backward(hidden, lm_head, bias, *ref, ids, tau, *output[1:])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
@@ -361,7 +363,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor
 def _backward(ctx: Any, dvalue: torch.Tensor | None, *_: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     if dvalue is None:
         return (None,) * 14
-    needs = list(ctx.needs_input_grad[:3])
+    needs = wanted_gradients(ctx, 3)
     hidden, lm_head, bias, *rest = ctx.saved_tensors
     gradients = _linear_statistic_backward(
         dvalue, hidden, lm_head, bias, ctx.softcap, *rest, ctx.kind, ctx.eps, needs, ctx.backend
@@ -370,3 +372,4 @@ def _backward(ctx: Any, dvalue: torch.Tensor | None, *_: torch.Tensor | None) ->
 
 
 torch.library.register_autograd("grade_kernels::linear_statistic", _backward, setup_context=_setup_context)
+once_differentiable("linear_statistic_backward")

@@ -32,7 +32,7 @@ def sample(
     compute = torch.float64 if logits.dtype == torch.float64 else torch.float32
     rows = logits.shape[0]
     ids, score_max = torch.empty(rows, dtype=torch.int64), torch.empty(rows, dtype=compute)
-    logit_max, logit_sum = torch.empty(2, rows if logsumexp else 0, dtype=compute).unbind()
+    logit_max, logit_sum = (torch.empty(rows if logsumexp else 0, dtype=compute) for _ in range(2))
     _kernels().sample(
         _unit_stride(logits), seed, _plain(row_ids), vocab_start, logsumexp, ids, score_max, logit_max, logit_sum
     )
@@ -90,7 +90,7 @@ def softmax_backward(
     out: torch.Tensor,
 ) -> torch.Tensor:
     """See `grade_kernels.backends`."""
-    dtau = torch.empty(logits.shape[0], dtype=tau.dtype)
+    dtau = torch.zeros(logits.shape[0], dtype=tau.dtype)
     _kernels().softmax_backward(
         _unit_stride(dy),
         _unit_stride(logits),

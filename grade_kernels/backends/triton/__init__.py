@@ -2,7 +2,8 @@
 
 `philox` holds the device functions that turn (seed, row, token) into noise; each other module holds the kernels and the
 launcher of one function of the backend interface, or of those that share a kernel. `head` holds the tile of a product
-with an LM head that `head_sampling` and `head_relaxation` consume, `head_support` what becomes of it. Importing this package does not import Triton.
+with an LM head that `head_sampling` and `head_relaxation` consume, `head_support` what becomes of it.
+Importing this package does not import Triton.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ _HOME = {
     "scatter_sum": f"{__name__}.gather",
 }
 
-__all__ = [*_HOME, "why_not_device", "why_unavailable"]  # noqa: PLE0604
+__all__ = [*_HOME, "why_not_device", "why_unavailable"]
 
 
 def __getattr__(name: str) -> Any:

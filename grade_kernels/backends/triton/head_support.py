@@ -73,8 +73,8 @@ def layout(splits: int, eps: float, device: torch.device) -> tuple[torch.Tensor,
         for i in range(launch.first, launch.first + launch.count):
             places[i * step % splits], room[i * step % splits] = total, launch.slots
             total += launch.slots
-    integers = {"dtype": torch.int32, "device": device}
-    return torch.tensor(places, **integers), torch.tensor(room, **integers), total
+    first, slots = (torch.tensor(numbers, dtype=torch.int32, device=device) for numbers in (places, room))
+    return first, slots, total
 
 
 def batches(rows: int, splits: int, eps: float) -> list[slice]:

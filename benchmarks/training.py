@@ -1,0 +1,152 @@
+"""A step of GRADE by replay, against a step-by-step decode with a graph: time and peak memory, each in its own process.
+
+`python -m benchmarks.training` prints a table; `python -m benchmarks.training --case qwen` the Qwen3-0.6B-shaped step.
+Peak memory is what the process held at most during the step beyond what it held before (VmHWM, Linux).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import transformers as tf
+from torch import nn
+
+import grade_kernels as gk
+from grade_kernels.training import grade_loss
+
+BETA, TAU, PROMPT = 0.05, 0.5, 16
+
+
+class Reward(nn.Module):
+    """One attention-free layer over embeddings: cheap, so that the policy's step is what is measured."""
+
+    def __init__(self, vocab: int, dtype: torch.dtype, width: int = 64) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(vocab, width, dtype=dtype)
+        self.score = nn.Linear(width, 1, dtype=dtype)
+
+    def forward(self, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        real = attention_mask[..., None].to(inputs_embeds.dtype)
+        return self.score(torch.tanh((inputs_embeds * real).sum(1) / 8))[:, 0].sigmoid().float()
+
+
+def models(case: str, vocab: int = 151936) -> tuple[Any, Any, Reward]:
+    """Policy, reference (None for the large one) and reward."""
+    torch.manual_seed(0)
+    if case == "qwen":
+        settings = tf.Qwen3Config(
+            vocab_size=151936, hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16,
+            num_key_value_heads=8, head_dim=128, tie_word_embeddings=True, max_position_embeddings=2048,
+        )  # fmt: skip
+        torch.set_default_dtype(torch.bfloat16)
+        policy = tf.Qwen3ForCausalLM(settings)
+        torch.set_default_dtype(torch.float32)
+        return policy, None, Reward(151936, torch.bfloat16)
+    settings = tf.LlamaConfig(
+        vocab_size=vocab, hidden_size=128, intermediate_size=352, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=4, max_position_embeddings=1024, tie_word_embeddings=True,
+    )  # fmt: skip
+    return tf.LlamaForCausalLM(settings), tf.LlamaForCausalLM(settings), Reward(vocab, torch.float32)
+
+
+def replay_step(policy: Any, reference: Any, reward: Reward, ids: torch.Tensor, time_steps: int, hops: Any) -> None:
+    """What the trainer does."""
+    out = grade_loss(
+        policy, reward, ids, torch.ones_like(ids), max_new_tokens=time_steps, noise=gk.GumbelNoise(1), tau=TAU,
+        feedback_hops=hops, ref_model=reference, beta=0.0 if reference is None else BETA,
+    )  # fmt: skip
+    out.loss.backward()
+
+
+def sequential_step(policy: Any, reference: Any, reward: Reward, ids: torch.Tensor, time_steps: int) -> None:
+    """What plain PyTorch does: gumbel_softmax at every step of a cached decode that is one graph."""
+    table, reward_table = policy.get_input_embeddings().weight, reward.embedding.weight.detach()
+    inputs, cache, logits, embeds, tokens = table[ids], None, [], [], []
+    for _ in range(time_steps):
+        out = policy(inputs_embeds=inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache = out.past_key_values
+        logits.append(out.logits[:, -1])
+        y = F.gumbel_softmax(logits[-1], TAU, hard=True)
+        tokens.append(y.argmax(-1))
+        embeds.append(y @ reward_table)
+        inputs = (y @ table)[:, None]
+    full = torch.cat([reward_table[ids], torch.stack(embeds, 1)], 1)
+    loss = -reward(full, torch.ones(full.shape[:2], dtype=torch.int64)).mean()
+    if reference is not None:
+        everything = torch.cat([ids, torch.stack(tokens, 1)], 1)[:, :-1]
+        with torch.no_grad():
+            ref = reference(everything, use_cache=False).logits[:, ids.shape[1] - 1 :].log_softmax(-1)
+        logp = torch.stack(logits, 1).log_softmax(-1)
+        loss = loss + BETA * (logp.exp() * (logp - ref)).sum(-1).sum(1).mean()
+    loss.backward()
+
+
+def measure(case: str, vocab: int, way: str, batch: int, time_steps: int, rounds: int) -> dict[str, float]:
+    """Median seconds of a step and peak memory of the first, in this process."""
+    policy, reference, reward = models(case, vocab)
+    reward.requires_grad_(False)
+    ids = torch.randint(0, policy.config.vocab_size, (batch, PROMPT))
+
+    def step(length: int) -> None:
+        if way == "sequential":
+            sequential_step(policy, reference, reward, ids, length)
+        else:
+            replay_step(policy, reference, reward, ids, length, "exact" if way == "exact" else int(way))
+        policy.zero_grad(set_to_none=True)
+
+    step(2)  # libraries load, the probe runs
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _memory("VmRSS")
+    seconds = []
+    peak = 0.0
+    for i in range(rounds):
+        start = time.perf_counter()
+        step(time_steps)
+        seconds.append(time.perf_counter() - start)
+        peak = _memory("VmHWM") if i == 0 else peak
+    return {"seconds": sorted(seconds)[len(seconds) // 2], "peak_gib": peak - before, "before_gib": before}
+
+
+def _memory(field: str) -> float:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) / 2**20
+    raise RuntimeError(f"no {field} in /proc/self/status")
+
+
+def main() -> None:
+    """Measure every way in a process of its own and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--case", choices=("llama", "qwen"), default="llama")
+    parser.add_argument("--ways", default=None, help="comma-separated: 0, 4, ..., exact, sequential")
+    parser.add_argument("--vocab", type=int, default=151936, help="of the Llama (default: Qwen 3's, %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--inner", default=None, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    batch, time_steps = (2, 64) if options.case == "qwen" else (4, 128)
+    if options.inner:
+        print(json.dumps(measure(options.case, options.vocab, options.inner, batch, time_steps, options.rounds)))
+        return
+    print(f"{options.case}, V = {options.vocab}: B = {batch}, T = {time_steps}, {torch.get_num_threads()} threads")
+    for way in (options.ways or ("4" if options.case == "qwen" else "0,4,sequential")).split(","):
+        command = [sys.executable, "-m", "benchmarks.training", "--case", options.case, "--inner", way]
+        command += ["--vocab", str(options.vocab), "--rounds", str(options.rounds)]
+        run = subprocess.run(command, capture_output=True, text=True, check=False)
+        if run.returncode:
+            print(f"{way:>12}: failed, status {run.returncode}: {run.stderr.strip().splitlines()[-1:]}")
+            continue
+        result = json.loads(run.stdout.strip().splitlines()[-1])
+        print(f"{way:>12}: {result['seconds']:8.2f} s   peak {result['peak_gib']:6.2f} GiB over "
+              f"{result['before_gib']:.2f} GiB")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,150 @@
+"""`grade-kernels train`: `GRADETrainer` from the command line or a YAML file."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from datasets import Dataset, load_dataset
+from rich.console import Console
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, HfArgumentParser
+
+from grade_kernels.training.checkpoints import complete_checkpoints
+from grade_kernels.training.config import GRADEConfig
+from grade_kernels.training.rewards import OUTPUTS, SequenceClassificationReward
+from grade_kernels.training.trainer import GRADETrainer
+
+__all__ = ["RunArguments", "parse", "read_dataset", "run"]
+
+_FORMATS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+
+
+@dataclass
+class RunArguments:
+    """What to train on; everything else is `GRADEConfig`'s."""
+
+    model: str = field(metadata={"help": "Policy: a directory or a name on the hub."})
+    dataset: str = field(metadata={"help": "Prompts: a csv, json, jsonl or parquet file, or a name on the hub."})
+    reward: list[str] = field(metadata={"help": "Sequence classifiers: directories or names on the hub."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a data set on the hub."})
+    dataset_split: str = field(default="train", metadata={"help": "Split to train on."})
+    eval_dataset: str | None = field(default=None, metadata={"help": "Held-out prompts, as for --dataset."})
+    eval_split: str | None = field(default=None, metadata={"help": "Split of held-out prompts."})
+    prompt_column: str = field(default="prompt", metadata={"help": "The column that holds the prompts."})
+    reward_label: str | None = field(
+        default=None, metadata={"help": "The label that is rewarded, by name or index; default: the second of two."}
+    )
+    reward_output: str = field(
+        default="probability", metadata={"help": "What a classifier returns: one of " + ", ".join(OUTPUTS)}
+    )
+    lora_r: int = field(default=0, metadata={"help": "Rank of a LoRA adapter; 0 trains the whole model."})
+    lora_alpha: int = field(default=16, metadata={"help": "Scale of the LoRA adapter."})
+    lora_target_modules: list[str] | None = field(default=None, metadata={"help": "Modules that get an adapter."})
+    resume: bool = field(
+        default=False, metadata={"help": "Go on from the latest sound checkpoint of the output directory, if any."}
+    )
+
+
+def run(argv: Sequence[str]) -> int:
+    """Train, evaluate where there are held-out prompts, and save model and tokenizer; returns the exit status."""
+    arguments, config = parse(argv)
+    rewards = [_reward(name, arguments) for name in arguments.reward]
+    evaluation = None
+    if arguments.eval_dataset or arguments.eval_split:
+        source = arguments.eval_dataset or arguments.dataset
+        evaluation = read_dataset(source, arguments, arguments.eval_split or arguments.dataset_split)
+    trainer = GRADETrainer(
+        model=arguments.model,
+        reward_funcs=rewards,
+        args=config,
+        train_dataset=read_dataset(arguments.dataset, arguments, arguments.dataset_split),
+        eval_dataset=evaluation,
+        reward_processing_classes=[AutoTokenizer.from_pretrained(name) for name in arguments.reward],
+        peft_config=_adapter(arguments),
+    )
+    found = arguments.resume and complete_checkpoints(Path(str(config.output_dir)))
+    trainer.train(resume_from_checkpoint=bool(found))
+    trainer.save_model()
+    trainer.create_model_card(dataset_name=None if Path(arguments.dataset).exists() else arguments.dataset)
+    if evaluation is not None:
+        metrics = trainer.evaluate()
+        if trainer.is_world_process_zero():
+            Console().print({name: round(value, 4) for name, value in metrics.items() if isinstance(value, float)})
+    return 0
+
+
+def parse(argv: Sequence[str]) -> tuple[RunArguments, GRADEConfig]:
+    """Settings of the command line, over those of the file that `--config` names, over the defaults.
+
+    Raises:
+        SystemExit: help was asked for, or something is missing or unknown.
+        ValueError: a setting in the file that does not exist, or one that is out of range.
+    """
+    before = argparse.ArgumentParser(add_help=False)
+    before.add_argument("--config")
+    file, rest = before.parse_known_args(argv)
+    classes: Any = [RunArguments, GRADEConfig]
+    parser = HfArgumentParser(classes, prog="grade-kernels train")
+    parser.add_argument("--config", help="A YAML file of settings by these names; the command line overrides it.")
+    actions = {action.dest: action for action in parser._actions}
+    actions["feedback_hops"].type = str  # an int or "exact"; the config reads either
+    if file.config is not None:
+        settings = _read_yaml(Path(file.config))
+        unknown = sorted(settings.keys() - actions.keys())
+        if unknown:
+            raise ValueError(f"{file.config} has settings that do not exist: {unknown}")
+        for name, value in settings.items():
+            actions[name].default = value
+            actions[name].required = False
+    arguments, config, *_ = parser.parse_args_into_dataclasses(rest, return_remaining_strings=False)
+    return arguments, config
+
+
+def read_dataset(source: str, arguments: RunArguments, split: str) -> Dataset:
+    """Prompts of a local file or of the hub, with the prompt column called `prompt`.
+
+    Raises:
+        ValueError: a file of a format that is not read, or a column that is not there.
+    """
+    path = Path(source)
+    if path.is_file():
+        if path.suffix not in _FORMATS:
+            raise ValueError(f"dataset must be one of {sorted(_FORMATS)} files, got {path.name}")
+        dataset = load_dataset(_FORMATS[path.suffix], data_files=str(path), split="train")
+    else:
+        dataset = load_dataset(source, arguments.dataset_config, split=split)
+    if arguments.prompt_column not in dataset.column_names:
+        raise ValueError(f"prompt_column {arguments.prompt_column!r} is not among the columns {dataset.column_names}")
+    return dataset if arguments.prompt_column == "prompt" else dataset.rename_column(arguments.prompt_column, "prompt")
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} must hold settings by name, got {type(settings).__name__}")
+    reward = settings.get("reward")
+    return settings | ({"reward": [reward]} if isinstance(reward, str) else {})
+
+
+def _reward(name: str, arguments: RunArguments) -> SequenceClassificationReward:
+    label = arguments.reward_label
+    chosen: int | str | None = int(label) if isinstance(label, str) and label.isdigit() else label
+    model = AutoModelForSequenceClassification.from_pretrained(name)
+    return SequenceClassificationReward(model, label=chosen, output=arguments.reward_output)
+
+
+def _adapter(arguments: RunArguments) -> Any:
+    if arguments.lora_r == 0:
+        return None
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=arguments.lora_r,
+        lora_alpha=arguments.lora_alpha,
+        target_modules=arguments.lora_target_modules,
+        task_type="CAUSAL_LM",
+    )

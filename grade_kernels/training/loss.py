@@ -1,0 +1,251 @@
+"""`grade_loss`: the functional core of the trainer, for training loops of one's own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from grade_kernels.noise import GumbelNoise
+from grade_kernels.ops import checks
+from grade_kernels.ops.head import check_eps
+from grade_kernels.training.policy import LanguageModel, evaluating, gather_root, read_language_model, unwrap
+from grade_kernels.training.replay import replay
+from grade_kernels.training.rewards import DifferentiableReward, Objective
+from grade_kernels.training.rollout import Rollout, rollout
+
+__all__ = ["GradeLoss", "check_vocabulary", "grade_loss", "objectives_loss", "token_ids"]
+
+
+@dataclass(frozen=True)
+class GradeLoss:
+    """Result of `grade_loss`; B prompts, T the length of the longest completion.
+
+    Attributes:
+        loss: 0-d, `-mean(rewards) + beta * mean(kl)`; its backward leaves gradients on the model's parameters.
+        rewards: `[B]`, without graph.
+        completion_ids: int64 `[B, T]`.
+        completion_mask: int64 `[B, T]`, 1 up to and including the first end of sequence.
+        kl: `[B]`, nats per completion, without graph; 0 where there is no reference.
+        row_ids: int64 `[B, T]`, the noise rows that were used.
+        logprobs: `[B, T]`, the policy's log-probability of each token; 0 behind the end.
+        values: `[rewards, B]`, every reward by itself.
+    """
+
+    loss: torch.Tensor
+    rewards: torch.Tensor
+    completion_ids: torch.Tensor
+    completion_mask: torch.Tensor
+    kl: torch.Tensor
+    row_ids: torch.Tensor
+    logprobs: torch.Tensor
+    values: torch.Tensor
+
+
+def grade_loss(
+    model: nn.Module,
+    reward: DifferentiableReward,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    *,
+    max_new_tokens: int,
+    noise: GumbelNoise,
+    tau: float = 1.0,
+    estimator: str = "ste",
+    feedback_hops: int | str = 4,
+    eps: float = 2**-11,
+    ref_model: nn.Module | None = None,
+    beta: float = 0.0,
+    eos_token_id: int | Sequence[int] | None = None,
+    pad_token_id: int | None = None,
+    columns: dict[str, Any] | None = None,
+) -> GradeLoss:
+    """Sample completions, and return a loss whose `backward()` is the gradient of their reward through the samples.
+
+    Token t of a completion is `argmax(l_t + g_t)`. The gradient runs through every relaxed sample that the reward
+    reads, and through up to `feedback_hops` of those that the policy read of itself. The reward's and the reference's
+    own parameters get no gradient. The model is left in the mode it came in; only the rollout switches to eval.
+
+    Args:
+        model: a decoder-only causal language model of transformers, or PEFT's wrapper of one, or either wrapped for
+            distributed training.
+        reward: `reward(inputs_embeds, attention_mask, **columns) -> [B]`, with its table `[V, D]` as
+            `reward.embedding`; see `DifferentiableReward`.
+        input_ids: prompts, int64 `[B, P]`, padded on the left.
+        attention_mask: `[B, P]`, 1 at real tokens.
+        max_new_tokens: completions are cut off there.
+        noise: seed of the Gumbel noise. Its `row_ids`, if any, say which sequence each prompt is, `[B]` in [0, 2^31);
+            default: its place in the batch.
+        tau: temperature of the relaxation; the tokens are always drawn from the model's own distribution.
+        estimator: `ste`, `st`, `reinmax`, or `soft`, which feeds mixtures of embeddings instead of tokens.
+        feedback_hops: how many relaxed samples in a row a path of the gradient may be fed back through, or "exact".
+        eps: stochastic support of the sparse, unbiased backward; 0 is dense and exact.
+        ref_model: the frozen reference of the KL. Default with `beta`: a PEFT model without its adapter.
+        beta: factor of the KL; 0 needs no reference.
+        eos_token_id: token or tokens that end a completion. None: nothing does.
+        pad_token_id: what stands behind an end. Default: the first end of sequence, or 0.
+        columns: keywords for the reward.
+
+    Raises:
+        NonFiniteRewardError: the reward is NaN or infinite somewhere.
+        TypeError: an argument of a wrong type.
+        ValueError: prompts that are not left-padded, shapes or vocabularies that do not match, numbers out of range, a
+            reward without gradient, `beta` without a reference, or a model that can not be replayed exactly.
+    """
+    return objectives_loss(
+        model, [Objective(reward)], input_ids, attention_mask, max_new_tokens=max_new_tokens, noise=noise, tau=tau,
+        estimator=estimator, feedback_hops=feedback_hops, eps=eps, ref_model=ref_model, beta=beta,
+        eos_token_id=eos_token_id, pad_token_id=pad_token_id, columns=columns,
+    )  # fmt: skip
+
+
+def objectives_loss(
+    model: nn.Module,
+    objectives: Sequence[Objective],
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    *,
+    max_new_tokens: int,
+    noise: GumbelNoise,
+    tau: float,
+    estimator: str,
+    feedback_hops: int | str,
+    eps: float,
+    ref_model: nn.Module | None,
+    beta: float,
+    eos_token_id: int | Sequence[int] | None,
+    pad_token_id: int | None,
+    columns: dict[str, Any] | None,
+    skip_truncated: bool = False,
+) -> GradeLoss:
+    """`grade_loss` for several weighted rewards; with `skip_truncated`, completions that never ended count nothing."""
+    gather_root(unwrap(model))
+    policy = read_language_model(model)
+    hops = _checked_hops(feedback_hops)
+    checks.check_estimator(estimator)
+    check_eps(eps)
+    ends = token_ids("eos_token_id", eos_token_id, policy.vocab_size)
+    pads = token_ids("pad_token_id", pad_token_id, policy.vocab_size)
+    pad = (pads or ends or (0,))[0]
+    check_prompts(policy, input_ids, attention_mask, max_new_tokens)
+    for objective in objectives:
+        check_vocabulary(objective, policy)
+    if not isinstance(noise, GumbelNoise):
+        raise TypeError(f"noise must be a GumbelNoise, got {type(noise).__name__}")
+    if beta != 0.0 and ref_model is None and not hasattr(unwrap(model), "disable_adapter"):
+        raise ValueError(f"ref_model must be given for beta = {beta}: the model has no adapter to switch off")
+    soft = estimator == "soft"
+    sample = rollout(
+        policy, input_ids, attention_mask, max_new_tokens=max_new_tokens, noise=noise, eos_token_ids=ends,
+        pad_token_id=pad, soft_tau=tau if soft else None, keep_hidden=soft,
+    )  # fmt: skip
+    dtype = checks.compute_dtype(policy.table.dtype)
+    row_weights = torch.full((len(input_ids),), 1.0 / len(input_ids), dtype=dtype, device=input_ids.device)
+    if skip_truncated:
+        row_weights = row_weights * completed(sample, ends)
+    result = replay(
+        model, policy, objectives, input_ids, attention_mask, sample, noise=noise, tau=tau, estimator=estimator,
+        feedback_hops=hops, eps=eps, beta=beta, row_weights=row_weights, columns=columns or {},
+        reference=reference_of(model, ref_model) if beta != 0.0 or ref_model is not None else None,
+    )  # fmt: skip
+    weights = result.values.new_tensor([objective.weight for objective in objectives])
+    return GradeLoss(
+        loss=result.loss,
+        rewards=weights @ result.values,
+        completion_ids=sample.ids,
+        completion_mask=sample.mask,
+        kl=result.kl,
+        row_ids=sample.row_ids,
+        logprobs=sample.logprobs,
+        values=result.values,
+    )
+
+
+def completed(sample: Rollout, ends: Sequence[int]) -> torch.Tensor:
+    """Whether each completion came to its end of sequence, bool `[B]`."""
+    last = (sample.mask.sum(dim=1) - 1).clamp_min(0)
+    return torch.isin(sample.ids.gather(1, last[:, None])[:, 0], torch.tensor(list(ends), device=last.device))
+
+
+@contextmanager
+def reference_of(model: nn.Module, ref_model: nn.Module | None) -> Iterator[LanguageModel]:
+    """The reference's parts: of a model of its own, or of the policy with its adapter switched off meanwhile."""
+    if ref_model is not None:
+        reference = read_language_model(ref_model, name="ref_model")
+        with evaluating(reference.model):
+            yield reference
+        return
+    inner: Any = unwrap(model)
+    with inner.disable_adapter(), evaluating(inner):
+        yield read_language_model(inner)
+
+
+def token_ids(name: str, value: int | Sequence[int] | None, vocab_size: int) -> tuple[int, ...]:
+    """A token, several or none as a tuple, each inside the vocabulary."""
+    ids = () if value is None else (value,) if isinstance(value, int) else tuple(value)
+    for token in ids:
+        if isinstance(token, bool) or not isinstance(token, int):
+            raise TypeError(f"{name} must be an int, several or None, got {value!r}")
+        if not 0 <= token < vocab_size:
+            raise ValueError(f"{name} must lie in [0, {vocab_size}), got {token}")
+    return ids
+
+
+def check_vocabulary(objective: Objective, policy: LanguageModel) -> None:
+    """The reward's table has one row for every token of the policy, or ValueError."""
+    rows = objective.table.shape[0]
+    if rows != policy.vocab_size:
+        raise ValueError(
+            f"{objective.name} must share the policy's vocabulary: its embedding table has {rows} tokens, the policy "
+            f"scores {policy.vocab_size}"
+        )
+
+
+def check_prompts(
+    policy: LanguageModel, input_ids: torch.Tensor, attention_mask: torch.Tensor, max_new_tokens: int
+) -> None:
+    """Left-padded prompts that leave room for their completions, or TypeError or ValueError."""
+    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int):
+        raise TypeError(f"max_new_tokens must be an int, got {type(max_new_tokens).__name__}")
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be positive, got {max_new_tokens}")
+    if not isinstance(input_ids, torch.Tensor) or input_ids.dtype != torch.int64:
+        raise TypeError(
+            f"input_ids must be an int64 tensor, got {getattr(input_ids, 'dtype', type(input_ids).__name__)}"
+        )
+    if not isinstance(attention_mask, torch.Tensor):
+        raise TypeError(f"attention_mask must be a tensor, got {type(attention_mask).__name__}")
+    if input_ids.dim() != 2 or 0 in input_ids.shape:
+        raise ValueError(f"input_ids must have shape [B, P] with at least one token, got {tuple(input_ids.shape)}")
+    if attention_mask.shape != input_ids.shape:
+        raise ValueError(
+            f"attention_mask must have input_ids' shape {tuple(input_ids.shape)}, got {tuple(attention_mask.shape)}"
+        )
+    real = attention_mask.ne(0)
+    if not bool(real[:, -1].all()) or bool((real[:, :-1] & ~real[:, 1:]).any()):
+        raise ValueError("attention_mask must be left-padded: zeros, then at least one 1 up to the end of every row")
+    low, high = int(input_ids.min()), int(input_ids.max())
+    if low < 0 or high >= policy.vocab_size:
+        raise ValueError(f"input_ids must lie in [0, {policy.vocab_size}), got values in [{low}, {high}]")
+    limit = getattr(policy.model.config, "max_position_embeddings", None)
+    longest = int(real.sum(dim=1).max())
+    if isinstance(limit, int) and limit > 0 and longest + max_new_tokens > limit:
+        raise ValueError(
+            f"max_new_tokens = {max_new_tokens} after a prompt of {longest} tokens is more than the model's "
+            f"{limit} positions"
+        )
+
+
+def _checked_hops(feedback_hops: object) -> int | None:
+    """A number of sweeps, or None for all."""
+    if feedback_hops == "exact":
+        return None
+    if isinstance(feedback_hops, bool) or not isinstance(feedback_hops, int):
+        raise TypeError(f'feedback_hops must be an int or "exact", got {feedback_hops!r}')
+    if feedback_hops < 0:
+        raise ValueError(f"feedback_hops must not be negative, got {feedback_hops}")
+    return feedback_hops

@@ -1,0 +1,296 @@
+"""What the trainer needs of a causal language model: its backbone, its LM head and its input embeddings."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+
+__all__ = [
+    "Capture",
+    "LanguageModel",
+    "evaluating",
+    "gather_root",
+    "last_hidden_state",
+    "position_arguments",
+    "position_ids",
+    "read_language_model",
+    "sweeping",
+    "unwrap",
+]
+
+# Probed models, so that a model is run on the probe once and not at every step.
+_PROBED: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """The parts of a causal language model whose logits are `softcap((logit_scale * hidden) @ weight.T + bias)`.
+
+    Attributes:
+        model: the model itself, out of every wrapper.
+        backbone: everything below the head; returns `last_hidden_state`.
+        head: the module that holds the head's `weight` `[V, H]` and perhaps its `bias` `[V]`.
+        embedding: the module that looks up the input embeddings: `embed_scale * weight[ids]`.
+        logit_scale: factor on the hidden states before the head.
+        softcap: c in `c * tanh(l / c)`, or None.
+    """
+
+    model: Any
+    backbone: nn.Module
+    head: nn.Linear
+    embedding: nn.Embedding
+    logit_scale: float
+    softcap: float | None
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens the head scores."""
+        return self.head.weight.shape[0]
+
+    @property
+    def table(self) -> torch.Tensor:
+        """The input embedding table `[V, D]`, without the model's scale."""
+        return _active(self.embedding).weight
+
+    @property
+    def embed_scale(self) -> torch.Tensor | float:
+        """Factor between a row of the table and the embedding the model reads (1 for most; Gemma has one)."""
+        return _scale_of(_active(self.embedding))
+
+    def head_options(self) -> dict[str, Any]:
+        """Keyword arguments of the `linear_*` operations that describe this head."""
+        return {"bias": _active(self.head).bias, "logit_softcap": self.softcap}
+
+    def head_input(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hidden states as the head's product takes them, scaled and in its dtype, and the head's weight."""
+        weight = _active(self.head).weight
+        if self.logit_scale != 1.0:
+            hidden = hidden * self.logit_scale
+        return hidden.to(weight.dtype), weight
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """A model out of the wrappers of distributed training and of `torch.compile`; PEFT's wrapper stays."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if inner is None and type(model).__name__ in ("DistributedDataParallel", "DataParallel", "DeepSpeedEngine"):
+            inner = model.module
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
+def read_language_model(model: nn.Module, *, name: str = "model") -> LanguageModel:
+    """Find a causal language model's parts, and check once by a small forward pass that they are what they seem.
+
+    Args:
+        model: a `PreTrainedModel` or `PeftModel` for causal language modelling, possibly wrapped for training.
+        name: what errors call it.
+
+    Raises:
+        TypeError: something that is no module.
+        ValueError: an architecture whose samples can not be differentiated exactly by this package, with the reason.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{name} must be a causal language model, got {type(model).__name__}")
+    inner: Any = unwrap(model)
+    kind = type(inner).__name__
+    if hasattr(inner, "peft_config"):
+        if any(getattr(config, "is_prompt_learning", False) for config in inner.peft_config.values()):
+            raise ValueError(f"{name} is tuned by learned prompts, which its replay can not see; use LoRA or the like")
+        inner = inner.get_base_model()
+    config = getattr(inner, "config", None)
+    if config is None or not hasattr(inner, "get_output_embeddings"):
+        raise ValueError(f"{name} must be a transformers model for causal language modelling, got {kind}")
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(f"{name} must be decoder-only, but {kind} is an encoder-decoder model")
+    head, embedding = inner.get_output_embeddings(), inner.get_input_embeddings()
+    if head is None:
+        raise ValueError(f"{name} must have a language modelling head, but {kind} has none")
+    backbone = getattr(inner, inner.base_model_prefix, None)
+    if not isinstance(backbone, nn.Module) or backbone is inner:
+        raise ValueError(f"{name}: {kind} has no backbone {inner.base_model_prefix!r} below its head")
+    if "past_key_values" not in inspect.signature(backbone.forward).parameters:
+        raise ValueError(f"{name}: {kind} decodes without a key-value cache, which the rollout needs")
+    for part, module, wanted in (("LM head", head, nn.Linear), ("input embedding", embedding, nn.Embedding)):
+        active = _active(module)
+        if not isinstance(active, wanted) or not active.weight.is_floating_point():
+            raise ValueError(
+                f"{name}: its {part} must be a plain {wanted.__name__} of floating point, got {type(active).__name__}"
+                " (adapters and quantisation must leave the LM head and the input embedding alone)"
+            )
+    parts = LanguageModel(
+        model=inner,
+        backbone=backbone,
+        head=head,
+        embedding=embedding,
+        logit_scale=_logit_scale(config),
+        softcap=getattr(config, "final_logit_softcapping", None),
+    )
+    if inner not in _PROBED:
+        _probe(parts, f"{name} ({kind})")
+        _PROBED[inner] = True
+    return parts
+
+
+def position_ids(attention_mask: torch.Tensor) -> torch.Tensor:
+    """Positions that count real tokens alone, `[B, L]`; 0 under left padding."""
+    return (attention_mask.cumsum(dim=1) - 1).clamp_min(0)
+
+
+def position_arguments(module: nn.Module, positions: torch.Tensor) -> dict[str, torch.Tensor]:
+    """`position_ids` for a module that takes them; the others (ALiBi) read the mask."""
+    return {"position_ids": positions} if "position_ids" in inspect.signature(module.forward).parameters else {}
+
+
+def last_hidden_state(output: Any) -> torch.Tensor:
+    """The hidden states `[B, L, H]` that a backbone returns."""
+    return output[0] if isinstance(output, tuple) else output.last_hidden_state
+
+
+class Capture:
+    """While entered, sees the input embeddings and the final hidden states of a forward pass through the whole model.
+
+    The forward pass goes through the model that the training loop holds, wrappers and all, so that their hooks run;
+    only its logits are not wanted.
+
+    Args:
+        parts: the model's parts.
+        edit: called with the embeddings `[B, L, D]` of the pass, returns what the model shall read instead.
+    """
+
+    embedded: torch.Tensor
+    hidden: torch.Tensor
+
+    def __init__(self, parts: LanguageModel, edit: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self._parts, self._edit = parts, edit
+
+    def __enter__(self) -> Capture:
+        def see_embedding(module: nn.Module, arguments: Any, output: torch.Tensor) -> torch.Tensor:
+            output = self._edit(output)
+            if torch.is_grad_enabled() and not output.requires_grad:
+                output.requires_grad_()
+            self.embedded = output
+            return output
+
+        def see_hidden(module: nn.Module, arguments: Any, output: Any) -> None:
+            self.hidden = last_hidden_state(output)
+
+        self._hooks = [
+            self._parts.embedding.register_forward_hook(see_embedding),
+            self._parts.backbone.register_forward_hook(see_hidden),
+        ]
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+
+def gather_root(model: nn.Module) -> None:
+    """Under FSDP2, bring the parameters together that no layer owns (embedding, head), until the next backward ends."""
+    if isinstance(model, FSDPModule):
+        model.set_reshard_after_forward(False, recurse=False)
+        model.unshard()
+
+
+@contextmanager
+def sweeping(model: nn.Module) -> Iterator[None]:
+    """Backward passes that are not the last one: under FSDP2 they leave the gathered parameters where they are."""
+    sharded = model if isinstance(model, FSDPModule) else None
+    if sharded is not None:
+        sharded.set_reshard_after_backward(False, recurse=False)
+    try:
+        yield
+    finally:
+        if sharded is not None:
+            sharded.set_reshard_after_backward(True, recurse=False)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode for every module, and each module's own mode again afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _active(module: nn.Module) -> Any:
+    """The layer at work where PEFT keeps a trained copy beside the original (`modules_to_save`)."""
+    wrapper: Any = module
+    copies = getattr(wrapper, "modules_to_save", None)
+    if not isinstance(copies, nn.ModuleDict):
+        return module
+    if wrapper.disable_adapters or not wrapper.active_adapters:
+        return wrapper.original_module
+    return copies[wrapper.active_adapters[0]]
+
+
+def _scale_of(embedding: nn.Module) -> torch.Tensor | float:
+    scale = getattr(embedding, "embed_scale", 1.0)
+    return scale.to(embedding.weight.dtype) if isinstance(scale, torch.Tensor) else float(scale)  # type: ignore[arg-type]
+
+
+def _logit_scale(config: Any) -> float:
+    """Cohere multiplies logits, Granite divides them; the softcap comes later, so hidden states can carry either."""
+    scale = getattr(config, "logit_scale", None)
+    divisor = getattr(config, "logits_scaling", None)
+    return (1.0 if scale is None else float(scale)) / (1.0 if divisor is None else float(divisor))
+
+
+@torch.no_grad()
+def _probe(parts: LanguageModel, name: str) -> None:
+    """Compare the model's own logits with those of its parts on a few tokens; ValueError where they differ."""
+    table, device = parts.table, parts.table.device
+    if table.device.type == "meta" or type(table.data).__name__ == "DTensor":
+        return  # nothing to run; whoever sharded the model had it checked before
+    if table.shape[0] != _active(parts.head).weight.shape[0]:
+        raise ValueError(
+            f"{name}: the input embedding has {table.shape[0]} tokens, but the LM head {parts.vocab_size}; "
+            "a sample of the head must be an input"
+        )
+    # A stride through the vocabulary: neighbours at its start are often special tokens.
+    ids = (torch.arange(1, 5, device=device) * (parts.vocab_size // 5))[None]
+    with evaluating(parts.model), torch.random.fork_rng(devices=[]):
+        embedded = parts.embedding(ids)
+        scaled = table[ids] * parts.embed_scale
+        if not torch.allclose(embedded, scaled, rtol=1e-3, atol=1e-6):
+            raise ValueError(
+                f"{name}: its input embedding of a token is not a multiple of the table's row that this package can "
+                "read, so a relaxed sample `y @ table` would not be an input of the model"
+            )
+        from_ids = parts.model(input_ids=ids, use_cache=False)
+        logits = getattr(from_ids, "logits", None)
+        if not isinstance(logits, torch.Tensor) or logits.shape != (1, 4, parts.vocab_size):
+            raise ValueError(f"{name}: its forward must return one tensor of logits [batch, time, vocabulary]")
+        from_embeds = parts.model(inputs_embeds=embedded, use_cache=False).logits
+        _close(
+            from_embeds, logits, f"{name}: it computes other logits from embeddings than from ids, so the embedding of "
+            "a relaxed sample does not carry all of the token's influence"
+        )  # fmt: skip
+        hidden, weight = parts.head_input(last_hidden_state(parts.backbone(input_ids=ids, use_cache=False)))
+        ours = hidden @ weight.T
+        bias = _active(parts.head).bias
+        ours = ours if bias is None else ours + bias
+        ours = ours if parts.softcap is None else parts.softcap * torch.tanh(ours / parts.softcap)
+        _close(ours, logits, f"{name}: its logits are not `softcap(scale * hidden @ weight.T + bias)` of its LM head")
+
+
+def _close(ours: torch.Tensor, theirs: torch.Tensor, message: str) -> None:
+    ours, theirs = ours.float(), theirs.float()
+    narrow = theirs.abs().max().clamp_min(1e-6)
+    difference = ((ours - theirs).abs().max() / narrow).item()
+    if not difference < 0.05:  # NaN is refused as well; rounding in bfloat16 stays far below
+        raise ValueError(f"{message} (relative difference {difference:.3g})")

@@ -1,0 +1,107 @@
+"""Prompt-only data sets, standard or conversational: checks, tokens, batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import Sampler
+
+__all__ = ["PromptCollator", "RepeatedPrompts", "check_prompt_dataset", "is_conversation", "prompt_text"]
+
+
+def is_conversation(prompt: Any) -> bool:
+    """Whether a prompt is a list of messages rather than a string."""
+    return isinstance(prompt, (list, tuple)) and all(isinstance(m, dict) and "role" in m for m in prompt)
+
+
+def prompt_text(prompt: Any) -> str:
+    """A prompt as a human reads it."""
+    return "\n".join(f"{m['role']}: {m.get('content', '')}" for m in prompt) if is_conversation(prompt) else str(prompt)
+
+
+def check_prompt_dataset(name: str, dataset: Any) -> None:
+    """A data set with a column `prompt`; ValueError with the columns that are there."""
+    columns = getattr(dataset, "column_names", None)
+    if columns is not None and "prompt" not in columns:
+        raise ValueError(f"{name} must have a column 'prompt' (a string or a list of messages), got columns {columns}")
+
+
+class PromptCollator:
+    """Examples to a batch: left-padded tokens, the prompts themselves, and all other columns as lists.
+
+    Args:
+        tokenizer: of the policy.
+        pad_token_id: what pads on the left.
+    """
+
+    def __init__(self, tokenizer: Any, pad_token_id: int) -> None:
+        self.tokenizer, self.pad_token_id = tokenizer, pad_token_id
+
+    def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """A batch of examples, each with a `prompt`.
+
+        Returns:
+            `input_ids` and `attention_mask` `[B, P]`, `prompts`, a list, and `columns`, a dict of lists.
+
+        Raises:
+            ValueError: an example without a prompt, or a prompt without a token.
+            TypeError: a prompt that is neither a string nor a list of messages.
+        """
+        prompts = []
+        for example in examples:
+            if "prompt" not in example:
+                raise ValueError(f"every example must have a 'prompt', got {sorted(example)}")
+            prompts.append(example["prompt"])
+        rows = [self.tokens(prompt) for prompt in prompts]
+        longest = max(len(row) for row in rows)
+        ids = torch.full((len(rows), longest), self.pad_token_id, dtype=torch.int64)
+        mask = torch.zeros_like(ids)
+        for i, row in enumerate(rows):
+            ids[i, longest - len(row) :] = torch.tensor(row)
+            mask[i, longest - len(row) :] = 1
+        names = [name for name in examples[0] if name != "prompt"]
+        columns = {name: [example[name] for example in examples] for name in names}
+        return {"input_ids": ids, "attention_mask": mask, "prompts": prompts, "columns": columns}
+
+    def tokens(self, prompt: Any) -> list[int]:
+        """A prompt's tokens; a conversation's through the chat template, up to where the assistant speaks."""
+        if isinstance(prompt, str):
+            ids = self.tokenizer(prompt)["input_ids"]
+        elif is_conversation(prompt):
+            ids = self.tokenizer.apply_chat_template(
+                list(prompt), add_generation_prompt=True, tokenize=True, return_dict=True
+            )["input_ids"]
+        else:
+            raise TypeError(f"a prompt must be a string or a list of messages, got {prompt!r}")
+        if len(ids) == 0:
+            raise ValueError(f"prompt {prompt!r} has no token; give it at least a beginning-of-sequence token")
+        return list(ids)
+
+
+class RepeatedPrompts(Sampler[int]):
+    """All indices of a data set in an order that depends on seed and epoch alone, each `times` times in a row.
+
+    Args:
+        size: of the data set.
+        times: how often each index comes.
+        seed: of the order.
+        shuffle: or the data set's own order.
+    """
+
+    def __init__(self, size: int, times: int, seed: int, shuffle: bool = True) -> None:
+        self.size, self.times, self.seed, self.shuffle, self.epoch = size, times, seed, shuffle, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """The epoch that the next iteration belongs to."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.size * self.times
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch) % 2**63)
+        order = torch.randperm(self.size, generator=generator).tolist() if self.shuffle else range(self.size)
+        for index in order:
+            yield from [index] * self.times

@@ -1,0 +1,521 @@
+"""`GRADETrainer` end to end on tiny models: what it logs, saves, refuses, and where it goes on."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+pytest.importorskip("datasets")
+pytest.importorskip("accelerate")
+
+import transformers as tf
+from datasets import Dataset
+from training_models import VOCAB, BagReward, classifier, policy, word_tokenizer
+
+from grade_kernels.training import (
+    GRADEConfig,
+    GRADETrainer,
+    NonFiniteRewardError,
+    SequenceClassificationReward,
+    TrainingInterrupted,
+    checkpoints,
+)
+from grade_kernels.training.schedules import tau_at
+
+PROMPTS = [f"w{3 + i} w{7 + 3 * i}" + " w9" * (i % 3) for i in range(12)]
+
+
+def config(path, **changes):
+    defaults = {
+        "output_dir": str(path), "use_cpu": True, "report_to": "none", "max_steps": 4, "per_device_train_batch_size": 4,
+        "per_device_eval_batch_size": 4, "max_completion_length": 6, "logging_steps": 1, "save_strategy": "no",
+        "disable_tqdm": True, "beta": 0.05, "feedback_hops": 2, "learning_rate": 1e-2, "warmup_steps": 0,
+    }  # fmt: skip
+    return GRADEConfig(**(defaults | changes))
+
+
+def build(path, model=None, reward=None, dataset=None, **changes):
+    others = ("eval_dataset", "peft_config", "callbacks", "reward_processing_classes")
+    arguments = {name: changes.pop(name) for name in others if name in changes}
+    return GRADETrainer(
+        model=policy("gpt2", dtype=torch.float32) if model is None else model,
+        reward_funcs=BagReward(dtype=torch.float32) if reward is None else reward,
+        args=config(path, **changes),
+        train_dataset=Dataset.from_dict({"prompt": PROMPTS}) if dataset is None else dataset,
+        processing_class=word_tokenizer(),
+        **arguments,
+    )
+
+
+def weights(trainer):
+    return {name: value.clone() for name, value in trainer.model.state_dict().items()}
+
+
+def same(first, second):
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+# --------------------------------------------------------------------------------------------------- training and logs
+
+
+def test_training_raises_the_reward_and_logs_by_trls_names(tmp_path):
+    trainer = build(tmp_path, max_steps=25, beta=0.01)
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "reward" in entry]
+    assert len(logs) == 25
+    assert sum(e["reward"] for e in logs[-3:]) > sum(e["reward"] for e in logs[:3]) + 0.3
+    names = {
+        "loss", "grad_norm", "learning_rate", "reward", "reward_std", "rewards/BagReward/mean", "rewards/BagReward/std",
+        "kl", "entropy", "tau", "completions/mean_length", "completions/min_length", "completions/max_length",
+        "completions/clipped_ratio", "step_time", "num_tokens", "epoch",
+    }  # fmt: skip
+    assert names <= logs[0].keys()
+    assert logs[0]["kl"] == pytest.approx(0.0, abs=1e-4)
+    assert logs[-1]["kl"] > 0.1
+    assert logs[0]["loss"] == pytest.approx(-logs[0]["reward"] + 0.01 * logs[0]["kl"], abs=1e-5)
+    assert logs[-1]["num_tokens"] > logs[0]["num_tokens"] > 0
+
+
+@pytest.mark.parametrize("estimator", ["ste", "soft"])
+def test_cheapest_mode_holds_no_reference(tmp_path, estimator):
+    trainer = build(
+        tmp_path, beta=0.0, feedback_hops=0, estimator=estimator, eval_dataset=Dataset.from_dict({"prompt": PROMPTS})
+    )
+    assert trainer.ref_model is None
+    before = weights(trainer)
+    trainer.train()
+    assert not same(before, weights(trainer))
+    assert "kl" not in trainer.state.log_history[0]
+    assert "eval_kl" not in trainer.evaluate()
+
+
+def test_accumulated_steps_are_one_large_step(tmp_path):
+    # Adam would blow the rounding of vanishing gradients up to whole steps.
+    options = {"eps": 0.0, "max_steps": 2, "optim": "sgd", "learning_rate": 0.5}
+    whole = build(tmp_path / "a", **options)
+    parts = build(tmp_path / "b", per_device_train_batch_size=2, gradient_accumulation_steps=2, **options)
+    before = weights(whole)
+    whole.train()
+    parts.train()
+    first, second = weights(whole), weights(parts)
+    assert not same(before, first)
+    for name in first:
+        torch.testing.assert_close(first[name], second[name], atol=1e-6, rtol=1e-5)
+    for name in ("loss", "reward", "kl"):
+        assert whole.state.log_history[0][name] == pytest.approx(parts.state.log_history[0][name], abs=1e-4)
+
+
+def test_tau_moves_along_its_schedule(tmp_path):
+    for schedule, middle in (("linear", 1.25), ("cosine", 1.25), ("exponential", 1.0)):
+        assert tau_at(schedule, 2.0, 0.5, 0.0) == 2.0
+        assert tau_at(schedule, 2.0, 0.5, 0.5) == pytest.approx(middle)
+        assert tau_at(schedule, 2.0, 0.5, 1.0) == pytest.approx(0.5)
+    assert tau_at("constant", 2.0, 0.5, 0.7) == 2.0
+    trainer = build(tmp_path, tau=2.0, tau_final=1.0, tau_schedule="linear")
+    trainer.train()
+    assert [entry["tau"] for entry in trainer.state.log_history if "tau" in entry] == [2.0, 1.75, 1.5, 1.25]
+
+
+def test_several_rewards_weights_text_functions_and_columns(tmp_path):
+    seen = {}
+
+    def length(prompts, completions, completion_ids, topic, **columns):
+        seen.update(prompts=prompts, completions=completions, topic=topic)
+        return [float(len(ids)) for ids in completion_ids]
+
+    class Topical(BagReward):
+        def forward(self, inputs_embeds, attention_mask, *, topic):
+            assert len(topic) == len(inputs_embeds)
+            return super().forward(inputs_embeds, attention_mask)
+
+    class Other(BagReward):
+        def __init__(self):
+            super().__init__(seed=8, dtype=torch.float32, width=5)
+
+    dataset = Dataset.from_dict({"prompt": PROMPTS, "topic": [f"t{i}" for i in range(12)]})
+    rewards = [Topical(dtype=torch.float32), Other(), length]
+    trainer = build(tmp_path, reward=rewards, dataset=dataset, reward_weights=[2.0, -0.5, 0.0])
+    trainer.train()
+    log = trainer.state.log_history[0]
+    assert log["reward"] == pytest.approx(2 * log["rewards/Topical/mean"] - 0.5 * log["rewards/Other/mean"], abs=1e-5)
+    assert log["rewards/length/mean"] == log["completions/mean_length"]
+    assert len(seen["prompts"]) == len(seen["completions"]) == len(seen["topic"]) == 4
+
+
+@pytest.mark.parametrize("transform", ["log_probability", "logit"])
+def test_the_transform_is_differentiated_and_the_probability_logged(tmp_path, transform):
+    plain = build(tmp_path / "a", max_steps=1, beta=0.0)
+    plain.train()
+    for i, reward in enumerate(
+        (BagReward(dtype=torch.float32), SequenceClassificationReward(classifier("bert", dtype=torch.float32)))
+    ):
+        trainer = build(tmp_path / f"b{i}", reward=reward, reward_transform=transform, max_steps=1, beta=0.0)
+        trainer.train()
+        assert 0 < trainer.state.log_history[0]["reward"] < 1
+        if i == 0:
+            assert trainer.state.log_history[0]["reward"] == pytest.approx(plain.state.log_history[0]["reward"])
+            assert trainer.state.log_history[0]["grad_norm"] > plain.state.log_history[0]["grad_norm"]
+
+
+def test_generations_conversations_and_truncation(tmp_path):
+    tokenizer = word_tokenizer()
+    dataset = Dataset.from_dict({"prompt": [[{"role": "user", "content": p}] for p in PROMPTS]})
+    with pytest.raises(ValueError, match="chat_template"):
+        build(tmp_path, dataset=dataset)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['content'] }} {% endfor %}{% if add_generation_prompt %}w5{% endif %}"
+    )
+    trainer = GRADETrainer(
+        policy("gpt2", dtype=torch.float32), BagReward(dtype=torch.float32),
+        config(tmp_path, num_generations=2, mask_truncated_completions=True, max_steps=2), dataset,
+        processing_class=tokenizer,
+    )  # fmt: skip
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert batch["prompts"][0] == batch["prompts"][1] != batch["prompts"][2]
+    assert (batch["input_ids"][:, -1] == 5).all()
+    trainer.train()
+    log = trainer.state.log_history[0]
+    if log["completions/clipped_ratio"] == 1.0:
+        assert log["grad_norm"] == 0.0
+
+
+def test_completions_are_shown_as_a_table(tmp_path, capsys):
+    build(tmp_path, log_completions=True, num_completions_to_print=2, max_steps=1).train()
+    text = capsys.readouterr().out
+    assert "Step 1" in text
+    assert "Completion" in text
+    quiet = build(tmp_path, max_steps=1)
+    quiet.train()
+    assert "Completion" not in capsys.readouterr().out
+
+
+def test_evaluation_is_repeatable_and_predicts_completions(tmp_path):
+    held_out = Dataset.from_dict({"prompt": PROMPTS[:6]})
+    trainer = build(tmp_path, eval_dataset={"a": held_out, "b": held_out}, eval_strategy="steps", eval_steps=2)
+    trainer.train()
+    first, second = trainer.evaluate(held_out), trainer.evaluate(held_out)
+    for name in (
+        "eval_reward",
+        "eval_reward_std",
+        "eval_kl",
+        "eval_entropy",
+        "eval_completions/mean_length",
+        "eval_loss",
+    ):
+        assert first[name] == second[name]
+    assert any("eval_a_reward" in entry for entry in trainer.state.log_history)
+    prediction = trainer.predict(held_out)
+    assert prediction.predictions.shape[0] == 6
+    assert prediction.predictions.max() < VOCAB
+    assert prediction.metrics["test_reward"] == first["eval_reward"]
+    trainer.args.per_device_eval_batch_size = 3
+    assert trainer.evaluate(held_out)["eval_reward"] == pytest.approx(first["eval_reward"], abs=1e-5)
+
+
+def test_a_classifier_by_name_and_a_policy_by_name(tmp_path):
+    tokenizer = word_tokenizer()
+    for name, model in (
+        ("policy", policy("llama", dtype=torch.float32)),
+        ("judge", classifier("bert", dtype=torch.float32)),
+    ):
+        model.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    trainer = GRADETrainer(
+        str(tmp_path / "policy"), str(tmp_path / "judge"),
+        config(tmp_path / "out", model_init_kwargs={"attn_implementation": "eager"}, max_steps=2),
+        Dataset.from_dict({"prompt": PROMPTS}),
+    )  # fmt: skip
+    trainer.train()
+    assert "rewards/judge/mean" in trainer.state.log_history[0]
+    assert trainer.model.config._attn_implementation == "eager"
+    trainer.save_model()
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_gradient_checkpointing_gives_the_same_run(tmp_path):
+    plain = build(tmp_path / "a", model=policy("llama", dtype=torch.float32), max_steps=2)
+    plain.train()
+    thrifty = build(
+        tmp_path / "b", model=policy("llama", dtype=torch.float32), max_steps=2, activation_checkpointing=True,
+        activation_checkpointing_kwargs={"use_reentrant": False},
+    )  # fmt: skip
+    thrifty.train()
+    first, second = weights(plain), weights(thrifty)
+    assert all(torch.allclose(first[name], second[name], atol=1e-5) for name in first)
+
+
+def test_lora_trains_the_adapter_alone_and_refers_to_the_model_without_it(tmp_path):
+    peft = pytest.importorskip("peft")
+    adapter = peft.LoraConfig(r=4, target_modules=["c_attn"], lora_dropout=0.1, task_type="CAUSAL_LM")
+    trainer = build(tmp_path, peft_config=adapter, max_steps=6, feedback_hops="exact")
+    assert trainer.ref_model is None
+    before = weights(trainer)
+    trainer.train()
+    after = weights(trainer)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed
+    assert all("lora_" in name for name in changed)
+    logs = [entry for entry in trainer.state.log_history if "kl" in entry]
+    assert abs(logs[0]["kl"]) < 1e-4 < logs[-1]["kl"]
+    with pytest.raises(ValueError, match="has an adapter already"):
+        build(tmp_path, model=trainer.model, peft_config=adapter)
+    bad = peft.LoraConfig(r=4, target_modules=["lm_head"], task_type="CAUSAL_LM")
+    with pytest.raises(ValueError, match="must leave the LM head"):
+        build(tmp_path, peft_config=bad)
+
+
+def test_bfloat16_autocast_runs(tmp_path):
+    trainer = build(tmp_path, bf16=True, max_steps=2)
+    trainer.train()
+    assert trainer.state.log_history[0]["grad_norm"] > 0
+
+
+# ------------------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"tau": 0.0}, ValueError, "tau must be positive"),
+        ({"tau_final": 0.1}, ValueError, "needs a tau_schedule other than constant"),
+        ({"tau_schedule": "linear"}, ValueError, "needs tau_final"),
+        ({"tau_schedule": "steps"}, ValueError, "tau_schedule must be one of"),
+        ({"estimator": "hard"}, ValueError, "estimator must be one of"),
+        ({"reward_transform": "odds"}, ValueError, "reward_transform must be one of"),
+        ({"eps": 1.0}, ValueError, "eps must lie in"),
+        ({"beta": -1.0}, ValueError, "beta must not be negative"),
+        ({"feedback_hops": "some"}, ValueError, "feedback_hops must be an int or"),
+        ({"feedback_hops": -1}, ValueError, "feedback_hops must be at least 0"),
+        ({"num_generations": 3}, ValueError, "must be a multiple of num_generations"),
+        ({"max_completion_length": 2.5}, TypeError, "max_completion_length must be an int"),
+        ({"num_completions_to_print": 0}, ValueError, "num_completions_to_print must be positive"),
+        ({"activation_checkpointing_kwargs": {"use_reentrant": True}}, ValueError, "must not be reentrant"),
+    ],
+)
+def test_settings_that_can_not_work_are_refused(tmp_path, changes, error, message):
+    with pytest.raises(error, match=message):
+        config(tmp_path, **changes)
+
+
+def test_arguments_that_can_not_work_are_refused(tmp_path):
+    def text(prompts, completions, **columns):
+        return [0.0] * len(prompts)
+
+    class Flat(BagReward):
+        def forward(self, inputs_embeds, attention_mask, **columns):
+            return super().forward(inputs_embeds.detach(), attention_mask)
+
+    with pytest.raises(ValueError, match="only functions of text"):
+        build(tmp_path, reward=text)
+    with pytest.raises(ValueError, match="Flat has no gradient"):
+        build(tmp_path, reward=Flat(dtype=torch.float32))
+    with pytest.raises(ValueError, match="must share the policy's vocabulary"):
+        build(tmp_path, reward=BagReward(dtype=torch.float32, vocab=60))
+    with pytest.raises(ValueError, match=r"one number per reward \(1\), got 2"):
+        build(tmp_path, reward_weights=[1.0, 2.0])
+    with pytest.raises(ValueError, match=r"reward_weights\[1\] must be 0"):
+        build(tmp_path, reward=[BagReward(dtype=torch.float32), text], reward_weights=[1.0, 1.0])
+    with pytest.raises(ValueError, match="column 'prompt'"):
+        build(tmp_path, dataset=Dataset.from_dict({"text": PROMPTS}))
+    with pytest.raises(ValueError, match="model_init_kwargs is for a model that is given by name"):
+        build(tmp_path, model_init_kwargs={"dtype": "float32"})
+    with pytest.raises(ValueError, match="needs a reward that is a probability"):
+        build(
+            tmp_path, reward=SequenceClassificationReward(classifier("bert", dtype=torch.float32), output="raw"),
+            reward_transform="logit",
+        )  # fmt: skip
+    with pytest.raises(TypeError, match="args must be a GRADEConfig"):
+        GRADETrainer(policy("gpt2"), BagReward(), tf.TrainingArguments(str(tmp_path), use_cpu=True))
+    with pytest.raises(ValueError, match="encoder-decoder"):
+        build(
+            tmp_path,
+            model=tf.T5ForConditionalGeneration(
+                tf.T5Config(vocab_size=VOCAB, d_model=16, d_kv=8, d_ff=16, num_layers=1)
+            ),
+        )
+    other = copy.deepcopy(word_tokenizer())
+    other.add_tokens(["new"])
+    with pytest.raises(ValueError, match=r"1 of 61 tokens .* such as \['new'\]"):
+        build(tmp_path, reward_processing_classes=other)
+
+
+def test_a_nan_reward_names_its_prompts_and_stops_before_the_optimizer(tmp_path):
+    class Breaking(BagReward):
+        calls = 0
+
+        def forward(self, inputs_embeds, attention_mask, **columns):
+            Breaking.calls += 1
+            value = super().forward(inputs_embeds, attention_mask)
+            return torch.where(torch.arange(len(value)) == 2, torch.nan, value) if Breaking.calls == 4 else value
+
+    trainer = build(tmp_path, reward=Breaking(dtype=torch.float32))
+    states = []
+
+    class Watch(tf.TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            states.append(weights(trainer))
+
+    trainer.add_callback(Watch())
+    with pytest.raises(NonFiniteRewardError, match=r"row\(s\) \[2\].*step 3.*prompts: \['w\d+") as error:
+        trainer.train()
+    assert error.value.rows == [2]
+    assert len(states) == 2
+    assert same(states[-1], weights(trainer))
+
+
+# ---------------------------------------------------------------------------------------------------- checkpoints
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """Eight steps over several epochs, saved at every second one."""
+    path = tmp_path_factory.mktemp("run")
+    trainer = build(path, max_steps=8, save_strategy="steps", save_steps=2)
+    trainer.train()
+    return (
+        path,
+        weights(trainer),
+        [e["reward"] for e in trainer.state.log_history if "reward" in e],
+        trainer.state.num_input_tokens_seen,
+    )
+
+
+class Stop(tf.TrainerCallback):
+    def __init__(self, step, action):
+        self.step, self.action = step, action
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            self.action()
+
+
+def crash():
+    raise RuntimeError("power cut")
+
+
+def resumed(path, **changes):
+    trainer = build(path, max_steps=8, save_strategy="steps", save_steps=2, **changes)
+    trainer.train(resume_from_checkpoint=True)
+    return trainer
+
+
+def test_a_crashed_run_goes_on_bitwise(uninterrupted, tmp_path):
+    with pytest.raises(RuntimeError, match="power cut"):
+        build(tmp_path, max_steps=8, save_strategy="steps", save_steps=2, callbacks=[Stop(5, crash)]).train()
+    trainer = resumed(tmp_path)
+    assert same(weights(trainer), uninterrupted[1])
+    assert [e["reward"] for e in trainer.state.log_history if "reward" in e] == uninterrupted[2]
+    assert trainer.state.num_input_tokens_seen == uninterrupted[3]
+
+
+def test_sigterm_saves_the_step_and_goes_on_bitwise(uninterrupted, tmp_path):
+    before = signal.getsignal(signal.SIGTERM)
+    stop = Stop(4, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(TrainingInterrupted) as error:
+        build(tmp_path, max_steps=8, save_strategy="steps", save_steps=100, callbacks=[stop]).train()
+    assert (error.value.step, error.value.code) == (5, 143)
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert [p.name for p in checkpoints.complete_checkpoints(tmp_path)] == ["checkpoint-5"]
+    assert same(weights(resumed(tmp_path)), uninterrupted[1])
+
+
+@pytest.mark.parametrize("victim", ["model.safetensors", "optimizer.pt", "trainer_state.json", checkpoints.SEAL])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(uninterrupted, tmp_path, victim, caplog):
+    with pytest.raises(RuntimeError, match="power cut"):
+        build(tmp_path, max_steps=8, save_strategy="steps", save_steps=2, callbacks=[Stop(5, crash)]).train()
+    path = tmp_path / "checkpoint-4" / victim
+    path.write_bytes(path.read_bytes()[:-7])
+    with pytest.raises(ValueError, match=rf"checkpoint-4 can not be resumed from: {victim}"):
+        build(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    with caplog.at_level(logging.WARNING):
+        trainer = resumed(tmp_path)
+    assert any("checkpoint-4" in r.getMessage() and victim in r.getMessage() for r in caplog.records)
+    assert same(weights(trainer), uninterrupted[1])
+
+
+def test_a_disk_that_fills_up_loses_no_checkpoint(uninterrupted, tmp_path, monkeypatch):
+    trainer = build(tmp_path, max_steps=8, save_strategy="steps", save_steps=2, save_total_limit=1)
+    write = torch.save
+
+    def full(state, target, *args, **kwargs):
+        if trainer.state.global_step >= 4:
+            Path(str(target)).write_bytes(b"half of")
+            raise OSError(28, "No space left on device")
+        return write(state, target, *args, **kwargs)
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="No space left"):
+        trainer.train()
+    monkeypatch.undo()
+    assert [p.name for p in checkpoints.complete_checkpoints(tmp_path)] == ["checkpoint-2"]
+    assert checkpoints.damage(tmp_path / "checkpoint-2") is None
+    assert not (tmp_path / ".incomplete").exists()
+    assert same(weights(resumed(tmp_path)), uninterrupted[1])
+
+
+def test_only_so_many_checkpoints_are_kept_and_never_without_the_best(tmp_path):
+    trainer = build(
+        tmp_path, max_steps=6, save_strategy="steps", save_steps=1, save_total_limit=2, eval_strategy="steps",
+        eval_steps=1, metric_for_best_model="eval_reward", greater_is_better=False, load_best_model_at_end=True,
+        eval_dataset=Dataset.from_dict({"prompt": PROMPTS[:4]}),
+    )  # fmt: skip
+    trainer.train()
+    names = {path.name for path in checkpoints.complete_checkpoints(tmp_path)}
+    assert len(names) <= 2
+    assert Path(trainer.state.best_model_checkpoint).name in names
+    state = json.loads((Path(trainer.state.best_model_checkpoint) / "trainer_state.json").read_text())
+    assert state["best_model_checkpoint"] == trainer.state.best_model_checkpoint
+
+
+_KILLED = """
+import os, signal, sys
+sys.path[:0] = [{tests!r}]
+import torch
+from test_grade_trainer import build
+trainer = build({path!r}, max_steps=8, save_strategy="steps", save_steps=2)
+write = torch.save
+def die(state, target, *args, **kwargs):
+    if trainer.state.global_step >= 4 and "optimizer" in str(target):
+        open(target, "wb").write(b"half of")
+        os.kill(os.getpid(), signal.SIGKILL)
+    return write(state, target, *args, **kwargs)
+torch.save = die
+trainer.train()
+"""
+
+
+def test_sigkill_during_a_checkpoint_write_goes_on_bitwise(uninterrupted, tmp_path):
+    script = _KILLED.format(tests=str(Path(__file__).parent), path=str(tmp_path))
+    root = Path(__file__).parent.parent
+    environment = os.environ | {"PYTHONPATH": f"{root}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    # The same number of threads, for the same order of sums.
+    environment["OMP_NUM_THREADS"] = str(torch.get_num_threads())
+    run = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == -signal.SIGKILL, run.stderr
+    assert [p.name for p in checkpoints.complete_checkpoints(tmp_path)] == ["checkpoint-2"]
+    assert (tmp_path / ".incomplete").exists()
+    trainer = resumed(tmp_path)
+    assert same(weights(trainer), uninterrupted[1])
+    assert not (tmp_path / ".incomplete").exists()
+
+
+def test_nothing_to_resume_from_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match=r"No sound checkpoint .* none at all"):
+        build(tmp_path).train(resume_from_checkpoint=True)
+
+
+def test_a_model_card_says_what_was_done(uninterrupted):
+    card = (uninterrupted[0] / "README.md").read_text()
+    for words in ("grade-kernels", "| tau | 0.5 |", "| feedback_hops | 2 |", "`BagReward`", "arxiv.org/abs/2601.11574"):
+        assert words in card
+    assert "base_model" not in card

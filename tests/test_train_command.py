@@ -1,0 +1,92 @@
+"""`grade-kernels train`: settings from file and command line, local data, and going on."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+pytest.importorskip("datasets")
+
+from training_models import classifier, policy, word_tokenizer
+
+from grade_kernels.cli import main
+from grade_kernels.training import command
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    path = tmp_path_factory.mktemp("models")
+    for name, model in (
+        ("policy", policy("gpt2", dtype=torch.float32)),
+        ("judge", classifier("bert", dtype=torch.float32)),
+    ):
+        model.save_pretrained(path / name)
+        word_tokenizer().save_pretrained(path / name)
+    prompts = [f"w{i} w{i + 1}" for i in range(3, 19)]
+    (path / "prompts.jsonl").write_text("\n".join(json.dumps({"text": p, "kind": "a"}) for p in prompts))
+    (path / "prompts.csv").write_text("prompt\n" + "\n".join(prompts))
+    return path
+
+
+def settings(models, tmp_path, **changes):
+    values = {
+        "model": str(models / "policy"), "dataset": str(models / "prompts.csv"), "reward": str(models / "judge"),
+        "output_dir": str(tmp_path / "out"), "use_cpu": True, "report_to": "none", "max_steps": 2, "save_steps": 1,
+        "per_device_train_batch_size": 4, "max_completion_length": 5, "feedback_hops": "exact", "disable_tqdm": True,
+    } | changes  # fmt: skip
+    path = tmp_path / "run.yaml"
+    path.write_text(json.dumps(values))  # JSON is YAML
+    return ["train", "--config", str(path)]
+
+
+def test_a_yaml_file_trains_evaluates_saves_and_resumes(models, tmp_path, capsys):
+    arguments = settings(models, tmp_path, eval_dataset=str(models / "prompts.csv"))
+    assert main([*arguments, "--per_device_eval_batch_size", "8"]) == 0
+    assert "eval_reward" in capsys.readouterr().out
+    for name in ("model.safetensors", "tokenizer.json", "README.md", "checkpoint-2"):
+        assert (tmp_path / "out" / name).exists()
+    assert main([*arguments, "--max_steps", "3", "--resume"]) == 0
+    state = json.loads((tmp_path / "out" / "checkpoint-3" / "trainer_state.json").read_text())
+    assert [entry["step"] for entry in state["log_history"] if "reward" in entry] == []
+    assert state["global_step"] == 3
+
+
+def test_an_adapter_and_a_column_by_another_name(models, tmp_path):
+    arguments = settings(models, tmp_path, dataset=str(models / "prompts.jsonl"), max_steps=1)
+    flags = ["--prompt_column", "text", "--lora_r", "2", "--lora_target_modules", "c_attn", "--reward_label", "LABEL_0"]
+    assert main([*arguments, *flags]) == 0
+    assert (tmp_path / "out" / "adapter_model.safetensors").exists()
+
+
+def test_the_command_line_overrides_the_file(models, tmp_path):
+    arguments, config = command.parse([*settings(models, tmp_path)[1:], "--tau", "0.7", "--feedback_hops", "3"])
+    assert arguments.reward == [str(models / "judge")]
+    assert (config.tau, config.feedback_hops, config.max_steps) == (0.7, 3, 2)
+    assert command.parse(settings(models, tmp_path)[1:])[1].feedback_hops == "exact"
+
+
+def test_bad_settings_are_named(models, tmp_path, capsys):
+    with pytest.raises(ValueError, match=r"settings that do not exist: \['temperature'\]"):
+        command.parse(settings(models, tmp_path, temperature=1.0)[1:])
+    with pytest.raises(SystemExit):
+        main(["train", "--model", "gpt2"])
+    assert "--dataset" in capsys.readouterr().err
+    arguments, _ = command.parse(settings(models, tmp_path, prompt_column="question")[1:])
+    with pytest.raises(ValueError, match="'question' is not among the columns"):
+        command.read_dataset(arguments.dataset, arguments, "train")
+    (tmp_path / "prompts.txt").write_text("w3")
+    with pytest.raises(ValueError, match=r"got prompts\.txt"):
+        command.read_dataset(str(tmp_path / "prompts.txt"), arguments, "train")
+
+
+def test_help_lists_the_settings(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "--help"])
+    assert stop.value.code == 0
+    assert "--feedback_hops" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert "train" in capsys.readouterr().out

@@ -1,0 +1,48 @@
+"""Training over two gloo processes against one."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+pytest.importorskip("datasets")
+
+from distributed_training import SETTINGS
+from test_grade_trainer import build, weights
+
+HERE = Path(__file__).parent
+
+
+def launch(mode: str, path: Path) -> None:
+    environment = os.environ | {
+        "PYTHONPATH": f"{HERE.parent}{os.pathsep}{os.environ.get('PYTHONPATH', '')}", "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+        str(HERE / "distributed_training.py"), mode, str(path),
+    ]  # fmt: skip
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
+    assert run.returncode == 0, run.stderr[-3000:]
+
+
+def test_two_processes_give_the_result_of_one(tmp_path):
+    launch("ddp", tmp_path)
+    result = torch.load(tmp_path / "result.pt")
+    alone = build(tmp_path / "alone", **SETTINGS)
+    alone.train()
+    for name, value in weights(alone).items():
+        torch.testing.assert_close(result["weights"][name], value, atol=1e-6, rtol=1e-5)
+    expected = alone.state.log_history[0]
+    for name in ("reward", "kl", "reward_std", "completions/mean_length", "num_tokens"):
+        assert result["log"][name] == pytest.approx(expected[name], abs=1e-4)
+
+
+def test_a_sharded_model_has_the_same_gradient(tmp_path):
+    launch("fsdp", tmp_path)
+    assert (tmp_path / "passed").exists()
