@@ -57,7 +57,8 @@ def variants(dtype: str, target: str, layout: str = "aligned") -> dict[str, tupl
         "LOWEST": torch.finfo(torch_dtype).min,
         **dict.fromkeys(("s_n", "s_ln", "s_wn", "s_dyn", "s_outn"), row_stride),
         **dict.fromkeys(("s_v", "s_lv", "s_wv", "s_dyv", "s_outv", "s_tau"), "i64" if general else 1),
-        **dict.fromkeys(("best", "top", "total", "score_max", "logit_max", "logit_sum", "partial", "pivots", "tau"), stat),
+        **dict.fromkeys(("best", "top", "total", "score_max", "logit_max", "logit_sum"), stat),
+        **dict.fromkeys(("partial", "pivots", "tau"), stat),
         "tile": "*i32", "ids": "*i64", "weights": data, "dy": data, "out": data,
         "dlogprobs": None, "partial_dtau": None, "NOISY": True, "REINMAX": False,
     }  # fmt: skip

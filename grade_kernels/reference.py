@@ -5,7 +5,9 @@ Plain differentiable PyTorch. Run it on float64 logits for the truth. Narrower l
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
+from collections.abc import Callable
+from typing import NamedTuple, ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -27,12 +29,27 @@ __all__ = [
 ]
 
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
 class GumbelSTEEmbedding(NamedTuple):
     """Result of `gumbel_ste_embedding`."""
 
     embedding: torch.Tensor | tuple[torch.Tensor, ...]  # [..., D], one for each table
     ids: torch.Tensor  # [...] int64, the sampled tokens
     logprobs: torch.Tensor  # [...], log softmax(logits)[ids], untempered
+
+
+def _outside_autocast(function: Callable[P, T]) -> Callable[P, T]:
+    """Arithmetic of the specification is its own, whatever the surroundings would cast it to."""
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            return function(*args, **kwargs)
+
+    return run
 
 
 def _widen(logits: torch.Tensor) -> torch.Tensor:
@@ -57,8 +74,8 @@ def _column(tau: float | torch.Tensor, logits: torch.Tensor) -> float | torch.Te
 
 
 def _temper(scores: torch.Tensor, tau: float | torch.Tensor) -> torch.Tensor:
-    """`scores / tau`, where a masked score (-inf) sends no gradient to tau (0 * inf would send NaN)."""
-    masked = scores == -torch.inf
+    """`scores / tau`, where a masked score (-inf, or so low that it becomes so) sends no gradient to tau (0 * inf is NaN)."""
+    masked = scores / (tau.detach() if isinstance(tau, torch.Tensor) else tau) == -torch.inf
     return torch.where(masked, -torch.inf, torch.where(masked, 0.0, scores) / tau)
 
 
@@ -67,11 +84,13 @@ def _jacobian(p: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return p * (x - (p * x).sum(-1, keepdim=True))
 
 
+@_outside_autocast
 def gumbel_sample(logits: torch.Tensor, dim: int = -1, *, noise: GumbelNoise | None = None) -> torch.Tensor:
     """`argmax(l + g)`."""
     return _scores(logits.detach().movedim(dim, -1), noise).argmax(-1)
 
 
+@_outside_autocast
 def gumbel_softmax(
     logits: torch.Tensor,
     tau: float | torch.Tensor = 1.0,
@@ -98,6 +117,7 @@ def gumbel_ste(
     return gumbel_softmax(logits, tau, hard=True, dim=dim, noise=noise)
 
 
+@_outside_autocast
 def gumbel_ste_embedding(
     logits: torch.Tensor,
     embedding: torch.Tensor | tuple[torch.Tensor, ...],
@@ -110,7 +130,7 @@ def gumbel_ste_embedding(
     """Embedding of a sampled token, `y @ E`, with one of four relaxations (see `ops.gumbel_ste_embedding`)."""
     scores = _scores(logits, noise)
     wide, tau = _widen(logits), _column(tau, logits)
-    ids = scores.argmax(-1) if ids is None else ids
+    ids = scores.argmax(-1) if ids is None else ids.clone()
     one_hot = F.one_hot(ids, wide.shape[-1]).to(wide.dtype)
     # The straight-through surrogates are linear around the logits; a masked token has no neighbourhood.
     step = torch.where(wide == -torch.inf, 0.0, wide - wide.detach())
@@ -128,9 +148,12 @@ def gumbel_ste_embedding(
     else:
         raise ValueError(f"estimator must be 'ste', 'soft', 'st' or 'reinmax', got {estimator!r}")
     tables = (embedding,) if isinstance(embedding, torch.Tensor) else tuple(embedding)
-    embedded = tuple((y @ table.to(torch.promote_types(y.dtype, table.dtype))).to(table.dtype) for table in tables)
+    embedded = []
+    for table in tables:
+        dtype = torch.promote_types(y.dtype, table.dtype)
+        embedded.append((y.to(dtype) @ table.to(dtype)).to(table.dtype))
     logprobs = wide.log_softmax(-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
-    return GumbelSTEEmbedding(embedded[0] if isinstance(embedding, torch.Tensor) else embedded, ids, logprobs)
+    return GumbelSTEEmbedding(embedded[0] if isinstance(embedding, torch.Tensor) else tuple(embedded), ids, logprobs)
 
 
 # ---- Operations through the LM head -------------------------------------------------------------------------------
@@ -159,6 +182,7 @@ def _expectation(logp: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return torch.where(possible, logp.exp() * torch.where(possible, x, 0.0), 0.0).sum(-1)
 
 
+@_outside_autocast
 def linear_gumbel_ste(
     hidden: torch.Tensor,
     lm_head: torch.Tensor,
@@ -177,6 +201,7 @@ def linear_gumbel_ste(
     return gumbel_ste_embedding(logits, embedding, tau, estimator=estimator, noise=noise, ids=ids)
 
 
+@_outside_autocast
 def linear_gumbel_sample(
     hidden: torch.Tensor,
     lm_head: torch.Tensor,
@@ -191,6 +216,7 @@ def linear_gumbel_sample(
     return ids, logits.log_softmax(-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1).detach()
 
 
+@_outside_autocast
 def linear_logprobs(
     hidden: torch.Tensor,
     lm_head: torch.Tensor,
@@ -206,6 +232,7 @@ def linear_logprobs(
     return logits.log_softmax(-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
 
 
+@_outside_autocast
 def linear_kl(
     hidden: torch.Tensor,
     lm_head: torch.Tensor,
@@ -224,6 +251,7 @@ def linear_kl(
     return _expectation(logp, logp - ref.detach().log_softmax(-1))
 
 
+@_outside_autocast
 def linear_entropy(
     hidden: torch.Tensor,
     lm_head: torch.Tensor,

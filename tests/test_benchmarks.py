@@ -12,9 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def python(*arguments):
-    return subprocess.run(
-        [sys.executable, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
-    )
+    return subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, check=False)
 
 
 @pytest.fixture(scope="module")
@@ -34,13 +32,20 @@ def test_csv(output):
     with (output / "benchmarks.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert {row["competitor"] for row in rows} == {"grade-kernels", "eager", "multinomial"}
-    assert {row["op"] for row in rows} == {"gumbel_sample", "gumbel_ste", "gumbel_softmax", "gumbel_ste_embedding"}
+    ops = {row["op"].split()[0] for row in rows}
+    assert ops == {
+        *("gumbel_sample", "gumbel_ste", "gumbel_softmax", "gumbel_ste_embedding"),
+        *("linear_gumbel_sample", "linear_gumbel_ste", "linear_kl", "linear_logprobs"),
+    }
     for row in rows:
         assert float(row["median_seconds"]) > 0
-        assert row["N"] == "3"
+        assert row["N"] in ("3", "12")
         assert row["competitor"] != "grade-kernels" or float(row["ratio_to_ours"]) == 1
     with_memory = [row for row in rows if row["peak_bytes"]]
-    assert {(row["op"], row["pass"]) for row in with_memory} == {("gumbel_ste", "forward+backward")}
+    assert {(row["op"], row["pass"]) for row in with_memory} == {
+        ("gumbel_ste", "forward+backward"),
+        ("linear_gumbel_ste", "forward+backward"),
+    }
 
 
 def test_json(output):
@@ -53,7 +58,7 @@ def test_plots(output):
     pytest.importorskip("matplotlib")
     done = python("-m", "benchmarks.plot", output / "benchmarks.csv")
     assert done.returncode == 0, done.stderr
-    assert len(list(output.glob("*.png"))) == 5
+    assert len(list(output.glob("*.png"))) >= 5
 
 
 def test_a_wrong_result_gets_no_number():

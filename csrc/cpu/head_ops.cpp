@@ -58,7 +58,7 @@ void append(State& state, int64_t row, const Candidate* found, int32_t count, in
     if (!(std::exp((found[i].score - max) / tau) > uniform(found[i].word) * eps * sum)) continue;
     if (state.count[row] == state.capacity) {
       state.count[row] = filter(list, state.count[row], max, sum, tau, eps);
-      if (state.count[row] > state.capacity - state.capacity / 8) {  // compaction no longer pays: the dense path will
+      if (state.count[row] >= state.capacity - state.capacity / 8) {  // compaction no longer pays: the dense path will
         state.overflow[row] = 1;
         state.count[row] = 0;
         return;

@@ -96,28 +96,6 @@ void* fresh_rows(const Tensor& out) {
   return out.mutable_data_ptr();
 }
 
-// one_hot(ids) of any dtype whose one is given by its bits.
-void one_hot(Tensor ids, Tensor out) {
-  char* base = static_cast<char*>(fresh_rows(out));
-  const size_t size = element_size(out), width = size_t(out.size(1)) * size;
-  const int64_t* hot = data<int64_t>(ids);
-  const double one_double = 1.0;
-  const float one_float = 1.0f;
-  const uint16_t one_bfloat = 0x3F80, one_half = 0x3C00;
-  const Dtype dtype = dtype_of(out);
-  const void* one = dtype == Dtype::kDouble  ? static_cast<const void*>(&one_double)
-                    : dtype == Dtype::kFloat ? static_cast<const void*>(&one_float)
-                    : dtype == Dtype::kHalf  ? static_cast<const void*>(&one_half)
-                                             : static_cast<const void*>(&one_bfloat);
-  parallel_rows(out.size(0), [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      char* cells = base + size_t(row) * width;
-      std::memset(cells, 0, width);
-      std::memcpy(cells + size_t(hot[row]) * size, one, size);
-    }
-  });
-}
-
 // Runs kernel(args, row, scratch) for every row, with one scratch row per thread.
 template <typename Real, typename Kernel, typename Args>
 void each_row(Kernel kernel, const Args& args) {
@@ -188,7 +166,6 @@ STABLE_TORCH_LIBRARY(grade_kernels_cpu, m) {
   m.def(
       "sample(Tensor logits, Tensor seed, Tensor? row_ids, int vocab_start, bool logsumexp, Tensor(a!) ids, "
       "Tensor(b!) score_max, Tensor(c!) logit_max, Tensor(d!) logit_sum) -> ()");
-  m.def("one_hot(Tensor ids, Tensor(a!) out) -> ()");
   m.def(
       "softmax(Tensor logits, Tensor tau, Tensor seed, Tensor? row_ids, int vocab_start, Tensor score_max, "
       "bool normalize, Tensor(a!) out, Tensor(b!) total) -> ()");
@@ -200,7 +177,6 @@ STABLE_TORCH_LIBRARY(grade_kernels_cpu, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(grade_kernels_cpu, CompositeExplicitAutograd, m) {
   m.impl("sample", TORCH_BOX(&gk::sample));
-  m.impl("one_hot", TORCH_BOX(&gk::one_hot));
   m.impl("softmax", TORCH_BOX(&gk::softmax));
   m.impl("softmax_backward", TORCH_BOX(&gk::softmax_backward));
 }

@@ -119,6 +119,12 @@ def _why_not(name: str) -> str | None:
     return module(name).why_unavailable()
 
 
+@torch.compiler.assume_constant_result
+def _why_not_here(name: str, device: torch.device) -> str | None:
+    """None if a backend can serve tensors of a device here, else the reason. Looks beyond what torch.compile traces."""
+    return _why_not(name) or module(name).why_not_device(device)
+
+
 def module(name: str) -> ModuleType:
     """The module that implements a backend."""
     return importlib.import_module(f"grade_kernels.backends.{name}")
@@ -174,11 +180,9 @@ def select(device: torch.device, dtype: torch.dtype) -> str:
     if name is not None:
         if _known(name) in ("reference", "torch"):
             return name
-        reason = _why_not(name) or module(name).why_not_device(device)
+        reason = _why_not_here(name, device)
         if reason is not None:
             raise ValueError(f"backend {name!r} cannot serve tensors on device {str(device)!r}: {reason}")
         return name
     preferred = "cpu" if device.type == "cpu" else "triton"
-    if _why_not(preferred) is None and module(preferred).why_not_device(device) is None:
-        return preferred
-    return "torch"
+    return preferred if _why_not_here(preferred, device) is None else "torch"

@@ -69,6 +69,8 @@ def canonical_noise(
             raise ValueError(
                 f"noise.row_ids is on device {str(noise.row_ids.device)!r}, but the logits on {str(device)!r}"
             )
+    if noise.seed.device.type not in ("cpu", device.type):
+        raise ValueError(f"noise.seed is on device {str(noise.seed.device)!r}, but the logits on {str(device)!r}")
     return noise.seed, noise.row_ids, noise.vocab_start
 
 
@@ -84,10 +86,10 @@ def canonical_tau(
     if isinstance(tau, torch.Tensor):
         if tau.dtype == torch.bool or tau.dtype.is_complex:
             raise TypeError(f"tau must be a real number or tensor, got dtype {tau.dtype}")
-        if tau.dim() == 0:
+        if tau.dim() == 0 and tau.device.type in ("cpu", device.type):
             return tau.to(device=device, dtype=dtype).expand(rows)
         shape = tuple(tau.shape)
-        if shape not in (tuple(batch_shape), (*batch_shape, 1), (rows,)):
+        if shape not in ((), tuple(batch_shape), (*batch_shape, 1), (rows,)):
             raise ValueError(
                 f"tau must be a number, a 0-d tensor or one value per row of shape {tuple(batch_shape)}, "
                 f"got shape {shape}"
@@ -99,7 +101,8 @@ def canonical_tau(
         raise TypeError(f"tau must be a number or a tensor, got {type(tau).__name__}")
     if not (0.0 < tau < math.inf):
         raise ValueError(f"tau must be positive and finite, got {tau}")
-    return torch.full((rows,), tau, dtype=dtype, device=device)
+    # A product rather than torch.full: with a number that changes, torch.compile recompiles once, not every time.
+    return torch.ones(rows, dtype=dtype, device=device) * tau
 
 
 def check_tau_values(tau: torch.Tensor) -> None:

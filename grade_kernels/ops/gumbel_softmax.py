@@ -10,7 +10,7 @@ import torch
 from grade_kernels import backends, reference
 from grade_kernels.noise import GumbelNoise
 from grade_kernels.ops import checks
-from grade_kernels.ops.registry import define
+from grade_kernels.ops.registry import define, once_differentiable
 
 __all__ = ["gumbel_softmax", "gumbel_ste"]
 
@@ -52,18 +52,18 @@ def gumbel_softmax(
         warnings.warn("`eps` parameter is deprecated and has no effect.", stacklevel=2)
     checks.check_logits(logits, dim)
     moved = logits.movedim(dim, -1)
-    rows = moved.reshape(-1, moved.shape[-1])
-    seed, row_ids, vocab_start = checks.canonical_noise(noise, rows.shape[0], logits.device)
+    num_rows = logits.numel() // moved.shape[-1]
+    seed, row_ids, vocab_start = checks.canonical_noise(noise, num_rows, logits.device)
     row_tau = checks.canonical_tau(tau, moved.shape[:-1], logits.device, checks.compute_dtype(logits.dtype))
     backend = backends.select(logits.device, logits.dtype)
     if backend == "reference":
-        if not torch.compiler.is_compiling() and checks.reads_values(rows):
+        if not torch.compiler.is_compiling() and checks.reads_values(logits):
+            rows = _rows(logits.detach(), dim)
             checks.check_rows(rows, checks.bad_rows(rows))
             checks.check_tau_values(row_tau)
         noise = GumbelNoise(seed, row_ids, vocab_start=vocab_start)
         return reference.gumbel_softmax(logits, row_tau, hard, dim=dim, noise=noise)
-    y, _ = _gumbel_softmax(rows, row_tau, seed, row_ids, vocab_start, hard, backend)
-    return y.view(moved.shape).movedim(-1, dim)
+    return _gumbel_softmax(logits, row_tau, seed, row_ids, vocab_start, dim, hard, backend)[0]
 
 
 def gumbel_ste(
@@ -76,16 +76,33 @@ def gumbel_ste(
     return gumbel_softmax(logits, tau, hard=True, dim=dim, noise=noise)
 
 
+# The operations take logits of any shape, with V at dim, so that what is saved for backward is what the caller holds,
+# never a copy that the kernels' layout needs.
+
+
+def _rows(x: torch.Tensor, dim: int) -> torch.Tensor:
+    """`[N, V]` of a tensor with V at dim; a copy where no view exists."""
+    moved = x.movedim(dim, -1)
+    return moved.reshape(-1, moved.shape[-1])
+
+
+def _like(rows: torch.Tensor, x: torch.Tensor, dim: int) -> torch.Tensor:
+    """The inverse of `_rows`: of the shape of x."""
+    return rows.view(x.movedim(dim, -1).shape).movedim(-1, dim)
+
+
 def _kernel(
     logits: torch.Tensor,
     tau: torch.Tensor,
     seed: torch.Tensor,
     row_ids: torch.Tensor | None,
     vocab_start: int,
+    dim: int,
     hard: bool,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     implementation = backends.module(backend)
+    given, logits = logits, _rows(logits, dim)
     if checks.reads_values(tau):
         checks.check_tau_values(tau)
     sample = implementation.sample(logits, seed, row_ids, vocab_start, False)
@@ -95,7 +112,11 @@ def _kernel(
         y = implementation.one_hot(sample, logits.shape[1], logits.dtype)
     else:
         y, _ = implementation.softmax(logits, tau, seed, row_ids, vocab_start, sample.score_max, True, logits.dtype)
-    return y, sample.score_max
+    return _like(y, given, dim), sample.score_max
+
+
+def _fake_like(x: torch.Tensor, dim: int) -> torch.Tensor:
+    return torch.empty(x.movedim(dim, -1).shape, dtype=x.dtype, device=x.device).movedim(-1, dim)
 
 
 def _fake(
@@ -104,12 +125,13 @@ def _fake(
     seed: torch.Tensor,
     row_ids: torch.Tensor | None,
     vocab_start: int,
+    dim: int,
     hard: bool,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     return (
-        torch.empty(logits.shape, dtype=logits.dtype, device=logits.device),
-        torch.empty(logits.shape[0], dtype=tau.dtype, device=logits.device),
+        _fake_like(logits, dim),
+        torch.empty(tau.shape, dtype=tau.dtype, device=logits.device),
     )
 
 
@@ -120,17 +142,19 @@ def _backward_kernel(
     seed: torch.Tensor,
     row_ids: torch.Tensor | None,
     vocab_start: int,
+    dim: int,
     score_max: torch.Tensor,
     needs_dtau: bool,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     empty = score_max.new_empty(0)
     sample = backends.Sample(empty, score_max, empty, empty)
-    dlogits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    rows = _rows(logits, dim)
+    dlogits = torch.empty(rows.shape, dtype=logits.dtype, device=logits.device)
     dtau = backends.module(backend).softmax_backward(
-        dy, logits, tau, seed, row_ids, vocab_start, "ste", sample, None, needs_dtau, dlogits
+        _rows(dy, dim), rows, tau, seed, row_ids, vocab_start, "ste", sample, None, needs_dtau, dlogits
     )
-    return dlogits, dtau
+    return _like(dlogits, logits, dim), dtau
 
 
 def _backward_fake(
@@ -140,29 +164,30 @@ def _backward_fake(
     seed: torch.Tensor,
     row_ids: torch.Tensor | None,
     vocab_start: int,
+    dim: int,
     score_max: torch.Tensor,
     needs_dtau: bool,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device), torch.empty_like(score_max)
+    return _fake_like(logits, dim), torch.empty_like(score_max)
 
 
 _gumbel_softmax = define(
-    "gumbel_softmax(Tensor logits, Tensor tau, Tensor seed, Tensor? row_ids, SymInt vocab_start, bool hard, "
-    "str backend) -> (Tensor, Tensor)",
+    "gumbel_softmax(Tensor logits, Tensor tau, Tensor seed, Tensor? row_ids, SymInt vocab_start, int dim, "
+    "bool hard, str backend) -> (Tensor, Tensor)",
     _kernel,
     _fake,
 )
 _gumbel_softmax_backward = define(
     "gumbel_softmax_backward(Tensor dy, Tensor logits, Tensor tau, Tensor seed, Tensor? row_ids, SymInt vocab_start, "
-    "Tensor score_max, bool needs_dtau, str backend) -> (Tensor, Tensor)",
+    "int dim, Tensor score_max, bool needs_dtau, str backend) -> (Tensor, Tensor)",
     _backward_kernel,
     _backward_fake,
 )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-    logits, tau, seed, row_ids, ctx.vocab_start, _, ctx.backend = inputs
+    logits, tau, seed, row_ids, ctx.vocab_start, ctx.dim, _, ctx.backend = inputs
     ctx.save_for_backward(logits, tau, seed, row_ids, output[1])
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
@@ -170,12 +195,13 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor
 
 def _backward(ctx: Any, dy: torch.Tensor | None, _: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     if dy is None:
-        return (None,) * 7
+        return (None,) * 8
     logits, tau, seed, row_ids, score_max = ctx.saved_tensors
     dlogits, dtau = _gumbel_softmax_backward(
-        dy, logits, tau, seed, row_ids, ctx.vocab_start, score_max, ctx.needs_input_grad[1], ctx.backend
+        dy, logits, tau, seed, row_ids, ctx.vocab_start, ctx.dim, score_max, ctx.needs_input_grad[1], ctx.backend
     )
-    return dlogits, dtau if ctx.needs_input_grad[1] else None, None, None, None, None, None
+    return dlogits, dtau if ctx.needs_input_grad[1] else None, *(None,) * 6
 
 
 torch.library.register_autograd("grade_kernels::gumbel_softmax", _backward, setup_context=_setup_context)
+once_differentiable("gumbel_softmax_backward")

@@ -10,7 +10,7 @@ from grade_kernels import backends, reference
 from grade_kernels.backends.torch.rows import column_chunks
 from grade_kernels.noise import GumbelNoise
 from grade_kernels.ops import checks
-from grade_kernels.ops.registry import define
+from grade_kernels.ops.registry import define, once_differentiable
 from grade_kernels.reference import GumbelSTEEmbedding
 
 __all__ = ["GumbelSTEEmbedding", "gumbel_ste_embedding"]
@@ -291,7 +291,7 @@ def _backward(ctx: Any, dembedded: torch.Tensor | None, *rest: torch.Tensor | No
     logits, tau, seed, row_ids, ids, score_max, logit_max, logit_sum, total, *tables = ctx.saved_tensors
     dlogprobs = rest[1]
     if dembedded is None and dlogprobs is None:
-        return (None,) * 9
+        return None, [None] * len(tables), *(None,) * 7
     if dembedded is None:
         width = sum(table.shape[1] for table in tables)
         dembedded = torch.zeros(logits.shape[0], width, dtype=joint_dtype(tables), device=logits.device)
@@ -309,3 +309,4 @@ def _backward(ctx: Any, dembedded: torch.Tensor | None, *rest: torch.Tensor | No
 
 
 torch.library.register_autograd("grade_kernels::gumbel_ste_embedding", _backward, setup_context=_setup_context)
+once_differentiable("gumbel_ste_embedding_backward")

@@ -26,7 +26,7 @@ def autocasted(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]
 def check_head(
     hidden: object, lm_head: object, bias: object, logit_softcap: object, prefix: str = ""
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """A head's tensors, checked against each other and cast as autocast asks; errors name `{prefix}hidden` and so on."""
+    """A head's tensors, checked against each other, and cast as autocast asks; errors name `{prefix}hidden` etc."""
     for name, value in ((f"{prefix}hidden", hidden), (f"{prefix}lm_head", lm_head)):
         checks.check_floating(name, value)
     assert isinstance(hidden, torch.Tensor)
@@ -49,7 +49,7 @@ def check_head(
     if logit_softcap is not None:
         if isinstance(logit_softcap, bool) or not isinstance(logit_softcap, Real):
             raise TypeError(f"logit_softcap must be a number or None, got {type(logit_softcap).__name__}")
-        if not 0.0 < logit_softcap < math.inf:
+        if not 0.0 < float(logit_softcap) < math.inf:
             raise ValueError(f"logit_softcap must be positive and finite, got {logit_softcap}")
     hidden, lm_head = autocasted(hidden, lm_head)
     assert hidden is not None
@@ -65,7 +65,7 @@ def check_eps(eps: object) -> None:
     """A probability in [0, 1)."""
     if isinstance(eps, bool) or not isinstance(eps, Real):
         raise TypeError(f"eps must be a number, got {type(eps).__name__}")
-    if not 0.0 <= eps < 1.0:
+    if not 0.0 <= float(eps) < 1.0:
         raise ValueError(f"eps must lie in [0, 1), got {eps}")
 
 
@@ -133,7 +133,11 @@ class Entries(NamedTuple):
         """All entries of several."""
         if len(parts) == 1:
             return parts[0]
-        return Entries(*(torch.cat([part[i] for part in parts]) for i in range(3)))
+        return Entries(
+            torch.cat([part.rows for part in parts]),
+            torch.cat([part.tokens for part in parts]),
+            torch.cat([part.values for part in parts]),
+        )
 
     def sorted(self, num_rows: int) -> Entries:
         """The same, in the order of rows."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -23,10 +24,11 @@ from grade_kernels.ops.head import (
     row_of_entries,
     row_sums,
     select_backend,
+    softcap_slope,
     wanted_gradients,
 )
 from grade_kernels.ops.linear_gumbel_sample import chosen_logprobs
-from grade_kernels.ops.registry import define
+from grade_kernels.ops.registry import define, once_differentiable
 
 __all__ = ["LinearGumbelSTE", "linear_gumbel_ste"]
 
@@ -260,12 +262,15 @@ def _fake(
 
     sparse = collect and eps > 0 and estimator != "soft"
     count, plain_count = entries(sparse), entries(sparse and estimator == "reinmax")
-    integers = {"dtype": torch.int64}
+
+    def integers(size: Any) -> torch.Tensor:
+        return tau.new_empty(size, dtype=torch.int64)
+
     return (
         hidden.new_empty(rows, sum(table.shape[1] for table in tables), dtype=joint_dtype(tables)),
-        tau.new_empty(rows, **integers), tau.new_empty(rows), tau.new_empty(5, rows),
-        tau.new_empty(rows + 1, **integers), tau.new_empty(count, **integers), tau.new_empty(count),
-        tau.new_empty(rows + 1, **integers), tau.new_empty(plain_count, **integers), tau.new_empty(plain_count),
+        integers(rows), tau.new_empty(rows), tau.new_empty(5, rows),
+        integers(rows + 1), integers(count), tau.new_empty(count),
+        integers(rows + 1), integers(plain_count), tau.new_empty(plain_count),
         tau.new_empty(rows, dtype=torch.bool),
     )  # fmt: skip
 
@@ -292,10 +297,10 @@ class _Backward:
 
     def dy(self, rows: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         """`dY` at single places."""
-        parts = [
-            self.implementation.gather_dot(d, t, rows, tokens) for d, t in zip(self.upstream, self.tables, strict=True)
-        ]
-        return sum(part.to(self.tau.dtype) for part in parts)
+        total = torch.zeros(len(tokens), dtype=self.tau.dtype, device=self.tau.device)
+        for upstream, table in zip(self.upstream, self.tables, strict=True):
+            total += self.implementation.gather_dot(upstream, table, rows, tokens)
+        return total
 
     def relaxed(self, support: Support, factor: torch.Tensor, tempered: bool) -> Entries:
         """`factor * J(p) dY` on a support; unbiased, since each entry sees the mean without its own rounding."""
@@ -326,7 +331,12 @@ class _Backward:
     def dense(
         self, rows: torch.Tensor, estimator: str, dlogprobs: torch.Tensor | None, dtables: list[torch.Tensor | None]
     ) -> None:
-        """The exact rule for some rows: one pass over the vocabulary for the means, one for the gradient."""
+        """The exact rule for some rows.
+
+        The gradient of the logits is `p (dY - D)`, and D is known only at the end of the vocabulary. The gradient of
+        the hidden states is linear in D, so where no other is asked for, one pass sums what is and what is not
+        multiplied by it. Otherwise one pass finds the means and another makes the gradient.
+        """
         tau, ids = self.tau[rows, None], self.ids[rows, None]
         upstream = [d[rows] for d in self.upstream]
         statistics = _Statistics(*(x[rows, None] for x in self.statistics))
@@ -348,8 +358,14 @@ class _Backward:
             return (logits - statistics.logit_max).exp() / statistics.logit_sum
 
         def dy_chunk(columns: slice, like: torch.Tensor) -> torch.Tensor:
-            return sum((d @ t[columns].T).to(like.dtype) for d, t in zip(upstream, self.tables, strict=True))
+            out = torch.zeros_like(like)
+            for d, table in zip(upstream, self.tables, strict=True):
+                out += d @ table[columns].T
+            return out
 
+        if not (reinmax or self.gradients.needs[1] or self.gradients.needs[2]):
+            self._dense_hidden(rows, estimator, dlogprobs, dtables, weights, plain, dy_chunk)
+            return
         total, dot, plain_dot = (torch.zeros_like(tau) for _ in range(3))
         for columns, logits in head_chunks(self.head._replace(hidden=self.head.hidden[rows])):
             part, dy = weights(columns, logits), dy_chunk(columns, logits)
@@ -359,10 +375,7 @@ class _Backward:
                 plain_dot += (plain(logits) * dy).sum(dim=1, keepdim=True)
         mean = dot / total
         if reinmax:
-            sampled_dy = sum(
-                (d * t[ids.squeeze(1)]).sum(1).to(tau.dtype) for d, t in zip(upstream, self.tables, strict=True)
-            )
-            mean = 0.5 * (mean + sampled_dy[:, None])
+            mean = 0.5 * (mean + self.dy(rows, self.ids[rows])[:, None])
         dtau = torch.zeros_like(tau)
 
         def rule(columns: slice, logits: torch.Tensor) -> torch.Tensor:
@@ -383,6 +396,51 @@ class _Backward:
 
         self.gradients.add_dense(rows, rule)
         self.dtau[rows] += dtau.squeeze(1)
+
+    def _dense_hidden(
+        self,
+        rows: torch.Tensor,
+        estimator: str,
+        dlogprobs: torch.Tensor | None,
+        dtables: list[torch.Tensor | None],
+        weights: Callable[[slice, torch.Tensor], torch.Tensor],
+        plain: Callable[[torch.Tensor], torch.Tensor],
+        dy_chunk: Callable[[slice, torch.Tensor], torch.Tensor],
+    ) -> None:
+        """`dense` in one pass, for the gradients of hidden states, tau and, with `soft`, tables."""
+        tau, head = self.tau[rows, None], self.head._replace(hidden=self.head.hidden[rows])
+        # Counting dY from the sampled token's keeps what is subtracted at the end small.
+        origin = self.dy(rows, self.ids[rows])[:, None]
+        total, dot, moment, moment_dot = (torch.zeros_like(tau) for _ in range(4))
+        kinds = 2 if dlogprobs is None else 3
+        sums = torch.zeros(kinds * len(rows), head.hidden.shape[1], dtype=tau.dtype, device=tau.device)
+        for columns, logits in head_chunks(head):
+            part, dy = weights(columns, logits), dy_chunk(columns, logits).sub_(origin)
+            terms = [part * dy, part] if dlogprobs is None else [part * dy, part, plain(logits)]
+            total += part.sum(dim=1, keepdim=True)
+            dot += terms[0].sum(dim=1, keepdim=True)
+            logp = torch.where(part > 0, part.log(), 0.0)
+            moment += (part * logp).sum(dim=1, keepdim=True)
+            moment_dot += (terms[0] * logp).sum(dim=1, keepdim=True)
+            if self.gradients.hidden is not None:
+                stacked = torch.cat(terms)
+                if head.softcap is not None:
+                    stacked *= softcap_slope(logits, head.softcap).repeat(kinds, 1)
+                sums += stacked.to(head.weight.dtype) @ head.weight[columns]
+            if estimator == "soft":
+                p = part / self.statistics.relaxed_sum[rows, None]
+                for upstream, dtable in zip(self.upstream, dtables, strict=True):
+                    if dtable is not None:
+                        dtable[columns] += p.to(upstream.dtype).T @ upstream[rows]
+        mean = dot / total
+        self.dtau[rows] -= ((moment_dot - mean * moment) / (total * tau)).squeeze(1)
+        if self.gradients.hidden is not None:
+            weighted, unweighted, *plains = sums.split(len(rows))
+            self.gradients.hidden[rows] += (weighted - mean * unweighted) / (total * tau)
+            if dlogprobs is not None:
+                self.gradients.hidden[rows] -= dlogprobs[rows, None] * plains[0]
+        if dlogprobs is not None:
+            self.gradients.add_entries(Entries(rows, self.ids[rows], dlogprobs[rows]))
 
 
 def _backward_kernel(
@@ -415,7 +473,8 @@ def _backward_kernel(
     saved = _Statistics(*statistics.unbind())
     noise = (seed, row_ids, vocab_start)
     step = _Backward(implementation, gradients, tables, upstream, tau, noise, ids, saved, eps)
-    support, plain = Support(*supports[:3], overflow), Support(*supports[3:], overflow)
+    support = Support(supports[0], supports[1], supports[2], overflow)
+    plain = Support(supports[3], supports[4], supports[5], overflow)
     soft = estimator == "soft"
     through_logits = any(needs_head) or needs_dtau
     if eps > 0 and soft and (through_logits or any(needs_tables)):
@@ -525,7 +584,7 @@ def _backward(ctx: Any, dembedded: torch.Tensor | None, *rest: torch.Tensor | No
     supports, overflow, tables = saved[:6], saved[6], saved[7:]
     dlogprobs = rest[1]
     if dembedded is None and dlogprobs is None:
-        return (None,) * 14
+        return *(None,) * 4, [None] * len(tables), *(None,) * 9
     if dembedded is None:
         width = sum(table.shape[1] for table in tables)
         dembedded = torch.zeros(hidden.shape[0], width, dtype=joint_dtype(tables), device=hidden.device)
@@ -545,3 +604,4 @@ def _backward(ctx: Any, dembedded: torch.Tensor | None, *rest: torch.Tensor | No
 
 
 torch.library.register_autograd("grade_kernels::linear_gumbel_ste", _backward, setup_context=_setup_context)
+once_differentiable("linear_gumbel_ste_backward")

@@ -25,7 +25,7 @@ from grade_kernels.ops.head import (
     select_backend,
     wanted_gradients,
 )
-from grade_kernels.ops.registry import define
+from grade_kernels.ops.registry import define, once_differentiable
 
 __all__ = ["linear_entropy", "linear_kl", "linear_logprobs"]
 
@@ -40,7 +40,7 @@ def linear_logprobs(
     temperature: float = 1.0,
     eps: float = 2**-11,
 ) -> torch.Tensor:
-    """Log-probability of given tokens, `log softmax(l / temperature)[ids]` with `l = softcap(hidden @ lm_head.T + bias)`.
+    """Log-probability of given tokens, `log softmax(l / temperature)[ids]`, `l = softcap(hidden @ lm_head.T + bias)`.
 
     Args:
         hidden: `[..., H]`, float32, bfloat16, float16 or float64.
@@ -95,7 +95,7 @@ def linear_entropy(
     temperature: float = 1.0,
     eps: float = 2**-11,
 ) -> torch.Tensor:
-    """Entropy `-sum p log p` of `p = softmax(l / temperature)`, in nats. Arguments and errors as in `linear_logprobs`."""
+    """Entropy `-sum p log p` of `p = softmax(l / temperature)`, in nats. Arguments as in `linear_logprobs`."""
     return _statistic("entropy", hidden, lm_head, bias, logit_softcap, temperature, eps)
 
 
@@ -372,3 +372,4 @@ def _backward(ctx: Any, dvalue: torch.Tensor | None, *_: torch.Tensor | None) ->
 
 
 torch.library.register_autograd("grade_kernels::linear_statistic", _backward, setup_context=_setup_context)
+once_differentiable("linear_statistic_backward")

@@ -33,3 +33,12 @@ def define(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) ->
     library.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"grade_kernels::{name}", fake, lib=library)
     return getattr(torch.ops.grade_kernels, name).default
+
+
+def once_differentiable(name: str) -> None:
+    """Make a backward operation refuse to be differentiated itself, instead of passing for a constant."""
+
+    def refuse(*_: Any) -> Any:
+        raise NotImplementedError(f"grade_kernels::{name} has no second derivative")
+
+    torch.library.register_autograd(f"grade_kernels::{name}", refuse, lib=library)

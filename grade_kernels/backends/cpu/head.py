@@ -54,9 +54,7 @@ class _Pass:
         self.capacity = fallback.support_capacity(eps, vocab) if eps > 0 else 0
         self.candidates = torch.empty(rows, self.capacity * _CANDIDATE_WORDS, dtype=torch.int32)
 
-    def run(
-        self, seed: torch.Tensor, row_ids: torch.Tensor | None, vocab_start: int, ref: Head | None = None
-    ) -> None:
+    def run(self, seed: torch.Tensor, row_ids: torch.Tensor | None, vocab_start: int, ref: Head | None = None) -> None:
         head, rows = self.head, self.head.hidden.shape[0]
         hidden, ref_hidden = _lanes(head.hidden), None if ref is None else _lanes(ref.hidden)
         lanes, vocab = hidden.shape[1], head.weight.shape[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from typing import Any
 
 import torch
@@ -10,6 +11,9 @@ from grade_kernels.backends import Sample
 
 # Numbers of csrc/cpu/rows.h's Estimator.
 _ESTIMATOR = {"ste": 0, "soft": 0, "st": 1, "reinmax": 2}
+
+
+_FRESH_MEMORY = 2**21  # bytes from which a mapping of its own pays
 
 
 def _kernels() -> Any:
@@ -28,7 +32,7 @@ def sample(
     compute = torch.float64 if logits.dtype == torch.float64 else torch.float32
     rows = logits.shape[0]
     ids, score_max = torch.empty(rows, dtype=torch.int64), torch.empty(rows, dtype=compute)
-    logit_max, logit_sum = torch.empty(2, rows if logsumexp else 0, dtype=compute).unbind()
+    logit_max, logit_sum = (torch.empty(rows if logsumexp else 0, dtype=compute) for _ in range(2))
     _kernels().sample(
         _unit_stride(logits), seed, _plain(row_ids), vocab_start, logsumexp, ids, score_max, logit_max, logit_sum
     )
@@ -40,10 +44,18 @@ def _plain(x: torch.Tensor | None) -> torch.Tensor | None:
 
 
 def one_hot(sample: Sample, vocab_size: int, dtype: torch.dtype) -> torch.Tensor:
-    """See `grade_kernels.backends`."""
-    out = torch.empty(sample.ids.shape[0], vocab_size, dtype=dtype)
-    _kernels().one_hot(sample.ids, out)
-    return out
+    """See `grade_kernels.backends`.
+
+    A large one stands on fresh anonymous memory, which the system hands out as zeros and backs with real pages only
+    where it is written: once a row. Filling it would take longer than sampling, and most of that in page faults.
+    """
+    rows = sample.ids.shape[0]
+    size = rows * vocab_size * dtype.itemsize
+    if size < _FRESH_MEMORY:
+        out = torch.zeros(rows, vocab_size, dtype=dtype)
+    else:
+        out = torch.frombuffer(mmap.mmap(-1, size), dtype=dtype).view(rows, vocab_size)
+    return out.scatter_(1, sample.ids[:, None], 1.0)
 
 
 def softmax(
@@ -78,7 +90,7 @@ def softmax_backward(
     out: torch.Tensor,
 ) -> torch.Tensor:
     """See `grade_kernels.backends`."""
-    dtau = torch.empty(logits.shape[0], dtype=tau.dtype)
+    dtau = torch.zeros(logits.shape[0], dtype=tau.dtype)
     _kernels().softmax_backward(
         _unit_stride(dy),
         _unit_stride(logits),

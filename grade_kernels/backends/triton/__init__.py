@@ -1,7 +1,9 @@
 """Fused Triton kernels, for any device with an active Triton driver and for the CPU through Triton's interpreter.
 
 `philox` holds the device functions that turn (seed, row, token) into noise; each other module holds the kernels and the
-launcher of one function of the backend interface. Importing this package does not import Triton.
+launcher of one function of the backend interface, or of those that share a kernel. `head` holds the tile of a product
+with an LM head that `head_sampling` and `head_relaxation` consume, `head_support` what becomes of it.
+Importing this package does not import Triton.
 """
 
 from __future__ import annotations
@@ -13,16 +15,29 @@ from typing import Any
 
 import torch
 
-__all__ = ["sample", "softmax", "softmax_backward", "why_not_device", "why_unavailable"]
+# Where each function of the interface lives.
+_HOME = {
+    "one_hot": "grade_kernels.backends.torch.rows",  # a fill and a scatter: nothing to fuse
+    "sample": f"{__name__}.sampling",
+    "softmax": f"{__name__}.relaxation",
+    "softmax_backward": f"{__name__}.gradient",
+    "head_sample": f"{__name__}.head_sampling",
+    "head_scores": f"{__name__}.head_sampling",
+    "head_softmax": f"{__name__}.head_relaxation",
+    "head_logits_at": f"{__name__}.gather",
+    "gather_dot": f"{__name__}.gather",
+    "gather_sum": f"{__name__}.gather",
+    "scatter_sum": f"{__name__}.gather",
+}
 
-_HOME = {"sample": "sampling", "softmax": "relaxation", "softmax_backward": "gradient"}
+__all__ = [*_HOME, "why_not_device", "why_unavailable"]
 
 
 def __getattr__(name: str) -> Any:
-    """The three functions of the interface, imported (and Triton with them) when they are first asked for."""
+    """The functions of the interface, imported (and Triton with them) when they are first asked for."""
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    function = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    function = getattr(importlib.import_module(_HOME[name]), name)
     globals()[name] = function
     return function
 

@@ -1,8 +1,8 @@
 """`softmax_backward`: the gradient of the logits for every estimator, and of tau, given the gradient of the relaxation.
 
 Two passes over the logits and the incoming gradient, one program per row and split in each. The first leaves the sums
-that the softmax's Jacobian needs, `[4, N, SPLITS]`; the second reads its row's in a fixed order and writes the result, which
-may take the place of the incoming gradient.
+that the softmax's Jacobian needs, `[4, N, SPLITS]`; the second reads its row's in a fixed order and writes the result,
+which may take the place of the incoming gradient.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from grade_kernels.backends.triton.tiles import (
 @triton.jit
 def _sums(
     p_l, p_dy, s_lv, s_dyv, V, group_start, row_lo, row_hi, k0, k1, pivot, rate, tile_lo, tile_hi, state,
-    SKEW: tl.constexpr, LANES: tl.constexpr, STRIPS: tl.constexpr, DTYPE: tl.constexpr, FAST: tl.constexpr, ALIGNED: tl.constexpr,
-    NOISY: tl.constexpr, REINMAX: tl.constexpr, MASKED: tl.constexpr, REFINE: tl.constexpr,
+    SKEW: tl.constexpr, LANES: tl.constexpr, STRIPS: tl.constexpr, DTYPE: tl.constexpr, FAST: tl.constexpr,
+    ALIGNED: tl.constexpr, NOISY: tl.constexpr, REINMAX: tl.constexpr, MASKED: tl.constexpr, REFINE: tl.constexpr,
 ):  # fmt: skip
     """Fold tiles into the lanes' state: sums of w, w * dy and, untempered, exp(l - max) * dy; least word."""
     b_total, b_dot, b_plain, b_low = state
@@ -57,7 +57,8 @@ def _sums(
 def softmax_backward_sums_kernel(
     dy, logits, tau, seed, row_ids, pivots, ids, partial, s_dyn, s_dyv, s_ln, s_lv, s_tau, N, V, group_start,
     SKEW: tl.constexpr, LANES: tl.constexpr, STRIPS: tl.constexpr, TILES: tl.constexpr, SPLITS: tl.constexpr,
-    DTYPE: tl.constexpr, FAST: tl.constexpr, ALIGNED: tl.constexpr, NOISY: tl.constexpr, REINMAX: tl.constexpr,
+    DTYPE: tl.constexpr, FAST: tl.constexpr, ALIGNED: tl.constexpr, NOISY: tl.constexpr,
+    REINMAX: tl.constexpr,
 ):  # fmt: skip
     """One split of one row into `partial` `[4, N, SPLITS]`.
 
@@ -108,9 +109,9 @@ def softmax_backward_sums_kernel(
 def _apply(
     p_l, p_dy, p_out, s_lv, s_dyv, s_outv, V, group_start, row_lo, row_hi, k0, k1, pivot, rate, i_id, dot, factor,
     plain_dot, plain_factor, top, dlogprob, tile_lo, tile_hi, b_dtau,
-    SKEW: tl.constexpr, LANES: tl.constexpr, STRIPS: tl.constexpr, DTYPE: tl.constexpr, FAST: tl.constexpr, ALIGNED: tl.constexpr,
-    NOISY: tl.constexpr, REINMAX: tl.constexpr, LOGPROB: tl.constexpr, DTAU: tl.constexpr, MASKED: tl.constexpr,
-    REFINE: tl.constexpr,
+    SKEW: tl.constexpr, LANES: tl.constexpr, STRIPS: tl.constexpr, DTYPE: tl.constexpr, FAST: tl.constexpr,
+    ALIGNED: tl.constexpr, NOISY: tl.constexpr, REINMAX: tl.constexpr, LOGPROB: tl.constexpr, DTAU: tl.constexpr,
+    MASKED: tl.constexpr, REFINE: tl.constexpr,
 ):  # fmt: skip
     """Write the gradient of some tiles, and fold its product with the scores' distance from the best into b_dtau."""
     o_group = (group_start + tl.arange(0, LANES // 4).to(tl.uint32)).to(tl.int32, bitcast=True)
@@ -156,9 +157,10 @@ def softmax_backward_apply_kernel(
     dy, logits, tau, seed, row_ids, pivots, ids, logit_max, logit_sum, dlogprobs, partial, partial_dtau, out,
     s_dyn, s_dyv, s_ln, s_lv, s_outn, s_outv, s_tau, N, V, group_start,
     SKEW: tl.constexpr, LANES: tl.constexpr, STRIPS: tl.constexpr, TILES: tl.constexpr, SPLITS: tl.constexpr,
-    BLOCK_S: tl.constexpr, DTYPE: tl.constexpr, FAST: tl.constexpr, ALIGNED: tl.constexpr, NOISY: tl.constexpr, REINMAX: tl.constexpr,
+    BLOCK_S: tl.constexpr, DTYPE: tl.constexpr, FAST: tl.constexpr, ALIGNED: tl.constexpr, NOISY: tl.constexpr,
+    REINMAX: tl.constexpr,
 ):  # fmt: skip
-    """One split of one row of the gradient, and its share of dtau in `partial_dtau` `[N, SPLITS]` unless that is None."""
+    """One split of one row of the gradient, and of dtau (`partial_dtau` `[N, SPLITS]`) unless that is None."""
     i_p = tl.program_id(0).to(tl.int64)
     i_n, i_s = i_p // SPLITS, (i_p % SPLITS).to(tl.int32)
     LOGPROB: tl.constexpr = dlogprobs is not None
@@ -207,19 +209,19 @@ def softmax_backward_apply_kernel(
     if is_fine:
         b_dtau = _apply(
             p_l, p_dy, p_out, s_lv, s_dyv, s_outv, V, group_start, row_lo, row_hi, k0, k1, pivot, rate, i_id, dot,
-            factor, plain_dot, plain_factor, top, dlogprob, lo, hi, b_dtau, SKEW, LANES, STRIPS, DTYPE, FAST, ALIGNED, NOISY,
-            REINMAX, LOGPROB, DTAU, MASKED=True, REFINE=True,
+            factor, plain_dot, plain_factor, top, dlogprob, lo, hi, b_dtau, SKEW, LANES, STRIPS, DTYPE, FAST, ALIGNED,
+            NOISY, REINMAX, LOGPROB, DTAU, MASKED=True, REFINE=True,
         )  # fmt: skip
     else:
         b_dtau = _apply(
             p_l, p_dy, p_out, s_lv, s_dyv, s_outv, V, group_start, row_lo, row_hi, k0, k1, pivot, rate, i_id, dot,
-            factor, plain_dot, plain_factor, top, dlogprob, lo, full, b_dtau, SKEW, LANES, STRIPS, DTYPE, FAST, ALIGNED, NOISY,
-            REINMAX, LOGPROB, DTAU, MASKED=False, REFINE=False,
+            factor, plain_dot, plain_factor, top, dlogprob, lo, full, b_dtau, SKEW, LANES, STRIPS, DTYPE, FAST, ALIGNED,
+            NOISY, REINMAX, LOGPROB, DTAU, MASKED=False, REFINE=False,
         )  # fmt: skip
         b_dtau = _apply(
             p_l, p_dy, p_out, s_lv, s_dyv, s_outv, V, group_start, row_lo, row_hi, k0, k1, pivot, rate, i_id, dot,
-            factor, plain_dot, plain_factor, top, dlogprob, full, hi, b_dtau, SKEW, LANES, STRIPS, DTYPE, FAST, ALIGNED, NOISY,
-            REINMAX, LOGPROB, DTAU, MASKED=True, REFINE=False,
+            factor, plain_dot, plain_factor, top, dlogprob, full, hi, b_dtau, SKEW, LANES, STRIPS, DTYPE, FAST, ALIGNED,
+            NOISY, REINMAX, LOGPROB, DTAU, MASKED=True, REFINE=False,
         )  # fmt: skip
     if DTAU:
         tl.store(partial_dtau + i_p, -tl.sum(b_dtau, 0) / m_tau)

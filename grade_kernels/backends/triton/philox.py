@@ -24,12 +24,13 @@ REFINE_BELOW = tl.constexpr(noise.REFINE_BELOW)
 LN2 = tl.constexpr(0.6931471805599453)
 LOG2E = tl.constexpr(1.4426950408889634)
 SHIFT = tl.constexpr(0.36651292058166435)  # -ln(ln 2)
+WIDE_PRODUCT = tl.constexpr("{ .reg .b64 p; mul.wide.u32 p, $2, $3; mov.b64 {$1, $0}, p; }")
 
 
 @triton.jit
-def load_key(p_seed):
+def load_key(p_seed, volatile: tl.constexpr = False):
     """The two key words of a 0-d int64 seed."""
-    seed = tl.load(p_seed).to(tl.uint64, bitcast=True)
+    seed = tl.load(p_seed, volatile=volatile).to(tl.uint64, bitcast=True)
     return seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
 
 
@@ -41,26 +42,22 @@ def split_row(row):
 
 
 @triton.jit
-def _wide_product(a, b, FAST: tl.constexpr):
-    """High and low word of a 32-bit product, by a single wide multiply: high and low separately would be two."""
-    if FAST:
-        # LLVM would widen what follows to 64 bits, and ptxas would then add up high words that are zero.
-        high, low = tl.inline_asm_elementwise(
-            "{ .reg .b64 p; mul.wide.u32 p, $2, $3; mov.b64 {$1, $0}, p; }", "=r,=r,r,r", [a, b],
-            dtype=(tl.uint32, tl.uint32), is_pure=True, pack=1,
-        )  # fmt: skip
-    else:
-        p = a.to(tl.uint64) * b
-        high, low = (p >> 32).to(tl.uint32), p.to(tl.uint32)
-    return high, low
-
-
-@triton.jit
 def philox(c0, c1, c2, c3, k0, k1, FAST: tl.constexpr):
     """Philox4x32-10. Counter and key are uint32 and broadcast, so what is uniform stays scalar."""
     for _ in tl.static_range(10):
-        high0, low0 = _wide_product(c0, 0xD2511F53, FAST)
-        high1, low1 = _wide_product(c2, 0xCD9E8D57, FAST)
+        # A single wide multiply gives both words of a product; high and low separately would be two.
+        if FAST:
+            # Named in PTX: LLVM would widen what follows to 64 bits, and add up high words that are zero.
+            high0, low0 = tl.inline_asm_elementwise(
+                WIDE_PRODUCT, "=r,=r,r,r", [c0, 0xD2511F53], dtype=(tl.uint32, tl.uint32), is_pure=True, pack=1
+            )
+            high1, low1 = tl.inline_asm_elementwise(
+                WIDE_PRODUCT, "=r,=r,r,r", [c2, 0xCD9E8D57], dtype=(tl.uint32, tl.uint32), is_pure=True, pack=1
+            )
+        else:
+            p0, p1 = c0.to(tl.uint64) * 0xD2511F53, c2.to(tl.uint64) * 0xCD9E8D57
+            high0, low0 = (p0 >> 32).to(tl.uint32), p0.to(tl.uint32)
+            high1, low1 = (p1 >> 32).to(tl.uint32), p1.to(tl.uint32)
         c0, c1, c2, c3 = high1 ^ (c1 ^ k0), low1, high0 ^ (c3 ^ k1), low0
         k0 = tl.add(k0, 0x9E3779B9, sanitize_overflow=False)
         k1 = tl.add(k1, 0xBB67AE85, sanitize_overflow=False)
@@ -77,7 +74,7 @@ def words(groups, row_lo, row_hi, k0, k1, DOMAIN: tl.constexpr, FAST: tl.constex
     w0, w1, w2, w3 = philox(groups, row_lo, row_hi, tl.full((), DOMAIN, tl.uint32), k0, k1, FAST)
     quads = tl.join(tl.join(w0, w2), tl.join(w1, w3))
     least = tl.minimum(tl.minimum(w0, w1), tl.minimum(w2, w3))
-    return tl.reshape(quads, groups.shape[:-1] + [4 * groups.shape[-1]]), least
+    return tl.reshape(quads, w0.shape[:-1] + [4 * w0.shape[-1]]), least
 
 
 @triton.jit

@@ -25,8 +25,8 @@ from grade_kernels.backends.triton.tiles import (
 @triton.jit
 def _sweep(
     p_l, p_w, s_lv, s_wv, V, group_start, row_lo, row_hi, k0, k1, pivot, rate, factor, tile_lo, tile_hi, state,
-    SKEW: tl.constexpr, LANES: tl.constexpr, STRIPS: tl.constexpr, DTYPE: tl.constexpr, FAST: tl.constexpr, ALIGNED: tl.constexpr,
-    WRITE: tl.constexpr, MASKED: tl.constexpr, REFINE: tl.constexpr,
+    SKEW: tl.constexpr, LANES: tl.constexpr, STRIPS: tl.constexpr, DTYPE: tl.constexpr, FAST: tl.constexpr,
+    ALIGNED: tl.constexpr, WRITE: tl.constexpr, MASKED: tl.constexpr, REFINE: tl.constexpr,
 ):  # fmt: skip
     """Weights of some tiles: written times factor (WRITE), and folded into the lanes' state (sum, least word)."""
     b_sum, b_low = state
@@ -57,8 +57,8 @@ def softmax_kernel(
 ):  # fmt: skip
     """One split of one row.
 
-    Without `total`, the split's sum goes to `partial` `[N, SPLITS]`, and the weights to `weights` unless it is None. With
-    `total`, `partial` is read, and the weights are written divided by the row's sum, which goes to `total`.
+    Without `total`, the split's sum goes to `partial` `[N, SPLITS]`, and the weights to `weights` unless it is None.
+    With `total`, `partial` is read, and the weights are written divided by the row's sum, which goes to `total`.
     """
     i_p = tl.program_id(0).to(tl.int64)
     i_n, i_s = i_p // SPLITS, (i_p % SPLITS).to(tl.int32)

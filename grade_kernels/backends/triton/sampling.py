@@ -16,8 +16,8 @@ from grade_kernels.backends.triton.philox import LN2, LOG2E, REFINE_BELOW, SHIFT
 from grade_kernels.backends.triton.tiles import (
     compute_dtype,
     launch_options,
-    load_strip,
     launching,
+    load_strip,
     split_bounds,
 )
 
@@ -25,8 +25,8 @@ from grade_kernels.backends.triton.tiles import (
 @triton.jit
 def _scan(
     p_row, s_v, V, group_start, row_lo, row_hi, k0, k1, tile_lo, tile_hi, state,
-    SKEW: tl.constexpr, LANES: tl.constexpr, STRIPS: tl.constexpr, DTYPE: tl.constexpr, FAST: tl.constexpr, ALIGNED: tl.constexpr,
-    LSE: tl.constexpr, MASKED: tl.constexpr, REFINE: tl.constexpr,
+    SKEW: tl.constexpr, LANES: tl.constexpr, STRIPS: tl.constexpr, DTYPE: tl.constexpr, FAST: tl.constexpr,
+    ALIGNED: tl.constexpr, LSE: tl.constexpr, MASKED: tl.constexpr, REFINE: tl.constexpr,
 ):  # fmt: skip
     """Fold tiles into the lanes' state: best score, the tile that holds it, least word, and max and sum of logits."""
     b_best, b_tile, b_low, b_max, b_sum = state
@@ -42,13 +42,14 @@ def _scan(
         if LSE:
             b_sum *= tl.exp2((b_max - b_top) * LOG2E)
             b_max = b_top
+        b_peak = tl.full((LANES,), float("-inf"), DTYPE)
         for i_r in tl.static_range(STRIPS):
             groups = (o_group + (i_t * STRIPS + i_r) * (LANES // 4)).to(tl.uint32, bitcast=True)
             b_n, b_least = strip_noise(groups, row_lo, row_hi, k0, k1, DTYPE, FAST, REFINE)
             b_low = tl.minimum(b_low, b_least)
             b_s = tl.fma(b_n, -LN2, strips[i_r])
             # NaN must win here: it is how a bad row is known.
-            b_peak = b_s if i_r == 0 else tl.maximum(b_peak, b_s, propagate_nan=tl.PropagateNan.ALL)
+            b_peak = tl.maximum(b_peak, b_s, propagate_nan=tl.PropagateNan.ALL)
             if LSE:
                 b_sum += tl.exp2((strips[i_r] - b_max) * LOG2E)
         # Where in the tile is left to the pick kernel: an index per logit would cost two instructions more.
@@ -153,7 +154,7 @@ def sample(
     logits: torch.Tensor, seed: torch.Tensor, row_ids: torch.Tensor | None, vocab_start: int, logsumexp: bool
 ) -> Sample:
     """See `grade_kernels.backends`."""
-    rows, vocab = logits.shape
+    rows = logits.shape[0]
     dtype, device = compute_dtype(logits.dtype), logits.device
     ids = torch.empty(rows, dtype=torch.int64, device=device)
     score_max = torch.empty(rows, dtype=dtype, device=device)

@@ -1,0 +1,108 @@
+"""Products of rows with gathered rows of a table: what the sparse backward consists of. No atomics anywhere."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from grade_kernels.backends import Head
+from grade_kernels.backends.torch import head as fallback
+from grade_kernels.backends.triton.tiles import launching
+
+BLOCK_COLUMNS = 512
+DOT_ENTRIES = 4  # entries that a program multiplies at a time
+SUM_ENTRIES = 4  # rows of the table that a program has in flight
+
+
+@triton.jit(do_not_specialize=["K"])
+def gather_dot_kernel(
+    x, table, rows, tokens, out, s_xn, s_xd, s_tv, s_td, K, D, ENTRIES: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """out[k] = x[rows[k]] . table[tokens[k]]."""
+    o_k = tl.program_id(0).to(tl.int64) * ENTRIES + tl.arange(0, ENTRIES)
+    m_k = o_k < K
+    p_x = x + tl.load(rows + o_k, mask=m_k, other=0)[:, None] * s_xn
+    p_t = table + tl.load(tokens + o_k, mask=m_k, other=0)[:, None] * s_tv
+    b_sum = tl.zeros((ENTRIES, BLOCK), tl.float32)
+    for i_d in range(0, tl.cdiv(D, BLOCK)):
+        o_d = i_d * BLOCK + tl.arange(0, BLOCK)
+        m = m_k[:, None] & (o_d < D)[None, :]
+        b_x = tl.load(p_x + o_d[None, :] * s_xd, mask=m, other=0.0).to(tl.float32)
+        b_t = tl.load(p_t + o_d[None, :] * s_td, mask=m, other=0.0).to(tl.float32)
+        b_sum = tl.fma(b_x, b_t, b_sum)
+    tl.store(out + o_k, tl.sum(b_sum, 1), mask=m_k)
+
+
+@triton.jit
+def gather_sum_kernel(
+    values, table, offsets, tokens, out, s_tv, s_td, D, ENTRIES: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """One block of columns of out[n] = sum of values[k] * table[tokens[k]] over the entries k of row n, in their order."""
+    i_n = tl.program_id(0).to(tl.int64)
+    o_d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    m_d = o_d < D
+    start = tl.load(offsets + i_n)
+    count = (tl.load(offsets + i_n + 1) - start).to(tl.int32)
+    o_e = tl.arange(0, ENTRIES)
+    b_sum = tl.zeros((BLOCK,), tl.float32)
+    for i_e in range(0, tl.cdiv(count, ENTRIES)):
+        m_e = i_e * ENTRIES + o_e < count
+        o_k = start + i_e * ENTRIES + o_e
+        b_v = tl.load(values + o_k, mask=m_e, other=0.0)
+        o_t = tl.load(tokens + o_k, mask=m_e, other=0)
+        m = m_e[:, None] & m_d[None, :]
+        b_t = tl.load(table + o_t[:, None] * s_tv + o_d[None, :] * s_td, mask=m, other=0.0).to(tl.float32)
+        b_sum += tl.sum(b_v[:, None] * b_t, 0)
+    tl.store(out + i_n * D + o_d, b_sum, mask=m_d)
+
+
+def _block(width: int) -> int:
+    return min(BLOCK_COLUMNS, triton.next_power_of_2(width))
+
+
+def gather_dot(x: torch.Tensor, table: torch.Tensor, rows: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """See `grade_kernels.backends`."""
+    width, count = x.shape[1], len(tokens)
+    if torch.float64 in (x.dtype, table.dtype) or width == 0:
+        return fallback.gather_dot(x, table, rows, tokens)
+    out = torch.empty(count, dtype=torch.float32, device=x.device)
+    if count > 0:
+        with launching(x):
+            gather_dot_kernel[(triton.cdiv(count, DOT_ENTRIES),)](
+                x, table, rows.contiguous(), tokens.contiguous(), out, *x.stride(), *table.stride(), count, width,
+                ENTRIES=DOT_ENTRIES, BLOCK=_block(width), num_warps=4,
+            )  # fmt: skip
+    return out
+
+
+def gather_sum(values: torch.Tensor, table: torch.Tensor, offsets: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """See `grade_kernels.backends`."""
+    rows, width = len(offsets) - 1, table.shape[1]
+    if torch.float64 in (values.dtype, table.dtype) or width == 0:
+        return fallback.gather_sum(values, table, offsets, tokens)
+    out = torch.empty(rows, width, dtype=torch.float32, device=table.device)
+    if rows > 0:
+        with launching(table):
+            gather_sum_kernel[(rows, triton.cdiv(width, _block(width)))](
+                values.float().contiguous(), table, offsets.contiguous(), tokens.contiguous(), out, *table.stride(), width,
+                ENTRIES=SUM_ENTRIES, BLOCK=_block(width), num_warps=4,
+            )  # fmt: skip
+    return out
+
+
+def scatter_sum(
+    values: torch.Tensor, x: torch.Tensor, rows: torch.Tensor, tokens: torch.Tensor, table: torch.Tensor
+) -> torch.Tensor:
+    """See `grade_kernels.backends`."""
+    return fallback.scatter_sum(values, x, rows, tokens, table, gather_sum)
+
+
+def head_logits_at(head: Head, rows: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """See `grade_kernels.backends`. The fused passes accumulate and keep logits in float32, so nothing is rounded here."""
+    if head.hidden.dtype == torch.float64:
+        return fallback.head_logits_at(head, rows, tokens)
+    logits = gather_dot(head.hidden, head.weight, rows, tokens)
+    if head.bias is not None:
+        logits = logits + head.bias[tokens]
+    return fallback.softcapped(logits, head.softcap)

@@ -1,0 +1,407 @@
+"""The Triton kernels of the operations through a head: values by the interpreter, and the code they compile to.
+
+Without a GPU, kernels run through Triton's interpreter (TRITON_INTERPRET=1), which is slow: tiles and shapes are small.
+"""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
+
+from grade_kernels.backends import Head
+from grade_kernels.backends import torch as plain
+from grade_kernels.backends import triton as fused
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+ROOT = Path(__file__).parents[1]
+REASON = fused.why_unavailable()
+DEVICE = "cuda" if torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1" else "cpu"
+runs = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+SEED = -2401053089206453570
+ROWS = torch.tensor([5, -7, 2**40 + 3, 2**33, 0, 11])
+# (row id, token) under SEED whose word is below 256.
+REFINED = [(-34359738340, 166090), (-34359738048, 196101)]
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    """Tiles that the interpreter gets through, and several splits and launches in a small vocabulary."""
+    if REASON is None and DEVICE == "cpu":
+        from grade_kernels.backends.triton import head, head_support
+
+        tile = head.Config(16, 32, 16, 4, 2)
+        monkeypatch.setattr(head, "NARROW", ((None, tile),))
+        monkeypatch.setattr(head, "WIDE", ((None, tile),))
+        monkeypatch.setattr(head, "SPLIT", 64)
+        monkeypatch.setattr(head_support, "SPLIT", 64)
+        for cached in (head_support.schedule, head_support.layout, head_support.stride):
+            cached.cache_clear()
+
+
+@pytest.fixture(autouse=True)
+def poison(monkeypatch):
+    """Uninitialised memory is NaN, so reading it cannot go unnoticed."""
+    empty = torch.empty
+
+    def poisoned(*args, **kwargs):
+        tensor = empty(*args, **kwargs)
+        return tensor.fill_(math.nan) if tensor.is_floating_point() else tensor.fill_(-(10**9))
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+
+
+def make(rows, vocab, width, dtype=torch.float32, bias=False, softcap=None, seed=0, scale=2.0):
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(rows, width, generator=generator).to(dtype)
+    weight = (torch.randn(vocab, width, generator=generator) * scale * width**-0.5).to(dtype)
+    return Head(hidden, weight, torch.randn(vocab, generator=generator) if bias else None, softcap)
+
+
+def double(head):
+    bias = None if head.bias is None else head.bias.double()
+    return head._replace(hidden=head.hidden.double(), weight=head.weight.double(), bias=bias)
+
+
+def on(thing):
+    """Tensors, alone or in a head, on the device under test."""
+    if isinstance(thing, Head):
+        return Head(*(on(part) for part in thing))
+    return thing.to(DEVICE) if isinstance(thing, torch.Tensor) else thing
+
+
+def seed():
+    return torch.tensor(SEED)
+
+
+def close(found, truth, tolerance=2e-5):
+    torch.testing.assert_close(found.cpu().double(), truth.double(), rtol=tolerance, atol=tolerance, equal_nan=True)
+
+
+def same_support(found, truth):
+    for name in ("overflow", "offsets", "tokens"):
+        assert torch.equal(getattr(found, name).cpu(), getattr(truth, name)), name
+    close(found.p, truth.p)
+
+
+CASES = {
+    "plain": {"shape": (5, 257, 40), "eps": 0.02},
+    "eps 0": {"shape": (5, 131, 40), "eps": 0.0},
+    "every flag": {"shape": (19, 211, 33), "eps": 0.05, "bias": True, "softcap": 3.0, "start": 2**34 + 3, "rows": True},
+    "one token": {"shape": (2, 1, 16), "eps": 0.3},
+    "below a tile": {"shape": (1, 19, 5), "eps": 0.1, "start": 5, "bias": True},
+    "many launches": {"shape": (3, 1543, 16), "eps": 0.05, "start": 2},
+}
+
+
+def arguments(case, dtype):
+    rows, vocab, width = case["shape"]
+    head = make(rows, vocab, width, dtype, case.get("bias", False), case.get("softcap"))
+    generator = torch.Generator().manual_seed(1)
+    tau = 0.5 + torch.rand(rows, generator=generator)
+    row_ids = torch.randint(-(2**62), 2**62, (rows,), generator=generator) if case.get("rows") else None
+    return head, tau, row_ids, case.get("start", 0)
+
+
+@runs
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_scores_and_sample(name, dtype):
+    case = CASES[name]
+    if name == "many launches" and dtype != torch.bfloat16:
+        pytest.skip("one dtype is enough")
+    head, tau, row_ids, start = arguments(case, dtype)
+    truth, truth_total, truth_support = plain.head_scores(
+        double(head), tau.double(), seed(), row_ids, start, case["eps"]
+    )
+    found, total, support = fused.head_scores(on(head), on(tau), on(seed()), on(row_ids), start, case["eps"])
+    assert torch.equal(found.ids.cpu(), truth.ids)
+    for a, b in zip(found[1:], truth[1:], strict=True):
+        close(a, b)
+    close(total, truth_total)
+    same_support(support, truth_support)
+    if case["eps"] > 0 and name != "one token":
+        assert len(truth_support.tokens) > 0
+    sampled = fused.head_sample(on(head), on(seed()), on(row_ids), start)
+    assert torch.equal(sampled.ids, found.ids)
+    assert torch.equal(sampled.score_max, found.score_max)
+    for a, b in zip(sampled[2:], found[2:], strict=True):
+        close(a, b.cpu(), 1e-6)
+
+
+@runs
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("ref", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_softmax(name, ref, dtype):
+    case = CASES[name]
+    if name == "many launches" and dtype != torch.bfloat16:
+        pytest.skip("one dtype is enough")
+    head, tau, row_ids, start = arguments(case, dtype)
+    other = make(head.hidden.shape[0], head.weight.shape[0], 24, dtype, True, None, seed=2) if ref else None
+    truth, truth_support = plain.head_softmax(
+        double(head), tau.double(), seed(), row_ids, start, case["eps"], None if other is None else double(other)
+    )
+    found, support = fused.head_softmax(
+        on(head), on(tau), on(seed()), on(row_ids), start, case["eps"], None if other is None else on(other)
+    )
+    for a, b in zip(found, truth, strict=True):
+        close(a, b)
+    same_support(support, truth_support)
+
+
+@runs
+def test_masked_tokens_are_never_touched():
+    head = make(3, 200, 16, bias=True)
+    head.bias[::3] = -math.inf
+    tau = torch.ones(3)
+    truth, truth_total, truth_support = plain.head_scores(double(head), tau.double(), seed(), None, 0, 0.02)
+    found, total, support = fused.head_scores(on(head), on(tau), on(seed()), None, 0, 0.02)
+    assert torch.equal(found.ids.cpu(), truth.ids)
+    close(total, truth_total)
+    same_support(support, truth_support)
+    assert (support.tokens % 3 != 0).all()
+    truth, truth_support = plain.head_softmax(double(head), tau.double(), seed(), None, 0, 0.02, None)
+    sums, support = fused.head_softmax(on(head), on(tau), on(seed()), None, 0, 0.02, None)
+    for a, b in zip(sums, truth, strict=True):
+        close(a, b)
+    same_support(support, truth_support)
+
+
+@runs
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_bad_row_is_nan_and_alone(value):
+    head = make(4, 150, 16)
+    tau = torch.ones(4)
+    good, good_total, good_support = fused.head_scores(on(head), on(tau), on(seed()), None, 3, 0.05)
+    good_sums, good_sums_support = fused.head_softmax(on(head), on(tau), on(seed()), None, 3, 0.05, None)
+    if value == -math.inf:
+        weight = torch.cat([head.weight, torch.ones(150, 1)], dim=1)
+        hidden = torch.cat([head.hidden, torch.tensor([[0.0], [value], [0.0], [0.0]])], dim=1)
+        head = head._replace(hidden=hidden, weight=weight)
+    else:
+        head.hidden[1, 5] = value
+        head.weight[:, 5] = head.weight[:, 5].abs()
+        good, good_total, good_support = fused.head_scores(
+            on(head._replace(hidden=head.hidden.nan_to_num(0, 0, 0))), on(tau), on(seed()), None, 3, 0.05
+        )
+        good_sums, good_sums_support = fused.head_softmax(
+            on(head._replace(hidden=head.hidden.nan_to_num(0, 0, 0))), on(tau), on(seed()), None, 3, 0.05, None
+        )
+    found, total, support = fused.head_scores(on(head), on(tau), on(seed()), None, 3, 0.05)
+    sampled = fused.head_sample(on(head), on(seed()), None, 3)
+    sums, sums_support = fused.head_softmax(on(head), on(tau), on(seed()), None, 3, 0.05, None)
+    others = torch.tensor([0, 2, 3])
+    for result in (found, sampled):
+        assert 0 <= result.ids[1] < 150
+        assert result.score_max[1].isnan()
+        for a, b in zip(result, good, strict=True):
+            close(a[others], b[others].cpu(), 1e-6)
+    close(total[others], good_total[others].cpu(), 1e-6)
+    assert sums.logit_max[1].isnan()
+    for a, b in zip(sums[:3], good_sums[:3], strict=True):
+        close(a[others], b[others].cpu(), 1e-6)
+    for new, old in ((support, good_support), (sums_support, good_sums_support)):
+        counts, old_counts = new.offsets.diff(), old.offsets.diff()
+        assert counts[1] == 0
+        assert torch.equal(counts[others], old_counts[others])
+        kept = torch.ones(4, dtype=torch.bool, device=old_counts.device)
+        kept[1] = False
+        assert torch.equal(new.tokens, old.tokens[kept.repeat_interleave(old_counts)])
+
+
+@runs
+def test_equal_scores_go_to_the_smaller_id():
+    head = make(2, 300, 16)
+    head = head._replace(bias=torch.full((300,), 1e30))
+    head.bias[:70] = -math.inf
+    found = fused.head_sample(on(head), on(seed()), None, 1)
+    assert found.ids.tolist() == [70, 70]
+    assert found.logit_sum.tolist() == [230, 230]
+
+
+@runs
+@pytest.mark.parametrize(("row", "token"), REFINED)
+def test_refined_words(row, token):
+    """The rare path: a token whose noise needs the second word, among tokens of the same logit."""
+    start = token - 41
+    head = Head(torch.zeros(1, 16), torch.zeros(100, 16), None, None)
+    row_ids, tau = torch.tensor([row]), torch.ones(1)
+    truth, truth_total, _ = plain.head_scores(double(head), tau.double(), seed(), row_ids, start, 0.0)
+    found, total, _ = fused.head_scores(on(head), on(tau), on(seed()), on(row_ids), start, 0.0)
+    assert found.ids == truth.ids == 41
+    assert abs(found.score_max.cpu() - truth.score_max) < 4e-6
+    close(total, truth_total)
+
+
+@runs
+def test_overflow_of_the_support():
+    """A flat row overflows, by the count that the torch backend takes; a peaked one in the same batch does not."""
+    head = make(2, 1003, 16, scale=0.0)
+    head = head._replace(hidden=head.hidden.clone(), weight=head.weight.clone())
+    head.weight[17, 0], head.hidden[:, 0] = 1.0, torch.tensor([0.0, 30.0])
+    tau = torch.tensor([4.0, 1.0])
+    _, truth = plain.head_softmax(double(head), tau.double(), seed(), None, 0, 1e-3, None)
+    found, support = fused.head_softmax(on(head), on(tau), on(seed()), None, 0, 1e-3, None)
+    assert support.overflow.tolist() == [True, False]
+    same_support(support, truth)
+    assert support.tokens.tolist() == [17]
+    assert found.total.isfinite().all()
+
+
+@runs
+def test_overflow_of_a_split(monkeypatch):
+    """A split whose slots do not suffice marks its rows, and leaves the others as they were."""
+    from grade_kernels.backends.triton import head_support
+
+    head, tau = make(3, 500, 16), torch.ones(3)
+    head.hidden[0] = 0
+    _, _, whole = fused.head_scores(on(head), on(tau), on(seed()), None, 0, 0.01)
+    real = head_support.schedule.__wrapped__
+    monkeypatch.setattr(head_support, "schedule", lambda *a: tuple(x._replace(slots=7) for x in real(*a)))
+    head_support.layout.cache_clear()
+    _, _, cut = fused.head_scores(on(head), on(tau), on(seed()), None, 0, 0.01)
+    head_support.layout.cache_clear()
+    assert cut.overflow.any()
+    for i in range(3):
+        part = cut.tokens[cut.offsets[i] : cut.offsets[i + 1]]
+        if cut.overflow[i]:
+            assert len(part) == 0
+        else:
+            assert torch.equal(part, whole.tokens[whole.offsets[i] : whole.offsets[i + 1]])
+
+
+@runs
+def test_results_depend_on_neither_batch_nor_run(monkeypatch):
+    from grade_kernels.backends.triton import head_support
+
+    head, tau, rows = make(6, 300, 24, torch.bfloat16), torch.linspace(0.5, 2, 6), ROWS
+
+    def everything(part):
+        cut = on(head._replace(hidden=head.hidden[part]))
+        sample, total, support = fused.head_scores(cut, on(tau[part]), on(seed()), on(rows[part]), 0, 0.05)
+        sums, other = fused.head_softmax(cut, on(tau[part]), on(seed()), on(rows[part]), 0, 0.05, cut)
+        return [*sample, total, *sums], [support, other]
+
+    batch, supports = everything(slice(None))
+    again, same = everything(slice(None))
+    monkeypatch.setattr(head_support, "LEAST_ROWS", 2)
+    monkeypatch.setattr(head_support, "SLOT_BYTES", 1)
+    cut, parts = everything(slice(None))
+    for a, b, c in zip(batch, again, cut, strict=True):
+        assert torch.equal(a, b)
+        assert torch.equal(a, c)
+    for a, b, c in zip(supports, same, parts, strict=True):
+        assert all(torch.equal(x, y) and torch.equal(x, z) for x, y, z in zip(a, b, c, strict=True))
+    alone, _ = everything(slice(3, 4))
+    for a, b in zip(batch, alone, strict=True):
+        assert torch.equal(a[3:4], b)
+
+
+@runs
+def test_default_row_identity_in_batches(monkeypatch):
+    from grade_kernels.backends.triton import head_support
+
+    head, tau = make(5, 100, 16), torch.ones(5)
+    whole = fused.head_scores(on(head), on(tau), on(seed()), None, 0, 0.05)
+    monkeypatch.setattr(head_support, "LEAST_ROWS", 2)
+    monkeypatch.setattr(head_support, "SLOT_BYTES", 1)
+    parts = fused.head_scores(on(head), on(tau), on(seed()), None, 0, 0.05)
+    for a, b in zip([*whole[0], whole[1], *whole[2]], [*parts[0], parts[1], *parts[2]], strict=True):
+        assert torch.equal(a, b)
+
+
+@runs
+def test_strided_heads():
+    head, tau = make(3, 100, 16), torch.ones(1)
+    truth = fused.head_scores(on(head), on(tau.repeat(3)), on(seed()), None, 0, 0.05)
+    strided = Head(head.hidden.T.contiguous().T, head.weight.repeat(1, 2)[:, :16], None, None)
+    found = fused.head_scores(on(strided), on(tau).expand(3), on(seed()), None, 0, 0.05)
+    for a, b in zip([*truth[0], truth[1], *truth[2]], [*found[0], found[1], *found[2]], strict=True):
+        assert torch.equal(a, b)
+
+
+@runs
+def test_no_rows():
+    head, tau = make(0, 9, 16), torch.empty(0)
+    sample, total, support = fused.head_scores(on(head), on(tau), on(seed()), None, 0, 0.1)
+    assert [t.shape for t in sample] == [(0,)] * 4
+    assert total.shape == (0,)
+    assert support.offsets.tolist() == [0]
+    assert fused.head_sample(on(head), on(seed()), None, 0).ids.shape == (0,)
+    sums, support = fused.head_softmax(on(head), on(tau), on(seed()), None, 0, 0.1, on(head))
+    assert [t.shape for t in sums] == [(0,)] * 5
+    assert support.offsets.tolist() == [0]
+
+
+@runs
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("width", [1, 40, 700])
+def test_gathered_products(dtype, width):
+    generator = torch.Generator().manual_seed(0)
+    x, table = (
+        torch.randn(5, width, generator=generator).to(dtype),
+        torch.randn(23, width, generator=generator).to(dtype),
+    )
+    counts = torch.tensor([3, 0, 9, 1, 0])
+    offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    rows = torch.arange(5).repeat_interleave(counts)
+    tokens = torch.randint(0, 23, (13,), generator=generator)
+    values = torch.randn(13, generator=generator)
+    args = [on(t) for t in (x, table, rows, tokens, values, offsets)]
+    close(fused.gather_dot(*args[:4]), plain.gather_dot(x.double(), table.double(), rows, tokens))
+    close(fused.gather_sum(args[4], args[1], args[5], args[3]),
+          plain.gather_sum(values.double(), table.double(), offsets, tokens))  # fmt: skip
+    found = fused.scatter_sum(args[4], args[0], args[2], args[3], args[1])
+    assert found.dtype == dtype
+    truth = plain.scatter_sum(values.double(), x.double(), rows, tokens, table.double())
+    close(found, truth, 2e-5 if dtype == torch.float32 else 8e-3)
+    bias = torch.zeros(23, 1)
+    close(fused.scatter_sum(args[4], on(torch.ones(5, 1)), args[2], args[3], on(bias)),
+          plain.scatter_sum(values.double(), torch.ones(5, 1).double(), rows, tokens, bias.double()))  # fmt: skip
+    # Every other column of a wider table.
+    strided = torch.stack([args[1], args[1]], dim=2).flatten(1)[:, ::2]
+    assert torch.equal(fused.gather_dot(args[0], strided, args[2], args[3]), fused.gather_dot(*args[:4]))
+    none = torch.zeros(0, dtype=torch.int64, device=DEVICE)
+    assert fused.gather_dot(args[0], args[1], none, none).shape == (0,)
+    zero = fused.gather_sum(args[4][:0], args[1], torch.zeros(3, dtype=torch.int64, device=DEVICE), none)
+    assert torch.equal(zero.cpu(), torch.zeros(2, width))
+
+
+@runs
+def test_single_logits_are_those_of_the_pass():
+    head = make(4, 50, 40, torch.bfloat16, bias=True, softcap=2.0)
+    rows, tokens = torch.tensor([0, 3, 3, 1]), torch.tensor([49, 0, 7, 7])
+    found = fused.head_logits_at(on(head), on(rows), on(tokens))
+    truth = plain.head_logits_at(double(head), rows, tokens)
+    close(found, truth, 1e-6)
+
+
+# What the compiler makes of it
+
+
+def _measured(*args):
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.triton_head_static", "--json", *args]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_compiles_without_spills(target):
+    for figures in _measured("--targets", target, "--dtypes", "bf16", "fp32"):
+        assert figures["spill"] == 0, figures
+        if target == "sm_90" and figures["kernel"] in BOUNDS and figures["dtype"] == "bf16":
+            assert figures["per_logit"] <= BOUNDS[figures["kernel"]], figures
+
+
+BOUNDS = {"sample": 40, "scores": 60}  # instructions per logit outside the product
