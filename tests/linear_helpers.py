@@ -195,14 +195,6 @@ def scores_of(p: Problem) -> Tensor:
     return logits + truth_noise(p.noise, *logits.shape)
 
 
-def margin(p: Problem, truth: Answer) -> float:
-    """What cancels in a problem's gradients, per entry: the size of logits times the size of a row's gradient."""
-    p = widened(flat(p))
-    logits = logits_of(p)
-    size = float(torch.where(logits == -math.inf, 0.0, logits.abs()).max()) if logits.numel() else 0.0
-    return max(1.0, size)
-
-
 def close(
     ours: Tensor | None, theirs: Tensor | None, truth: Tensor | None, what: str, slim: float, unit: float
 ) -> None:

@@ -88,6 +88,8 @@ def seeded(call: Callable[..., Any]) -> Callable[..., Any]:
 @every_call
 def test_compile(backend: str, device: str, interpreted: bool, call: Callable[..., Any]) -> None:
     """One graph, forward and backward, that other values of seed and tau do not recompile, whatever the support."""
+    if backend == "reference" or (interpreted and call not in (CALLS["ste 0.05"], CALLS["statistics exact"])):
+        pytest.skip("slow, and no other code decides there")
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(seeded(call), backend=counter, fullgraph=True)
     for tau, seed in ((0.5, 1), (0.7, 2), (1.3, -3)):
@@ -121,7 +123,9 @@ def test_compile_by_default() -> None:
         )
 
 
-def test_compile_with_any_number_of_rows(backend: str, device: str) -> None:
+def test_compile_with_any_number_of_rows(backend: str, device: str, interpreted: bool) -> None:
+    if backend == "reference" or interpreted:
+        pytest.skip("slow, and no other code decides there")
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(seeded(_ste("ste", 0.05)), backend=counter, fullgraph=True, dynamic=True)
     counts = []
@@ -198,8 +202,12 @@ def test_opcheck(backend: str, device: str, interpreted: bool, name: str) -> Non
     }
     arguments = op_arguments(backend, device)
     assert registered == set(arguments), "an operation without arguments here is an operation without opcheck"
-    for args in arguments[name][:: 5 if interpreted else 1]:
-        torch.library.opcheck(getattr(torch.ops.grade_kernels, name).default, args)
+    every = 9 if interpreted else 3 if name.endswith("_backward") else 1
+    # A backward has no autograd formula of its own, and what it does to shapes is seen when the forward is compiled.
+    utilities = ("test_schema", "test_faketensor") if name.endswith("_backward") else None
+    for args in arguments[name][::every]:
+        op = getattr(torch.ops.grade_kernels, name).default
+        torch.library.opcheck(op, args, **({} if utilities is None else {"test_utils": utilities}))
 
 
 # --- autocast
@@ -249,8 +257,10 @@ def test_autocast_with_mixed_dtypes(backend: str, device: str) -> None:
 
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("name", [name for name in CALLS if name != "sample"])
-def test_checkpoint(backend: str, device: str, name: str, reentrant: bool) -> None:
+def test_checkpoint(backend: str, device: str, interpreted: bool, name: str, reentrant: bool) -> None:
     """Recomputation finds the noise again: the generator's, restored."""
+    if interpreted and name not in ("ste 0.05", "statistics exact"):
+        pytest.skip("slow in the interpreter")
     call, seen = CALLS[name], []
 
     def body(*args: Any) -> tuple[torch.Tensor, ...]:
@@ -272,7 +282,7 @@ def test_checkpoint(backend: str, device: str, name: str, reentrant: bool) -> No
     seen.clear()
     ours = run(True)
     assert_all_close(ours, expected)
-    assert len(seen) >= 1
+    assert len(seen) >= 1 + reentrant
 
 
 def test_checkpoint_of_rounded_statistics(backend: str, device: str) -> None:
@@ -336,7 +346,6 @@ def test_inputs_changed_between_forward_and_backward_are_noticed(backend: str, d
         tensors = [leaf(x) * 1 for x in (randn(N, H, device=device), randn(V, H, device=device, seed=1),
                                          randn(V, D, device=device, seed=3))]  # fmt: skip
         out = gk.linear_gumbel_ste(*tensors, 0.7, noise=noise_of(), eps=0.1)
-        tensors[changed].data  # noqa: B018
         with torch.no_grad():
             tensors[changed].add_(1)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):

@@ -73,7 +73,7 @@ def both(p: Problem, eps: float) -> list[torch.Tensor]:
 @every_estimator
 def test_chunks(backend: str, device: str, estimator: str, eps: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """One chunk, or many with ragged ends and gathers in pieces: the same to rounding; in float64 to 1e-12."""
-    for dtype in (torch.float32, torch.float64):
+    for dtype in (torch.float32, torch.float64) if backend in ("torch", "reference") else (torch.float32,):
         n = 2 if backend == "triton" else 5
         p = problem((n,), 1031 if backend != "triton" else 301, 7, dtype=dtype, table_dtypes=(dtype, dtype), bias=True,
                     softcap=5.0, tau="row", estimator=estimator, device=device)  # fmt: skip
@@ -123,9 +123,9 @@ def test_batch_split_and_row_order(backend: str, device: str, interpreted: bool,
 @pytest.mark.parametrize("vocab", [1, 2, 17, 127, 1031])
 def test_sizes(backend: str, device: str, interpreted: bool, estimator: str, vocab: int, eps: float) -> None:
     """No row, one row, many; vocabularies below a tile and prime; odd widths. Exact where nothing is rounded."""
-    if interpreted and vocab == 1031 and eps == 0:
-        pytest.skip("large for the interpreter, and covered with eps")
-    for n in (0, 1, 5, 33) if not interpreted else (0, 1, 3):
+    if interpreted and vocab not in (1, 127):
+        pytest.skip("slow in the interpreter")
+    for n in (0, 1, 5, 33) if not interpreted else (0, 3):
         for features in (1, 7) if n != 5 else (67,):
             p = problem((n,), vocab, features, bias=True, tau="row", estimator=estimator, device=device)
             answer = run(p, eps)
