@@ -163,7 +163,7 @@ def _kernel(
     head = make_head(hidden, lm_head, bias, softcap)
     noise = (seed, row_ids, vocab_start)
     relaxed_sum = torch.zeros_like(tau)
-    support = plain = empty_support(hidden.shape[0], hidden)
+    support, plain = (empty_support(hidden.shape[0], hidden) for _ in range(2))
     sparse = collect and eps > 0
     embedded = None
     if estimator == "soft":
