@@ -365,7 +365,8 @@ class _Backward:
                 out += d.to(dtype) @ table[columns].to(dtype).T
             return out
 
-        if not (reinmax or self.gradients.needs[1] or self.gradients.needs[2]):
+        wide = self.head.hidden.dtype in (torch.float32, torch.float64)  # narrower, the difference at the end cancels
+        if wide and not (reinmax or self.gradients.needs[1] or self.gradients.needs[2]):
             self._dense_hidden(rows, estimator, dlogprobs, dtables, weights, plain, dy_chunk)
             return
         total, dot, plain_dot = (torch.zeros_like(tau) for _ in range(3))
