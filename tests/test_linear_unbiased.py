@@ -62,6 +62,7 @@ def gumbel_draw(
 ) -> Callable[[int, float], dict[str, Tensor]]:
     """Gradients of `linear_gumbel_ste` on `rows` copies of one hidden state with independent noise."""
     p = problem((rows,), vocab, FEATURES, bias=True, estimator=estimator, tau=tau, scale=SHAPES[shape], device=device,
+                softcap=6.0 if shape == "peaked" else None,
                 table_dtypes=(torch.float32, torch.float32))  # fmt: skip
     # What a head and a table have in common is what the gradient sees; independent ones would send hardly any.
     p = p._replace(
@@ -127,6 +128,7 @@ def statistic_draw(
         torch.manual_seed(seed)
         h, w, b = leaf(hidden), leaf(p.lm_head), leaf(p.bias * SHAPES[shape])
         common: dict[str, Any] = {"bias": b, "temperature": temperature, "eps": eps}
+        common["logit_softcap"] = 6.0 if shape == "peaked" else None
         if kind == "logprobs":
             value = gk.linear_logprobs(h, w, ids, **common)
         elif kind == "kl":
@@ -312,3 +314,50 @@ def test_support(
     assert torch.equal(kept[clear], (probabilities > threshold)[clear])
     torch.testing.assert_close(support.p.cpu().double(), probabilities[kept], rtol=2e-5, atol=0)
     assert clear.double().mean() > 0.99
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_gradient_on_a_support(
+    backend: str, device: str, interpreted: bool, estimator: str, softcap: float | None
+) -> None:
+    """One draw, number by number: q = max(p, eps) on the support, and a mean without the entry's own rounding."""
+    if backend == "reference":
+        pytest.skip("the reference collects no support")
+    n, eps = (2 if interpreted else 9), 2**-4
+    p = problem((n,), 67, 5, bias=True, tau="row", estimator=estimator, softcap=softcap, scale=0.7, device=device,
+                table_dtypes=(torch.float32, torch.float32))  # fmt: skip
+    ours = run(p, eps)
+    w = widened(flat(p))
+    dy = sum(d @ t.T for d, t in zip(w.upstream, w.tables, strict=True))
+    hit = torch.zeros_like(dy).scatter_(1, ours.ids.cpu()[:, None], 1.0)
+
+    def rounded(q: Problem, domain: int, noisy: bool) -> tuple[Tensor, Tensor]:
+        probability, threshold = expected_support(q, eps, domain, noisy)
+        assert ((probability - threshold).abs() > 1e-5 * probability).all(), "rounding may decide; take another seed"
+        return probability, torch.where(probability > threshold, probability.clamp_min(eps), 0.0)
+
+    def relaxed(pair: tuple[Tensor, Tensor]) -> Tensor:
+        probability, q = pair
+        mean = (q * dy).sum(1, keepdim=True)
+        return q * (dy - (mean - q * dy) - probability * dy)
+
+    noisy = estimator in ("ste", "soft")
+    main = rounded(p, 0 if noisy else 2, noisy)
+    plain = rounded(p._replace(tau=torch.ones_like(p.tau)), 2, False)
+    if estimator == "reinmax":
+        probability, q = ((x / 2) * (1 - hit) for x in main)
+        sampled = hit * (1 + main[0]) / 2
+        mean = ((q + sampled) * dy).sum(1, keepdim=True)
+        dl = 2 * q * (dy - (mean - q * dy) - probability * dy) + 2 * sampled * (dy - mean) - relaxed(plain) / 2
+    else:
+        dl = relaxed(main) / w.tau[:, None]
+    dl = dl + w.dlogprobs[:, None] * (hit - plain[1])
+    if softcap is not None:
+        dl = dl * (1 - (logits_of(w) / softcap) ** 2)
+    expected = {"hidden": dl @ w.lm_head, "lm_head": dl.T @ w.hidden, "bias": dl.sum(0)}
+    for name, truth in expected.items():
+        torch.testing.assert_close(getattr(ours, name).double().cpu(), truth, rtol=5e-5, atol=5e-5)
+    if estimator == "soft":
+        for grad, d in zip(ours.tables, w.upstream, strict=True):
+            torch.testing.assert_close(grad.double().cpu(), main[1].T @ d, rtol=5e-5, atol=5e-5)
