@@ -18,6 +18,7 @@ test: venv  ## run all tests
 
 bench: venv  ## check, then time every operation against plain PyTorch
 	$(BIN)/python -m pytest benchmarks $(ARGS)
+	$(if $(findstring --quick,$(ARGS)),,$(BIN)/python -m benchmarks.training)
 
 lint: venv  ## ruff and mypy
 	$(BIN)/ruff check .

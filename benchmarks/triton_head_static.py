@@ -2,8 +2,8 @@
 
     python -m benchmarks.triton_head_static [--targets sm_90 ...] [--dtypes bf16 ...] [--kernels sample ...] [--top]
 
-Per kernel: registers, spills, and on NVIDIA the instructions per logit of a tile's epilogue: everything in the loop over
-tiles outside the loop over the width, by the way that most tiles take (no refined noise, not at the vocabulary's edge).
+Per kernel: registers, spills, and on NVIDIA the instructions per logit of a tile's epilogue: everything in the loop
+over tiles outside the loop over the width, by the way of most tiles (no refined noise, not the vocabulary's edge).
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from grade_kernels.backends.triton import head, head_relaxation, head_sampling
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 CAPABILITY = {"sm_80": 80, "sm_90": 90, "sm_100": 100, "gfx942": 0}
 INTEGERS = ("N", "group_start", "first_row", "first_split", "splits", "step", "s_slots")
-FLOATS = [
-    "best", "plain_max", "plain_sum", "top", "total", "before_max", "before_sum", "tau", "score_max", "out_max",
-    "out_sum", "out_total", "moment", "ref_top", "ref_total",
-]  # fmt: skip
+FLOATS = (
+    *("best", "plain_max", "plain_sum", "top", "total", "before_max", "before_sum", "tau", "score_max"),
+    *("out_max", "out_sum", "out_total", "moment", "ref_top", "ref_total"),
+)
 
 
 def variants() -> dict[str, tuple[Any, dict[str, Any], int]]:
@@ -60,8 +60,8 @@ def compile_variant(kernel: Any, changes: dict[str, Any], dtype: str, sizes: hea
         "seed": "*i64", "index": "*i32", "slots": "*i64", "counts": "*i32", "places": "*i32", "room": "*i32",
         "s_hn": "i64 aligned", "s_hk": 1, "s_wv": "i64 aligned", "s_wk": 1,
         "s_rn": "i64 aligned", "s_rk": 1, "s_uv": "i64 aligned", "s_uk": 1, "R": "i32 aligned",
-        "bias": None, "ref_bias": None, "softcap": None, "ref_softcap": None, "row_ids": None, "SKEW": 0, "EVEN_K": True,
-        "EVEN_R": True, **options, **changes,
+        "bias": None, "ref_bias": None, "softcap": None, "ref_softcap": None, "row_ids": None, "SKEW": 0,
+        "EVEN_K": True, "EVEN_R": True, **options, **changes,
     }  # fmt: skip
     signature, constants, attributes = {}, {}, {}
     for i, name in enumerate(kernel.arg_names):
@@ -90,8 +90,8 @@ def _loops(code: list[tuple[int, str]]) -> list[tuple[int, int]]:
 def epilogue(code: list[tuple[int, str]]) -> list[str]:
     """Instructions of the loop over tiles outside the loop over the width, by the shortest way.
 
-    That is the common one: the ways of tiles that refine noise or lie at the vocabulary's edge do more. What the compiler
-    moves ahead of the product counts as well, and so does the start of the next tile's loads.
+    That is the common one: the ways of tiles that refine noise or lie at the vocabulary's edge do more. What the
+    compiler moves ahead of the product counts as well, and so does the start of the next tile's loads.
     """
     products = [a for a, text in code if re.search(r"\b(HGMMA|HMMA|UTCHMMA|UTCQMMA)", text)]
     around = sorted((b - a, a, b) for a, b in _loops(code) if any(a <= x <= b for x in products))
@@ -136,7 +136,7 @@ def configurations(dtype: str, products: int) -> list[head.Config]:
     """Every configuration that is shipped for a dtype."""
     if dtype == "fp32":
         return [c for _, c in head.WIDE]
-    return [c for _, c in head.NARROW][: 1 if products > 1 else None]
+    return [head.PAIR] if products > 1 else [c for _, c in head.NARROW]
 
 
 def main() -> None:

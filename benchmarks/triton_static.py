@@ -26,7 +26,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from grade_kernels.backends.triton import gradient, relaxation, sampling, tiles
+from grade_kernels.backends.triton import gradient, onehot, relaxation, sampling, tiles
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -66,6 +66,7 @@ def variants(dtype: str, target: str, layout: str = "aligned") -> dict[str, tupl
         "sample": (sampling.sample_scan_kernel, {"top": None, "total": None}),
         "sample+lse": (sampling.sample_scan_kernel, {}),
         "sample pick": (sampling.sample_pick_kernel, {}),
+        "one hot": (onehot.one_hot_kernel, {"BLOCKS": "i32", "BLOCK": onehot.BLOCK}),
         "softmax total": (relaxation.softmax_kernel, {"weights": None, "total": None}),
         "softmax write": (relaxation.softmax_kernel, {}),
         "ste sums": (gradient.softmax_backward_sums_kernel, {}),

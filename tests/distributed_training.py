@@ -8,19 +8,18 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from training_models import BagReward, policy, prompts, worst_difference
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from grade_kernels import GumbelNoise
 from grade_kernels.training import grade_loss
+from tests.training_models import BagReward, policy, prompts, worst_difference
 
 SETTINGS = {"eps": 0.0, "max_steps": 2, "optim": "sgd", "learning_rate": 0.5}
 
 
 def trainer_run(path: Path) -> None:
     """Train under DDP, each process with half of the batch; the first one saves the weights and what was logged."""
-    from test_grade_trainer import build, weights
+    from tests.test_grade_trainer import build, weights
 
     trainer = build(path, per_device_train_batch_size=2, **SETTINGS)
     trainer.train()

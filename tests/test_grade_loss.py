@@ -9,7 +9,10 @@ from torch import nn
 pytest.importorskip("transformers")
 
 import transformers as tf
-from training_models import (
+
+from grade_kernels import GumbelNoise, use_backend
+from grade_kernels.training import NonFiniteRewardError, SequenceClassificationReward, grade_loss, right_padded
+from tests.training_models import (
     SIZES,
     VOCAB,
     BagReward,
@@ -21,9 +24,6 @@ from training_models import (
     truncated_loss,
     worst_difference,
 )
-
-from grade_kernels import GumbelNoise, use_backend
-from grade_kernels.training import NonFiniteRewardError, SequenceClassificationReward, grade_loss, right_padded
 
 SEED = 11
 EOS = 21  # ends the last prompt's completion at its third token, whichever the family

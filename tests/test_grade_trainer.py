@@ -20,7 +20,6 @@ pytest.importorskip("accelerate")
 
 import transformers as tf
 from datasets import Dataset
-from training_models import VOCAB, BagReward, classifier, policy, word_tokenizer
 
 from grade_kernels.training import (
     GRADEConfig,
@@ -31,6 +30,7 @@ from grade_kernels.training import (
     checkpoints,
 )
 from grade_kernels.training.schedules import tau_at
+from tests.training_models import VOCAB, BagReward, classifier, policy, word_tokenizer
 
 PROMPTS = [f"w{3 + i} w{7 + 3 * i}" + " w9" * (i % 3) for i in range(12)]
 
@@ -481,7 +481,7 @@ _KILLED = """
 import os, signal, sys
 sys.path[:0] = [{tests!r}]
 import torch
-from test_grade_trainer import build
+from tests.test_grade_trainer import build
 trainer = build({path!r}, max_steps=8, save_strategy="steps", save_steps=2)
 write = torch.save
 def die(state, target, *args, **kwargs):
@@ -495,7 +495,7 @@ trainer.train()
 
 
 def test_sigkill_during_a_checkpoint_write_goes_on_bitwise(uninterrupted, tmp_path):
-    script = _KILLED.format(tests=str(Path(__file__).parent), path=str(tmp_path))
+    script = _KILLED.format(tests=str(Path(__file__).parent.parent), path=str(tmp_path))
     root = Path(__file__).parent.parent
     environment = os.environ | {"PYTHONPATH": f"{root}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
     # The same number of threads, for the same order of sums.

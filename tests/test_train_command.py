@@ -10,10 +10,9 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("datasets")
 
-from training_models import classifier, policy, word_tokenizer
-
 from grade_kernels.cli import main
 from grade_kernels.training import command
+from tests.training_models import classifier, policy, word_tokenizer
 
 
 @pytest.fixture(scope="module")

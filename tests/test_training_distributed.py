@@ -13,8 +13,8 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("datasets")
 
-from distributed_training import SETTINGS
-from test_grade_trainer import build, weights
+from tests.distributed_training import SETTINGS
+from tests.test_grade_trainer import build, weights
 
 HERE = Path(__file__).parent
 

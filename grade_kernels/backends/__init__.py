@@ -119,10 +119,13 @@ def _why_not(name: str) -> str | None:
     return module(name).why_unavailable()
 
 
-@torch.compiler.assume_constant_result
 def _why_not_here(name: str, device: torch.device) -> str | None:
     """None if a backend can serve tensors of a device here, else the reason. Looks beyond what torch.compile traces."""
     return _why_not(name) or module(name).why_not_device(device)
+
+
+# What torch.compiler.assume_constant_result does, which would import the compiler, and Triton with it, along with us.
+_why_not_here._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def module(name: str) -> ModuleType:

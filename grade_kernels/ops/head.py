@@ -17,7 +17,7 @@ from grade_kernels.ops import checks
 def autocasted(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     """Under autocast the operands of the head's product are cast as those of `F.linear` are."""
     device = next(tensor.device.type for tensor in tensors if tensor is not None)
-    if not torch.is_autocast_enabled(device):
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)

@@ -163,7 +163,7 @@ def _kernel(
     head = make_head(hidden, lm_head, bias, softcap)
     noise = (seed, row_ids, vocab_start)
     relaxed_sum = torch.zeros_like(tau)
-    support = plain = empty_support(hidden.shape[0], hidden)
+    support, plain = (empty_support(hidden.shape[0], hidden) for _ in range(2))
     sparse = collect and eps > 0
     embedded = None
     if estimator == "soft":
@@ -360,7 +360,9 @@ class _Backward:
         def dy_chunk(columns: slice, like: torch.Tensor) -> torch.Tensor:
             out = torch.zeros_like(like)
             for d, table in zip(upstream, self.tables, strict=True):
-                out += d @ table[columns].T
+                # A table narrower than the head would round dY to its own dtype.
+                dtype = d.dtype if d.dtype == self.head.hidden.dtype else like.dtype
+                out += d.to(dtype) @ table[columns].to(dtype).T
             return out
 
         if not (reinmax or self.gradients.needs[1] or self.gradients.needs[2]):

@@ -2,7 +2,7 @@
 
 `philox` holds the device functions that turn (seed, row, token) into noise; each other module holds the kernels and the
 launcher of one function of the backend interface, or of those that share a kernel. `head` holds the tile of a product
-with an LM head that `head_sampling` and `head_relaxation` consume, `head_support` what becomes of it.
+with an LM head that `head_sampling` and `head_relaxation` consume, `head_support` what becomes of its candidates.
 Importing this package does not import Triton.
 """
 
@@ -17,7 +17,7 @@ import torch
 
 # Where each function of the interface lives.
 _HOME = {
-    "one_hot": "grade_kernels.backends.torch.rows",  # a fill and a scatter: nothing to fuse
+    "one_hot": f"{__name__}.onehot",
     "sample": f"{__name__}.sampling",
     "softmax": f"{__name__}.relaxation",
     "softmax_backward": f"{__name__}.gradient",

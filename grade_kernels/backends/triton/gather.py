@@ -38,7 +38,7 @@ def gather_dot_kernel(
 def gather_sum_kernel(
     values, table, offsets, tokens, out, s_tv, s_td, D, ENTRIES: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """One block of columns of out[n] = sum of values[k] * table[tokens[k]] over the entries k of row n, in their order."""
+    """One block of columns of out[n] = sum of values[k] * table[tokens[k]] over row n's entries k, in order."""
     i_n = tl.program_id(0).to(tl.int64)
     o_d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     m_d = o_d < D
@@ -85,8 +85,8 @@ def gather_sum(values: torch.Tensor, table: torch.Tensor, offsets: torch.Tensor,
     if rows > 0:
         with launching(table):
             gather_sum_kernel[(rows, triton.cdiv(width, _block(width)))](
-                values.float().contiguous(), table, offsets.contiguous(), tokens.contiguous(), out, *table.stride(), width,
-                ENTRIES=SUM_ENTRIES, BLOCK=_block(width), num_warps=4,
+                values.float().contiguous(), table, offsets.contiguous(), tokens.contiguous(), out,
+                *table.stride(), width, ENTRIES=SUM_ENTRIES, BLOCK=_block(width), num_warps=4,
             )  # fmt: skip
     return out
 
@@ -99,7 +99,7 @@ def scatter_sum(
 
 
 def head_logits_at(head: Head, rows: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """See `grade_kernels.backends`. The fused passes accumulate and keep logits in float32, so nothing is rounded here."""
+    """See `grade_kernels.backends`. The passes keep logits in float32, so nothing is rounded here."""
     if head.hidden.dtype == torch.float64:
         return fallback.head_logits_at(head, rows, tokens)
     logits = gather_dot(head.hidden, head.weight, rows, tokens)

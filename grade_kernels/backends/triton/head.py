@@ -1,7 +1,7 @@
 """Tiles of a head's logits: the matrix product, and what the kernels that consume it do with a tile.
 
-A program owns BM hidden rows and a split of the vocabulary, SPLIT tokens, which it takes in tiles of BN. A tile leaves the
-tensor cores as `[BM, BN]` in registers and is at once taken apart into four quarters `[BM, BN // 4]`, quarter j holding
+A program owns BM hidden rows and a split of the vocabulary, SPLIT tokens, which it takes in tiles of BN. A tile leaves
+the tensor cores as `[BM, BN]` in registers and is taken apart into four quarters `[BM, BN // 4]`, quarter j holding
 the tokens `4 * group + j`: the four tokens of a Philox call then lie in one thread, and words meet logits without any
 exchange. NVIDIA's accumulators give a thread pairs of neighbouring columns, so there the columns of the tile are
 permuted: rows of the head are loaded in the order that gives each of the four threads of a row a run of neighbouring
@@ -39,16 +39,17 @@ class Config(NamedTuple):
 
 # By how many rows there are at most. Both leave room for two programs on a multiprocessor, so that one's epilogue hides
 # behind the other's product.
-NARROW = ((64, Config(64, 128, 64, 4, 4)), (None, Config(128, 128, 64, 8, 3)))
+NARROW = ((64, Config(64, 64, 64, 4, 4)), (None, Config(128, 64, 64, 8, 3)))
+PAIR = Config(64, 32, 64, 4, 3)  # two products per tile
 # float32 is multiplied in true float32, which no tensor core does: small tiles of fused multiply-adds.
 WIDE = ((None, Config(64, 64, 16, 8, 2)),)
 
 
 def config(rows: int, dtype: torch.dtype, products: int = 1) -> Config:
-    """Tile sizes for a number of rows; two products per tile take the smaller ones."""
+    """Tile sizes for a number of rows."""
     if dtype == torch.float32:
         return WIDE[0][1]
-    return next(c for most, c in NARROW if most is None or rows <= most or products > 1)
+    return PAIR if products > 1 else next(c for most, c in NARROW if most is None or rows <= most)
 
 
 def target() -> tuple[str, int]:
@@ -226,7 +227,7 @@ def beside(x, b_y, TARGET: tl.constexpr):
 
 @triton.jit
 def hurdle(w, threshold):
-    """What a weight must exceed: its word's uniform number times eps times the bound; threshold is the latter two / 2^32."""
+    """What a weight must exceed: its word's uniform number times the threshold, eps * bound / 2^32."""
     return tl.mul(w, 0x9E3779B1, sanitize_overflow=False).to(tl.float32) * threshold[:, None]
 
 

@@ -1,4 +1,4 @@
-"""`head_softmax`: statistics and support of a head's noise-free softmax, alone or beside a reference's, in one fused pass."""
+"""`head_softmax`: statistics and support of a head's noise-free softmax, alone or beside a reference's, in one pass."""
 
 from __future__ import annotations
 
@@ -63,8 +63,8 @@ def head_softmax_kernel(
 ):  # fmt: skip
     """One split of BM rows: max, tempered sum and moment, with a reference its max and sum, with slots candidates.
 
-    Sums are relative to `top`, the larger of before_max and the split's largest logit. The moment is the sum of weight times
-    (l - top), or (l - r) with a reference r, in units of tau.
+    Sums are relative to `top`, the larger of before_max and the split's largest logit. The moment is the sum of weight
+    times (l - top), or (l - r) with a reference r, in units of tau.
     """
     FAST: tl.constexpr = TARGET == "cuda"
     blocks = tl.cdiv(N, BM)
@@ -208,7 +208,7 @@ def _run(
     for launch in head_support.schedule(splits, eps):
         if launch.first > 0:
             head_support.normalizer_kernel[(rows,)](top, total, tau, before_max, before_sum, **shared, num_warps=1)
-        head_softmax_kernel[(triton.cdiv(rows, options["BM"]) * launch.count,)](
+        head_softmax_kernel[(triton.cdiv(rows, options["BM"]) * launch.number,)](
             *head[:3], *ref_tensors, seed, row_ids, tau,
             before_max if launch.first > 0 else None, before_sum if launch.first > 0 else None,
             top, total, moment, ref_top, ref_total, *head_support.slot_arguments(candidates),

@@ -68,7 +68,7 @@ def head_scores_kernel(
     SKEW: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TILES: tl.constexpr,
     EVEN_K: tl.constexpr, PERMUTED: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
-    """One split of BM rows: best score and its token, plain max and sum; with tau the tempered sum; with slots candidates.
+    """One split of BM rows: best score and its token, plain max and sum; with tau the tempered sum; with slots too.
 
     before_max, before_sum: what earlier launches know of the rows' normaliser, a lower bound that candidates must beat.
     The tempered sum is relative to `top`, the larger of before_max and the split's best score.
@@ -186,7 +186,7 @@ def _run(
     for launch in head_support.schedule(splits, eps):
         if launch.first > 0:
             head_support.normalizer_kernel[(rows,)](top, total, tau, before_max, before_sum, **shared, num_warps=1)
-        head_scores_kernel[(triton.cdiv(rows, options["BM"]) * launch.count,)](
+        head_scores_kernel[(triton.cdiv(rows, options["BM"]) * launch.number,)](
             head.hidden, head.weight, head.bias, seed, row_ids, tau,
             before_max if launch.first > 0 else None, before_sum if launch.first > 0 else None,
             best, index, plain_max, plain_sum, top, total, *head_support.slot_arguments(candidates),

@@ -2,9 +2,9 @@
 
 A candidate must beat a lower bound of the row's final normaliser. Programs run side by side and share nothing, so the
 bound comes from earlier launches: the first covers about `2 / eps` tokens and keeps them all, each further one up to
-GROWTH times what came before, knowing the sum of that. So a row collects about `(2 + GROWTH * launches) / eps` candidates
-at worst, whatever the vocabulary. A launch takes splits from all over the vocabulary, for neighbouring ids belong together
-(a script, say) and a launch's share should be typical of the rest.
+GROWTH times what came before, knowing the sum of that. So a row collects about `(2 + GROWTH * launches) / eps`
+candidates at worst, whatever the vocabulary. A launch takes splits from all over it, for neighbouring ids belong
+together (a script, say) and a launch's share should be typical of the rest.
 
 Each split has slots in proportion to what it may collect. A row in which they do not suffice is marked.
 """
@@ -36,7 +36,7 @@ class Launch(NamedTuple):
     """A launch's splits (a range of the schedule), and the slots that each has."""
 
     first: int
-    count: int
+    number: int
     slots: int
 
 
@@ -70,16 +70,16 @@ def layout(splits: int, eps: float, device: torch.device) -> tuple[torch.Tensor,
     """Of each split, where its slots begin in a row's and how many they are; and a row's slots in all."""
     places, room, total, step = [0] * splits, [0] * splits, 0, stride(splits)
     for launch in schedule(splits, eps):
-        for i in range(launch.first, launch.first + launch.count):
+        for i in range(launch.first, launch.first + launch.number):
             places[i * step % splits], room[i * step % splits] = total, launch.slots
             total += launch.slots
-    first, slots = (torch.tensor(numbers, dtype=torch.int32, device=device) for numbers in (places, room))
-    return first, slots, total
+    table = torch.tensor([places, room], dtype=torch.int32, device=device)
+    return table[0], table[1], total
 
 
 def batches(rows: int, splits: int, eps: float) -> list[slice]:
     """Rows whose candidates are held at a time."""
-    slots = sum(launch.count * launch.slots for launch in schedule(splits, eps))
+    slots = sum(launch.number * launch.slots for launch in schedule(splits, eps))
     size = max(LEAST_ROWS, SLOT_BYTES // (8 * slots) // LEAST_ROWS * LEAST_ROWS) if slots else rows
     return [slice(i, min(i + size, rows)) for i in range(0, rows, size)]
 
