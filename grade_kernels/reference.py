@@ -172,7 +172,7 @@ def head_logits(
     if bias is not None:
         logits = logits + bias.to(dtype)
     if logit_softcap is not None:
-        logits = logit_softcap * torch.tanh(logits / logit_softcap)
+        logits = torch.where(logits == -torch.inf, -torch.inf, logit_softcap * torch.tanh(logits / logit_softcap))
     return logits / temperature
 
 

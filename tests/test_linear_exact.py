@@ -84,7 +84,7 @@ def test_every_combination_in_float64(
         p = problem(vocab=301, features=5, device=device, **kwargs)
         if isinstance(p.tau, torch.Tensor):
             p = p._replace(tau=p.tau.to(device))
-        slim = 4.0 if len(kwargs["table_dtypes"]) == 1 else 2.0**31
+        slim = 4.0 if len(kwargs["table_dtypes"]) == 1 else 2.0**44 / SLIM[torch.float64]
         check(p, what=str(kwargs), slim=slim)
         check(p, ("hidden",), what=f"hidden alone {kwargs}", slim=slim)
 
@@ -96,8 +96,8 @@ def test_every_combination_in_float32(backend: str, device: str, interpreted: bo
         p = problem(vocab=37, features=7, device=device, **kwargs)
         if isinstance(p.tau, torch.Tensor):
             p = p._replace(tau=p.tau.to(device))
-        # Gradients through bfloat16 and float16 tables carry the rounding of dY in PyTorch, hence in the rule.
-        check(p, what=str(kwargs), slim=1.0 if len(kwargs["table_dtypes"]) == 1 else 2000.0)
+        # Through bfloat16 tables dY is rounded, in PyTorch and here, not always the same way: one such rounding more.
+        check(p, what=str(kwargs), slim=1.0 if len(kwargs["table_dtypes"]) == 1 else 2.0**15 / SLIM[torch.float32])
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)

@@ -121,6 +121,20 @@ def test_frozen_weights_cost_nothing(backend: str, estimator: str, eps: float) -
 
 
 @pytest.mark.usefixtures("small")
+@EPSES
+def test_frozen_heads_cost_statistics_nothing(backend: str, eps: float) -> None:
+    wide = 200
+    p = problem((4,), 2003, wide, bias=True, scale=3.0)
+
+    def call(hidden: torch.Tensor, head: torch.Tensor) -> None:
+        gk.linear_kl(hidden, head, p.hidden.sin(), p.lm_head, bias=p.bias, eps=eps).sum().backward()
+        gk.linear_logprobs(hidden, head, torch.arange(4), eps=eps).sum().backward()
+
+    assert measured(lambda: call(leaf(p.hidden), p.lm_head))[0] < 2003 * wide
+    assert measured(lambda: call(p.hidden, leaf(p.lm_head)))[0] >= 4 * 2003 * wide
+
+
+@pytest.mark.usefixtures("small")
 def test_nothing_is_kept_for_backward_but_rows_and_supports(backend: str) -> None:
     """Between forward and backward: statistics of rows, and supports, whatever the vocabulary."""
     p = problem((N,), V, H, scale=1.0)

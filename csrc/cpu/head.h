@@ -35,7 +35,7 @@ struct HeadPiece {
   float logit_max[kHeadLanes], logit_sum[kHeadLanes];  // of a reference's logits in head_softmax
   float moment[kHeadLanes];                            // sum of weight * (l - score_max) / tau, or * (l - r) / tau
   int32_t id[kHeadLanes];
-  int32_t bad[kHeadLanes];
+  int32_t bad[kHeadLanes];    // 1: a logit is NaN or +inf; 2: one of the reference is
   int32_t count[kHeadLanes];  // candidates
 };
 

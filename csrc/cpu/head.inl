@@ -144,7 +144,7 @@ GK_STEP void load_call(const HeadChunk& in, const void* logits, const float* bia
       const f32 ratio = (1.0f - t) / (1.0f + t);
       const f32 value = select(magnitude < 0.1f, series, y < 0.0f ? -ratio : ratio) * in.softcap;
       const int64_t token_j = token + j;
-      if (token_j >= begin && token_j < end) out[j] = select(y == y, value, y);
+      if (token_j >= begin && token_j < end) out[j] = select((y == y) & (y > -__builtin_inff()), value, y);
     }
   }
 }
@@ -187,14 +187,14 @@ GK_INLINE f32 load_lanes(const float* x, int64_t group, int64_t rows, float fill
 }
 
 // Rows whose score is NaN or +inf.
-[[gnu::noinline, gnu::cold]] static void mark_bad(const f32 s[kCall], HeadPiece& out) {
+[[gnu::noinline, gnu::cold]] static void mark_bad(const f32 s[kCall], HeadPiece& out, int32_t mark) {
   for (int j = 0; j < kCall; ++j) {
-    for (int i = 0; i < kLanes; ++i) out.bad[i] |= !(s[j][i] < __builtin_inff());
+    for (int i = 0; i < kLanes; ++i) out.bad[i] |= s[j][i] < __builtin_inff() ? 0 : mark;
   }
 }
-GK_INLINE void check(const f32 s[kCall], HeadPiece& out) {
+GK_INLINE void check(const f32 s[kCall], HeadPiece& out, int32_t mark = 1) {
   const f32 sum = (s[0] + s[1]) + (s[2] + s[3]);
-  if (__builtin_expect(any_not_le(sum, splat(3.402823466e38f)), 0)) mark_bad(s, out);
+  if (__builtin_expect(any_not_le(sum, splat(3.402823466e38f)), 0)) mark_bad(s, out, mark);
 }
 
 // Candidates among four tokens: weight > uniform * bound, uniform the word times the golden ratio modulo one.
@@ -325,7 +325,7 @@ static void softmax_piece(const HeadArgs& args, int64_t group, int64_t begin, in
     sum.weigh(l, scale, weight);
     if constexpr (kRef) {
       load_call<T>(in, args.ref, args.ref_bias, group, token, begin, end, r);
-      check(r, out);
+      check(r, out, 2);
       ref_sum.raise(r, scale, factor);
       ref_sum.weigh(r, scale, unused);
     }

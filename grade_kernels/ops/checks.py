@@ -136,12 +136,13 @@ def check_rows(logits: torch.Tensor, bad: torch.Tensor) -> None:
     raise ValueError(f"logits must be finite or -inf with one finite value per row, but row {row} holds {what}")
 
 
-def check_head_rows(bad: torch.Tensor) -> None:
+def check_head_rows(bad: torch.Tensor, prefix: str = "") -> None:
     """Raise ValueError for the first row of hidden states whose logits are no distribution."""
     if bad.any():
         row = int(bad.nonzero()[0])
         raise ValueError(
-            f"hidden and lm_head must give logits without NaN and +inf and not only -inf, but row {row} does"
+            f"{prefix}hidden and {prefix}lm_head must give logits without NaN and +inf and not only -inf, "
+            f"but row {row} does not"
         )
 
 

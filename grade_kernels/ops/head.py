@@ -215,8 +215,8 @@ class HeadGradients:
 
 
 def softcap_slope(capped: torch.Tensor, softcap: float) -> torch.Tensor:
-    """Derivative of `c tanh(l / c)` given its value."""
-    return 1.0 - (capped / softcap) ** 2
+    """Derivative of `c tanh(l / c)` given its value; zero for a masked logit."""
+    return torch.where(capped == -torch.inf, 0.0, 1.0 - (capped / softcap) ** 2)
 
 
 def fake_gradients(

@@ -302,6 +302,10 @@ class _Backward:
             total += self.implementation.gather_dot(upstream, table, rows, tokens)
         return total
 
+    def allowed(self, values: torch.Tensor) -> torch.Tensor:
+        """Values `[N]` at the returned tokens; a given token that is masked gets exactly zero."""
+        return torch.where(self.statistics.chosen == -torch.inf, 0.0, values)
+
     def relaxed(self, support: Support, factor: torch.Tensor, tempered: bool) -> Entries:
         """`factor * J(p) dY` on a support; unbiased, since each entry sees the mean without its own rounding."""
         rows, q = row_of_entries(support), support.p.clamp_min(self.eps)
@@ -324,7 +328,7 @@ class _Backward:
         mean = row_sums(q * dy, support) + sampled_weight * sampled_dy
         return [
             Entries(rows, support.tokens, 2 * q * (dy - mean[rows] - (p - q) * dy)),
-            Entries(everyone, self.ids, 2 * sampled_weight * (sampled_dy - mean)),
+            Entries(everyone, self.ids, self.allowed(2 * sampled_weight * (sampled_dy - mean))),
             self.relaxed(plain, torch.full_like(self.tau, -0.5), tempered=False),
         ]
 
@@ -443,7 +447,7 @@ class _Backward:
             if dlogprobs is not None:
                 self.gradients.hidden[rows] -= dlogprobs[rows, None] * plains[0]
         if dlogprobs is not None:
-            self.gradients.add_entries(Entries(rows, self.ids[rows], dlogprobs[rows]))
+            self.gradients.add_entries(Entries(rows, self.ids[rows], self.allowed(dlogprobs)[rows]))
 
 
 def _backward_kernel(
@@ -497,7 +501,7 @@ def _backward_kernel(
         if dlogprobs is not None:
             rows = row_of_entries(plain)
             parts.append(Entries(rows, plain.tokens, -dlogprobs[rows] * plain.p.clamp_min(eps)))
-            parts.append(Entries(torch.arange(len(ids), device=ids.device), ids, dlogprobs))
+            parts.append(Entries(torch.arange(len(ids), device=ids.device), ids, step.allowed(dlogprobs)))
         entries = Entries.joined(parts)
         if len(dense):
             entries = entries._replace(values=torch.where(overflow[entries.rows], 0.0, entries.values))

@@ -179,6 +179,8 @@ def _kernel(
     sums, support = implementation.head_softmax(head, tau, seed, None, 0, eps if collect else 0.0, ref)
     if checks.reads_values(hidden):
         checks.check_head_rows(~(sums.logit_max.isfinite() & sums.total.isfinite()))
+        if ref is not None:
+            checks.check_head_rows(~(sums.ref_max.isfinite() & (sums.ref_total > 0)), "ref_")
     if kind == "logprobs":
         assert ids is not None
         rows = torch.arange(len(ids), device=ids.device)
@@ -270,7 +272,10 @@ def _backward_kernel(
     values = scale[rows] * p.clamp_min(eps) * _slope(kind, p.log(), logr, value[rows])
     parts = [Entries(rows, tokens, values)]
     if ids is not None:
-        parts.append(Entries(torch.arange(len(ids), device=ids.device), ids, scale))
+        # A masked token's own logit is a constant.
+        parts.append(
+            Entries(torch.arange(len(ids), device=ids.device), ids, torch.where(value == -torch.inf, 0.0, scale))
+        )
     gradients.add_entries(Entries.joined(parts))
     dense = torch.arange(len(tau), device=tau.device) if eps == 0 else overflow.nonzero().squeeze(1)
     if len(dense):

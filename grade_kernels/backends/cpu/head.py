@@ -81,7 +81,7 @@ class _Pass:
 
     def bad(self) -> torch.Tensor:
         """Rows that have no distribution."""
-        return (self.flags[0] != 0) | (self.state[0] == torch.finfo(torch.float32).min)
+        return (self.flags[0] & 1 != 0) | (self.state[0] == torch.finfo(torch.float32).min)
 
     def sample(self) -> Sample:
         bad = self.bad()
@@ -133,6 +133,8 @@ def head_softmax(
     largest = torch.where(step.bad(), torch.nan, largest)
     if ref is None:
         ref_max = ref_total = moment.new_empty(0)
+    else:
+        ref_max = torch.where(step.flags[0] & 2 != 0, torch.nan, ref_max)
     return Softmax(largest, total, moment / total, ref_max, ref_total), step.support()
 
 

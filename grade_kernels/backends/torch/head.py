@@ -43,8 +43,10 @@ def head_chunks(head: Head) -> Iterator[tuple[slice, torch.Tensor]]:
 
 
 def softcapped(logits: torch.Tensor, softcap: float | None) -> torch.Tensor:
-    """`softcap * tanh(l / softcap)`, as in Gemma 2."""
-    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    """`softcap * tanh(l / softcap)`, as in Gemma 2; a masked logit stays masked."""
+    if softcap is None:
+        return logits
+    return torch.where(logits == -torch.inf, -torch.inf, softcap * torch.tanh(logits / softcap))
 
 
 class _LogSumExp:

@@ -172,7 +172,8 @@ def finish(b_l, bias, softcap, o_v, V, EDGE: tl.constexpr):
             b_l += tl.load(bias + o_v)[None, :]
     if softcap is not None:
         # tanh; what cancels near zero is a rounding error of the cap, no more than a logit's own.
-        b_l = softcap - 2.0 * softcap / (1.0 + tl.exp2(b_l * (2.0 * LOG2E / softcap)))
+        b_capped = softcap - 2.0 * softcap / (1.0 + tl.exp2(b_l * (2.0 * LOG2E / softcap)))
+        b_l = tl.where(b_l == -float("inf"), b_l, b_capped)  # a masked logit stays masked
     if EDGE:
         b_l = tl.where(m_v[None, :], b_l, float("-inf"))
     return b_l
