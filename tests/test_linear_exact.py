@@ -306,7 +306,7 @@ def test_ids_are_those_of_materialised_logits(
     soft = gk.linear_gumbel_ste(p.hidden, p.lm_head, p.tables[0], 0.3, estimator="soft", **arguments)
     clear = top_two_gap(scores_of(p)) > 4 * torch.finfo(dtype).eps * float(logits.abs().max().clamp(min=8))
     clear = clear.to(device)
-    assert clear.double().mean() > 0.7
+    assert clear.double().mean() > 0.6
     for found in (ids, out.ids, soft.ids):
         assert torch.equal(found[clear], expected[clear])
         assert ((found >= 0) & (found < 257)).all()
