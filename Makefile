@@ -14,7 +14,7 @@ demo: venv  ## align a small language model with the package's kernels, on this 
 	$(BIN)/grade-kernels demo $(ARGS)
 
 test: venv  ## run all tests
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n logical --dist worksteal $(ARGS)
 
 bench: venv  ## check, then time every operation against plain PyTorch
 	$(BIN)/python -m pytest benchmarks $(ARGS)

@@ -13,6 +13,8 @@ from typing import NamedTuple
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.pop("GRADE_KERNELS_BACKEND", None)
 os.environ.pop("GRADE_KERNELS_CHECK", None)
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # there is a worker for every core
 
 import pytest
 import torch

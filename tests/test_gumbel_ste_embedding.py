@@ -492,13 +492,14 @@ def test_two_runs_are_bitwise_equal(
     assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
 
 
-@pytest.mark.thin(3)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_repeated_ids_add_up_in_wide_arithmetic(
     backend: str, device: str, interpreted: bool, dtype: torch.dtype
 ) -> None:
     """1000 times 1.0 on one row of the table is 1000, which a running bfloat16 sum stops short of at 256."""
-    rows = 270 if interpreted else 1000
+    if interpreted:
+        pytest.skip("the sum is one function for all backends, and this takes many rows")
+    rows = 1000
     logits, table = (
         torch.zeros(rows, 3, dtype=dtype, device=device),
         leaf(torch.zeros(3, 2, dtype=dtype, device=device)),

@@ -234,6 +234,7 @@ def test_estimator_noise_and_tau(backend: str, device: str) -> None:
         _ste(device, **good(device, embedding=()))
 
 
+@pytest.mark.thin(11)
 @every_op
 @pytest.mark.parametrize("where", ["hidden", "lm_head", "bias"])
 @pytest.mark.parametrize("value", [math.nan, math.inf])

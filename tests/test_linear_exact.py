@@ -226,6 +226,7 @@ def test_tied_head_and_embedding(backend: str, device: str, estimator: str, eps:
     torch.testing.assert_close(tied.grad, apart.lm_head + apart.tables[0])
 
 
+@pytest.mark.thin(5)
 @pytest.mark.parametrize("which", ["embedding", "logprobs", "second"])
 @pytest.mark.parametrize("eps", [0.0, 0.05])
 @pytest.mark.parametrize("estimator", ESTIMATORS)
@@ -255,6 +256,7 @@ def test_each_output_alone(backend: str, device: str, estimator: str, eps: float
         torch.testing.assert_close(torch.zeros_like(theirs) if ours is None else ours, theirs, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("eps", [0.0, 0.05])
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_strides(backend: str, device: str, estimator: str, eps: float) -> None:

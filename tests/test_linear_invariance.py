@@ -69,6 +69,7 @@ def both(p: Problem, eps: float) -> list[torch.Tensor]:
     return [x for _, x, _ in pairs(answer, answer)] + statistics(p, eps)
 
 
+@pytest.mark.thin(3)
 @EPSES
 @every_estimator
 def test_chunks(backend: str, device: str, estimator: str, eps: float, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,6 +89,7 @@ def test_chunks(backend: str, device: str, estimator: str, eps: float, monkeypat
             torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance, msg=lambda m, i=i: f"result {i}: {m}")
 
 
+@pytest.mark.thin(3)
 @EPSES
 @every_estimator
 def test_batch_split_and_row_order(backend: str, device: str, interpreted: bool, estimator: str, eps: float) -> None:
@@ -118,6 +120,7 @@ def test_batch_split_and_row_order(backend: str, device: str, interpreted: bool,
     torch.testing.assert_close(sum(x.tables[0] for x in parts), whole.tables[0], rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.thin(3)
 @EPSES
 @every_estimator
 @pytest.mark.parametrize("vocab", [1, 2, 17, 127, 1031])
@@ -145,6 +148,7 @@ def test_sizes(backend: str, device: str, interpreted: bool, estimator: str, voc
                 assert (answer.bias.abs() <= 1e-5).all(), "one token has probability 1 whatever its logit"
 
 
+@pytest.mark.thin(3)
 @EPSES
 @every_estimator
 def test_two_runs_are_equal(backend: str, device: str, interpreted: bool, estimator: str, eps: float) -> None:
@@ -176,6 +180,7 @@ def test_seed_decides(backend: str, device: str) -> None:
     assert not torch.equal(runs[0][0], runs[0][1]), "two calls drew the same noise"
 
 
+@pytest.mark.thin(5)
 @pytest.mark.parametrize("capacity", [0, 1, 3])
 @every_estimator
 def test_overflow_takes_the_dense_path(
@@ -207,6 +212,7 @@ def test_overflow_takes_the_dense_path(
         assert x.isfinite().all()
 
 
+@pytest.mark.thin(3)
 @every_estimator
 def test_rows_with_and_without_overflow(
     backend: str, device: str, estimator: str, monkeypatch: pytest.MonkeyPatch
@@ -259,6 +265,7 @@ def test_coarse_eps_keeps_what_is_certain(backend: str, device: str) -> None:
     assert_close(run(p, 0.2), run(p, 0.0))
 
 
+@pytest.mark.thin(5)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @every_estimator
 def test_backends_agree_on_the_rounding(

@@ -316,21 +316,28 @@ static void softmax_piece(const HeadArgs& args, int64_t group, int64_t begin, in
     f32 l[kCall], r[kCall], weight[kCall], unused[kCall], factor;
     load_call<T>(in, in.logits, in.bias, group, token, begin, end, l);
     check(l, out);
-    const f32 old_max = sum.max, old_sum = sum.sum;
-    if (sum.raise(l, scale, factor)) {
+    // The moment counts from the maxima, which may move: a constant on all logits does not show in it.
+    const f32 old_max = sum.max, old_sum = sum.sum, old_ref = ref_sum.max;
+    bool moved = sum.raise(l, scale, factor);
+    if (moved) {
       before *= factor;
-      // Without a reference the moment counts from the maximum, which has moved.
-      moment = factor * (kRef ? moment : moment + select(old_sum > 0.0f, old_sum * ((old_max - sum.max) * inverse_tau), f32{}));
+      moment *= factor;
     }
+    const f32 kept_sum = sum.sum;
     sum.weigh(l, scale, weight);
     if constexpr (kRef) {
       load_call<T>(in, args.ref, args.ref_bias, group, token, begin, end, r);
       check(r, out, 2);
-      ref_sum.raise(r, scale, factor);
+      moved |= ref_sum.raise(r, scale, factor);
       ref_sum.weigh(r, scale, unused);
     }
+    if (__builtin_expect(moved, 0)) {
+      const f32 distance = (old_max - sum.max) - (old_ref - ref_sum.max);
+      moment += select((old_sum > 0.0f) & (kept_sum > 0.0f), kept_sum * (distance * inverse_tau), f32{});
+    }
     for (int j = 0; j < kCall; ++j) {
-      const f32 x = kRef ? l[j] - r[j] : l[j] - sum.max;
+      f32 x = l[j] - sum.max;
+      if constexpr (kRef) x -= r[j] - ref_sum.max;
       moment += select(weight[j] > 0.0f, weight[j] * (x * inverse_tau), f32{});
     }
     if (args.eps > 0.0f) {

@@ -81,17 +81,19 @@ void merge_row(Kind kind, const HeadArgs& args, int64_t row, const HeadPiece* pi
     if (kind == kSample) {
       state.score_max[row] = std::max(state.score_max[row], piece.score_max[lane]);
     } else {
-      const float old_max = state.score_max[row], old_sum = state.score_sum[row];
+      const float old_max = state.score_max[row], old_sum = state.score_sum[row], old_ref = state.logit_max[row];
       merge_sum(state.score_max[row], state.score_sum[row], piece.score_max[lane], piece.score_sum[lane], tau);
       if (kind == kSoftmax) {
-        // A moment counts from its maximum, unless it is a difference from a reference.
-        const float top = state.score_max[row];
-        const auto moved = [&](float moment, float max, float sum) {
-          if (!(sum > 0)) return 0.0f;
-          return merged_scale(max, top, tau) * (args.ref ? moment : moment + sum * ((max - top) / tau));
+        // A moment counts from its maxima.
+        const float top = state.score_max[row], ref_top = std::max(old_ref, piece.logit_max[lane]);
+        const auto moved = [&](float moment, float max, float ref_max, float sum) {
+          const float scale = merged_scale(max, top, tau);
+          if (!(sum > 0 && scale > 0)) return 0.0f;
+          return scale * (moment + sum * (((max - top) - (args.ref ? ref_max - ref_top : 0.0f)) / tau));
         };
-        state.moment[row] = moved(state.moment[row], old_max, old_sum) +
-                            moved(piece.moment[lane], piece.score_max[lane], piece.score_sum[lane]);
+        state.moment[row] =
+            moved(state.moment[row], old_max, old_ref, old_sum) +
+            moved(piece.moment[lane], piece.score_max[lane], piece.logit_max[lane], piece.score_sum[lane]);
       }
     }
     if (kind != kSoftmax || args.ref) {

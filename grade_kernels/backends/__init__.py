@@ -86,7 +86,8 @@ class Softmax(NamedTuple):
 
     logit_max: torch.Tensor  # [N] compute
     total: torch.Tensor  # [N], sum(exp((l - logit_max) / tau))
-    moment: torch.Tensor  # [N], sum p (l - logit_max) / tau, or with a reference sum p (l - r) / tau
+    # [N], sum p (l - logit_max) / tau, or with a reference sum p ((l - logit_max) - (r - ref_max)) / tau
+    moment: torch.Tensor
     ref_max: torch.Tensor  # [N], empty without a reference
     ref_total: torch.Tensor
 

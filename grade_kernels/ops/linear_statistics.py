@@ -189,7 +189,7 @@ def _kernel(
     elif kind == "entropy":
         value = sums.total.log() - sums.moment
     else:
-        value = sums.moment - (sums.logit_max - sums.ref_max) / tau - (sums.total.log() - sums.ref_total.log())
+        value = sums.moment - (sums.total.log() - sums.ref_total.log())
     statistics = torch.stack([value, sums.logit_max, sums.total])
     if ref is not None:
         statistics = torch.cat([statistics, torch.stack([sums.ref_max, sums.ref_total])])

@@ -56,25 +56,20 @@ class _LogSumExp:
         dtype = compute_dtype(like.dtype)
         self.max = torch.full((rows,), -torch.inf, dtype=dtype, device=like.device)
         self.total = torch.zeros(rows, dtype=dtype, device=like.device)
-        self.moment = torch.zeros(rows, dtype=dtype, device=like.device)
         self.tau = torch.ones_like(self.max) if tau is None else tau
 
-    def weights(self, x: torch.Tensor) -> torch.Tensor:
-        """`exp((x - max) / tau)` for the maximum so far."""
-        pivot = torch.where(self.max == -torch.inf, 0.0, self.max)
-        return ((x - pivot[:, None]) / self.tau[:, None]).exp()
+    def pivot(self) -> torch.Tensor:
+        """The maximum so far, 0 before there is one."""
+        return torch.where(self.max == -torch.inf, 0.0, self.max)
 
-    def update(self, x: torch.Tensor, y: torch.Tensor | None = None) -> torch.Tensor:
-        """Take a chunk (and what to average with its weights); returns its weights."""
-        raised = torch.maximum(self.max, x.amax(dim=1))
-        pivot = torch.where(raised == -torch.inf, 0.0, raised)
-        scale = ((self.max - pivot) / self.tau).exp()
-        self.max = raised
-        weights = self.weights(x)
+    def update(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Take a chunk; returns its `exp((x - max) / tau)` and the factor by which earlier ones have shrunk."""
+        before, self.max = self.max, torch.maximum(self.max, x.amax(dim=1))
+        pivot = self.pivot()
+        scale = ((before - pivot) / self.tau).exp()
+        weights = ((x - pivot[:, None]) / self.tau[:, None]).exp()
         self.total = self.total * scale + weights.sum(dim=1)
-        if y is not None:
-            self.moment = self.moment * scale + torch.where(weights > 0, weights * y, 0.0).sum(dim=1)
-        return weights
+        return weights, scale
 
 
 class _Candidates:
@@ -153,7 +148,7 @@ def head_scores(
         best, where = scores.max(dim=1)
         ids = torch.where(~(best <= tempered.max), where + columns.start, ids)
         plain.update(logits)
-        weights = tempered.update(scores)
+        weights, _ = tempered.update(scores)
         if candidates is not None:
             candidates.take(columns, weights, scores, uniform_from_words(word, logits.dtype))
     bad = ~tempered.max.isfinite()
@@ -185,21 +180,27 @@ def head_softmax(
     sums, ref_sums = _LogSumExp(rows, head.hidden, tau), _LogSumExp(rows, head.hidden, tau)
     candidates = _Candidates(sums, eps, vocab) if eps > 0 else None
     ref_chunks = None if ref is None else head_chunks(ref)
+    moment = torch.zeros_like(sums.total)
     for columns, logits in head_chunks(head):
-        if ref_chunks is None:
-            weights = sums.update(logits, logits / tau[:, None])
-        else:
+        # The moment counts from the maxima, which may move: a constant on all logits does not show in it.
+        pivots, total = sums.pivot() - ref_sums.pivot(), sums.total
+        weights, scale = sums.update(logits)
+        centred = logits - sums.pivot()[:, None]
+        if ref_chunks is not None:
             ref_logits = next(ref_chunks)[1]
             ref_sums.update(ref_logits)
-            weights = sums.update(logits, (logits - ref_logits) / tau[:, None])
+            centred -= ref_logits - ref_sums.pivot()[:, None]
+        moved = total * (pivots - (sums.pivot() - ref_sums.pivot())) / tau
+        moment = torch.where((total > 0) & (scale > 0), scale * (moment + moved), 0.0)
+        moment += torch.where(weights > 0, weights * centred / tau[:, None], 0.0).sum(dim=1)
         if candidates is not None:
             word = noise.words(rows, logits.shape[1], vocab_start=columns.start, domain=DOMAIN_SUPPORT)
             candidates.take(columns, weights, logits, uniform_from_words(word, logits.dtype))
     support = empty_support(rows, head.hidden) if candidates is None else candidates.support()
-    moment = sums.moment / sums.total
+    moment /= sums.total
     if ref is None:
         empty = moment.new_empty(0)
-        return Softmax(sums.max, sums.total, moment - sums.max / tau, empty, empty), support
+        return Softmax(sums.max, sums.total, moment, empty, empty), support
     return Softmax(sums.max, sums.total, moment, ref_sums.max, ref_sums.total), support
 
 

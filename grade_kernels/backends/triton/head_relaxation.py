@@ -64,7 +64,7 @@ def head_softmax_kernel(
     """One split of BM rows: max, tempered sum and moment, with a reference its max and sum, with slots candidates.
 
     Sums are relative to `top`, the larger of before_max and the split's largest logit. The moment is the sum of weight
-    times (l - top), or (l - r) with a reference r, in units of tau.
+    times (l - top), less (r - ref_top) with a reference r, in units of tau.
     """
     FAST: tl.constexpr = TARGET == "cuda"
     blocks = tl.cdiv(N, BM)
@@ -108,23 +108,26 @@ def head_softmax_kernel(
         scale = tl.exp2(shift)
         b_before *= scale
         e_0, e_1, e_2, e_3 = weights(l_0, l_1, l_2, l_3, b_raised, rate[:, None])
+        c = b_raised[:, None]
+        d_0, d_1, d_2, d_3 = l_0 - c, l_1 - c, l_2 - c, l_3 - c
+        # The moment counts from the maxima, which have moved.
+        b_moment = scale * (b_moment + _weighted(b_total, shift))
         if ref_hidden is None:
-            # The moment counts from the maximum, which has moved.
-            b_moment = scale * (b_moment + _weighted(b_total, shift))
-            c = b_raised[:, None]
-            x = _weighted(e_0, l_0 - c) + _weighted(e_1, l_1 - c) + _weighted(e_2, l_2 - c) + _weighted(e_3, l_3 - c)
+            x = _weighted(e_0, d_0) + _weighted(e_1, d_1) + _weighted(e_2, d_2) + _weighted(e_3, d_3)
         else:
             r_0, r_1, r_2, r_3 = logits(
                 p_r, s_rk, ref_weight, s_uv, s_uk, ref_bias, ref_softcap, R, V, first, o_n, BM, BN, BK, EVEN_R, PERMUTED
             )
             m_max = _tile_max(r_0, r_1, r_2, r_3)
             b_ref_raised = nan_max(b_ref_top, m_max)  # NaN and +inf of the reference show in its own statistics
-            b_moment *= scale
-            x = (_weighted(e_0, l_0 - r_0) + _weighted(e_1, l_1 - r_1)) + (
-                _weighted(e_2, l_2 - r_2) + _weighted(e_3, l_3 - r_3)
+            ref_shift = (b_ref_top - b_ref_raised) * rate
+            b_moment -= _weighted(b_total * scale, ref_shift)
+            c = b_ref_raised[:, None]
+            x = (_weighted(e_0, d_0 - (r_0 - c)) + _weighted(e_1, d_1 - (r_1 - c))) + (
+                _weighted(e_2, d_2 - (r_2 - c)) + _weighted(e_3, d_3 - (r_3 - c))
             )
             r_0, r_1, r_2, r_3 = weights(r_0, r_1, r_2, r_3, b_ref_raised, rate[:, None])
-            b_ref_total = b_ref_total * tl.exp2((b_ref_top - b_ref_raised) * rate)
+            b_ref_total = b_ref_total * tl.exp2(ref_shift)
             b_ref_total += tl.sum((r_0 + r_1) + (r_2 + r_3), 1)
             b_ref_top = b_ref_raised
         b_moment += tl.sum(x, 1) * rate
@@ -168,15 +171,16 @@ def softmax_combine_kernel(
     m_max, m_sum, b_max, b_scale = head_support.combined(top, total, o, m_s, rate)
     m_max = tl.where(m_sum > 0, m_max, float("nan"))
     b_moment = tl.load(moment + o, mask=m_s, other=0.0)
-    if ref_top is None:
-        b_moment += _weighted(tl.load(total + o, mask=m_s, other=0.0), (b_max - m_max) * rate * LN2)
-    else:
-        m_ref_max, m_ref_sum, _, _ = head_support.combined(ref_top, ref_total, o, m_s, rate)
+    b_shift = b_max - m_max
+    if ref_top is not None:
+        m_ref_max, m_ref_sum, b_ref_max, _ = head_support.combined(ref_top, ref_total, o, m_s, rate)
         tl.store(out_ref_max + i_n, m_ref_max)
         tl.store(out_ref_sum + i_n, m_ref_sum)
+        b_shift -= b_ref_max - m_ref_max
+    b_moment += _weighted(tl.load(total + o, mask=m_s, other=0.0), b_shift * (rate * LN2))
     tl.store(out_max + i_n, m_max)
     tl.store(out_sum + i_n, m_sum)
-    tl.store(out_moment + i_n, tl.sum(b_moment * b_scale, 0) / m_sum)
+    tl.store(out_moment + i_n, tl.sum(_weighted(b_scale, b_moment), 0) / m_sum)
 
 
 def _run(
