@@ -52,6 +52,13 @@ def config(rows: int, dtype: torch.dtype, products: int = 1) -> Config:
     return PAIR if products > 1 else next(c for most, c in NARROW if most is None or rows <= most)
 
 
+def configurations(dtype: torch.dtype, products: int = 1) -> list[Config]:
+    """Everything that `config` may return for a dtype, the one for many rows last."""
+    if dtype == torch.float32:
+        return [sizes for _, sizes in WIDE]
+    return [PAIR] if products > 1 else [sizes for _, sizes in NARROW]
+
+
 def target() -> tuple[str, int]:
     """Name of the Triton backend that kernels are launched on, and its compute capability (0 outside NVIDIA)."""
     if INTERPRETED:
