@@ -21,6 +21,10 @@ from grade_kernels.inspection.configurations import TARGETS, Build
 
 __all__ = ["cache_folder", "inspect_build"]
 
+_READER = hashlib.sha256(
+    b"".join(Path(str(module.__file__)).read_bytes() for module in (disassembly, machine_code))
+).hexdigest()
+
 
 def cache_folder() -> Path:
     """Where figures are kept: `$XDG_CACHE_HOME/grade-kernels/inspection`, by default under `~/.cache`."""
@@ -36,7 +40,7 @@ def inspect_build(build: Build, target: str) -> machine_code.Figures:
     module, _, name = build.kernel.partition(":")
     kernel = getattr(importlib.import_module(module), name)
     source = _source(kernel, build)
-    parts = (source.hash(), sorted(build.options.items()), str(TARGETS[target]), triton.__version__, _reader(), build)
+    parts = (source.hash(), sorted(build.options.items()), str(TARGETS[target]), triton.__version__, _READER, build)
     path = cache_folder() / f"{hashlib.sha256(repr(parts).encode()).hexdigest()}.json"
     try:
         return machine_code.Figures(**json.loads(path.read_text()))
@@ -62,8 +66,3 @@ def _source(kernel: Any, build: Build) -> ASTSource:
         if value.startswith("*") or value.endswith(" aligned"):
             attributes[(i,)] = [["tt.divisibility", 16]]
     return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-
-
-def _reader() -> str:
-    text = b"".join(Path(str(module.__file__)).read_bytes() for module in (disassembly, machine_code))
-    return hashlib.sha256(text).hexdigest()

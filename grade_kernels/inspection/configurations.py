@@ -32,8 +32,8 @@ _BACKEND = "grade_kernels.backends.triton"
 # one row of one token, which Triton specialises on. float64 is never read 16 bytes at a time.
 _LAYOUTS = {
     "aligned": ("fp32", "bf16", "fp16"),
-    "odd": ("fp32", "bf16", "fp64"),
-    "general": ("fp32", "bf16"),
+    "odd": ("bf16", "fp64"),
+    "general": ("fp32",),
     "tiny": ("fp32",),
 }
 # No launcher passes these as anything but 32-bit integers, or float32 arrays.

@@ -145,7 +145,7 @@ def _bytes(opcode: str) -> int:
     if re.match(r"LDG|STG|LD\.|ST\.", opcode):
         width = re.search(r"\.(256|128|64|[US]16|[US]8)\b", opcode)
         return {"256": 32, "128": 16, "64": 8, None: 4}.get(width and width[1], 2 if width and "16" in width[1] else 1)
-    if found := re.match(r"(?:global|buffer)_(?:load|store)_(?:lds_)?([a-z]+)(?:x(\d))?", opcode):
+    if found := re.match(r"(?:global|buffer)_(?:load|store)_(?:lds_)?(dword|[a-z]+)(?:x(\d))?", opcode):
         name, count = found.groups()
         return 4 * int(count or 1) if name == "dword" else 1 if "byte" in name else 2
     return 0

@@ -134,4 +134,5 @@ def _roof(
         axis.plot([x], [y], "o", ms=5, color=f"C{i % 10}", label=name)
     axis.set(title=title, xlabel=across, ylabel=up, xscale="log", yscale="log", xlim=(left, right))
     axis.grid(alpha=0.3, which="both")
-    axis.legend(fontsize="xx-small")
+    if points:
+        axis.legend(fontsize="xx-small")

@@ -1,0 +1,303 @@
+"""What the Triton kernels compile to: limits on the code of representative ones, and the reader of machine code itself.
+
+Compiling needs no GPU. Figures are cached by source, configuration and Triton version (see `compilation.cache_folder`).
+"""
+
+import argparse
+import json
+import os
+from dataclasses import replace
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is not installed")
+pytest.importorskip("rich")
+pytest.importorskip("matplotlib")
+
+from grade_kernels import cli
+from grade_kernels.inspection import compilation, disassembly, inspect, limits, machine_code, prediction, select
+from grade_kernels.inspection.configurations import TARGETS, Build, builds
+from grade_kernels.inspection.devices import DEVICES, programs
+from grade_kernels.inspection.disassembly import Instruction, Program
+from grade_kernels.inspection.machine_code import PIPES, Figures
+
+# What the interpreter does not see: types of scalars that are specialised, strides that are not, every flag at once.
+HOPPER = (
+    *(f"{name} fp32 aligned" for name in ("sample", "sample+lse", "softmax write", "ste sums", "ste apply")),
+    *("ste apply+logprob+dtau bf16 odd", "ste apply+logprob+dtau fp64 odd", "sample pick fp32 general"),
+    *("reinmax sums fp32 general", "sample+lse fp32 tiny", "baseline sample fp32 aligned", "support write fp32 *"),
+    *("head sample bf16 *", "head scores bf16 *"),
+)
+OTHERS = ("sample fp32 aligned", "head sample bf16 128x64x64x8x3")
+
+
+def measured(targets, kernels):
+    """Builds with their figures, from one process: the suite has one for every core already."""
+    tasks = select(targets, kernels)
+    return [(build, found) for (build, _), found in zip(tasks, inspect(tasks, processes=1), strict=True)]
+
+
+def check_limits(results):
+    for build, found in results:
+        assert limits.violations(build, found) == []
+        limited = f"{found.kernel} {found.dtype} {found.configuration}" in limits.LIMITS[found.target]
+        assert not limited or found.total is not None
+        assert not found.exchanges or limits.is_baseline(build), found
+
+
+def test_limits_on_hopper():
+    results = measured(["sm_90"], HOPPER)
+    assert len(results) == len(HOPPER) + 2  # a head has two sizes of tiles
+    check_limits(results)
+    by_label = {f"{f.kernel} {f.configuration}": f for _, f in results}
+    # One Philox call per logit and library logarithms, against this package's noise.
+    assert by_label["baseline sample aligned"].total > 3 * by_label["sample aligned"].total
+    assert by_label["sample aligned"].bytes_per_logit == 4
+    assert by_label["ste apply aligned"].bytes_per_logit == 12
+    head = by_label["head sample 128x64x64x8x3"]
+    assert head.per_width["tensor"] > 0
+    assert head.per_logit["special"] == pytest.approx(3, abs=0.2)  # two logarithms and an exponential
+
+
+def test_limits_on_other_targets():
+    results = measured([target for target in TARGETS if target != "sm_90"], OTHERS)
+    assert len(results) == len(OTHERS) * (len(TARGETS) - 1)
+    check_limits(results)
+    assert all(found.total and found.bytes_per_logit for _, found in results)
+
+
+def test_every_target_has_every_kernel():
+    names = [{(b.name, b.dtype, b.configuration) for b in builds(target)} for target in TARGETS]
+    assert len(builds("sm_90")) == len(names[0])
+    assert all(found == names[0] for found in names)
+
+
+# The reader of machine code
+
+
+def build(**changes) -> Build:
+    return Build("sample", "fp32", "aligned", "module:kernel", {}, {"num_warps": 4}, logits=2)._replace(**changes)
+
+
+def figures(**changes) -> Figures:
+    per_logit = dict.fromkeys(PIPES, 0.0) | {"fma": 10.0, "integer": 8.0, "special": 2.0}
+    found = Figures(
+        "sample", "fp32", "aligned", "sm_90", 64, 0, 0, 0, 4, 999, per_logit, None, 4.0, 0, {"FFMA": 20}
+    )  # fmt: skip
+    return replace(found, **changes)
+
+
+def test_pipes():
+    expected = {
+        "FFMA.FTZ": "fma", "HFMA2.BF16_V2": "fma", "IMAD.WIDE.U32": "multiply", "LOP3.LUT": "integer", "FMNMX": "integer",
+        "MUFU.LG2": "special", "I2FP.F32.S32": "integer", "LDG.E.128": "memory", "LDGSTS.E.BYPASS.128": "memory",
+        "LDGDEPBAR": "other", "HGMMA.64x64x16.F32.BF16": "tensor", "UTCHMMA": "tensor", "HMMA.16816.F32.BF16": "tensor",
+        "LDTM.x32": "memory", "BRA.U": "other", "UIADD3": "other", "SHFL.BFLY": "memory",
+    }  # fmt: skip
+    assert {opcode: machine_code.pipe(opcode, "sm_90") for opcode in expected} == expected
+    expected = {
+        "v_mfma_f32_32x32x8_bf16": "tensor", "v_exp_f32_e32": "special", "v_mul_hi_u32": "multiply",
+        "v_fmac_f32_e32": "fma", "v_pk_mul_f32": "fma", "v_xor_b32_e32": "integer", "ds_read_b128": "memory",
+        "global_load_dwordx4": "memory", "s_add_i32": "other", "v_max_f32_e32": "integer",
+    }  # fmt: skip
+    assert {opcode: machine_code.pipe(opcode, "gfx942") for opcode in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("opcode", "size"),
+    [("LDG.E.128", 16), ("LDG.E", 4), ("LDG.E.U16", 2), ("LDG.E.ENL2.256", 32), ("STG.E.64", 8), ("LDGSTS.E.BYPASS.128", 16),
+     ("LDS.128", 0), ("global_load_dwordx4", 16), ("global_load_ushort", 2), ("buffer_store_dword", 4), ("FFMA", 0)],
+)  # fmt: skip
+def test_bytes(opcode, size):
+    assert machine_code._bytes(opcode) == size
+
+
+def code(*lines):
+    """Instructions from "opcode" or "opcode ->position", the latter conditional unless it starts with a !."""
+    found = []
+    for line in lines:
+        opcode, _, target = line.partition(" ->")
+        always = opcode.startswith("!")
+        goes = int(target) if target else None
+        found.append(Instruction(opcode.lstrip("!"), goes is not None and not always, goes, always))
+    return found
+
+
+def test_main_loop_is_the_shortest_that_scans():
+    scan = ["FFMA"] * 6 + ["LOP3"] * 4 + ["LDG.E"] * 2
+    lines = ["MOV", *scan, "BRA ->1", *scan, "FSETP", "SEL", "BRA ->14", "LDS", "BRA ->29", "EXIT"]
+    found = machine_code.figures(build(), "sm_90", Program(code(*lines), 40, 0, 0), 16)
+    assert found.total == 13 / 2
+    assert found.per_logit["fma"] == 3
+    assert found.per_logit["integer"] == 2
+    assert found.bytes_per_logit == 4
+    assert found.instructions == len(lines)
+    assert found.exchanges == 0
+
+
+def test_a_tile_is_counted_by_the_common_way_without_its_product():
+    tile = build(sizes=select(["sm_90"], ["head sample bf16 128*"])[0][0].sizes, products=1, dtype="bf16", logits=4)
+    lines = [
+        "MOV",  # 0
+        "LDGSTS.E.BYPASS.128",  # 1: the loop over tiles
+        "BRA ->7",  # 2: past the product, which is not the common way
+        "HGMMA",  # 3: the loop over the width
+        *["LDGSTS.E.BYPASS.128"] * 2,
+        "BRA ->3",  # 6
+        "MUFU.LG2",  # 7
+        "BRA ->11",  # 8: past what is rare
+        *["IMAD"] * 2,
+        "FFMA",  # 11
+        "BRA ->1",  # 12
+        "BRA ->15",  # 13: waiting, out of line, and back into the loop: no loop of its own
+        "!BRA ->7",  # 14
+        "!EXIT",
+    ]
+    found = machine_code.figures(tile, "sm_90", Program(code(*lines), 40, 0, 0), 16)
+    assert found.per_logit["special"] == found.per_logit["fma"] == 1 / 4
+    assert found.per_logit["multiply"] == found.per_logit["tensor"] == 0
+    assert found.per_logit["memory"] == 1 / 4
+    width = 64 * (256 * 32) / ((128 + 64) * 64 * 2)
+    assert found.per_width["tensor"] == pytest.approx(1 / (4 * width))
+
+
+def test_code_without_a_loop():
+    found = machine_code.figures(build(), "sm_90", Program(code("FFMA", "!EXIT"), 8, 0, 0), 0)
+    assert found.total is None
+    assert found.bytes_per_logit is None
+
+
+def test_a_missing_disassembler_is_named(monkeypatch):
+    class Nothing:
+        @property
+        def cuobjdump(self):
+            raise RuntimeError("Cannot find cuobjdump")
+
+    monkeypatch.setattr(disassembly.knobs, "nvidia", Nothing())
+    monkeypatch.setenv("PATH", "")
+    disassembly._cuobjdump.cache_clear()
+    with pytest.raises(FileNotFoundError, match="TRITON_CUOBJDUMP_PATH"):
+        disassembly._cuobjdump()
+
+
+# Limits and predictions
+
+
+def test_worse_code_is_a_violation():
+    label, (most, registers) = next(iter(limits.LIMITS["sm_90"].items()))
+    name, dtype, configuration = label.rsplit(" ", 2)
+    good = figures(kernel=name, dtype=dtype, configuration=configuration, registers=registers)
+    good = replace(good, per_logit=dict.fromkeys(PIPES, 0.0) | {"fma": most})
+    assert limits.violations(build(name=name), good) == []
+    for worse, word in (
+        ({"spills": 1}, "1 spills"),
+        ({"stack": 8}, "8 bytes of stack"),
+        ({"registers": registers + 1}, f"{registers} allowed"),
+        ({"per_logit": dict.fromkeys(PIPES, 0.0) | {"fma": most + 1}}, f"{most} allowed"),
+        ({"per_logit": None}, "no main loop"),
+    ):
+        (words,) = limits.violations(build(name=name), replace(good, **worse))
+        assert word in words
+        assert label in words
+    assert limits.violations(build(name="baseline sample"), replace(good, spills=9)) == []
+
+
+def test_limits_are_of_kernels_that_exist():
+    for target, labels in limits.LIMITS.items():
+        assert set(labels) <= {f"{b.name} {b.dtype} {b.configuration}" for b in builds(target)}
+
+
+def test_programs_on_a_multiprocessor():
+    assert programs(figures(registers=128, warps=8)) == 2
+    assert programs(figures(registers=129, warps=8)) == 1
+    assert programs(figures(registers=32, warps=4, shared=100 * 1024)) == 2
+    assert programs(figures(target="sm_80", registers=32, warps=4, shared=100 * 1024)) == 1
+    assert programs(figures(target="gfx942", registers=128, warps=8)) == 2
+
+
+def test_prediction_of_a_scan():
+    h100 = DEVICES["H100"]
+    logits = prediction.ROWS * prediction.VOCAB
+    found = next(p for p in prediction.predict(build(), figures()) if p.device == "H100")
+    assert found.floor == found.resources["memory"] == 4 * logits / h100.bandwidth
+    # Two special functions at 16 a clock are 16 cycles of 128 lanes, as many as 8 integer instructions at 64.
+    assert found.resources["special"] == pytest.approx(logits * 2 / 16 / (h100.multiprocessors * h100.clock))
+    assert found.resources["issue"] == pytest.approx(logits * 20 / 128 / (h100.multiprocessors * h100.clock))
+    assert found.seconds == max(found.resources.values())
+    assert found.bound in ("memory", "issue")
+    assert prediction.predict(build(), figures(per_logit=None)) == []
+
+
+def test_prediction_of_a_product():
+    sizes = select(["sm_90"], ["head sample bf16 128*"])[0][0].sizes
+    tile = build(sizes=sizes, products=1, dtype="bf16")
+    found = figures(dtype="bf16", per_width=dict.fromkeys(PIPES, 0.0), bytes_per_logit=1.0, warps=8, registers=128)
+    beside = next(p for p in prediction.predict(tile, found) if p.device == "H100")
+    product = 2 * 4096 * 151936 * 4096 / 989.4e12
+    assert beside.floor == beside.resources["product"] == pytest.approx(product)
+    assert "product, then epilogue" not in beside.resources
+    alone = next(p for p in prediction.predict(tile, replace(found, registers=200)) if p.device == "H100")
+    epilogue = max(beside.resources[name] for name in DEVICES["H100"].pipes)
+    assert alone.resources["product, then epilogue"] == pytest.approx(product + epilogue)
+
+
+# Choosing, caching, and the command
+
+
+def test_what_is_not_there_is_an_error():
+    with pytest.raises(ValueError, match=r"target must be one of .*'sm_90'.*got 'sm_1'"):
+        select(["sm_1"])
+    with pytest.raises(ValueError, match="got 'nothing'; names: sample"):
+        select(["sm_90"], ["sample", "nothing"])
+    assert inspect([]) == []
+
+
+def test_figures_come_from_the_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    tasks = select(["sm_90"], ["normalizer", "sum splits"])
+    done = []
+    first = inspect(tasks, processes=1, done=done.append)
+    assert sorted(done, key=str) == sorted(first, key=str)
+    assert [f.kernel for f in first] == [b.name for b, _ in tasks]
+    files = sorted(compilation.cache_folder().glob("*.json"))
+    assert len(files) == 2
+    files[0].write_text(json.dumps(json.loads(files[0].read_text()) | {"registers": 77}))
+    files[1].write_text("{")  # cut short
+    again = inspect(tasks, processes=1)
+    assert sorted(f.registers == 77 for f in again) == [False, True]
+    assert sum(f in first for f in again) == 1
+
+
+def test_command(tmp_path, capsys):
+    arguments = ["inspect", "--target", "sm_90", "--kernel", "sample bf16 aligned", "sample combine"]
+    paths = tmp_path / "kernels.json", tmp_path / "roofline.png"
+    interpret = os.environ.get("TRITON_INTERPRET")
+    assert cli.main([*arguments, "--json", str(paths[0]), "--plot", str(paths[1])]) == 0
+    assert os.environ.get("TRITON_INTERPRET") == interpret
+    shown = capsys.readouterr().out
+    assert "H100: prediction" in shown
+    assert "2 kernels, 0 beyond their limits" in shown
+    kernels = json.loads(paths[0].read_text())["kernels"]
+    assert [k["kernel"] for k in kernels] == ["sample", "sample combine"]
+    assert kernels[0]["bytes_per_logit"] == 2
+    assert {p["device"] for p in kernels[0]["predictions"]} == {"H100", "H200"}
+    assert kernels[1]["predictions"] == []
+    assert paths[1].read_bytes().startswith(b"\x89PNG")
+
+
+def test_command_fails_beyond_a_limit(monkeypatch, capsys):
+    monkeypatch.setitem(limits.LIMITS, "sm_90", {"sample bf16 aligned": (1.0, 255)})
+    assert cli.main(["inspect", "--target", "sm_90", "--kernel", "sample bf16 aligned"]) == 1
+    assert "1.0 allowed" in capsys.readouterr().out
+    assert cli.main(["inspect", "--kernel", "nothing"]) == 2
+
+
+def test_command_needs_its_packages(monkeypatch, capsys):
+    from grade_kernels.inspection import command
+
+    def run(arguments: argparse.Namespace) -> int:
+        raise ModuleNotFoundError("No module named 'matplotlib'", name="matplotlib")
+
+    monkeypatch.setattr(command, "run", run)
+    assert cli.main(["inspect"]) == 1
+    assert "pip install 'grade-kernels[inspect]'" in capsys.readouterr().err
