@@ -93,9 +93,8 @@ def figures(build: Build, target: str, program: Program, shared: int) -> Figures
         if found is not None:
             body, product = found
             width = _width(product, build, TARGETS[target].warp_size * build.sizes.num_warps)
-            if width > 0:
-                per_width = _by_pipe(product, target, build.logits * width)
-                moved = sum(_bytes(i.opcode) for i in product) / (build.logits * width)
+            per_width = _by_pipe(product, target, build.logits * width)
+            moved = sum(_bytes(i.opcode) for i in product) / (build.logits * width)
     elif build.logits:
         body = _scan_loop(program.code, build.logits)
         if body is not None:
@@ -120,13 +119,12 @@ def figures(build: Build, target: str, program: Program, shared: int) -> Figures
     )
 
 
-def _width(product: list[Instruction], build: Build, threads: int) -> float:
-    """The hidden units that one round of the loop over the width multiplies; compilers unroll it."""
+def _width(product: list[Instruction], build: Build, threads: int) -> int:
+    """The hidden units that one round of the loop over the width multiplies, a multiple of BK: compilers unroll it."""
     assert build.sizes is not None
-    if build.dtype == "fp32":  # one multiply-add per logit and unit
-        return sum(_WIDE_MULTIPLY.match(i.opcode) is not None for i in product) / (build.logits * build.products)
-    tile = (build.sizes.BM + build.sizes.BN) * _ELEMENT[build.dtype] * build.products
-    return threads * sum(_bytes(i.opcode) for i in product) / tile
+    # Known by what it loads; rounded, since it may load a little besides.
+    step = (build.sizes.BM + build.sizes.BN) * build.sizes.BK * _ELEMENT[build.dtype] * build.products
+    return build.sizes.BK * max(1, round(threads * sum(_bytes(i.opcode) for i in product) / step))
 
 
 def pipe(opcode: str, target: str) -> str:
@@ -236,9 +234,11 @@ def _tile_loop(code: list[Instruction], build: Build) -> tuple[list[Instruction]
     def density(body: set[int]) -> int:
         return sum(multiplies.match(i.opcode) is not None for i in graph.instructions(body))
 
-    # With true float32 other loops multiply as well, but no other so much.
-    loops = sorted(graph.innermost().items(), key=lambda loop: -density(loop[1]))[: build.products]
-    products = sorted(header for header, body in loops if density(body))
+    # Loops that multiply and hold no other such loop; one may hold a loop that waits. With true float32 other loops
+    # multiply as well, but none so much.
+    multiplying = {header: body for header, body in graph.loops.items() if density(body)}
+    inner = [h for h, body in multiplying.items() if not any(other != h and other in body for other in multiplying)]
+    products = sorted(sorted(inner, key=lambda header: -density(graph.loops[header]))[: build.products])
     around = [header for header, body in graph.loops.items() if all(p in body and p != header for p in products)]
     if len(products) < build.products or not around:
         return None

@@ -28,7 +28,7 @@ def table(results: Sequence[tuple[Build, Figures]], target: str) -> Table:
     for heading in ("regs", "stack", "spills", "shared", "programs", "per logit", *PIPES, "bytes"):
         shown.add_column(heading, justify="right")
     for name in devices:
-        shown.add_column(f"{name}: prediction", justify="right")
+        shown.add_column(f"{name}: prediction", justify="right", no_wrap=True)
     for build, found in results:
         if found.target != target:
             continue
@@ -103,7 +103,7 @@ def write_plot(path: Path, results: Sequence[tuple[Build, Figures]]) -> None:
         )  # fmt: skip
         _roof(
             axes[1][column], f"{name}, through a head", "operations per byte from the cache", "operations/s",
-            device.tensor, {"cache": device.cache_bandwidth, "memory": device.bandwidth},
+            device.tensor, {"cache": device.cache_bandwidth},
             [(f"{b.name} {b.configuration}", 2 * ROWS * VOCAB * WIDTH * b.products
               / (p.resources["cache"] * device.cache_bandwidth), 2 * ROWS * VOCAB * WIDTH * b.products / p.seconds)
              for b, f, p in heads],
@@ -131,7 +131,7 @@ def _roof(
         axis.plot([left, peak / slope, right], [left * slope, peak, peak], color="black", lw=1)
         axis.annotate(name, (left, left * slope), fontsize="x-small")
     for i, (name, x, y) in enumerate(points):
-        axis.plot([x], [y], "o", ms=5, color=f"C{i % 10}", label=name)
+        axis.plot([x], [y], "os^Dv"[i // 10 % 5], ms=5, color=f"C{i % 10}", label=name)
     axis.set(title=title, xlabel=across, ylabel=up, xscale="log", yscale="log", xlim=(left, right))
     axis.grid(alpha=0.3, which="both")
     if points:

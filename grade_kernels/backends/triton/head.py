@@ -37,8 +37,8 @@ class Config(NamedTuple):
     num_stages: int
 
 
-# By how many rows there are at most. Both leave room for two programs on a multiprocessor, so that one's epilogue hides
-# behind the other's product.
+# By how many rows there are at most. The first leaves room for two programs on a multiprocessor, so that one's epilogue
+# hides behind the other's product; the second halves what the head costs to read, and its registers leave room for one.
 NARROW = ((64, Config(64, 64, 64, 4, 4)), (None, Config(128, 64, 64, 8, 3)))
 PAIR = Config(64, 32, 64, 4, 3)  # two products per tile
 # float32 is multiplied in true float32, which no tensor core does: small tiles of fused multiply-adds.
