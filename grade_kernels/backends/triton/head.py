@@ -69,8 +69,9 @@ def target() -> tuple[str, int]:
 
 def tile_options(sizes: Config, dtype: torch.dtype, backend: str, capability: int) -> dict[str, Any]:
     """Arguments that describe tiles, and compiler options."""
-    # Tensor cores up to Hopper's; Blackwell's give a thread whole rows, AMD's four neighbouring columns.
-    permuted = dtype != torch.float32 and backend == "cuda" and capability < 100
+    # Tensor cores up to Hopper's, and those of the smaller Blackwells; data centre Blackwell's (10.x and 11.x) give a
+    # thread whole rows, AMD's four neighbouring columns.
+    permuted = dtype != torch.float32 and backend == "cuda" and not 100 <= capability < 120
     return {
         **sizes._asdict(),
         "TILES": SPLIT // sizes.BN,
