@@ -6,6 +6,8 @@ Compiling needs no GPU. Figures are cached by source, configuration and Triton v
 import argparse
 import json
 import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -15,7 +17,7 @@ pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 
 from grade_kernels import cli
-from grade_kernels.inspection import compilation, disassembly, inspect, limits, machine_code, prediction, select
+from grade_kernels.inspection import command, disassembly, inspect, limits, machine_code, prediction, select
 from grade_kernels.inspection.configurations import TARGETS, Build, builds
 from grade_kernels.inspection.devices import DEVICES, programs
 from grade_kernels.inspection.disassembly import Instruction, Program
@@ -23,47 +25,37 @@ from grade_kernels.inspection.machine_code import PIPES, Figures
 
 # What the interpreter does not see: types of scalars that are specialised, strides that are not, every flag at once.
 HOPPER = (
-    *(f"{name} fp32 aligned" for name in ("sample", "sample+lse", "softmax write", "ste sums", "ste apply")),
-    *("ste apply+logprob+dtau bf16 odd", "ste apply+logprob+dtau fp64 odd", "sample pick fp32 general"),
-    *("reinmax sums fp32 general", "sample+lse fp32 tiny", "baseline sample fp32 aligned", "support write fp32 *"),
-    *("head sample bf16 *", "head scores bf16 *"),
+    *("sample fp32 aligned", "sample+lse fp32 aligned", "ste apply fp32 aligned", "ste apply+logprob+dtau bf16 odd"),
+    *("ste apply+logprob+dtau fp64 odd", "reinmax sums fp32 general", "sample+lse fp32 tiny", "support write fp32 *"),
+    *("head sample bf16 128*", "head scores bf16 128*", "baseline sample fp32 aligned"),
 )
-OTHERS = ("sample fp32 aligned", "head sample bf16 128x64x64x8x3")
+OTHERS = ("sample fp32 aligned", "head sample bf16 128*")
 
 
-def measured(targets, kernels):
-    """Builds with their figures, from one process: the suite has one for every core already."""
-    tasks = select(targets, kernels)
-    return [(build, found) for (build, _), found in zip(tasks, inspect(tasks, processes=1), strict=True)]
-
-
-def check_limits(results):
-    for build, found in results:
-        assert limits.violations(build, found) == []
-        limited = f"{found.kernel} {found.dtype} {found.configuration}" in limits.LIMITS[found.target]
-        assert not limited or found.total is not None
-        assert not found.exchanges or found.configuration != "aligned", found
-
-
-def test_limits_on_hopper():
-    results = measured(["sm_90"], HOPPER)
-    assert len(results) == len(HOPPER) + 2  # a head has two sizes of tiles
-    check_limits(results)
-    by_label = {f"{f.kernel} {f.configuration}": f for _, f in results}
+def test_representative_kernels_keep_their_limits():
+    """All of them are the command's to check."""
+    others = [target for target in TARGETS if target != "sm_90"]
+    tasks = [*select(["sm_90"], HOPPER), *select(others, OTHERS)]
+    assert len(tasks) == len(HOPPER) + len(OTHERS) * len(others)
+    results = inspect(tasks, processes=1)  # the suite has a process for every core already
+    found = {f"{f.kernel} {f.configuration} {f.target}": f for f in results}
+    for (build, _), figures in zip(tasks, results, strict=True):
+        assert limits.violations(build, figures) == []
+        assert (figures.total is None) == (build.logits == 0), figures
+        assert not figures.exchanges or figures.configuration != "aligned", figures
     # One Philox call per logit and library logarithms, against this package's noise.
-    assert by_label["baseline sample aligned"].total > 3 * by_label["sample aligned"].total
-    assert by_label["sample aligned"].bytes_per_logit == 4
-    assert by_label["ste apply aligned"].bytes_per_logit == 12
-    head = by_label["head sample 128x64x64x8x3"]
+    assert found["baseline sample aligned sm_90"].total > 3 * found["sample aligned sm_90"].total
+    assert found["sample aligned sm_90"].bytes_per_logit == 4
+    assert found["ste apply aligned sm_90"].bytes_per_logit == 12
+    head = found["head sample 128x64x64x8x3 sm_90"]
     assert head.per_width["tensor"] > 0
     assert head.per_logit["special"] == pytest.approx(3, abs=0.2)  # two logarithms and an exponential
 
 
-def test_limits_on_other_targets():
-    results = measured([target for target in TARGETS if target != "sm_90"], OTHERS)
-    assert len(results) == len(OTHERS) * (len(TARGETS) - 1)
-    check_limits(results)
-    assert all(found.total and found.bytes_per_logit for _, found in results)
+def test_columns_are_permuted_where_accumulators_are_those_of_mma():
+    """12.x multiplies as Ampere does, though it is called Blackwell like 10.x."""
+    permuted = {target: select([target], ["head sample bf16 *"])[0][0].arguments["PERMUTED"] for target in TARGETS}
+    assert permuted == {"sm_80": True, "sm_90": True, "sm_100": False, "sm_120": True, "gfx942": False}
 
 
 def test_every_target_has_every_kernel():
@@ -252,20 +244,28 @@ def test_what_is_not_there_is_an_error():
     assert inspect([]) == []
 
 
-def test_figures_come_from_the_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    tasks = select(["sm_90"], ["normalizer", "sum splits"])
-    done = []
-    first = inspect(tasks, processes=1, done=done.append)
-    assert sorted(done, key=str) == sorted(first, key=str)
-    assert [f.kernel for f in first] == [b.name for b, _ in tasks]
-    files = sorted(compilation.cache_folder().glob("*.json"))
-    assert len(files) == 2
-    files[0].write_text(json.dumps(json.loads(files[0].read_text()) | {"registers": 77}))
-    files[1].write_text("{")  # cut short
-    again = inspect(tasks, processes=1)
-    assert sorted(f.registers == 77 for f in again) == [False, True]
-    assert sum(f in first for f in again) == 1
+def test_figures_come_from_the_cache(tmp_path):
+    """In a process where kernels are compiled and not interpreted."""
+    script = """
+import json, warnings
+from grade_kernels.inspection import compilation, select
+warnings.simplefilter("ignore")
+tasks = select(["sm_90"], ["normalizer", "sum splits"])
+first = [compilation.inspect_build(*task) for task in tasks]
+files = sorted(compilation.cache_folder().glob("*.json"))
+assert len(files) == 2
+files[0].write_text(json.dumps(json.loads(files[0].read_text()) | {"registers": 77}))
+files[1].write_text("{")  # cut short
+again = [compilation.inspect_build(*task) for task in tasks]
+assert sorted(f.registers == 77 for f in again) == [False, True]
+assert sum(f in first for f in again) == 1
+changed = tasks[0][0]._replace(options={"num_warps": 2})
+assert compilation.inspect_build(changed, "sm_90").warps == 2
+assert len(list(compilation.cache_folder().glob("*.json"))) == 3
+"""
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "TRITON_INTERPRET": "0"}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_command(tmp_path, capsys):
@@ -286,15 +286,15 @@ def test_command(tmp_path, capsys):
 
 
 def test_command_fails_beyond_a_limit(monkeypatch, capsys):
-    monkeypatch.setitem(limits.LIMITS, "sm_90", {"sample bf16 aligned": (1.0, 255)})
+    monkeypatch.setattr(command, "inspect", lambda tasks, done: [figures(dtype="bf16", spills=3) for _ in tasks])
     assert cli.main(["inspect", "--target", "sm_90", "--kernel", "sample bf16 aligned"]) == 1
-    assert "1.0 allowed" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "3 spills, 0 allowed" in shown
+    assert "1 kernels, 1 beyond their limits" in shown
     assert cli.main(["inspect", "--kernel", "nothing"]) == 2
 
 
 def test_command_needs_its_packages(monkeypatch, capsys):
-    from grade_kernels.inspection import command
-
     def run(arguments: argparse.Namespace) -> int:
         raise ModuleNotFoundError("No module named 'matplotlib'", name="matplotlib")
 
