@@ -32,7 +32,7 @@ class Device(NamedTuple):
     Attributes:
         target: whose machine code it runs.
         multiprocessors, clock: their number, and hertz under load.
-        bandwidth, cache_bandwidth: bytes per second from device memory, and from the last cache that they all share.
+        bandwidth, cache_bandwidth: bytes per second from device memory, and from the L2 caches that feed tiles.
         tensor: dense bfloat16 operations per second (two for a multiply-add).
         wide: float32 operations per second outside of matrix units.
         pipes: lanes per clock and multiprocessor, by resource and pipe.
