@@ -104,7 +104,8 @@ def test_pipes():
 @pytest.mark.parametrize(
     ("opcode", "size"),
     [("LDG.E.128", 16), ("LDG.E", 4), ("LDG.E.U16", 2), ("LDG.E.ENL2.256", 32), ("STG.E.64", 8), ("LDGSTS.E.BYPASS.128", 16),
-     ("LDS.128", 0), ("global_load_dwordx4", 16), ("global_load_ushort", 2), ("buffer_store_dword", 4), ("FFMA", 0)],
+     ("LDS.128", 0), ("LDGDEPBAR", 0),
+     ("global_load_dwordx4", 16), ("global_load_ushort", 2), ("buffer_store_dword", 4), ("FFMA", 0)],
 )  # fmt: skip
 def test_bytes(opcode, size):
     assert machine_code._bytes(opcode) == size

@@ -76,10 +76,13 @@ def _nvidia(cubin: bytes) -> Program:
     for i, (_, text) in enumerate(lines):
         guard, opcode, rest = re.fullmatch(r"(@\S+\s+)?(\S+)\s*(.*)", text).groups()  # type: ignore[union-attr]
         target = None
-        if opcode.startswith("BRA"):
+        # A call comes back to what follows; on sm_80 it is also the way out of some loops.
+        if opcode.startswith(("BRA", "CALL")):
             target = places.get(int(rest.split("0x")[-1], 16)) if "0x" in rest else None
         # A branch has its condition in front, or as an operand.
-        predicated = guard is not None or (target is not None and not rest.startswith("0x"))
+        predicated = (
+            guard is not None or opcode.startswith("CALL") or (target is not None and not rest.startswith("0x"))
+        )
         ends = opcode.startswith(("BRA", "EXIT", "RET")) and not predicated
         if target == i:  # what pads the end
             break

@@ -42,7 +42,7 @@ _AMD = (
     ("fma", r"v_(pk_)?(fmac?|fmaak|fmamk|mac|mad|mul|add|sub|subrev)_(legacy_)?f(16|32|64)"),
     ("integer", r""),
 )
-_WIDE_MULTIPLY = re.compile(r"FFMA|v_(pk_)?fmac?_f32")
+_WIDE_MULTIPLY = re.compile(r"FFMA|v_(pk_)?fmac?_f32|v_mfma")
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ def _by_pipe(code: Iterable[Instruction], target: str, divisor: float) -> dict[s
 
 def _bytes(opcode: str) -> int:
     """Bytes of global memory that a thread moves."""
-    if re.match(r"LDG|STG|LD\.|ST\.", opcode):
+    if re.match(r"LDG(STS)?\b|STG|LD\.|ST\.", opcode):
         width = re.search(r"\.(256|128|64|[US]16|[US]8)\b", opcode)
         return {"256": 32, "128": 16, "64": 8, None: 4}.get(width and width[1], 2 if width and "16" in width[1] else 1)
     if found := re.match(r"(?:global|buffer)_(?:load|store)_(?:lds_)?(dword|[a-z]+)(?:x(\d))?", opcode):
@@ -163,7 +163,7 @@ class _Graph:
         for start, end in self.ends.items():
             last = code[end - 1]
             if last.target is not None:
-                self.flow.add_edge(start, last.target)
+                self.flow.add_edge(start, last.target, idle=last.opcode == "s_cbranch_execz")
             if not last.ends and end < len(code):
                 self.flow.add_edge(start, end)
         parents = nx.immediate_dominators(self.flow, 0)
@@ -200,11 +200,15 @@ class _Graph:
         """One round of a loop by the shortest way that passes the inner loops `through` (by first block), without them.
 
         That is the common way: those of tiles that refine noise or lie at the vocabulary's edge do more. What the
-        compiler moves ahead of an inner loop counts as well, and so does the start of the next round's loads.
+        compiler moves ahead of an inner loop counts as well, and so does the start of the next round's loads. AMD's
+        masked code can be jumped over where no thread has anything to do: in an innermost loop, which loads, that is
+        not the common way.
         """
         inner = {block: first for first in through for block in self.loops[first]}
         path: Any = nx.DiGraph()
-        for a, b in self.flow.subgraph(self.loops[header]).edges:
+        for a, b, idle in self.flow.subgraph(self.loops[header]).edges(data="idle"):
+            if idle and not through:
+                continue
             a, b = inner.get(a, a), inner.get(b, b)
             if b == header:
                 path.add_edge(a, "end", weight=0)
@@ -222,8 +226,9 @@ def _scan_loop(code: list[Instruction], logits: int) -> list[Instruction] | None
     graph = _Graph(code)
     rounds = [graph.round(header, []) for header in graph.innermost()]
     # The shortest of those that scan: the others mask or refine as well. AMD masks by the set of active threads.
-    rounds = [r for r in rounds if len(r) > 5 * logits and not any("saveexec" in i.opcode for i in r)]
-    return min(rounds, key=len, default=None)
+    rounds = [r for r in rounds if len(r) > 5 * logits]
+    full = [r for r in rounds if not any("saveexec" in i.opcode for i in r)]
+    return min(full or rounds, key=len, default=None)
 
 
 def _tile_loop(code: list[Instruction], build: Build) -> tuple[list[Instruction], list[Instruction]] | None:
