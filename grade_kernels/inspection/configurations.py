@@ -74,7 +74,7 @@ def builds(target: str) -> list[Build]:
     for dtype in ("bf16", "fp16", "fp32"):
         found += _heads(dtype, target)
         found += _gathers(dtype)
-    found += _combining("fp32")
+    found += _combining(target)
     return found
 
 
@@ -214,21 +214,21 @@ def _gathers(dtype: str) -> list[Build]:
     ]
 
 
-def _combining(dtype: str) -> list[Build]:
+def _combining(target: str) -> list[Build]:
     """Kernels that combine splits."""
     splits = head.split_count(VOCAB, 0)
     common = {
         **dict.fromkeys(
             ("top", "total", "tau", "best", "plain_max", "plain_sum", "score_max", "moment", "ref_top", "ref_total"),
-            f"*{dtype}",
+            "*fp32",
         ),
         **dict.fromkeys(
-            ("out_max", "out_sum", "out_total", "out_moment", "out_ref_max", "out_ref_sum", "p", "partial"), f"*{dtype}"
+            ("out_max", "out_sum", "out_total", "out_moment", "out_ref_max", "out_ref_sum", "p", "partial"), "*fp32"
         ),
         "index": "*i32", "ids": "*i64", "splits": "i32", "V": "i32", "BLOCK_S": triton.next_power_of_2(splits),
         "SHIFT": 0.0, "slots": "*i64", "counts": "*i32", "places": "*i32", "room": "*i32", "seed": "*i64",
         "row_ids": "*i64", "kept": "*i32", "offsets": "*i64", "tokens": "*i64", "s_slots": "i32", "first_row": "i32",
-        "group_start": "i32", "eps": "fp32", "SKEW": 0, "DOMAIN": noise.DOMAIN_GUMBEL, "FAST": True,
+        "group_start": "i32", "eps": "fp32", "SKEW": 0, "DOMAIN": noise.DOMAIN_GUMBEL, "FAST": TARGETS[target].backend == "cuda",
         "SPLITS": tiles.strip_sizes(VOCAB, torch.float32, 32)["SPLITS"],
     }  # fmt: skip
     support = f"{head_support.__name__}:support_kernel"
@@ -241,6 +241,6 @@ def _combining(dtype: str) -> list[Build]:
         "sum splits": (f"{_BACKEND}.tiles:_sum_splits_kernel", {}),
     }
     return [
-        Build(name, dtype, f"V {VOCAB}", kernel, {**common, **changes}, {"num_warps": 1})
+        Build(name, "fp32", f"V {VOCAB}", kernel, {**common, **changes}, {"num_warps": 1})
         for name, (kernel, changes) in kernels.items()
     ]
