@@ -228,7 +228,8 @@ def _combining(target: str) -> list[Build]:
         "index": "*i32", "ids": "*i64", "splits": "i32", "V": "i32", "BLOCK_S": triton.next_power_of_2(splits),
         "SHIFT": 0.0, "slots": "*i64", "counts": "*i32", "places": "*i32", "room": "*i32", "seed": "*i64",
         "row_ids": "*i64", "kept": "*i32", "offsets": "*i64", "tokens": "*i64", "s_slots": "i32", "first_row": "i32",
-        "group_start": "i32", "eps": "fp32", "SKEW": 0, "DOMAIN": noise.DOMAIN_GUMBEL, "FAST": TARGETS[target].backend == "cuda",
+        "group_start": "i32", "eps": "fp32", "SKEW": 0, "DOMAIN": noise.DOMAIN_GUMBEL,
+        "FAST": TARGETS[target].backend == "cuda",
         "SPLITS": tiles.strip_sizes(VOCAB, torch.float32, 32)["SPLITS"],
     }  # fmt: skip
     support = f"{head_support.__name__}:support_kernel"
