@@ -105,7 +105,11 @@ def softmax_backward(
         )
     needs_dtau = needs_dtau and estimator != "reinmax"  # which defines none
     dtau = (torch.empty if needs_dtau else torch.zeros)(logits.shape[0], dtype=torch.float32, device=logits.device)
-    plain = out if out.stride(1) == 1 or out.shape[1] == 1 else torch.empty_like(logits, memory_format=torch.contiguous_format)
+    plain = (
+        out
+        if out.stride(1) == 1 or out.shape[1] == 1
+        else torch.empty_like(logits, memory_format=torch.contiguous_format)
+    )
     _kernels().softmax_backward(
         _unit_stride(dy), _unit_stride(logits), tau.contiguous(), seed, _plain(row_ids), vocab_start,
         _ESTIMATOR[estimator], *(part.contiguous() for part in sample), _plain(dlogprobs),
