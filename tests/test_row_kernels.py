@@ -128,6 +128,8 @@ def test_equal_scores_go_to_the_smaller_id(rows_backend):
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("vocab", [1, 7, 4099])
 def test_one_hot(rows_backend, dtype, vocab, poison):
+    if dtype == torch.float64 and rows_backend.__name__.endswith("cuda") and DEVICE == "cpu":
+        pytest.skip("served by the torch backend, which on the CPU marks bad rows by their ids")
     ids = torch.tensor([0, vocab - 1, vocab // 2])
     score_max = torch.tensor([1.0, math.nan, -2.0])
     out = rows_backend.one_hot(Sample(*on(ids, score_max, score_max[:0], score_max[:0])), vocab, dtype).cpu()

@@ -105,17 +105,15 @@ def softmax_backward(
         )
     needs_dtau = needs_dtau and estimator != "reinmax"  # which defines none
     dtau = (torch.empty if needs_dtau else torch.zeros)(logits.shape[0], dtype=torch.float32, device=logits.device)
-    plain = (
-        out
-        if out.stride(1) == 1 or out.shape[1] == 1
-        else torch.empty_like(logits, memory_format=torch.contiguous_format)
-    )
+    written = out
+    if out.stride(1) != 1 and out.shape[1] > 1:
+        written = torch.empty(out.shape, dtype=out.dtype, device=out.device)
     _kernels().softmax_backward(
         _unit_stride(dy), _unit_stride(logits), tau.contiguous(), seed, _plain(row_ids), vocab_start,
         _ESTIMATOR[estimator], *(part.contiguous() for part in sample), _plain(dlogprobs),
         _partial(logits, vocab_start, 3), torch.empty_like(dtau), _partial(logits, vocab_start) if needs_dtau else None,
-        plain, dtau,
+        written, dtau,
     )  # fmt: skip
-    if plain is not out:
-        out.copy_(plain)
+    if written is not out:
+        out.copy_(written)
     return dtau
