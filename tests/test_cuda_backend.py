@@ -71,7 +71,7 @@ def test_head_functions_are_another_backend_s(on_host: None) -> None:
     hidden, weight = torch.randn(2, 8), torch.randn(37, 8)
     noise = gk.GumbelNoise(3)
     expected = gk.reference.gumbel_sample(hidden @ weight.T, noise=noise)
-    assert torch.equal(gk.linear_gumbel_sample(hidden, weight, noise=noise), expected)
+    assert torch.equal(gk.linear_gumbel_sample(hidden, weight, noise=noise)[0], expected)
     for name in cuda.__all__:
         assert callable(getattr(cuda, name))
 
@@ -144,10 +144,8 @@ def test_every_element_is_visited_once(
         found = cuda.sample(logits, seed, rows, vocab_start, True)
     # The one pass, and a second look at the tile of the winner.
     assert not writes.any()
-    assert reads.min() == 1
-    assert ((reads == 2).sum(1) <= TILE).all()
-    assert reads.max() <= 2
-    assert (reads.gather(1, found.ids[:, None]) == 2).all()
+    tile = (torch.arange(vocab) + vocab_start % 4) // TILE
+    assert torch.equal(reads, 1 + (tile == tile[found.ids][:, None]).long())
 
     pieces = torch.ops.grade_kernels_cuda.pieces(vocab, vocab_start)
     partial, total = torch.empty(3, 2, pieces), torch.empty(2)
