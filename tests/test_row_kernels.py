@@ -18,6 +18,8 @@ from grade_kernels.backends import torch as torch_backend
 from tests import cuda_host
 from tests.row_helpers import DEVICE, REFINED, ROWS, SEED, logits_of, on, seed_tensor
 
+pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
+
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 1e-5, torch.float16: 1e-5}
 
 
