@@ -246,8 +246,8 @@ class BuildLibrary(build_ext):
             except CannotBuildError as error:
                 (package / name).unlink(missing_ok=True)  # a library of other sources is worse than none
                 info[key] = str(error)
-                if isinstance(error, NoCudaError):
-                    continue
+                if isinstance(error, NoCudaError) or (key != "reason" and str(error) == info["reason"]):
+                    continue  # no news
                 if os.environ.get("GRADE_KERNELS_REQUIRE_CSRC", "0") not in ("", "0"):
                     raise SystemExit(f"grade-kernels: {name} was not built: {error}") from error
                 print(warning.format(reason=error), file=sys.stderr)

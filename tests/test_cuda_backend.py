@@ -5,6 +5,7 @@ What its kernels compute is tested in test_row_kernels.py, together with Triton'
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import re
@@ -220,52 +221,75 @@ def test_seed_by_value_and_by_address(host: None) -> None:
 # The build
 
 
-def _cuda_torch(folder: Path) -> Path:
-    """What the build needs of a CUDA build of torch: its version, headers, and libraries to link with."""
+def _torch_for(cuda: str | None, folder: Path) -> Path:
+    """What the build needs of a torch for a CUDA version: its own version, headers, and libraries to link with."""
     torch_folder = folder / "torch"
     (torch_folder / "lib").mkdir(parents=True)
     (torch_folder / "__init__.py").touch()
     (torch_folder / "include").symlink_to(cuda_host.TORCH / "include")
     (torch_folder / "lib" / "libtorch_cpu.so").symlink_to(cuda_host.TORCH / "lib" / "libtorch_cpu.so")
-    nvcc = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
-    release = re.search(r"release (\d+\.\d+)", nvcc)
-    assert release is not None
-    (torch_folder / "version.py").write_text(f"__version__ = '2.13.0+cuda'\ncuda: Optional[str] = '{release[1]}'\n")
+    (torch_folder / "version.py").write_text(f"__version__ = '2.13.0+cuda'\ncuda: Optional[str] = {cuda!r}\n")
     stub = 'extern "C" int aoti_torch_get_current_cuda_stream(int, void**) { return 1; }'
     library = torch_folder / "lib" / "libtorch_cuda.so"
     subprocess.run(["c++", "-x", "c++", "-shared", "-fPIC", "-", "-o", library], input=stub, text=True, check=True)
     return folder
 
 
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
-@pytest.mark.skipif(cuda_host.load() is not None, reason=str(cuda_host.load()))
-def test_builds_for_every_architecture_without_spills(tmp_path: Path) -> None:
-    """The build itself, with ptxas asked for its report; the library loads as far as a machine without a GPU lets it."""
-    tree, fake = tmp_path / "tree", _cuda_torch(tmp_path / "site")
+def _build(tree: Path, fake_torch: Path) -> subprocess.CompletedProcess[str]:
+    """Run setup.py in a copy of the sources, without those of csrc/cpu: they are long to compile, and tested elsewhere."""
     unbuilt = shutil.ignore_patterns("*.so", "_build_info.json", "__pycache__")
     for name in ("csrc", "grade_kernels"):
         shutil.copytree(ROOT / name, tree / name, ignore=unbuilt)
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tree / name)
     for source in (tree / "csrc" / "cpu").glob("*.cpp"):
-        source.unlink()  # tested elsewhere, and long to compile
+        source.unlink()
     (tree / "csrc" / "cpu" / "nothing.cpp").write_text("int nothing;\n")
     environment = {
         **os.environ,
-        "PYTHONPATH": str(fake),
+        "PYTHONPATH": str(fake_torch),
         "NVCC_APPEND_FLAGS": "-Xptxas -v",
         "GRADE_KERNELS_REQUIRE_CSRC": "1",
     }
     command = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
     done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    return done
 
-    entries = re.findall(r"Compiling entry function '\S*?(\w+)' for '(sm_\d+)'", done.stdout)
+
+compiles = pytest.mark.skipif(cuda_host.load() is not None, reason=str(cuda_host.load()))
+
+
+@compiles
+@pytest.mark.parametrize(
+    ("cuda_version", "reason"), [(None, "is no CUDA build"), ("1.0", "built for CUDA 1.0|nvcc was")]
+)
+def test_left_out_without_a_word(cuda_version: str | None, reason: str, tmp_path: Path) -> None:
+    """Where torch is no CUDA build, or one that nvcc does not fit, there are no CUDA kernels and nothing is wrong."""
+    done = _build(tmp_path / "tree", _torch_for(cuda_version, tmp_path / "site"))
+    assert "WARNING" not in done.stdout + done.stderr
+    info = json.loads((tmp_path / "tree" / "grade_kernels" / "_build_info.json").read_text())
+    assert info["reason"] is None
+    assert re.search(reason, info["cuda_reason"])
+    assert not (tmp_path / "tree" / "grade_kernels" / "_cuda.so").exists()
+
+
+@compiles
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
+def test_builds_for_every_architecture_without_spills(tmp_path: Path) -> None:
+    """The build itself, with ptxas asked for its report; the library loads as far as a machine without a GPU lets it."""
+    nvcc = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
+    release = re.search(r"release (\d+\.\d+)", nvcc)
+    assert release is not None
+    tree, fake = tmp_path / "tree", _torch_for(release[1], tmp_path / "site")
+    report = _build(tree, fake).stdout
+
+    entries = re.findall(r"Compiling entry function '\S*?(\w+)' for '(sm_\d+)'", report)
     assert {arch for _, arch in entries} == {"sm_80", "sm_90", "sm_100", "sm_120"}
-    reports = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", done.stdout)
-    assert len(reports) == len(entries) == 4 * 16
-    assert set(reports) == {("0", "0", "0")}, [e for e, r in zip(entries, reports, strict=True) if r != ("0", "0", "0")]
-    registers = [int(count) for count in re.findall(r"Used (\d+) registers", done.stdout)]
+    spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
+    assert len(spills) == len(entries) == 4 * 16
+    assert set(spills) == {("0", "0", "0")}, [e for e, r in zip(entries, spills, strict=True) if r != ("0", "0", "0")]
+    registers = [int(count) for count in re.findall(r"Used (\d+) registers", report)]
     assert len(registers) == len(entries)
     assert max(registers) <= 128, "four blocks of 128 threads must fit a multiprocessor"
 
@@ -273,8 +297,15 @@ def test_builds_for_every_architecture_without_spills(tmp_path: Path) -> None:
     load = (
         f"import torch; torch.ops.load_library({str(library)!r}); print(torch.ops.grade_kernels_cuda.pieces(8193, 3))"
     )
-    cudart = Path(shutil.which("nvcc") or "").resolve().parents[1]
-    roots = [cudart / "lib64", Path("/usr/local/cuda/lib64"), *Path("/usr/local").glob("cuda-*/lib64")]
-    environment = {**os.environ, "LD_LIBRARY_PATH": ":".join(map(str, [fake / "torch" / "lib", *roots]))}
+    places = [fake / "torch" / "lib", *_runtime_folders()]
+    environment = {**os.environ, "LD_LIBRARY_PATH": ":".join(map(str, places))}
     done = subprocess.run([sys.executable, "-c", load], env=environment, capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "2", done.stderr[-2000:]
+
+
+def _runtime_folders() -> list[Path]:
+    """Where the toolkit keeps the CUDA runtime, by what nvcc says of itself."""
+    dry = subprocess.run(["nvcc", "--dryrun", "x.cu"], capture_output=True, text=True, check=False).stderr
+    top = re.search(r"TOP=(\S+)", dry)
+    assert top is not None
+    return [Path(top[1]).resolve() / folder for folder in ("lib64", "lib", "targets/x86_64-linux/lib")]

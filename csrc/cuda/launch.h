@@ -26,6 +26,7 @@ __global__ void __launch_bounds__(kThreads) run_kernel(const __grid_constant__ K
 // Blocks [0, count), on a stream of the current device.
 template <typename Kernel>
 void launch(const Kernel& kernel, int64_t count, void* stream) {
+  if (count == 0) return;  // which CUDA would call an invalid configuration
   if (count > INT32_MAX) throw std::runtime_error("grade_kernels: too many rows for one call of the cuda backend");
   run_kernel<<<dim3(unsigned(count)), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(kernel);
   const cudaError_t error = cudaGetLastError();
