@@ -320,3 +320,8 @@ def test_masked_tokens_get_no_gradient_whatever_arrives(rows_backend, estimator,
     assert torch.equal(results[0][1], results[1][1])
     weights, _ = rows_backend.softmax(*arguments, found.score_max, True, torch.float32)
     assert (weights.cpu()[masked] == 0).all()
+    # Nor does a masked token that was given as the sampled one.
+    given = found._replace(ids=torch.tensor([1, 4], device=DEVICE))
+    out = torch.empty(2, 600, device=DEVICE)
+    rows_backend.softmax_backward(clean.to(DEVICE), *arguments, estimator, given, dlogprobs, False, out)
+    assert (out.cpu()[masked] == 0).all()
