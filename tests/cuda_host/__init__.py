@@ -30,6 +30,8 @@ FLAGS += ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-isystem", str(TORCH / "
 @functools.cache
 def load() -> str | None:
     """Compile (where sources changed) and load; None, or the reason why there is nothing to load."""
+    if torch.cuda.is_available():
+        return "the compiled library has operations of the same names, and there is a GPU to run them"
     compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
     if compiler is None:
         return "there is no C++ compiler"
