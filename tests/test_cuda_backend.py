@@ -209,8 +209,8 @@ def test_a_bad_row_over_several_pieces(what: float, host: None) -> None:
     assert cuda.one_hot(found, vocab, torch.bfloat16)[1].isnan().all()
 
 
-def test_seed_by_value_and_by_address(host: None) -> None:
-    """A seed beyond 2^63 and row identities in no order reach the counter unchanged."""
+def test_seeds_and_row_identities_reach_the_counter(host: None) -> None:
+    """Whatever their sign, and with row identities beyond 32 bits and in no order."""
     logits = logits_of(3, 3000)
     for seed in (0, 2**63 - 1, -(2**63), -1):
         found = cuda.sample(logits, torch.tensor(seed), ROWS[1:], 5, False)

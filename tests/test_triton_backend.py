@@ -104,7 +104,7 @@ def test_words_are_those_of_the_contract(seed, group_start):
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 4e-7), (torch.float64, 1e-15)])
 def test_noise_of_every_kind_of_word(dtype, tolerance):
     size = 2**15
-    generator = torch.Generator().manualseed_tensor(0)
+    generator = torch.Generator().manual_seed(0)
     edges = [torch.arange(1024), torch.arange(2**31 - 512, 2**31 + 512), torch.arange(2**32 - 1024, 2**32)]
     magnitudes = (2 ** (32 * torch.rand(2**13, generator=generator, dtype=torch.float64))).long().clamp(max=2**32 - 1)
     count = size - 3 * 1024 - magnitudes.numel()

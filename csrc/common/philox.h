@@ -22,8 +22,8 @@ struct Words4 {
   uint32_t w[4];
 };
 
-// Both words of a product. On a GPU it is named in PTX: the compiler would widen what follows to 64 bits, and add up high
-// words that are zero.
+// Both words of a product. On a GPU it is named in PTX: the compiler would widen what follows to 64 bits, and add up
+// high words that are zero.
 GK_HOST_DEVICE inline void wide_product(uint32_t a, uint32_t b, uint32_t& high, uint32_t& low) {
 #if defined(__CUDA_ARCH__)
   asm("{ .reg .b64 p; mul.wide.u32 p, %2, %3; mov.b64 {%1, %0}, p; }" : "=r"(high), "=r"(low) : "r"(a), "r"(b));

@@ -15,14 +15,16 @@ constexpr int64_t kPiece = 8192;
 
 // A piece begins at a group of four global token ids, which share a Philox call; a shard of a vocabulary that starts
 // inside such a group is shifted right by columns that do not exist.
-inline int64_t pieces_of(int64_t vocab, int64_t vocab_start) { return (vocab + (vocab_start & 3) + kPiece - 1) / kPiece; }
+inline int64_t pieces_of(int64_t vocab, int64_t vocab_start) {
+  return (vocab + (vocab_start & 3) + kPiece - 1) / kPiece;
+}
 
 // Logits [rows, vocab] with unit stride along the vocabulary, and the noise of their scores.
 struct Rows {
   const void* logits;
   Dtype dtype;  // not kDouble
   int64_t rows, vocab, stride, pieces;
-  const int64_t* seed;     // null: it is seed_value
+  const int64_t* seed;  // null: it is seed_value
   int64_t seed_value;
   const int64_t* row_ids;  // null: the row index
   int64_t vocab_start;
@@ -31,7 +33,7 @@ struct Rows {
 // Partial results [rows, pieces] and the results [rows].
 struct SampleArgs {
   Rows in;
-  float *best, *top, *total;  // of a piece: best score, largest logit, sum of exp(logit - top); the last two may be null
+  float *best, *top, *total;  // best score, largest logit, sum of exp(logit - top); the last two may be null
   int32_t* tile;              // of the best score
   int64_t* ids;
   float *score_max, *logit_max, *logit_sum;

@@ -1,4 +1,4 @@
-// Registers the CUDA row kernels with torch (stable ABI): unpacks tensors, and launches on their device's current stream.
+// Registers the CUDA row kernels with torch (stable ABI): unpacks tensors, launches on their device's current stream.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>

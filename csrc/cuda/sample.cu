@@ -112,11 +112,8 @@ struct SamplePick {
     const float top = args.top ? merged_over(block, in.pieces, -kInfinity, Largest{},
                                              [&](int64_t i) { return args.top[first + i]; })
                                : 0.0f;
-    const float total = args.top ? merged_over(block, in.pieces, 0.0f, Plus{},
-                                               [&](int64_t i) {
-                                                 return rescaled(LogSum<float>{args.top[first + i], args.total[first + i]}, top);
-                                               })
-                                 : 0.0f;
+    const auto share = [&](int64_t i) { return rescaled(LogSum<float>{args.top[first + i], args.total[first + i]}, top); };
+    const float total = args.top ? merged_over(block, in.pieces, 0.0f, Plus{}, share) : 0.0f;
     block.once([&] {
       const float nan = kInfinity - kInfinity;
       args.ids[row] = bad ? 0 : piece.column + offset;

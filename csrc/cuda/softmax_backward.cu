@@ -121,7 +121,9 @@ struct BackwardApply {
           for (int i = 0; i < kLanes; ++i) plain[i] = natural_exp(x[i] - top) * plain_factor;
         }
         // A masked token receives nothing, be it the given one.
-        const auto is_hit = [&](int i) { return piece.offset(tile, thread, i / 4) + i % 4 == hit && x[i] > -kInfinity; };
+        const auto is_hit = [&](int i) {
+          return piece.offset(tile, thread, i / 4) + i % 4 == hit && x[i] > -kInfinity;
+        };
         if constexpr (kNoisy) add_noise(piece, tile, thread, noise, x);
         GK_UNROLL
         for (int i = 0; i < kLanes; ++i) {

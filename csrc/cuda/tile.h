@@ -108,7 +108,8 @@ GK_KERNEL void load_as(const Piece& piece, int tile, int thread, const void* row
 
 // A thread's tokens of a tile; `fill` where there is none. `row` is the row's column 0.
 template <typename Block>
-GK_KERNEL void load_lanes(const Piece& piece, int tile, int thread, const void* row, Dtype dtype, float fill, Lanes& x) {
+GK_KERNEL void load_lanes(const Piece& piece, int tile, int thread, const void* row, Dtype dtype, float fill,
+                          Lanes& x) {
   if (dtype == Dtype::kFloat) load_as<Block, float>(piece, tile, thread, row, fill, x);
   else if (dtype == Dtype::kBFloat16) load_as<Block, c10::BFloat16>(piece, tile, thread, row, fill, x);
   else load_as<Block, c10::Half>(piece, tile, thread, row, fill, x);
@@ -177,7 +178,9 @@ struct RowNoise {
     row0 = uint32_t(id);
     row1 = uint32_t(id >> 32);
   }
-  GK_KERNEL Words4 words(uint32_t group, uint32_t domain) const { return philox(group, row0, row1, domain, key0, key1); }
+  GK_KERNEL Words4 words(uint32_t group, uint32_t domain) const {
+    return philox(group, row0, row1, domain, key0, key1);
+  }
 };
 
 // Turns a thread's logits into scores l + g, but for the shift that all noise shares (kNoiseShift).
