@@ -27,9 +27,9 @@ GK_HOST_DEVICE inline Means<Real> means_of(Real relaxed, Real plain, Real chosen
   else return {relaxed, Real(0)};
 }
 
-// The gradient of a logit through the relaxation. `weight` is p / tau, for reinmax p; `plain` is softmax(l), and read by
-// reinmax only; `hit` says that the token is the sampled one. 2 J((D + p) / 2) dy is p (dy - mean) away from the sampled
-// token, which adds dy - mean for its own half.
+// The gradient of a logit through the relaxation. `weight` is p / tau, for reinmax p; `plain` is softmax(l), read by
+// reinmax only; `hit` says that the token is the sampled one. 2 J((D + p) / 2) dy is p (dy - mean) away from the
+// sampled token, which adds dy - mean for its own half.
 template <Estimator kRule, typename Real>
 GK_HOST_DEVICE inline Real relaxation_gradient(Real weight, Real plain, Real dy, bool hit, Means<Real> mean) {
   Real dl = product(weight, dy - mean.relaxed);

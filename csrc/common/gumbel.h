@@ -31,7 +31,7 @@ GK_HOST_DEVICE inline Real token_gumbel(uint64_t seed, int64_t row, int64_t toke
   return -std::log(exponential_from_word<Real>(w, refinement));
 }
 
-// ---- The same in float32 for the price of few instructions, four tokens at a time ------------------------------------
+// ---- The same in float32 for the price of few instructions ----------------------------------------------------------
 //
 // Noise comes in a scaled form, n = log2(E / ln 2), of which Gumbel noise is g = kNoiseShift - ln 2 * n: the factor is
 // absorbed by the multiply-add with the logit, and the shift, the same for all tokens, is added once a row. What is one

@@ -112,7 +112,9 @@ struct SamplePick {
     const float top = args.top ? merged_over(block, in.pieces, -kInfinity, Largest{},
                                              [&](int64_t i) { return args.top[first + i]; })
                                : 0.0f;
-    const auto share = [&](int64_t i) { return rescaled(LogSum<float>{args.top[first + i], args.total[first + i]}, top); };
+    const auto share = [&](int64_t i) {
+      return rescaled(LogSum<float>{args.top[first + i], args.total[first + i]}, top);
+    };
     const float total = args.top ? merged_over(block, in.pieces, 0.0f, Plus{}, share) : 0.0f;
     block.once([&] {
       const float nan = kInfinity - kInfinity;
