@@ -54,9 +54,14 @@ def panels(rows: list[dict[str, str]]) -> Iterator[tuple[str, list[dict[str, str
 def draw(rows: list[dict[str, str]], title: str) -> Any:
     """A figure with one panel per measure, dtype and sweep."""
     found = list(panels(rows))
-    figure, axes = plt.subplots(1, len(found), figsize=(4.8 * len(found), 3.8), squeeze=False, layout="constrained")
-    for axis, panel in zip(axes[0], found, strict=True):
+    columns = len(found) if len(found) < 4 else 2
+    lines = -(-len(found) // columns)
+    size = (4.8 * columns, 3.8 * lines)
+    figure, axes = plt.subplots(lines, columns, figsize=size, squeeze=False, layout="constrained")
+    for axis, panel in zip(axes.flat, found, strict=False):
         _draw_panel(axis, *panel)
+    for axis in axes.flat[len(found) :]:
+        axis.remove()
     figure.suptitle(title)
     return figure
 
