@@ -12,10 +12,12 @@ from typing import Any
 import torch
 
 from grade_kernels.backends import Head, Sample, Softmax, Support
+from grade_kernels.backends.cpu import rows as rows_backend
 from grade_kernels.backends.torch import head as fallback
 
 CHUNK_ELEMENTS = 2**20  # logits that exist at a time
 _LANES, _PIECES = 16, 8  # kHeadLanes and kPieces of csrc/cpu
+_FEW_ROWS = 8  # hidden rows up to which padding them to whole lanes is most of the work
 _CANDIDATE_WORDS = 3  # int32 words of csrc/cpu/head.h's Candidate
 _SAMPLE, _SCORES, _SOFTMAX = range(3)
 
@@ -39,6 +41,19 @@ def _chunks(vocab: int, width: int) -> Iterator[slice]:
         stop = min(start + min(step, width), vocab)
         yield slice(start, stop)
         start, step = stop, 4 * step
+
+
+def _few_logits(head: Head) -> torch.Tensor:
+    """The logits of a decoding step's few rows, `[N, V]`.
+
+    A padded product would compute several times what is needed; this one takes little longer than reading the weight.
+    In narrower dtypes torch's product is that fast by itself.
+    """
+    logits = torch.empty(head.hidden.shape[0], head.weight.shape[0])
+    _kernels().few_product(_rows_in_memory(head.hidden), _rows_in_memory(head.weight), logits)
+    if head.bias is not None:
+        logits += head.bias
+    return fallback.softcapped(logits, head.softcap)
 
 
 class _Pass:
@@ -103,6 +118,9 @@ class _Pass:
 
 def head_sample(head: Head, seed: torch.Tensor, row_ids: torch.Tensor | None, vocab_start: int) -> Sample:
     """See `grade_kernels.backends`."""
+    rows, vocab = head.hidden.shape[0], head.weight.shape[0]
+    if head.hidden.dtype == torch.float32 and 0 < rows <= _FEW_ROWS and rows * vocab <= _FEW_ROWS * 2**18:
+        return rows_backend.sample(_few_logits(head), seed, row_ids, vocab_start, True)
     step = _Pass(_SAMPLE, head, torch.ones(head.hidden.shape[0]), 0.0)
     step.run(seed, row_ids, vocab_start)
     return step.sample()
