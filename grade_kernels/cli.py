@@ -11,7 +11,7 @@ __all__ = ["main"]
 
 # What `pip install 'grade-kernels[demo]'` and `'grade-kernels[train]'` bring beyond the plain package.
 _PACKAGES = {
-    "demo": {"matplotlib", "numpy", "psutil", "rich", "tokenizers", "transformers"},
+    "demo": {"accelerate", "matplotlib", "numpy", "psutil", "rich", "tokenizers", "transformers"},
     "train": {"accelerate", "datasets", "peft", "rich", "tokenizers", "transformers", "yaml"},
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,7 @@ from datasets import Dataset, load_dataset
 from rich.console import Console
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, HfArgumentParser
 
+from grade_kernels.training.callbacks import TrainingInterrupted
 from grade_kernels.training.checkpoints import complete_checkpoints
 from grade_kernels.training.config import GRADEConfig
 from grade_kernels.training.rewards import OUTPUTS, SequenceClassificationReward
@@ -67,7 +69,11 @@ def run(argv: Sequence[str]) -> int:
         peft_config=_adapter(arguments),
     )
     found = arguments.resume and complete_checkpoints(Path(str(config.output_dir)))
-    trainer.train(resume_from_checkpoint=bool(found))
+    try:
+        trainer.train(resume_from_checkpoint=bool(found))
+    except TrainingInterrupted as stop:
+        sys.stderr.write(f"\n{stop}. The same command with --resume continues.\n")
+        return 128 + stop.signum
     trainer.save_model()
     trainer.create_model_card(dataset_name=None if Path(arguments.dataset).exists() else arguments.dataset)
     if evaluation is not None:

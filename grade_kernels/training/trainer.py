@@ -381,13 +381,13 @@ class GRADETrainer(Trainer):
 
         Args:
             resume_from_checkpoint: a directory, or True for the latest in the output directory; if that one is damaged,
-                a warning
-                names it and the one before is used.
+                a warning names it and the one before is used.
             args: further arguments of the library's.
             kwargs: further keywords of the library's.
 
         Raises:
-            TrainingInterrupted: SIGTERM came; the step it came in was finished and saved.
+            TrainingInterrupted: SIGTERM or SIGINT came; the step it came in was finished and saved.
+            KeyboardInterrupt: SIGINT came a second time.
             ValueError: no checkpoint to resume from that is sound.
         """
         resume = self._sound_checkpoint(resume_from_checkpoint)
@@ -396,7 +396,7 @@ class GRADETrainer(Trainer):
         finally:
             self._signals.restore()
         if self._signals.received and self.state.global_step < self.state.max_steps:
-            raise TrainingInterrupted(self.state.global_step)
+            raise TrainingInterrupted(self.state.global_step, self._signals.received)
         return output
 
     def _sound_checkpoint(self, choice: str | bool | None) -> str | None:
