@@ -128,17 +128,19 @@ def main() -> None:
     parser.add_argument("--case", choices=("llama", "qwen"), default="llama")
     parser.add_argument("--ways", default=None, help="comma-separated: 0, 4, ..., exact, sequential")
     parser.add_argument("--vocab", type=int, default=151936, help="of the Llama (default: Qwen 3's, %(default)s)")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=None, help="steps to measure (default: 3, of Qwen 1)")
     parser.add_argument("--inner", default=None, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    batch, time_steps = (2, 64) if options.case == "qwen" else (4, 128)
+    large = options.case == "qwen"
+    batch, time_steps = (2, 64) if large else (4, 128)
+    rounds = options.rounds or (1 if large else 3)
     if options.inner:
-        print(json.dumps(measure(options.case, options.vocab, options.inner, batch, time_steps, options.rounds)))
+        print(json.dumps(measure(options.case, options.vocab, options.inner, batch, time_steps, rounds)))
         return
     print(f"{options.case}, V = {options.vocab}: B = {batch}, T = {time_steps}, {torch.get_num_threads()} threads")
-    for way in (options.ways or ("4" if options.case == "qwen" else "0,4,sequential")).split(","):
+    for way in (options.ways or ("4,sequential" if large else "0,4,sequential")).split(","):
         command = [sys.executable, "-m", "benchmarks.training", "--case", options.case, "--inner", way]
-        command += ["--vocab", str(options.vocab), "--rounds", str(options.rounds)]
+        command += ["--vocab", str(options.vocab), "--rounds", str(rounds)]
         run = subprocess.run(command, capture_output=True, text=True, check=False)
         if run.returncode:
             print(f"{way:>12}: failed, status {run.returncode}: {run.stderr.strip().splitlines()[-1:]}")

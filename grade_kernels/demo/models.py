@@ -94,8 +94,8 @@ def train_or_load_policy(
         policy.eval()
         with torch.no_grad():
             heldout = _encode(corpus.heldout_reviews, tokenizer)
-            loss = completion_loss(policy, heldout.ids, heldout.mask, heldout.prompt_lengths)
-            note = {"perplexity": math.exp(loss.item())}
+            heldout_loss = completion_loss(policy, heldout.ids, heldout.mask, heldout.prompt_lengths)
+            note = {"perplexity": math.exp(heldout_loss.item())}
 
         def write(path: Path) -> None:
             policy.save_pretrained(path)
