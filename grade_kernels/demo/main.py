@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from transformers import logging as transformers_logging
 
 from grade_kernels.demo import report, speed
 from grade_kernels.demo.align import Record, align, build_trainer
@@ -48,6 +49,7 @@ def run_demo(
         ValueError: the output directory holds more steps of this alignment than the config asks for.
     """
     console = console or Console()
+    transformers_logging.disable_progress_bar()  # one for every file that is written, across ours
     output = config.output_dir
     identity = _identity(config)
     checkpoints = output / f"alignment-{identity}"

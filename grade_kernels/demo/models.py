@@ -14,7 +14,6 @@ from rich.progress import Progress
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
-from transformers import logging as transformers_logging
 
 from grade_kernels.demo.cache import read_sealed, replace_directory
 from grade_kernels.demo.config import PolicyConfig, RewardConfig, settings_hash
@@ -260,5 +259,4 @@ def _load(directory: Path, model: nn.Module, name: str, console: Console) -> dic
 
 
 def _progress(console: Console) -> Progress:
-    transformers_logging.disable_progress_bar()
     return Progress(console=console, transient=True)
