@@ -21,7 +21,6 @@ using f32u = float __attribute__((vector_size(64), aligned(4)));
 using u16u = uint16_t __attribute__((vector_size(32), aligned(2)));
 
 constexpr int kLanes = 16;
-constexpr float kLog2E = 1.44269504088896341f, kLn2 = 0.693147180559945309f;
 
 GK_INLINE f32 splat(float x) { return f32{} + x; }
 GK_INLINE i32 splat_i(int32_t x) { return i32{} + x; }
@@ -36,6 +35,16 @@ GK_INLINE bool any(i32 mask) {
   using i64 = int64_t __attribute__((vector_size(64)));
   const i64 m = (i64)mask;
   return ((m[0] | m[1]) | (m[2] | m[3]) | (m[4] | m[5]) | (m[6] | m[7])) != 0;
+#endif
+}
+
+// 1 / x to the last bit or two, for positive normal x.
+GK_INLINE f32 reciprocal(f32 x) {
+#ifdef GK_AVX512
+  const f32 r = (f32)_mm512_rcp14_ps((__m512)x);
+  return r + r * (1.0f - x * r);
+#else
+  return 1.0f / x;
 #endif
 }
 
