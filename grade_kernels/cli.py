@@ -13,7 +13,7 @@ __all__ = ["main"]
 
 # What `pip install 'grade-kernels[demo]'` and so on bring beyond the plain package.
 _PACKAGES = {
-    "demo": {"matplotlib", "numpy", "psutil", "rich", "tokenizers", "transformers"},
+    "demo": {"accelerate", "matplotlib", "numpy", "psutil", "rich", "tokenizers", "transformers"},
     "inspect": {"matplotlib", "networkx", "rich", "triton"},
     "train": {"accelerate", "datasets", "peft", "rich", "tokenizers", "transformers", "yaml"},
 }
