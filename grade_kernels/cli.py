@@ -11,9 +11,10 @@ from pathlib import Path
 
 __all__ = ["main"]
 
-# What `pip install 'grade-kernels[demo]'` and `'grade-kernels[train]'` bring beyond the plain package.
+# What `pip install 'grade-kernels[demo]'` and so on bring beyond the plain package.
 _PACKAGES = {
     "demo": {"accelerate", "matplotlib", "numpy", "psutil", "rich", "tokenizers", "transformers"},
+    "inspect": {"matplotlib", "networkx", "rich", "triton"},
     "train": {"accelerate", "datasets", "peft", "rich", "tokenizers", "transformers", "yaml"},
 }
 
@@ -26,6 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     commands.add_parser("doctor", help="versions, devices, backends, and a self-check of each against the reference")
     demo = commands.add_parser("demo", help="align a small language model on this machine")
+    inspect = commands.add_parser("inspect", help="what the Triton kernels compile to, for every GPU and without any")
     commands.add_parser("train", help="align a language model with GRADETrainer", add_help=False)
     commands.add_parser("bench", help="throughput and memory of every operation here (from a clone)", add_help=False)
     try:
@@ -39,9 +41,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             from grade_kernels.demo import add_arguments, run
 
             add_arguments(demo)
+        if argv[:1] == ["inspect"]:
+            from grade_kernels.inspection import command as inspection
+
+            inspection.add_arguments(inspect)
         arguments = parser.parse_args(argv)
         if arguments.command == "demo":
             return run(arguments) or 0
+        if arguments.command == "inspect":
+            return inspection.run(arguments)
     except ModuleNotFoundError as error:
         name = argv[0]
         if error.name is None or error.name.partition(".")[0] not in _PACKAGES.get(name, ()):
