@@ -24,6 +24,7 @@ from datasets import Dataset
 from grade_kernels.training import (
     GRADEConfig,
     GRADETrainer,
+    NonFiniteGradientError,
     NonFiniteRewardError,
     SequenceClassificationReward,
     TrainingInterrupted,
@@ -371,6 +372,30 @@ def test_a_nan_reward_names_its_prompts_and_stops_before_the_optimizer(tmp_path)
     with pytest.raises(NonFiniteRewardError, match=r"row\(s\) \[2\].*step 3.*prompts: \['w\d+") as error:
         trainer.train()
     assert error.value.rows == [2]
+    assert len(states) == 2
+    assert same(states[-1], weights(trainer))
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_optimizer(tmp_path):
+    class Steep(BagReward):
+        calls = 0
+
+        def forward(self, inputs_embeds, attention_mask, **columns):
+            Steep.calls += 1
+            value = super().forward(inputs_embeds, attention_mask)
+            # The root of zero: its value is fine, its derivative is not.
+            return value + (value - value.detach()).clamp_min(0).sqrt() if Steep.calls == 4 else value
+
+    trainer = build(tmp_path, reward=Steep(dtype=torch.float32))
+    states = []
+
+    class Watch(tf.TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            states.append(weights(trainer))
+
+    trainer.add_callback(Watch())
+    with pytest.raises(NonFiniteGradientError, match="step 3"):
+        trainer.train()
     assert len(states) == 2
     assert same(states[-1], weights(trainer))
 

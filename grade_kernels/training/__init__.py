@@ -1,6 +1,6 @@
 """Alignment of language models by backpropagation through their own samples: a trainer, and its functional core."""
 
-from grade_kernels.training.callbacks import TrainingInterrupted
+from grade_kernels.training.callbacks import NonFiniteGradientError, TrainingInterrupted
 from grade_kernels.training.config import GRADEConfig
 from grade_kernels.training.loss import GradeLoss, grade_loss
 from grade_kernels.training.rewards import (
@@ -16,6 +16,7 @@ __all__ = [
     "GRADEConfig",
     "GRADETrainer",
     "GradeLoss",
+    "NonFiniteGradientError",
     "NonFiniteRewardError",
     "SequenceClassificationReward",
     "TrainingInterrupted",

@@ -14,7 +14,14 @@ from rich.table import Table
 from rich.text import Text
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-__all__ = ["StopOnSignal", "TrainingInterrupted", "completions_table", "show_completions"]
+__all__ = [
+    "NonFiniteGradientError",
+    "StopOnNonFiniteGradient",
+    "StopOnSignal",
+    "TrainingInterrupted",
+    "completions_table",
+    "show_completions",
+]
 
 
 class TrainingInterrupted(SystemExit):
@@ -81,6 +88,30 @@ class StopOnSignal(TrainerCallback):
         if self.received and signum == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = signum
+
+
+class NonFiniteGradientError(ValueError):
+    """A gradient is NaN or infinite although every reward was finite."""
+
+
+class StopOnNonFiniteGradient(TrainerCallback):
+    """Raises NonFiniteGradientError before the optimizer takes a gradient that would spoil every parameter.
+
+    In float16 the loss scaler skips such steps by itself, and nothing is raised.
+    """
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Look at every gradient."""
+        if args.fp16:
+            return
+        for name, parameter in kwargs["model"].named_parameters():
+            if parameter.grad is not None and not bool(parameter.grad.isfinite().all()):
+                raise NonFiniteGradientError(
+                    f"the gradient of {name} is not finite in step {state.global_step + 1}, although the rewards are: "
+                    "look for a reward whose derivative is not (a square root or a logarithm at 0)"
+                )
 
 
 def completions_table(

@@ -25,7 +25,13 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from grade_kernels.noise import GumbelNoise
 from grade_kernels.training import checkpoints, model_card
-from grade_kernels.training.callbacks import StopOnSignal, TrainingInterrupted, completions_table, show_completions
+from grade_kernels.training.callbacks import (
+    StopOnNonFiniteGradient,
+    StopOnSignal,
+    TrainingInterrupted,
+    completions_table,
+    show_completions,
+)
 from grade_kernels.training.config import GRADEConfig
 from grade_kernels.training.loss import (
     GradeLoss,
@@ -143,7 +149,7 @@ class GRADETrainer(Trainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
-            callbacks=[*(callbacks or []), self._signals],
+            callbacks=[*(callbacks or []), StopOnNonFiniteGradient(), self._signals],
             optimizers=optimizers,
         )
         # The loss is the mean over a batch; without this, accumulated steps would be logged and scaled as sums.
