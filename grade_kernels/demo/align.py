@@ -30,7 +30,7 @@ from grade_kernels.demo.cache import replace_file
 from grade_kernels.demo.config import AlignConfig
 from grade_kernels.demo.models import RewardModel, position_ids
 
-__all__ = ["DemoInterrupted", "Record", "Rollout", "align", "kl_to", "rollout"]
+__all__ = ["DemoInterrupted", "Record", "Rollout", "align", "kl_to", "prompt_rows", "rollout", "trim"]
 
 
 class DemoInterrupted(KeyboardInterrupt):
@@ -228,8 +228,8 @@ def _align_step(
 ) -> Record:
     """Sample, judge, backpropagate, update."""
     sequence_ids = torch.arange(config.batch_size) + step * config.batch_size
-    rows = _prompt_rows(len(prompts[0]), sequence_ids, seed)
-    prompt_ids, prompt_mask = _trim(prompts[0][rows], prompts[1][rows])
+    rows = prompt_rows(len(prompts[0]), sequence_ids, seed)
+    prompt_ids, prompt_mask = trim(prompts[0][rows], prompts[1][rows])
     sample = rollout(
         policy,
         reward_model.embedding.weight,
@@ -250,7 +250,7 @@ def _align_step(
     return Record(step + 1, reward.item(), kl.item(), grad_norm.item(), sample.mask.sum(1).float().mean().item())
 
 
-def _prompt_rows(count: int, sequence_ids: torch.Tensor, seed: int) -> torch.Tensor:
+def prompt_rows(count: int, sequence_ids: torch.Tensor, seed: int) -> torch.Tensor:
     """Which prompt each sequence of the run gets: one shuffled pass over all prompts after the other."""
     rows = torch.empty_like(sequence_ids)
     for epoch in (sequence_ids // count).unique().tolist():
@@ -260,7 +260,7 @@ def _prompt_rows(count: int, sequence_ids: torch.Tensor, seed: int) -> torch.Ten
     return rows
 
 
-def _trim(ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def trim(ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Cut left padding that no row of the batch needs."""
     start = ids.shape[1] - int(mask.sum(dim=1).max())
     return ids[:, start:], mask[:, start:]
