@@ -96,6 +96,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     settings = Settings.quick() if options.quick else Settings()
     if options.seeds is not None:
         settings = dataclasses.replace(settings, seeds=tuple(range(options.seeds)))
+    if options.learning_rates is not None:
+        settings = dataclasses.replace(settings, learning_rates=tuple(options.learning_rates))
     if options.steps is not None:
         settings = dataclasses.replace(settings, steps=options.steps)
     # One thread: sums keep their order whatever the machine, and models this small gain nothing from a second.

@@ -24,7 +24,8 @@ class Settings:
         warmup_steps: the learning rate rises over so many steps.
         max_grad_norm: clip of the gradient.
         evaluations: evaluation points along a run, beside its start.
-        evaluation_prompts: test prompts, and as many of validation, with one completion each.
+        point_prompts: test prompts at an evaluation point, with one completion each.
+        evaluation_prompts: test prompts at the end, and as many of validation.
         variance_draws: gradients at the same prompts.
         variance_sets: sets of prompts that is repeated with; the band is over them.
         value_steps: steps a value model is fitted for, before the variance of PPO's gradient is measured.
@@ -40,6 +41,7 @@ class Settings:
     warmup_steps: int = 10
     max_grad_norm: float = 1.0
     evaluations: int = 10
+    point_prompts: int = 128
     evaluation_prompts: int = 256
     variance_draws: int = 12
     variance_sets: int = 3
@@ -58,6 +60,7 @@ class Settings:
             learning_rates=(3e-4, 1e-3),
             seeds=(0, 1),
             evaluations=4,
+            point_prompts=32,
             evaluation_prompts=64,
             variance_draws=4,
             variance_sets=2,

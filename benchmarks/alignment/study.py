@@ -89,8 +89,9 @@ class Study:
         # Seeds and rates are a run's own; a study with more of them finds the runs of a smaller one.
         mine = {**asdict(settings), "seeds": None, "learning_rates": None, "beta": None, "frontier_beta": None}
         spreads = ("variance_draws", "variance_sets", "value_steps")
+        sizes = ("prompts", "completions", "variance_draws", "value_steps")
         self.identity = settings_hash("run 1", task.identity, {k: v for k, v in mine.items() if k not in spreads})
-        self.variance_identity = settings_hash("variance 1", self.identity, asdict(settings))
+        self.variance_identity = settings_hash("variance 1", task.identity, {k: mine[k] for k in sizes})
 
     def run(self, methods: Sequence[str]) -> Results:
         """For the named methods: learning rates and seeds, gradient variance, and the runs with the small beta."""

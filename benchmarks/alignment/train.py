@@ -118,7 +118,7 @@ def train(
     wall = cpu = 0.0
 
     def measure(step: int) -> None:
-        found = evaluate(policy, task, task.test[held_out])
+        found = evaluate(policy, task, task.test[: settings.point_prompts])
         run.points.append(
             Point(step, world.tokens, wall, cpu, found.reward, found.kl, found.perplexity, found.distinct_2)
         )
