@@ -32,6 +32,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--quick", action="store_true", help="everything small: minutes, and no conclusions")
     found.add_argument("--seeds", type=_positive, help="how many seeds (default: 3, with --quick 2)")
     found.add_argument("--steps", type=_positive, help="optimiser steps of a run")
+    found.add_argument("--learning-rates", type=float, nargs="+", help="the short list that every method chooses from")
     found.add_argument(
         "--methods", type=_methods, default=tuple(METHODS), metavar="A,B", help=f"among {', '.join(METHODS)}"
     )
