@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -105,7 +106,7 @@ def _variances(results: Results) -> Any:
     )  # fmt: skip
     for axis, checkpoint in zip(axes[0], results.variances, strict=True):
         bands = {name: variance_band(results, checkpoint, name) for name in results.variances[checkpoint]}
-        names = [name for name, band in bands.items() if band.values]
+        names = [name for name, band in bands.items() if band.values and math.isfinite(band.mean)]
         means = [bands[name].mean for name in names]
         errors = [[bands[n].mean - bands[n].low for n in names], [bands[n].high - bands[n].mean for n in names]]
         titles: Sequence[str] = [METHODS[name].title for name in names]

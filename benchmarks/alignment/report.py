@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 from benchmarks.alignment import plots
 from benchmarks.alignment.bands import Band, Crossing, to_reward
-from benchmarks.alignment.claims import KLS, TARGET, claims, frontier_band, variance_band
+from benchmarks.alignment.claims import KLS, TARGET, claims, cosine_band, frontier_band, variance_band
 from benchmarks.alignment.methods import METHODS
 from benchmarks.alignment.study import Results
 from benchmarks.alignment.train import Run
@@ -63,7 +64,10 @@ def markdown(results: Results) -> str:
         f"± is the standard deviation over {seeds} seeds.",
         "",
         *_section("Test reward at equal budgets", _main_table(results)),
-        *_section("Relative gradient variance (trace of the covariance over the squared mean)", _variance(results)),
+        *_section(
+            "Relative gradient variance: trace of the covariance over the squared mean (range: all sets of prompts but one)",
+            _variance(results),
+        ),
         *_section("Test reward at a KL, in nats per completion (perplexity under the start)", _frontier(results)),
         *_section(f"The way to a test reward of {TARGET:g}", _costs(results)),
         *_section("Verdicts", _claims(results)),
@@ -126,21 +130,19 @@ def _main_table(results: Results) -> list[list[str]]:
 def _variance(results: Results) -> list[list[str]]:
     head = ["method"]
     for checkpoint in results.variances:
-        head += [f"{checkpoint}: variance, mean (least to greatest)", "plain REINFORCE's over it", "cosine"]
+        head += [f"{checkpoint}: variance", "plain REINFORCE's over it", "cosine to the unbiased gradient"]
     rows = [head]
     for name in next(iter(results.variances.values()), {}):
         row = [METHODS[name].title]
-        for checkpoint, methods in results.variances.items():
+        for checkpoint in results.variances:
             band, plain = (
                 variance_band(results, checkpoint, name),
                 variance_band(results, checkpoint, "reinforce_plain"),
             )
-            lost = len(methods[name]) - len(band.values)
-            cosines = Band(tuple(entry["cosine"] for entry in methods[name] if entry["cosine"] is not None))
             row += [
-                band.show_range(1) + (f", {lost} of {len(methods[name])} lost in noise" if lost else ""),
-                f"{plain.mean / band.mean:.1f}" if band.values and plain.values else "-",
-                cosines.show_range(2),
+                band.show_range(2),
+                f"{plain.mean / band.mean:.1f}" if plain.values and math.isfinite(band.mean) else "-",
+                cosine_band(results, checkpoint, name).show_range(2),
             ]
         rows.append(row)
     return rows

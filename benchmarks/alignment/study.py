@@ -40,7 +40,8 @@ class Results:
         prompts: the first test prompts, whose completions the runs keep.
         chosen: learning rate of each method.
         runs: all of them.
-        variances: `{checkpoint: {method: [one per set of prompts]}}` of relative variance and cosine.
+        variances: `{checkpoint: {method: [one per set of prompts]}}`: `trace` of the covariance, `norm2` of the mean, and
+            its `dot` product with leave-one-out REINFORCE's.
     """
 
     task: str
@@ -170,11 +171,10 @@ class Study:
         truth = spreads.get("reinforce")
         return {
             name: {
-                # JSON has no infinity.
-                "relative": spread.relative if spread.norm2 > 0 else None,
                 "trace": spread.trace,
                 "norm2": spread.norm2,
-                "cosine": None if truth is None or name == "reinforce" else variance.cosine(spread, truth),
+                # With the unbiased estimate's mean, whose draws are others.
+                "dot": None if truth is None or name == "reinforce" else float(spread.mean @ truth.mean),
             }
             for name, spread in spreads.items()
         }

@@ -5,12 +5,12 @@ squared norm of the true mean without bias, and the relative variance is T over 
 (beta = 0): it is exact for some methods and sampled for others, and the question is the reward's.
 
 REINFORCE with the leave-one-out baseline is unbiased, so its mean stands for the true gradient: an estimator's cosine
-to it, again with unbiased norms, tells its bias in direction.
+to it, again with unbiased norms, tells its bias in direction. A norm can drown in noise, so figures over several sets of
+prompts are ratios of sums.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -22,7 +22,7 @@ from benchmarks.alignment.tasks import Task
 from benchmarks.alignment.train import trainable
 from grade_kernels import GumbelNoise
 
-__all__ = ["Spread", "cosine", "measure", "spread"]
+__all__ = ["Spread", "measure", "spread"]
 
 FIRST_STEP = 10_000  # the prompts and sequences of steps that no run comes to
 
@@ -32,13 +32,11 @@ class Spread:
     """Statistics of several gradients.
 
     Attributes:
-        relative: trace of the covariance over the squared norm of the mean; infinite where the mean is lost in noise.
         trace: of the covariance.
         norm2: squared norm of the true mean, estimated without bias, so it may be negative.
         mean: mean gradient, `[parameters]`.
     """
 
-    relative: float
     trace: float
     norm2: float
     mean: torch.Tensor
@@ -50,14 +48,7 @@ def spread(gradients: list[torch.Tensor]) -> Spread:
     mean = draws.mean(dim=0)
     trace = float((draws - mean).square().sum()) / (len(draws) - 1)
     norm2 = float(mean.square().sum()) - trace / len(draws)
-    return Spread(trace / norm2 if norm2 > 0 else math.inf, trace, norm2, mean.float())
-
-
-def cosine(one: Spread, other: Spread) -> float | None:
-    """Between the true means of two estimators with independent draws; None where a mean is lost in noise."""
-    if min(one.norm2, other.norm2) <= 0:
-        return None
-    return float(one.mean.double() @ other.mean.double()) / math.sqrt(one.norm2 * other.norm2)
+    return Spread(trace, norm2, mean.float())
 
 
 def measure(

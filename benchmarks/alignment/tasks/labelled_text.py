@@ -31,11 +31,11 @@ __all__ = ["LabelledText", "TextConfig", "build", "read_csv"]
 class TextConfig:
     """Sizes of the models, and how the data is divided."""
 
-    vocab_size: int = 4096
+    vocab_size: int = 2048
     policy: PolicyConfig = dataclasses.field(
-        default_factory=lambda: PolicyConfig(width=128, layers=4, heads=4, steps=1200, learning_rate=2e-3)
+        default_factory=lambda: PolicyConfig(width=96, layers=3, heads=4, steps=800, learning_rate=4e-3)
     )
-    reward: RewardConfig = dataclasses.field(default_factory=lambda: RewardConfig(width=64, layers=2, steps=700))
+    reward: RewardConfig = dataclasses.field(default_factory=lambda: RewardConfig(width=64, layers=1, steps=500))
     prompt_words: int = 4
     max_new_tokens: int = 24
     policy_share: float = 0.55
@@ -91,7 +91,7 @@ def build(
     """Divide the texts, train what has not been trained, and make prompts of the first words of the rest.
 
     The policy learns from texts of any label, in their natural proportion; the classifier from both labels equally
-    often. Prompts that occur in several of the three sets stay in one.
+    often. No prompt begins a text that either of them learned from, and none is in two of the three sets.
 
     Raises:
         ValueError: too few texts for the sets of prompts.
@@ -102,7 +102,9 @@ def build(
     policy_texts, reward_texts, rest = (
         [texts[i] for i in part] for part in (order[:first], order[first:second], order[second:])
     )
-    prompts = list(dict.fromkeys(_prompt(item.text, config) for item in rest if _long_enough(item.text, config)))
+    seen = {_prompt(item.text, config) for item in (*policy_texts, *reward_texts)}
+    long_enough = (item.text for item in rest if len(item.text.split()) > config.prompt_words)
+    prompts = [text for text in dict.fromkeys(_prompt(text, config) for text in long_enough) if text not in seen]
     held_out = config.evaluation_prompts
     if len(prompts) < 3 * held_out:
         raise ValueError(
@@ -110,21 +112,17 @@ def build(
             f"training take at least {held_out} each"
         )
     tokenizer = _build_tokenizer([item.text for item in policy_texts], config.vocab_size)
-    encoded = settings_hash([[item.text, item.positive] for item in texts])
-    identity = settings_hash("texts 1", config, encoded)
-
+    identity = settings_hash("texts 1", config, settings_hash([[item.text, item.positive] for item in texts]))
     held_out_texts = [item for item in rest if item.positive is not None][: 2 * held_out]
 
+    def reviews(train: list[LabelledText], held_out: list[LabelledText]) -> tuple[Reviews, Reviews]:
+        return _encode(train, tokenizer, config), _encode(held_out, tokenizer, config)
+
     def policy_data() -> tuple[Reviews, Reviews]:
-        limits = {"prompt_words": 0, "limit": MAX_POSITIONS}
-        return _encode(policy_texts, tokenizer, **limits), _encode(rest[: 2 * held_out], tokenizer, **limits)
+        return reviews(policy_texts, rest[: 2 * held_out])
 
     def reward_data() -> tuple[Reviews, Reviews]:
-        # What the classifier will read is no longer than this.
-        limits = {"prompt_words": config.prompt_words, "max_new_tokens": config.max_new_tokens, "limit": MAX_POSITIONS}
-        return _encode(_balanced(reward_texts), tokenizer, **limits), _encode(
-            _balanced(held_out_texts), tokenizer, **limits
-        )
+        return reviews(_balanced(reward_texts), _balanced(held_out_texts))
 
     policy, policy_note = fit_policy(cache / f"policy-{identity}", config.policy, policy_data, tokenizer, console)
     reward, reward_note = fit_reward(cache / f"reward-{identity}", config.reward, reward_data, len(tokenizer), console)
@@ -150,10 +148,6 @@ def build(
             "reward model's accuracy, both labels equally often": reward_note["accuracy"],
         },
     )
-
-
-def _long_enough(text: str, config: TextConfig) -> bool:
-    return len(text.split()) > config.prompt_words
 
 
 def _prompt(text: str, config: TextConfig) -> str:
@@ -194,28 +188,17 @@ def _encode_prompts(prompts: Sequence[str], tokenizer: PreTrainedTokenizerFast) 
     return Prompts(*_padded(rows, int(tokenizer.pad_token_id), left=True))  # type: ignore[arg-type]
 
 
-def _encode(
-    items: Sequence[LabelledText],
-    tokenizer: PreTrainedTokenizerFast,
-    *,
-    prompt_words: int,
-    limit: int,
-    max_new_tokens: int | None = None,
-) -> Reviews:
-    """`<bos> text <eos>`, cut at `limit` tokens and `max_new_tokens` tokens behind the prompt."""
+def _encode(items: Sequence[LabelledText], tokenizer: PreTrainedTokenizerFast, config: TextConfig) -> Reviews:
+    """`<bos> text <eos>`, cut where a completion of its prompt would be: nothing longer is ever written or read."""
     bos, end = int(tokenizer.bos_token_id), int(tokenizer.eos_token_id)  # type: ignore[arg-type]
-    heads = _ids([" ".join(item.text.split()[:prompt_words]) for item in items], tokenizer)
-    rows = []
-    for head, row in zip(heads, _ids([item.text for item in items], tokenizer), strict=True):
-        cut = limit if max_new_tokens is None else min(limit, 1 + len(head) + max_new_tokens)
-        rows.append([bos, *row, end][:cut])
+    rows, lengths = [], []
+    prompts = _ids([_prompt(item.text, config) for item in items], tokenizer)
+    for prompt, text in zip(prompts, _ids([item.text for item in items], tokenizer), strict=True):
+        lengths.append(1 + len(prompt))
+        rows.append([bos, *text, end][: min(MAX_POSITIONS, lengths[-1] + config.max_new_tokens)])
     ids, mask = _padded(rows, int(tokenizer.pad_token_id), left=False)  # type: ignore[arg-type]
-    return Reviews(
-        ids,
-        mask,
-        prompt_lengths=torch.tensor([1 + len(head) for head in heads]),
-        sentiments=torch.tensor([float(bool(item.positive)) for item in items]),
-    )
+    sentiments = torch.tensor([float(bool(item.positive)) for item in items])
+    return Reviews(ids, mask, torch.tensor(lengths), sentiments)
 
 
 def _balanced(items: Sequence[LabelledText]) -> list[LabelledText]:
