@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -112,6 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     status = 0
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         study.run(options.methods)
     except KeyboardInterrupt:
