@@ -278,7 +278,7 @@ def test_pooled_variance_survives_a_mean_that_is_lost():
 
 
 def test_a_study_from_runs_to_report_and_again(task, tmp_path, monkeypatch):
-    methods = ("grade_ste", "grade", "reinforce", "reinforce_plain", "ppo", "ste_log")
+    methods = ("grade_ste", "reinforce_plain", "ppo", "ste_log")
     study = Study(task, SETTINGS, tmp_path, CONSOLE)
     found = study.run(methods)
     assert found.methods == list(methods)

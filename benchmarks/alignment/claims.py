@@ -13,9 +13,9 @@ from typing import Any
 
 from benchmarks.alignment.bands import Band, at_kl, to_reward
 from benchmarks.alignment.methods import METHODS, OURS
-from benchmarks.alignment.study import Results
+from benchmarks.alignment.study import TRUTH, Results
 
-__all__ = ["KLS", "TARGET", "Claim", "claims", "cosine_band", "frontier_band", "variance_band"]
+__all__ = ["KLS", "TARGET", "Claim", "bias_bands", "claims", "frontier_band", "variance_band"]
 
 _Entry = dict[str, Any]
 
@@ -83,17 +83,21 @@ def variance_band(results: Results, checkpoint: str, method: str) -> Band:
     return Band(tuple(_relative(some) for some in _leave_out_each(entries)) if entries else ())
 
 
-def cosine_band(results: Results, checkpoint: str, method: str) -> Band:
-    """Cosine of the mean gradient to leave-one-out REINFORCE's, as `variance_band`; nothing where a mean is lost."""
+def bias_bands(results: Results, checkpoint: str, method: str) -> tuple[Band, Band]:
+    """The mean gradient beside the unbiased one (`TRUTH`'s): their cosine, and the length along it, of which 1 is right.
+
+    One value for all sets of prompts but each one; nothing where a mean is lost in noise.
+    """
     methods = results.variances[checkpoint]
-    truth, own = methods.get("reinforce", []), methods[method]
-    values = []
-    for ours, theirs in zip(_leave_out_each(own), _leave_out_each(truth), strict=False):
-        norms = [sum(entry["norm2"] for entry in entries) for entries in (ours, theirs)]
-        if min(norms) <= 0 or any(entry["dot"] is None for entry in ours):
-            return Band(())
-        values.append(sum(entry["dot"] for entry in ours) / math.sqrt(norms[0] * norms[1]))
-    return Band(tuple(values))
+    cosines, lengths = [], []
+    for ours, theirs in zip(_leave_out_each(methods[method]), _leave_out_each(methods.get(TRUTH, [])), strict=False):
+        own, true = (sum(entry["norm2"] for entry in entries) for entries in (ours, theirs))
+        if min(own, true) <= 0 or any(entry["dot"] is None for entry in ours):
+            return Band(()), Band(())
+        dot = sum(entry["dot"] for entry in ours)
+        cosines.append(dot / math.sqrt(own * true))
+        lengths.append(dot / true)
+    return Band(tuple(cosines)), Band(tuple(lengths))
 
 
 def _variances(results: Results) -> list[Claim]:

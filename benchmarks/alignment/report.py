@@ -11,7 +11,7 @@ from typing import Any
 
 from benchmarks.alignment import plots
 from benchmarks.alignment.bands import Band, Crossing, to_reward
-from benchmarks.alignment.claims import KLS, TARGET, claims, cosine_band, frontier_band, variance_band
+from benchmarks.alignment.claims import KLS, TARGET, bias_bands, claims, frontier_band, variance_band
 from benchmarks.alignment.methods import METHODS
 from benchmarks.alignment.study import Results
 from benchmarks.alignment.train import Run
@@ -130,7 +130,12 @@ def _main_table(results: Results) -> list[list[str]]:
 def _variance(results: Results) -> list[list[str]]:
     head = ["method"]
     for checkpoint in results.variances:
-        head += [f"{checkpoint}: variance", "plain REINFORCE's over it", "cosine to the unbiased gradient"]
+        head += [
+            f"{checkpoint}: variance",
+            "plain REINFORCE's over it",
+            "cosine to the unbiased gradient",
+            "length along it",
+        ]
     rows = [head]
     for name in next(iter(results.variances.values()), {}):
         row = [METHODS[name].title]
@@ -142,7 +147,7 @@ def _variance(results: Results) -> list[list[str]]:
             row += [
                 band.show_range(2),
                 f"{plain.mean / band.mean:.1f}" if plain.values and math.isfinite(band.mean) else "-",
-                cosine_band(results, checkpoint, name).show_range(2),
+                *(band.show_range(2) for band in bias_bands(results, checkpoint, name)),
             ]
         rows.append(row)
     return rows

@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from benchmarks.alignment import variance
 from benchmarks.alignment.methods import METHODS, VARIANTS
@@ -21,10 +21,12 @@ from benchmarks.alignment.train import SAMPLES, Run, train
 from grade_kernels.demo.cache import replace_file
 from grade_kernels.demo.config import settings_hash
 
-__all__ = ["FRONTIER", "Results", "Study"]
+__all__ = ["FRONTIER", "TRUTH", "Results", "Study"]
 
 # Whose policy of half the steps is a checkpoint of the variance.
 CHECKPOINTS = ("grade_ste",)
+# Whose gradient is unbiased, and of the unbiased ones the least noisy.
+TRUTH = "reinforce"
 # Methods that also run with the small beta, so that they drift.
 FRONTIER = ("grade_ste", "ste_log", "st", "reinforce", "ppo")
 
@@ -149,35 +151,38 @@ class Study:
             for name in CHECKPOINTS
             if name in self.results.chosen
         }
-        methods = [METHODS[name] for name in names]
+        # The unbiased gradient comes first, for the others are multiplied with it.
+        order = sorted(names, key=lambda name: name != TRUTH)
         for checkpoint, weights in checkpoints.items():
             found: dict[str, list[dict[str, float | None]]] = {name: [] for name in names}
-            for prompts in range(self.settings.variance_sets):
-                key = settings_hash(checkpoint, str(weights), prompts, list(names), self.variance_identity)
-                path = self.output / "runs" / f"{self.task.name}-variance-{key}.json"
-                if not path.exists():
-                    _write(path, self._variance(checkpoint, weights, prompts, methods))
-                for name, values in json.loads(path.read_text()).items():
-                    found[name].append(values)
+            with _progress(self.console, f"{self.task.name}: gradients at {checkpoint}", len(names)) as advance:
+                for done, name in enumerate(order, start=1):
+                    for prompts in range(self.settings.variance_sets):
+                        found[name].append(self._spread(name, weights, prompts, compare=TRUTH in names))
+                    advance(done)
             self.results.variances[checkpoint] = found
 
-    def _variance(self, checkpoint: str, weights: Path | None, prompts: int, methods: list[Any]) -> dict[str, Any]:
-        with _progress(self.console, f"{self.task.name}: gradients at {checkpoint}", len(methods)) as advance:
-            done = iter(range(1, len(methods) + 1))
-            spreads = variance.measure(
-                self.task, methods, self.settings, load_file(weights) if weights else {}, prompts=prompts,
-                on_method=lambda: advance(next(done)),
-            )  # fmt: skip
-        truth = spreads.get("reinforce")
-        return {
-            name: {
-                "trace": spread.trace,
-                "norm2": spread.norm2,
-                # With the unbiased estimate's mean, whose draws are others.
-                "dot": None if truth is None or name == "reinforce" else float(spread.mean @ truth.mean),
-            }
-            for name, spread in spreads.items()
-        }
+    def _spread(self, name: str, weights: Path | None, prompts: int, *, compare: bool) -> dict[str, float | None]:
+        """A method's gradient at a checkpoint and a set of prompts; `compare` with the unbiased one's mean."""
+
+        def path(method: str, suffix: str) -> Path:
+            key = settings_hash("start" if weights is None else weights.name, prompts, self.variance_identity)
+            return self.output / "runs" / f"{self.task.name}-gradient-{method}-{key}{suffix}"
+
+        if path(name, ".json").exists():
+            return json.loads(path(name, ".json").read_text())
+        state = load_file(weights) if weights else {}
+        stream = list(METHODS).index(name)
+        spread = variance.measure(self.task, METHODS[name], self.settings, state, prompts=prompts, stream=stream)
+        dot = None
+        if name == TRUTH:
+            path(name, "").parent.mkdir(parents=True, exist_ok=True)
+            save_file({"mean": spread.mean}, path(name, ".safetensors"))
+        elif compare:
+            dot = float(spread.mean @ load_file(path(TRUTH, ".safetensors"))["mean"])
+        found = {"trace": spread.trace, "norm2": spread.norm2, "dot": dot}
+        _write(path(name, ".json"), found)
+        return found
 
 
 def _write(path: Path, values: dict[str, Any]) -> None:

@@ -11,7 +11,6 @@ prompts are ratios of sums.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -52,44 +51,33 @@ def spread(gradients: list[torch.Tensor]) -> Spread:
 
 
 def measure(
-    task: Task,
-    methods: list[Method],
-    settings: Settings,
-    state: dict[str, torch.Tensor],
-    *,
-    prompts: int,
-    on_method: Callable[[], None] = lambda: None,
-) -> dict[str, Spread]:
-    """Statistics of each method's gradient at one policy and one set of prompts.
+    task: Task, method: Method, settings: Settings, state: dict[str, torch.Tensor], *, prompts: int, stream: int
+) -> Spread:
+    """Statistics of a method's gradient at one policy and one set of prompts.
 
     Args:
         task: the task.
-        methods: whose gradients.
+        method: whose gradient.
         settings: how large a batch is, and how many draws.
         state: the policy's trainable parameters; none for the start.
         prompts: which set of prompts.
-        on_method: called after each method.
+        stream: which noise. Means of different streams are independent.
     """
     policy = task.start()
     own = trainable(policy)
     with torch.no_grad():
         for name, value in state.items():
             own[name].copy_(value)
-    found = {}
-    for number, method in enumerate(methods):
-        world = World(task, settings, policy, beta=0.0, seed=prompts)
-        learner = method.make(world)
-        learner.prepare(settings.value_steps)
-        fixed = world.batch(FIRST_STEP).prompts
-        gradients = []
-        for draw in range(settings.variance_draws):
-            # No two draws of any two methods share noise, so that means are independent.
-            first = (FIRST_STEP + number * settings.variance_draws + draw) * settings.batch_size
-            noise = GumbelNoise(prompts, first + torch.arange(settings.batch_size))
-            loss = learner.policy_loss(Batch(fixed, noise))
-            parts = torch.autograd.grad(loss, list(own.values()), allow_unused=True)
-            zeros = (torch.zeros_like(p) if g is None else g for p, g in zip(own.values(), parts, strict=True))
-            gradients.append(torch.cat([part.flatten() for part in zeros]))
-        found[method.name] = spread(gradients)
-        on_method()
-    return found
+    world = World(task, settings, policy, beta=0.0, seed=prompts)
+    learner = method.make(world)
+    learner.prepare(settings.value_steps)
+    fixed = world.batch(FIRST_STEP).prompts
+    gradients = []
+    for draw in range(settings.variance_draws):
+        first = (FIRST_STEP + stream * settings.variance_draws + draw) * settings.batch_size
+        noise = GumbelNoise(prompts, first + torch.arange(settings.batch_size))
+        loss = learner.policy_loss(Batch(fixed, noise))
+        parts = torch.autograd.grad(loss, list(own.values()), allow_unused=True)
+        zeros = (torch.zeros_like(p) if g is None else g for p, g in zip(own.values(), parts, strict=True))
+        gradients.append(torch.cat([part.flatten() for part in zeros]))
+    return spread(gradients)
