@@ -51,7 +51,8 @@ class Evaluation:
 def evaluate(policy: nn.Module, task: Task, prompts: Prompts, *, seed: int = 0) -> Evaluation:
     """Sample one completion per prompt and measure. The same seed is the same noise, whatever the policy."""
     drawn = rollout(
-        read_language_model(policy), *prompts, max_new_tokens=task.max_new_tokens, noise=GumbelNoise(NOISE + seed),
+        read_language_model(policy), prompts.ids, prompts.mask,
+        max_new_tokens=task.max_new_tokens, noise=GumbelNoise(NOISE + seed),
         eos_token_ids=(task.end,), pad_token_id=task.pad,
     )  # fmt: skip
     rewards = score(task, prompts, drawn)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ def draw(results: Results, output: Path) -> list[Path]:
         figure = picture(results)
         if figure is not None:
             path = output / f"{name}.png"
-            replace_file(path, lambda temporary, figure=figure: figure.savefig(temporary, dpi=130))
+            replace_file(path, partial(figure.savefig, dpi=130))
             plt.close(figure)
             written.append(path)
     return written
@@ -65,7 +66,7 @@ def _rewards(results: Results) -> Any:
         for name in names:
             runs = results.final(name)
             tokens = np.linspace(0, min(run.points[-1].tokens for run in runs), 50)
-            curves = np.array([np.interp(tokens, *_columns(run, "tokens", "reward")) for run in runs])
+            curves = np.array([np.interp(tokens, _column(run, "tokens"), _column(run, "reward")) for run in runs])
             axis.plot(tokens, curves.mean(axis=0), color=_color(name), label=METHODS[name].title)
             axis.fill_between(tokens, curves.min(axis=0), curves.max(axis=0), color=_color(name), alpha=0.15)
         axis.set(xlabel="tokens generated for learning", ylabel="test reward")
@@ -83,7 +84,14 @@ def _frontier(results: Results) -> Any:
                 for run in runs:
                     style = "-" if run.beta == results.settings.beta else "--"
                     axis.plot(
-                        *_columns(run, "kl", "reward"), style, color=_color(name), lw=1, ms=2, marker="o", label=label
+                        _column(run, "kl"),
+                        _column(run, "reward"),
+                        style,
+                        color=_color(name),
+                        lw=1,
+                        ms=2,
+                        marker="o",
+                        label=label,
                     )
                     label = None
         axis.set(xlabel="KL to the start, nats per completion", ylabel="test reward", xscale="symlog")
@@ -92,8 +100,8 @@ def _frontier(results: Results) -> Any:
     return figure
 
 
-def _columns(run: Run, *names: str) -> list[list[float]]:
-    return [[getattr(point, name) for point in run.points] for name in names]
+def _column(run: Run, name: str) -> list[float]:
+    return [getattr(point, name) for point in run.points]
 
 
 def _variances(results: Results) -> Any:

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +34,12 @@ def write_report(results: Results, output: Path) -> list[Path]:
     written = []
     for name, text in files.items():
         path = output / name
-        replace_file(path, lambda temporary, text=text: _write_text(temporary, text))
+        replace_file(path, partial(_write_text, text))
         written.append(path)
     return [*written, *plots.draw(results, output)]
 
 
-def _write_text(path: Path, text: str) -> None:
+def _write_text(text: str, path: Path) -> None:
     path.write_text(text, encoding="utf-8")
 
 

@@ -113,12 +113,12 @@ def train(
     # The scale of the gradient changes within tens of steps, so its second moment gets a memory of 50, not 1000.
     optimizer = torch.optim.Adam([p for some in parameters for p in some], lr=learning_rate, betas=(0.9, 0.98))
     run = Run(method.name, learning_rate, beta, seed)
-    held_out = slice(0, settings.evaluation_prompts)
+    held_out = slice(settings.evaluation_prompts)
     marks = {round(settings.steps * i / settings.evaluations) for i in range(1, settings.evaluations + 1)}
     wall = cpu = 0.0
 
     def measure(step: int) -> None:
-        found = evaluate(policy, task, task.test[: settings.point_prompts])
+        found = evaluate(policy, task, task.test.rows(slice(settings.point_prompts)))
         run.points.append(
             Point(step, world.tokens, wall, cpu, found.reward, found.kl, found.perplexity, found.distinct_2)
         )
@@ -147,6 +147,6 @@ def train(
         on_step(step)
     run.peak_mib = memory.peak_mib
     for name, prompts in (("test", task.test), ("validation", task.validation)):
-        found = asdict(evaluate(policy, task, prompts[held_out]))
+        found = asdict(evaluate(policy, task, prompts.rows(held_out)))
         setattr(run, name, {**found, "completions": found["completions"][:SAMPLES]})
     return run

@@ -62,7 +62,7 @@ class World:
         prompts = torch.arange(settings.prompts * steps) + step * settings.prompts
         rows = prompt_rows(len(self.task.train), prompts, self.seed).repeat_interleave(settings.completions)
         sequences = torch.arange(settings.batch_size * steps) + step * settings.batch_size
-        return Batch(self.task.train[rows], GumbelNoise(self.seed, sequences))
+        return Batch(self.task.train.rows(rows), GumbelNoise(self.seed, sequences))
 
 
 class Learner(Protocol):
@@ -100,7 +100,8 @@ def sample(world: World, batch: Batch) -> Rollout:
     """Completions of a batch, from the policy's own distribution."""
     task = world.task
     drawn = rollout(
-        read_language_model(world.policy), *batch.prompts, max_new_tokens=task.max_new_tokens, noise=batch.noise,
+        read_language_model(world.policy), batch.prompts.ids, batch.prompts.mask,
+        max_new_tokens=task.max_new_tokens, noise=batch.noise,
         eos_token_ids=(task.end,), pad_token_id=task.pad,
     )  # fmt: skip
     world.tokens += int(drawn.mask.sum())

@@ -52,7 +52,8 @@ class Grade:
     def policy_loss(self, batch: Batch) -> torch.Tensor:
         world, task, settings = self.world, self.world.task, self.settings
         result = grade_loss(
-            world.policy, self.reward, *batch.prompts, max_new_tokens=task.max_new_tokens, noise=batch.noise,
+            world.policy, self.reward, batch.prompts.ids, batch.prompts.mask,
+            max_new_tokens=task.max_new_tokens, noise=batch.noise,
             tau=settings.tau, estimator=settings.estimator, feedback_hops=settings.feedback_hops,
             ref_model=task.reference if world.beta else None, beta=world.beta, eos_token_id=task.end,
             pad_token_id=task.pad,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,13 +14,14 @@ from grade_kernels.training import DifferentiableReward
 __all__ = ["Prompts", "Task"]
 
 
-class Prompts(NamedTuple):
+@dataclass(frozen=True)
+class Prompts:
     """Prompts padded on the left, `[N, P]`."""
 
     ids: torch.Tensor
     mask: torch.Tensor
 
-    def __getitem__(self, rows: Any) -> Prompts:  # type: ignore[override]
+    def rows(self, rows: slice | torch.Tensor) -> Prompts:
         """Some of the prompts, without padding that none of them needs."""
         ids, mask = self.ids[rows], self.mask[rows]
         start = ids.shape[1] - int(mask.sum(dim=1).max())

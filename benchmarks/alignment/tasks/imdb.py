@@ -29,7 +29,7 @@ __all__ = ["build", "from_reviews"]
 PROMPT_TOKENS, MAX_NEW_TOKENS = 8, 48
 REWARD_TOKENS = PROMPT_TOKENS + MAX_NEW_TOKENS  # what the classifier will be given
 BATCH, LEARNING_RATE = 32, 5e-5
-LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": "all-linear"}
+LORA: dict[str, Any] = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": "all-linear"}
 
 
 def build(cache: Path, console: Console, *, policy_name: str, reward_name: str, quick: bool) -> Task:
@@ -71,7 +71,8 @@ def from_reviews(
         raise ValueError(f"--reward must have the vocabulary of --policy {policy_name}, but {reward_name} has another")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    start = AutoModelForCausalLM.from_pretrained(policy_name, dtype=torch.float32).to(device).eval()
+    start: Any = AutoModelForCausalLM.from_pretrained(policy_name, dtype=torch.float32)
+    start.to(device).eval()
     identity = settings_hash("imdb 1", policy_name, reward_name, list(labelled), prompts, evaluation_prompts, LORA)
     classifier, accuracy = _classifier(cache / f"reward-{identity}", reward_name, labelled, tokenizer, console, device)
 
@@ -96,9 +97,9 @@ def from_reviews(
         reference=start.requires_grad_(False),
         reward=SequenceClassificationReward(classifier, label=1),
         tokenizer=tokenizer,
-        train=everything[2 * evaluation_prompts :],
-        validation=everything[:evaluation_prompts],
-        test=everything[evaluation_prompts : 2 * evaluation_prompts],
+        train=everything.rows(slice(2 * evaluation_prompts, None)),
+        validation=everything.rows(slice(evaluation_prompts)),
+        test=everything.rows(slice(evaluation_prompts, 2 * evaluation_prompts)),
         max_new_tokens=MAX_NEW_TOKENS,
         notes={"policy": policy_name, "reward": reward_name, "reward model's accuracy": accuracy},
     )
