@@ -1,14 +1,15 @@
 """Pictures of a benchmark's CSV: `python -m benchmarks.plot bench-output/benchmarks.csv`.
 
-One PNG per operation, beside the CSV or in `--output`: time and, where it was measured, peak memory against what varies
-(V, or else N), one line per contestant.
+One PNG per operation, beside the CSV or in `--output`: time and, where it was measured, peak memory against V and against
+N, as far as they vary, one line per contestant.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
-from collections import defaultdict
+from collections import Counter, defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,6 @@ from benchmarks.harness import OURS
 
 MEASURES = {"median_seconds": ("time, ms", 1e3), "peak_bytes": ("peak memory above the inputs, MiB", 2.0**-20)}
 COLORS = {OURS: "#d62728", "eager": "#1f77b4", "compiled": "#2ca02c"}
-STYLES = ("-", "--", ":", "-.")
 OTHERS = ("#9467bd", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22", "#17becf")
 
 
@@ -34,44 +34,55 @@ def read(path: Path) -> dict[str, list[dict[str, str]]]:
     return pictures
 
 
+def panels(rows: list[dict[str, str]]) -> Iterator[tuple[str, list[dict[str, str]], str | None]]:
+    """Measure, rows and what they vary in (V, N or nothing): the rows of a panel agree in everything else."""
+    for measure in MEASURES:
+        for dtype in dict.fromkeys(row["dtype"] for row in rows):
+            measured = [row for row in rows if row[measure] and row["dtype"] == dtype]
+            sweeps = []
+            for against, fixed in (("V", "N"), ("N", "V")):
+                common = Counter(row[fixed] for row in measured if row["competitor"] == OURS).most_common(1)
+                sweep = [row for row in measured if row[fixed] == common[0][0]] if common else []
+                if len({row[against] for row in sweep}) > 1:
+                    sweeps.append((measure, sweep, against))
+            if sweeps:
+                yield from sweeps
+            elif measured:
+                yield measure, measured, None
+
+
 def draw(rows: list[dict[str, str]], title: str) -> Any:
-    """A figure with one panel per measure and dtype."""
-    panels = [
-        (measure, dtype)
-        for measure in MEASURES
-        for dtype in dict.fromkeys(row["dtype"] for row in rows)
-        if any(row[measure] and row["dtype"] == dtype for row in rows)
-    ]
-    figure, axes = plt.subplots(1, len(panels), figsize=(4.8 * len(panels), 3.8), squeeze=False, layout="constrained")
-    for axis, (measure, dtype) in zip(axes[0], panels, strict=True):
-        panel = [row for row in rows if row[measure] and row["dtype"] == dtype]
-        _draw_panel(axis, panel, measure)
-        axis.set_title(dtype)
+    """A figure with one panel per measure, dtype and sweep."""
+    found = list(panels(rows))
+    columns = len(found) if len(found) < 4 else 2
+    lines = -(-len(found) // columns)
+    size = (4.8 * columns, 3.8 * lines)
+    figure, axes = plt.subplots(lines, columns, figsize=size, squeeze=False, layout="constrained")
+    for axis, panel in zip(axes.flat, found, strict=False):
+        _draw_panel(axis, *panel)
+    for axis in axes.flat[len(found) :]:
+        axis.remove()
     figure.suptitle(title)
     return figure
 
 
-def _draw_panel(axis: Any, rows: list[dict[str, str]], measure: str) -> None:
+def _draw_panel(axis: Any, measure: str, rows: list[dict[str, str]], against: str | None) -> None:
     label, scale = MEASURES[measure]
-    values = {name: {row[name] for row in rows} for name in ("V", "N", "H", "D")}
-    against = max(("V", "N"), key=lambda name: len(values[name]))
-    varying = [name for name in values if name != against and len(values[name]) > 1]
     lines = defaultdict(list)
     for row in rows:
-        sizes = ", ".join(f"{name} = {row[name]}" for name in varying)
-        lines[row["competitor"], sizes].append((int(row[against]), scale * float(row[measure])))
-    others = [name for name in dict.fromkeys(name for name, _ in lines) if name not in COLORS]
+        lines[row["competitor"]].append((int(row[against or "V"]), scale * float(row[measure])))
+    others = [name for name in lines if name not in COLORS]
     colors = COLORS | {name: OTHERS[i % len(OTHERS)] for i, name in enumerate(others)}
-    styles = {sizes: STYLES[i % len(STYLES)] for i, sizes in enumerate(dict.fromkeys(sizes for _, sizes in lines))}
+    fixed = "N" if against == "V" else "V"
+    axis.set_title(f"{rows[0]['dtype']}, {fixed} = {int(rows[0][fixed]):,}")
     axis.set_ylabel(label)
-    if len(values[against]) == 1:
-        axis.bar([" ".join(key) for key in lines], [points[0][1] for points in lines.values()],
-                 color=[colors[name] for name, _ in lines])  # fmt: skip
+    if against is None:
+        axis.bar(list(lines), [points[0][1] for points in lines.values()], color=[colors[name] for name in lines])
         axis.tick_params(axis="x", rotation=30)
         return
-    for (name, sizes), points in lines.items():
+    for name, points in lines.items():
         x, y = zip(*sorted(points), strict=True)
-        axis.plot(x, y, styles[sizes], marker="o", ms=4, color=colors[name], label=f"{name} {sizes}".strip())
+        axis.plot(x, y, marker="o", ms=4, color=colors[name], label=name)
     axis.set(xlabel=against, yscale="log")
     axis.grid(alpha=0.3, which="both")
     axis.legend(fontsize="small")
@@ -85,7 +96,7 @@ def main() -> None:
     folder = options.output or options.csv.parent
     folder.mkdir(parents=True, exist_ok=True)
     for name, rows in read(options.csv).items():
-        figure = draw(rows, f"{rows[0]['op']}, {rows[0]['pass']}, N = {rows[0]['N']}")
+        figure = draw(rows, f"{rows[0]['op']}, {rows[0]['pass']}")
         path = folder / f"{name.replace('+', '-')}.png"
         figure.savefig(path, dpi=130)
         plt.close(figure)

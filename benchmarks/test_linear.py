@@ -36,13 +36,19 @@ def cases_time(option: Any) -> list[Case]:
         return [
             _case("linear_gumbel_ste", "forward+backward", d, option.rows, vocab, option.device) for d in option.dtypes
         ]
-    return [
-        _case(op, step, dtype, rows, vocab, option.device)
-        for op, step in TARGETS
-        for dtype in option.dtypes
-        for rows in (option.rows, 4 * option.rows)
-        if rows == option.rows or op == "linear_gumbel_ste"
+    cases = [
+        _case(op, step, dtype, option.rows, vocab, option.device) for op, step in TARGETS for dtype in option.dtypes
     ]
+    for dtype in option.dtypes:
+        for rows, size in _sweep(option, vocab, option.rows):
+            cases.append(_case("linear_gumbel_ste", "forward+backward", dtype, rows, size, option.device))
+    return cases
+
+
+def _sweep(option: Any, vocab: int, rows: int) -> list[tuple[int, int]]:
+    """Rows and vocabularies: every vocabulary at `rows`, and a few numbers of rows at `vocab`, without the pair itself."""
+    several = sorted({option.rows // 4 or 1, option.rows, 4 * option.rows})
+    return [(rows, v) for v in sorted(option.vocab) if v != vocab] + [(n, vocab) for n in several if n != rows]
 
 
 def test_time(case, race):
@@ -54,7 +60,7 @@ def test_time(case, race):
 
 
 def cases_vocabulary(option: Any) -> list[Case]:
-    """Backward alone: its cost follows the support, not the vocabulary."""
+    """Backward alone, at one entropy: its cost follows the support, not the vocabulary."""
     if option.quick:
         return []
     return [
@@ -69,10 +75,11 @@ def test_vocabulary(case, race):
 
 def cases_memory(option: Any) -> list[Case]:
     vocab = 151936 if 151936 in option.vocab else max(option.vocab)
-    sweep = [vocab] if option.quick else sorted({vocab, *option.vocab})
+    rows = 4 * option.rows
+    sweep = [] if option.quick else _sweep(option, vocab, rows)
     return [
-        _case("linear_gumbel_ste", "forward+backward", "float32", 4 * option.rows, size, option.device)
-        for size in sweep
+        _case("linear_gumbel_ste", "forward+backward", "float32", n, size, option.device)
+        for n, size in [(rows, vocab), *sweep]
     ]
 
 

@@ -4,7 +4,7 @@
 template <typename T>
 GK_INLINE void prefetch(const T* p, int64_t elements) {
   for (int64_t byte = 0; byte < elements * int64_t(sizeof(T)); byte += 64) {
-    __builtin_prefetch(reinterpret_cast<const char*>(p) + byte);
+    __builtin_prefetch(reinterpret_cast<const char*>(p) + byte, 0, 2);  // into the second level: faster than into the first
   }
 }
 

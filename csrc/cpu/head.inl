@@ -103,8 +103,8 @@ GK_STEP void lane_words(const LaneKey& key, uint32_t counter, u32 out[kCall]) {
   }
 }
 
-// Gumbel noise of one call's four tokens for the sixteen rows.
-GK_STEP void lane_gumbel(const LaneKey& key, int64_t token, const u32 w[kCall], f32 out[kCall]) {
+// E of one call's four tokens for the sixteen rows; the noise is -log(E).
+GK_STEP void lane_exponential(const LaneKey& key, int64_t token, const u32 w[kCall], f32 out[kCall]) {
   for (int j = 0; j < kCall; j += kPack) {
     f32p e = exponential_unrefined(pack(w + j));
     for (int i = 0; i < kPack; ++i) {
@@ -114,8 +114,12 @@ GK_STEP void lane_gumbel(const LaneKey& key, int64_t token, const u32 w[kCall], 
         e.v[i] = refined;
       }
     }
-    unpack(vlog(e) * -1.0f, out + j);
+    unpack(e, out + j);
   }
+}
+
+GK_STEP void lane_gumbel(const f32 e[kCall], f32 out[kCall]) {
+  for (int j = 0; j < kCall; j += kPack) unpack(vlog(pack(e + j)) * -1.0f, out + j);
 }
 
 // The logits of up to four tokens; those outside [begin, end) are masked.
@@ -198,8 +202,9 @@ GK_INLINE void check(const f32 s[kCall], HeadPiece& out, int32_t mark = 1) {
 }
 
 // Candidates among four tokens: weight > uniform * bound, uniform the word times the golden ratio modulo one.
-GK_STEP void collect(const f32 weight[kCall], const u32 w[kCall], const f32 score[kCall], f32 bound, int64_t token,
-                       const HeadArgs& args, HeadPiece& out, Candidate* found) {
+template <typename Score>
+GK_STEP void collect(const f32 weight[kCall], const u32 w[kCall], f32 bound, int64_t token, const HeadArgs& args,
+                     HeadPiece& out, Candidate* found, const Score& score) {
   const f32 unit = bound * 0x1p-32f;
   uint32_t bits[kCall], all = 0;
   for (int j = 0; j < kCall; ++j) {
@@ -210,7 +215,7 @@ GK_STEP void collect(const f32 weight[kCall], const u32 w[kCall], const f32 scor
   for (int j = 0; j < kCall; ++j) {
     for (uint32_t rest = bits[j]; rest; rest &= rest - 1) {
       const int lane = __builtin_ctz(rest);
-      found[lane * args.candidates + out.count[lane]++] = {int32_t(token + j), w[j][lane], score[j][lane]};
+      found[lane * args.candidates + out.count[lane]++] = {int32_t(token + j), w[j][lane], score(j, lane)};
     }
   }
 }
@@ -241,8 +246,9 @@ static void sample_piece(const HeadArgs& args, int64_t group, int64_t begin, int
     for (int j = 0; j < kCall; ++j) bound[j] = l[j] + gumbel_bound(w[j]);
     const i32 below = (bound[0] <= threshold) & (bound[1] <= threshold) & (bound[2] <= threshold) & (bound[3] <= threshold);
     if (__builtin_expect(any(~below), 0)) {
-      f32 g[kCall];
-      lane_gumbel(key, in.noise.vocab_start + in.first_token + token, w, g);
+      f32 e[kCall], g[kCall];
+      lane_exponential(key, in.noise.vocab_start + in.first_token + token, w, e);
+      lane_gumbel(e, g);
       for (int j = 0; j < kCall; ++j) {
         const f32 s = l[j] + g[j];
         const i32 better = s > best;
@@ -275,12 +281,13 @@ static void scores_piece(const HeadArgs& args, int64_t group, int64_t begin, int
   f32 before = load_lanes(args.sum, group, in.rows, 0.0f), leader = splat(-__builtin_inff());
   i32 id = splat_i(0);
   for_each_call(in, begin, end, [&](int64_t token, uint32_t counter) __attribute__((always_inline)) {
-    f32 l[kCall], s[kCall], weight[kCall], unused[kCall], factor;
+    f32 l[kCall], e[kCall], s[kCall], weight[kCall], unused[kCall], factor;
     u32 w[kCall];
     load_call<T>(in, in.logits, in.bias, group, token, begin, end, l);
     check(l, out);
     lane_words(key, counter, w);
-    lane_gumbel(key, in.noise.vocab_start + in.first_token + token, w, s);
+    lane_exponential(key, in.noise.vocab_start + in.first_token + token, w, e);
+    lane_gumbel(e, s);
     for (int j = 0; j < kCall; ++j) s[j] += l[j];
     if (noisy.raise(s, scale, factor)) {
       before *= factor;
@@ -291,7 +298,9 @@ static void scores_piece(const HeadArgs& args, int64_t group, int64_t begin, int
       }
     }
     noisy.weigh(s, scale, weight);
-    if (args.eps > 0.0f) collect(weight, w, s, eps * (before + noisy.sum), token, args, out, found);
+    if (args.eps > 0.0f) {
+      collect(weight, w, eps * (before + noisy.sum), token, args, out, found, [&](int j, int lane) { return s[j][lane]; });
+    }
     plain.raise(l, splat(kLog2E), factor);
     plain.weigh(l, splat(kLog2E), unused);
   });
@@ -300,6 +309,61 @@ static void scores_piece(const HeadArgs& args, int64_t group, int64_t begin, int
   *(f32u*)out.logit_max = plain.max;
   *(f32u*)out.logit_sum = plain.sum;
   for (int i = 0; i < kLanes; ++i) out.id[i] = leader[i] > -__builtin_inff() ? id[i] : -1;
+}
+
+// The same at tau = 1, where exp(l + g) is exp(l) / E: one exponential serves both sums, and the noise itself is wanted
+// only where a token may win or may be a candidate.
+template <typename T>
+static void scores_piece_at_one(const HeadArgs& args, int64_t group, int64_t begin, int64_t end, HeadPiece& out,
+                                Candidate* found) {
+  const HeadChunk& in = args.in;
+  const LaneKey key(in.noise, group * kLanes, in.rows, kDomainGumbel);
+  const f32 eps = splat(args.eps);
+  const f32 max_before = load_lanes(args.max, group, in.rows, 0.0f), sum_before = load_lanes(args.sum, group, in.rows, 0.0f);
+  LaneSum plain = empty_sum();
+  // Sums of exp(score - plain.max), and what a weight must exceed for its token to be looked at as a winner.
+  f32 before = {}, noisy = {}, hurdle = splat(-1.0f), leader = splat(-__builtin_inff());
+  i32 id = splat_i(0);
+  for_each_call(in, begin, end, [&](int64_t token, uint32_t counter) __attribute__((always_inline)) {
+    f32 l[kCall], e[kCall], weight[kCall], factor;
+    u32 w[kCall];
+    load_call<T>(in, in.logits, in.bias, group, token, begin, end, l);
+    check(l, out);
+    lane_words(key, counter, w);
+    lane_exponential(key, in.noise.vocab_start + in.first_token + token, w, e);
+    if (plain.raise(l, splat(kLog2E), factor)) {
+      noisy *= factor;
+      hurdle *= factor;
+      // Where the row is far beyond this piece, any large number is bound enough.
+      const f32 ahead = (max_before - plain.max) * kLog2E;
+      before = sum_before * vexp2_one(ahead < 100.0f ? ahead : splat(100.0f));
+    }
+    plain.weigh(l, splat(kLog2E), weight);
+    for (int j = 0; j < kCall; ++j) weight[j] *= reciprocal(e[j]);
+    noisy += (weight[0] + weight[1]) + (weight[2] + weight[3]);
+    const f32 top = vmax(vmax(weight[0], weight[1]), vmax(weight[2], weight[3]));
+    if (__builtin_expect(any_gt(top, hurdle), 0)) {
+      f32 g[kCall];
+      lane_gumbel(e, g);
+      for (int j = 0; j < kCall; ++j) {
+        const f32 s = l[j] + g[j];
+        const i32 better = s > leader;
+        leader = select(better, s, leader);
+        id = better ? splat_i(int32_t(token + j)) : id;
+      }
+      hurdle = vmax(top * (1.0f - 0x1p-15f), hurdle);  // with room for the weights' rounding
+    }
+    if (args.eps > 0.0f) {
+      collect(weight, w, eps * (before + noisy), token, args, out, found,
+              [&](int j, int lane) { return l[j][lane] - std::log(e[j][lane]); });
+    }
+  });
+  const i32 any_token = leader > -__builtin_inff();
+  *(f32u*)out.score_max = select(any_token, leader, empty_sum().max);
+  *(f32u*)out.score_sum = select(any_token, noisy * vexp2_one((plain.max - leader) * kLog2E), f32{});
+  *(f32u*)out.logit_max = plain.max;
+  *(f32u*)out.logit_sum = plain.sum;
+  for (int i = 0; i < kLanes; ++i) out.id[i] = any_token[i] ? id[i] : -1;
 }
 
 template <typename T, bool kRef>
@@ -343,7 +407,7 @@ static void softmax_piece(const HeadArgs& args, int64_t group, int64_t begin, in
     if (args.eps > 0.0f) {
       u32 w[kCall];
       lane_words(key, counter, w);
-      collect(weight, w, l, eps * (before + sum.sum), token, args, out, found);
+      collect(weight, w, eps * (before + sum.sum), token, args, out, found, [&](int j, int lane) { return l[j][lane]; });
     }
   });
   *(f32u*)out.score_max = sum.max;
@@ -374,6 +438,10 @@ static void head_sample(const HeadArgs& args, int64_t group, int64_t begin, int6
 }
 static void head_scores(const HeadArgs& args, int64_t group, int64_t begin, int64_t end, HeadPiece& out,
                         Candidate* found) {
+  const f32 tau = load_lanes(args.tau, group, args.in.rows, 1.0f);
+  if (!any(~(tau == 1.0f))) {
+    GK_HEAD_DISPATCH(scores_piece_at_one<T>(args, group, begin, end, out, found))
+  }
   GK_HEAD_DISPATCH(scores_piece<T>(args, group, begin, end, out, found))
 }
 static void head_softmax(const HeadArgs& args, int64_t group, int64_t begin, int64_t end, HeadPiece& out,

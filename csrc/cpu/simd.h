@@ -39,6 +39,16 @@ GK_INLINE bool any(i32 mask) {
 #endif
 }
 
+// 1 / x to the last bit or two, for positive normal x.
+GK_INLINE f32 reciprocal(f32 x) {
+#ifdef GK_AVX512
+  const f32 r = (f32)_mm512_rcp14_ps((__m512)x);
+  return r + r * (1.0f - x * r);
+#else
+  return 1.0f / x;
+#endif
+}
+
 // Bit per lane of a > b.
 GK_INLINE uint32_t greater_bits(f32 a, f32 b) {
 #ifdef GK_AVX512

@@ -15,6 +15,8 @@ from grade_kernels.reference import GumbelSTEEmbedding
 
 __all__ = ["GumbelSTEEmbedding", "gumbel_ste_embedding"]
 
+PRODUCT_ELEMENTS = 2**18  # of `de @ E.T` at a time: what backward holds beside the gradient
+
 
 def gumbel_ste_embedding(
     logits: torch.Tensor,
@@ -198,7 +200,7 @@ def _backward_kernel(
         # dY is written where its product, the gradient of the logits, belongs.
         dlogits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
         for i, (part, table) in enumerate(zip(upstream, tables, strict=True)):
-            for columns in column_chunks(*logits.shape):
+            for columns in column_chunks(*logits.shape, elements=PRODUCT_ELEMENTS):
                 product = part @ table[columns].T
                 if i == 0:
                     dlogits[:, columns] = product

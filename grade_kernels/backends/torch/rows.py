@@ -21,9 +21,9 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def column_chunks(num_rows: int, vocab_size: int) -> Iterator[slice]:
-    """Slices that cover the vocabulary in pieces of about CHUNK_ELEMENTS elements."""
-    width = max(256, CHUNK_ELEMENTS // max(1, num_rows))
+def column_chunks(num_rows: int, vocab_size: int, elements: int | None = None) -> Iterator[slice]:
+    """Slices that cover the vocabulary in pieces of about `elements` (default: CHUNK_ELEMENTS) elements."""
+    width = max(256, (elements or CHUNK_ELEMENTS) // max(1, num_rows) // 64 * 64)
     for start in range(0, vocab_size, width):
         yield slice(start, min(start + width, vocab_size))
 
