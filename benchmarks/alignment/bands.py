@@ -46,7 +46,7 @@ class Band:
         if not self.values:
             return "-"
         if not math.isfinite(self.mean):
-            return f"at least {self.low:.{digits}f}, the mean is lost in noise"
+            return "lost in noise"
         return f"{self.mean:.{digits}f} ({self.low:.{digits}f} to {self.high:.{digits}f})"
 
 

@@ -22,6 +22,7 @@ _Entry = dict[str, Any]
 KLS = (2.0, 5.0, 10.0)  # nats per completion
 TARGET = 0.8  # reward
 RIVALS = ("reinforce", "reinforce_plain", "ppo")
+UNBIASED = ("reinforce", "reinforce_plain")
 
 HOLDS, FAILS, OPEN = "holds", "does not hold", "undecided"
 
@@ -71,16 +72,20 @@ def _leave_out_each(entries: Sequence[_Entry]) -> list[list[_Entry]]:
     return [[*entries[:i], *entries[i + 1 :]] for i in range(len(entries))] if len(entries) > 1 else [list(entries)]
 
 
-def _relative(entries: Sequence[_Entry]) -> float:
-    """Relative variance pooled over sets of prompts; infinite where the mean is lost in noise."""
-    norm2 = sum(entry["norm2"] for entry in entries)
-    return sum(entry["trace"] for entry in entries) / norm2 if norm2 > 0 else math.inf
-
-
 def variance_band(results: Results, checkpoint: str, method: str) -> Band:
-    """Relative gradient variance: one value for all sets of prompts but each one."""
-    entries = results.variances.get(checkpoint, {}).get(method, [])
-    return Band(tuple(_relative(some) for some in _leave_out_each(entries)) if entries else ())
+    """Relative gradient variance pooled over sets of prompts, one value for all of them but each one.
+
+    The unbiased methods have one and the same mean, so the least noisy estimate of its norm serves them all. The value is
+    infinite where the mean is lost in noise.
+    """
+    methods = results.variances.get(checkpoint, {})
+    entries = methods.get(method, [])
+    means = methods.get(TRUTH, entries) if method in UNBIASED else entries
+    values = []
+    for some, others in zip(_leave_out_each(entries), _leave_out_each(means), strict=True) if entries else ():
+        norm2 = sum(entry["norm2"] for entry in others)
+        values.append(sum(entry["trace"] for entry in some) / norm2 if norm2 > 0 else math.inf)
+    return Band(tuple(values))
 
 
 def bias_bands(results: Results, checkpoint: str, method: str) -> tuple[Band, Band]:
@@ -167,7 +172,7 @@ def _frontiers(results: Results) -> list[Claim]:
 
 def _costs(results: Results) -> list[Claim]:
     found = []
-    for name, unit in (("tokens", "tokens"), ("cpu_seconds", "seconds of CPU")):
+    for name, unit, digits in (("tokens", "tokens", 0), ("cpu_seconds", "seconds of CPU", 1)):
         bands = {}
         for method in ("grade_ste", *RIVALS):
             places = [to_reward(run.points, TARGET) for run in results.final(method)]
@@ -181,9 +186,9 @@ def _costs(results: Results) -> list[Claim]:
                 found.append(Claim("e", text, "GRADE-STE did not come there in every seed", verdict))
             continue
         if not bands:
-            found.append(Claim("e", text, f"{ours.show_range(0)}; no other came there in every seed", HOLDS))
+            found.append(Claim("e", text, f"{ours.show_range(digits)}; no other came there in every seed", HOLDS))
             continue
         rival = min(bands, key=lambda method: bands[method].mean)
-        measured = f"{ours.show_range(0)}; {_title(rival)} {bands[rival].show_range(0)}"
+        measured = f"{ours.show_range(digits)}; {_title(rival)} {bands[rival].show_range(digits)}"
         found.append(Claim("e", text, measured, _above(bands[rival], ours)))
     return found
