@@ -98,8 +98,8 @@ def _main_table(results: Results) -> list[list[str]]:
     judged = any(run.test["judged"] is not None for run in results.runs)
     head = [
         "method", "paper's test reward", "test reward", "std over prompts", "validation less test", "KL", "perplexity",
-        "distinct-1", "distinct-2", *(["really positive"] if judged else []), "learning rate", "CPU seconds",
-        "peak memory, MiB",
+        "distinct-1", "distinct-2", "tokens a completion", *(["really positive"] if judged else []), "learning rate",
+        "CPU seconds", "peak memory, MiB",
     ]  # fmt: skip
     rows = [head]
     if results.runs:
@@ -120,6 +120,7 @@ def _main_table(results: Results) -> list[list[str]]:
             _band(runs, lambda run: run.test["perplexity"]).show(1),
             f"{_band(runs, lambda run: run.test['distinct_1']).mean:.3f}",
             f"{_band(runs, lambda run: run.test['distinct_2']).mean:.3f}",
+            _band(runs, lambda run: run.test["tokens"]).show(1),
             *([_band(runs, lambda run: run.test["judged"]).show()] if judged else []),
             f"{results.chosen[name]:g}",
             f"{_band(runs, lambda run: run.points[-1].cpu_seconds).mean:.0f}",
