@@ -148,7 +148,7 @@ def _variance(results: Results) -> list[list[str]]:
             )
             row += [
                 band.show_range(2),
-                f"{plain.mean / band.mean:.1f}" if plain.values and math.isfinite(plain.mean / band.mean) else "-",
+                f"{plain.mean / band.mean:.1f}" if plain.values and math.isfinite(plain.mean + band.mean) else "-",
                 *(band.show_range(2) for band in bias_bands(results, checkpoint, name)),
             ]
         rows.append(row)
