@@ -231,7 +231,6 @@ def test_crossings():
     path = points((0.5, 0.0), (0.7, 1.0), (0.9, 3.0), (0.8, 2.5))
     assert at_kl(path, 2.0).reward == pytest.approx(0.8)
     assert to_reward(path, 0.8).tokens == pytest.approx(150)
-    assert not at_kl(path, 4.0).reached
     assert at_kl(path, 4.0).reward == 0.9
     assert to_reward(path, 0.95) is None
 

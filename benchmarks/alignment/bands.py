@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from benchmarks.alignment.train import Point
@@ -52,9 +53,8 @@ class Band:
 
 @dataclass(frozen=True)
 class Crossing:
-    """A place between two evaluation points of a run; `reached` is False where the run never came there."""
+    """A place on the way of a run, at an evaluation point or between two."""
 
-    reached: bool
     reward: float
     kl: float
     perplexity: float
@@ -64,30 +64,28 @@ class Crossing:
 
 
 def at_kl(points: Sequence[Point], kl: float) -> Crossing:
-    """Where a run first comes to a KL; its point of greatest KL where it never does."""
-    found = _first_crossing(points, lambda point: point.kl, kl)
-    return found or _at(max(points, key=lambda point: point.kl), reached=False)
+    """The highest reward of a run within a KL: at its evaluation points, and where it crosses that KL between them."""
+    places = [_at(point) for point in points if point.kl <= kl]
+    for before, after in itertools.pairwise(points):
+        if (before.kl - kl) * (after.kl - kl) < 0:
+            places.append(_between(before, after, (kl - before.kl) / (after.kl - before.kl)))
+    return max(places, key=lambda place: place.reward)
 
 
 def to_reward(points: Sequence[Point], reward: float) -> Crossing | None:
     """Where a run first comes to a reward; None where it never does."""
-    return _first_crossing(points, lambda point: point.reward, reward)
-
-
-def _first_crossing(points: Sequence[Point], value: Callable[[Point], float], target: float) -> Crossing | None:
     before = points[0]
-    if value(before) >= target:
-        return _at(before, reached=True)
+    if before.reward >= reward:
+        return _at(before)
     for after in points[1:]:
-        if value(after) >= target:
-            weight = (target - value(before)) / (value(after) - value(before))
-            return _between(before, after, weight)
+        if after.reward >= reward:
+            return _between(before, after, (reward - before.reward) / (after.reward - before.reward))
         before = after
     return None
 
 
-def _at(point: Point, *, reached: bool) -> Crossing:
-    return Crossing(reached, point.reward, point.kl, point.perplexity, point.tokens, point.seconds, point.cpu_seconds)
+def _at(point: Point) -> Crossing:
+    return Crossing(point.reward, point.kl, point.perplexity, point.tokens, point.seconds, point.cpu_seconds)
 
 
 def _between(before: Point, after: Point, weight: float) -> Crossing:
@@ -95,4 +93,4 @@ def _between(before: Point, after: Point, weight: float) -> Crossing:
         return (1 - weight) * getattr(before, name) + weight * getattr(after, name)
 
     names = ("reward", "kl", "perplexity", "tokens", "seconds", "cpu_seconds")
-    return Crossing(True, **{name: mix(name) for name in names})
+    return Crossing(**{name: mix(name) for name in names})

@@ -69,7 +69,10 @@ def markdown(results: Results) -> str:
             "Relative gradient variance: trace of the covariance over the squared mean (range: all sets of prompts but one)",
             _variance(results),
         ),
-        *_section("Test reward at a KL, in nats per completion (perplexity under the start)", _frontier(results)),
+        *_section(
+            "Highest test reward within a KL, in nats per completion (perplexity under the start there)",
+            _frontier(results),
+        ),
         *_section(f"The way to a test reward of {TARGET:g}", _costs(results)),
         *_section("Verdicts", _claims(results)),
         *_section("Choice of the learning rate: validation reward less beta times KL, first seed", _rates(results)),
@@ -160,11 +163,8 @@ def _frontier(results: Results) -> list[list[str]]:
     for name in results.methods:
         row = [METHODS[name].title]
         for kl in KLS:
-            reward, perplexity, reached = frontier_band(results, name, kl)
-            short = (
-                "" if reached == len(reward.values) else f", only {reached} of {len(reward.values)} seeds came there"
-            )
-            row.append(f"{reward.show()} ({perplexity.mean:.1f}){short}")
+            reward, perplexity = frontier_band(results, name, kl)
+            row.append(f"{reward.show()} ({perplexity.mean:.1f})")
         greatest = [max(p.kl for run in runs for p in run.points) for runs in results.frontier(name)]
         rows.append([*row, Band(tuple(greatest)).show(1)])
     return rows
