@@ -5,16 +5,19 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo test bench lint venv
+.PHONY: help demo test test-gpu bench lint venv
 
 help:  ## show this list
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile
 
 demo: venv  ## align a small language model with the package's kernels, on this machine
 	$(BIN)/grade-kernels demo $(ARGS)
 
 test: venv  ## run all tests
 	$(BIN)/python -m pytest -n logical --dist worksteal $(ARGS)
+
+test-gpu: venv  ## run the tests that a GPU is needed for, on it
+	$(BIN)/python -m pytest -m gpu $(ARGS)
 
 bench: venv  ## check, then time every operation against plain PyTorch
 	$(BIN)/python -m pytest benchmarks $(ARGS)

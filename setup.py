@@ -1,13 +1,16 @@
-"""Builds csrc/cpu into the library `grade_kernels/_C.so`. Everything else about the package is in pyproject.toml.
+"""Builds csrc/cpu into the library `grade_kernels/_C.so`, and csrc/cuda into `grade_kernels/_cuda.so` where torch is a
+CUDA build and nvcc is found. Everything else about the package is in pyproject.toml.
 
 The sources use nothing but torch's stable ABI, so one library serves every torch from 2.10 and every Python: it is no
-Python extension module, it is loaded by `torch.ops.load_library`, and the wheel is tagged `py3-none-<platform>`.
+Python extension module, it is loaded by `torch.ops.load_library`, and the wheel is tagged `py3-none-<platform>`. The
+CUDA kernels are a library of their own because theirs needs the CUDA libraries of torch, and the other must not.
 
 Whatever prevents the build (no torch, no compiler, a compile error), the install succeeds, says so in one warning, and
-leaves the reason in `grade_kernels/_build_info.json`, where `grade-kernels doctor` reads it.
+leaves the reason in `grade_kernels/_build_info.json`, where `grade-kernels doctor` reads it. Where CUDA is merely
+absent, nothing is said.
 
 Environment:
-    CXX, CXXFLAGS, LDFLAGS: as usual. MAX_JOBS: how many files to compile at once.
+    CXX, CXXFLAGS, LDFLAGS: as usual. MAX_JOBS: how many files to compile at once. CUDA_HOME: where nvcc is.
     GRADE_KERNELS_REQUIRE_CSRC=1: fail instead of warning. For CI and for distributors.
 """
 
@@ -31,9 +34,11 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 SOURCES = sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))
+CUDA_SOURCES = sorted(path for path in (ROOT / "csrc" / "cuda").glob("*") if path.suffix in (".cu", ".cpp"))
 HEADERS = sorted(path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".h", ".inl"))
 MACOS = sys.platform == "darwin"
 LIBRARY = "_C.dylib" if MACOS else "_C.so"
+CUDA_LIBRARY = "_cuda.so"
 INFO = "_build_info.json"
 OLDEST_TORCH = (2, 10)
 # No -march: each kernel is compiled for several instruction sets, and the right one is chosen when it runs.
@@ -41,10 +46,19 @@ OPTIMISE = ["-O3"]  # CXXFLAGS may override this, but not what follows
 # Vectors wider than a kernel's instruction set are passed between inlined functions only, so their ABI is no concern.
 FLAGS = ["-std=c++20", "-ffp-contract=fast", "-fPIC", "-fvisibility=hidden", "-Wno-psabi"]
 DEFINES = [f"-DTORCH_TARGET_VERSION=0x{OLDEST_TORCH[0]:02x}{OLDEST_TORCH[1]:02x}000000000000"]
+NVCC_FLAGS = ["-std=c++20", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+# Machine code for these, as far as nvcc knows them (it serves the later minor versions of each, too), and PTX of
+# PTX_FOR, from which a driver makes the code of any later GPU.
+CUDA_ARCHITECTURES = (80, 90, 100, 120)
+PTX_FOR = 90
 
 
 class CannotBuildError(Exception):
     """Why there will be no library. The message is for the user."""
+
+
+class NoCudaError(CannotBuildError):
+    """Why CUDA kernels are not even tried: nothing is wrong with that."""
 
 
 def find_torch() -> tuple[Path, str]:
@@ -86,6 +100,32 @@ def find_compiler() -> tuple[list[str], str]:
     return command, (version.splitlines() or ["unknown"])[0]
 
 
+def find_nvcc(torch: Path, torch_version: str) -> tuple[str, str]:
+    """The nvcc that fits a torch, and what it says of itself."""
+    match = re.search(r"^cuda\b.*= '((\d+)\.[^']*)'", (torch / "version.py").read_text(), re.MULTILINE)
+    if not match:
+        raise NoCudaError(f"torch {torch_version} is no CUDA build")
+    home = os.environ.get("CUDA_HOME")
+    nvcc = str(Path(home) / "bin" / "nvcc") if home else shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
+    try:
+        text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise NoCudaError("nvcc was not found: it is neither on PATH nor in CUDA_HOME") from error
+    version = re.search(r"release ((\d+)\.\d+)", text)
+    if not version or version[2] != match[2]:
+        found = version[1] if version else "of an unknown version"
+        raise NoCudaError(f"torch {torch_version} is built for CUDA {match[1]}, but nvcc is {found}")
+    return nvcc, f"nvcc {version[1]}"
+
+
+def architecture_flags(nvcc: str) -> list[str]:
+    """What to generate: machine code for each architecture that this nvcc knows, and one PTX for what comes later."""
+    listed = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
+    known = [arch for arch in CUDA_ARCHITECTURES if f"sm_{arch}" in listed]
+    flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in known]
+    return [*flags, f"-gencode=arch=compute_{PTX_FOR},code=compute_{PTX_FOR}"]
+
+
 def run(command: list[str]) -> None:
     """Run a build step; its output becomes the reason if it fails."""
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -106,28 +146,56 @@ def find_ninja() -> str | None:
 
 
 def compile_library(work: Path) -> tuple[Path, dict[str, str]]:
-    """Compile and link; returns the library and what it was built with."""
+    """Compile and link csrc/cpu; returns the library and what it was built with."""
     if not SOURCES:
         raise CannotBuildError("csrc/cpu has no sources")
     torch, torch_version = find_torch()
     cxx, compiler = find_compiler()
-    includes = ["-isystem", str(torch / "include"), "-I", str(ROOT / "csrc")]
     flags = [*OPTIMISE, *shlex.split(os.environ.get("CXXFLAGS", "")), *FLAGS, *DEFINES]
     link = ["-dynamiclib", "-Wl,-rpath,@loader_path/../torch/lib"] if MACOS else ["-shared"]
     link += ["-L", str(torch / "lib"), "-ltorch_cpu", *shlex.split(os.environ.get("LDFLAGS", ""))]
-    library = work / LIBRARY
-    work.mkdir(parents=True, exist_ok=True)
-    ninja = find_ninja()
-    if ninja:
-        (work / "build.ninja").write_text(ninja_file(work, [*cxx, *flags, *includes], [*cxx, *flags], link))
-        jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
-        run([ninja, "-C", str(work), "--quiet", *jobs])
-    else:
-        run([*cxx, *flags, *includes, *map(str, SOURCES), *link, "-o", str(library)])
+    library = build(work, LIBRARY, SOURCES, [*cxx, *flags], includes(torch), link)
     return library, {"compiler": compiler, "flags": shlex.join(flags), "torch": torch_version}
 
 
-def ninja_file(work: Path, compile_command: list[str], link_command: list[str], link_flags: list[str]) -> str:
+def compile_cuda_library(work: Path) -> tuple[Path, dict[str, str]]:
+    """Compile and link csrc/cuda; returns the library and what it was built with."""
+    torch, torch_version = find_torch()
+    nvcc, compiler = find_nvcc(torch, torch_version)
+    flags = [*NVCC_FLAGS, *architecture_flags(nvcc), *DEFINES]
+    if os.environ.get("CXX"):
+        flags += ["-ccbin", os.environ["CXX"]]
+    # The runtime is torch's own, so that both mean the same current device.
+    link = ["-shared", "-cudart", "shared", "-L", str(torch / "lib"), "-ltorch_cpu", "-ltorch_cuda"]
+    library = build(work, CUDA_LIBRARY, CUDA_SOURCES, [nvcc, *flags], includes(torch), link)
+    return library, {"cuda_compiler": compiler, "cuda_flags": shlex.join(flags)}
+
+
+def includes(torch: Path) -> list[str]:
+    """Where the headers are: torch's, and csrc's own."""
+    return ["-isystem", str(torch / "include"), "-I", str(ROOT / "csrc")]
+
+
+def build(
+    work: Path, name: str, sources: list[Path], compiler: list[str], compile_flags: list[str], link_flags: list[str]
+) -> Path:
+    """Make a library of sources in a folder: with ninja what has changed, else all of it."""
+    library = work / name
+    work.mkdir(parents=True, exist_ok=True)
+    ninja = find_ninja()
+    if ninja:
+        text = ninja_file(name, sources, [*compiler, *compile_flags], compiler, link_flags)
+        (work / "build.ninja").write_text(text)
+        jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
+        run([ninja, "-C", str(work), "--quiet", *jobs])
+    else:
+        run([*compiler, *compile_flags, *map(str, sources), *link_flags, "-o", str(library)])
+    return library
+
+
+def ninja_file(
+    name: str, sources: list[Path], compile_command: list[str], link_command: list[str], link_flags: list[str]
+) -> str:
     """A ninja file that recompiles what changed: sources, the headers they include, or the command itself."""
 
     def path(name: Path | str) -> str:
@@ -136,7 +204,7 @@ def ninja_file(work: Path, compile_command: list[str], link_command: list[str], 
     def shell(words: list[str]) -> str:
         return shlex.join(words).replace("$", "$$")
 
-    objects = [f"{source.stem}.o" for source in SOURCES]
+    objects = [f"{source.stem}.o" for source in sources]
     lines = [
         "rule compile",
         f"  command = {shell(compile_command)} -MMD -MF $out.d -c $in -o $out",
@@ -144,8 +212,8 @@ def ninja_file(work: Path, compile_command: list[str], link_command: list[str], 
         "  deps = gcc",
         "rule link",
         f"  command = {shell(link_command)} $in {shell(link_flags)} -o $out",
-        *(f"build {path(out)}: compile {path(source)}" for out, source in zip(objects, SOURCES, strict=True)),
-        f"build {LIBRARY}: link {' '.join(map(path, objects))}",
+        *(f"build {path(out)}: compile {path(source)}" for out, source in zip(objects, sources, strict=True)),
+        f"build {name}: link {' '.join(map(path, objects))}",
     ]
     return "\n".join(lines) + "\n"
 
@@ -166,17 +234,23 @@ class BuildLibrary(build_ext):
         package = self.package_dir()
         package.mkdir(parents=True, exist_ok=True)
         work = ROOT / "build" / f"csrc-{sysconfig.get_platform()}"
-        info: dict[str, str | None] = {"reason": None}
-        try:
-            library, built_with = compile_library(work)
-            replace_if_changed(library, package / LIBRARY)
-            info.update(built_with)
-        except CannotBuildError as error:
-            if os.environ.get("GRADE_KERNELS_REQUIRE_CSRC", "0") not in ("", "0"):
-                raise SystemExit(f"grade-kernels: the C++ CPU backend was not built: {error}") from error
-            (package / LIBRARY).unlink(missing_ok=True)  # a library of other sources is worse than none
-            info["reason"] = str(error)
-            print(WARNING.format(reason=error), file=sys.stderr)
+        info: dict[str, str | None] = {"reason": None, "cuda_reason": None}
+        for name, place, compile_one, key, warning in (
+            (LIBRARY, work, compile_library, "reason", WARNING),
+            (CUDA_LIBRARY, work / "cuda", compile_cuda_library, "cuda_reason", CUDA_WARNING),
+        ):
+            try:
+                library, built_with = compile_one(place)
+                replace_if_changed(library, package / name)
+                info.update(built_with)
+            except CannotBuildError as error:
+                (package / name).unlink(missing_ok=True)  # a library of other sources is worse than none
+                info[key] = str(error)
+                if isinstance(error, NoCudaError) or (key != "reason" and str(error) == info["reason"]):
+                    continue  # no news
+                if os.environ.get("GRADE_KERNELS_REQUIRE_CSRC", "0") not in ("", "0"):
+                    raise SystemExit(f"grade-kernels: {name} was not built: {error}") from error
+                print(warning.format(reason=error), file=sys.stderr)
         work.mkdir(parents=True, exist_ok=True)
         (work / INFO).write_text(json.dumps(info, indent=2) + "\n")
         replace_if_changed(work / INFO, package / INFO)
@@ -188,11 +262,11 @@ class BuildLibrary(build_ext):
         return os.path.join("grade_kernels", LIBRARY)
 
     def get_outputs(self) -> list[str]:
-        made = [self.package_dir() / name for name in (LIBRARY, INFO)]
+        made = [self.package_dir() / name for name in (LIBRARY, CUDA_LIBRARY, INFO)]
         return [] if self.inplace else [str(path) for path in made if path.exists()]
 
     def get_output_mapping(self) -> dict[str, str]:
-        return {}  # an editable install finds both files in the source tree
+        return {}  # an editable install finds the files in the source tree
 
 
 class PythonAgnosticWheel(bdist_wheel):
@@ -209,6 +283,10 @@ Reason: {reason}
 To get it: install torch >= 2.10 and a C++20 compiler (gcc >= 11 or clang >= 14), then install again
 with pip's --force-reinstall --no-deps --no-cache-dir.
 ******************************************************************************************************
+"""
+CUDA_WARNING = """
+WARNING: grade-kernels was installed without its CUDA C++ kernels; GPUs are served by the `triton` backend.
+Reason: {reason}
 """
 
 setup(

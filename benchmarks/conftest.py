@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import grade_kernels as gk
-from benchmarks import memory
+from benchmarks import compare, memory
 from benchmarks.harness import OURS, Case, Contestants, Race, Results, cpu_name, run_race
 
 VOCABULARIES = (32000, 50257, 128256, 151936, 262144)  # Llama 2, GPT-2, Llama 3, Qwen 3, Gemma 3
@@ -38,6 +38,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--device", default="cpu", help="where the tensors live (default: %(default)s)")
     group.addoption("--threads", type=int, metavar="N", help="torch's threads (default: torch's own choice)")
     group.addoption("--budget", type=float, metavar="SECONDS", help="for the rounds of one case (default: 2)")
+    group.addoption("--compare", type=Path, metavar="CSV", help="fail where ours has lost ground since this saved run")
     group.addoption("--output", type=Path, default=Path("bench-output"), help="folder (default: %(default)s)")
 
 
@@ -124,8 +125,6 @@ def peaks(request: pytest.FixtureRequest, results: Results) -> Callable[..., dic
     `limit(peaks)` is the most bytes that ours may take.
     """
     option = request.config.option
-    if option.device != "cpu":
-        pytest.skip("the resident set does not see device memory")
 
     def measure(
         case: Case,
@@ -151,4 +150,21 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     terminalreporter.section("benchmarks")
     for line in results.tables():
         terminalreporter.write_line(line)
+    if config.option.compare is not None:
+        lost = results.regressions or ["nothing beyond noise"]
+        terminalreporter.write_line(f"\nLost since {config.option.compare}:")
+        for line in lost:
+            terminalreporter.write_line(f"  {line}")
     terminalreporter.write_line(f"\n{path} holds the figures; `python -m benchmarks.plot {path}` draws them")
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """With --compare: a case that has lost ground fails the run."""
+    option, results = session.config.option, session.config.stash[RESULTS]
+    if option.compare is None or not results.rows:
+        return
+    results.write_csv(option.output / "benchmarks.csv")
+    lost = compare.regressions(compare.read(option.compare), compare.read(option.output / "benchmarks.csv"))
+    results.regressions = [str(regression) for regression in lost]
+    if lost:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED

@@ -9,6 +9,7 @@ which check, measure and record.
 from __future__ import annotations
 
 import csv
+import datetime
 import functools
 import itertools
 import platform
@@ -27,7 +28,7 @@ OURS = "grade-kernels"
 ROOT = Path(__file__).resolve().parent.parent
 COLUMNS = (
     "op", "backend", "competitor", "device", "dtype", "N", "V", "H", "D", "pass",
-    "median_seconds", "ratio_to_ours", "peak_bytes", "torch", "cpu",
+    "median_seconds", "ratio_to_ours", "ratio_low", "ratio_high", "peak_bytes", "torch", "machine", "date",
 )  # fmt: skip
 
 Contestants = dict[str, Callable[[], Any]]
@@ -65,18 +66,18 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return lambda *arguments: make()(*arguments)
 
 
-def run(work: Callable[[], Any], device: str) -> Any:
-    """Do the work to its end."""
-    result = work()
-    if device != "cpu":
-        torch.accelerator.synchronize()
-    return result
-
-
 def seconds(work: Callable[[], Any], device: str) -> float:
-    """Time of one call; its results are freed after the clock has stopped."""
+    """Time of one call, on an accelerator by the device's own events; its results are freed after the clock has stopped."""
+    if device != "cpu":
+        before, after = (torch.Event(device, enable_timing=True) for _ in range(2))
+        torch.accelerator.synchronize()
+        before.record()
+        result = work()
+        after.record()
+        after.synchronize()
+        return before.elapsed_time(after) / 1e3
     start = time.perf_counter()
-    result = run(work, device)
+    result = work()
     stop = time.perf_counter()
     del result
     return stop - start
@@ -112,8 +113,8 @@ def run_race(benchmark: Any, case: Case, contestants: Contestants, budget: float
             for name, other in others:
                 times[name].append(seconds(other, case.device))
 
-    benchmark.pedantic(lambda: run(work, case.device), setup=run_others, rounds=count * calls)
-    data = benchmark.stats.stats.data
+    data: list[float] = []
+    benchmark.pedantic(lambda: data.append(seconds(work, case.device)), setup=run_others, rounds=count * calls)
     times[ours] = [statistics.mean(data[i : i + calls]) for i in range(0, len(data), calls)]
     return Race(times)
 
@@ -136,6 +137,11 @@ class Race:
     def ratio(self, name: str) -> float:
         return statistics.median(self.ratios(name))
 
+    def spread(self, name: str) -> tuple[float, float]:
+        """Lower and upper quartile of the ratios."""
+        low, _, high = statistics.quantiles(self.ratios(name), method="inclusive")
+        return low, high
+
 
 @dataclass
 class Results:
@@ -144,12 +150,17 @@ class Results:
     rows: dict[tuple[Case, str], dict[str, Any]] = field(default_factory=dict)
     races: dict[Case, tuple[Race, dict[str, float]]] = field(default_factory=dict)
     memory: dict[Case, tuple[dict[str, int], float | None]] = field(default_factory=dict)
+    regressions: list[str] = field(default_factory=list)  # against a saved run
 
     def add_race(self, case: Case, race: Race, targets: dict[str, float]) -> None:
         """Targets: by contestant, the least ratio to ours that is asked for."""
         self.races[case] = race, targets
         for name, median in race.medians.items():
-            self._row(case, name).update(median_seconds=f"{median:.6g}", ratio_to_ours=f"{race.ratio(name):.4g}")
+            low, high = race.spread(name)
+            self._row(case, name).update(
+                median_seconds=f"{median:.6g}", ratio_to_ours=f"{race.ratio(name):.4g}",
+                ratio_low=f"{low:.4g}", ratio_high=f"{high:.4g}",
+            )  # fmt: skip
 
     def add_peaks(self, case: Case, peaks: dict[str, int], limit: float | None) -> None:
         """Limit: the most bytes that are asked of ours."""
@@ -164,7 +175,8 @@ class Results:
             backend = gk.backends.select(torch.device(case.device), case.torch_dtype)
         else:
             backend = "inductor" if name.startswith("compiled") else "aten"
-        fields |= {"competitor": name, "backend": backend, "torch": torch.__version__, "cpu": cpu_name()}
+        fields |= {"competitor": name, "backend": backend, "torch": torch.__version__}
+        fields |= {"machine": machine(case.device), "date": datetime.date.today().isoformat()}
         return self.rows.setdefault((case, name), fields)
 
     def write_csv(self, path: Path) -> None:
@@ -219,6 +231,11 @@ def _ratio_cell(race: Race, name: str, target: float | None) -> str:
 def _aligned(table: list[list[str]]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
+
+
+def machine(device: str) -> str:
+    """What a case runs on: the accelerator's name, or the processor's."""
+    return torch.cuda.get_device_name(device) if device.startswith("cuda") else cpu_name()
 
 
 def cpu_name() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -143,7 +144,33 @@ def build(case: Case) -> Contestants:
             )
 
         contestants |= {"linear_cross_entropy": fused(None), "linear_cross_entropy chunked": fused(chunked)}
+    if case.op == "linear_logprobs":
+        contestants |= {
+            name: lambda work=work: _step(case, lambda: work(x), x) for name, work in _peers(case.device).items()
+        }
     return contestants
+
+
+def _peers(device: str) -> dict[str, Callable[[Inputs], torch.Tensor]]:
+    """Log-probabilities of given tokens in other libraries, of those that are installed and run on the device."""
+    found: dict[str, Callable[[Inputs], torch.Tensor]] = {}
+    with suppress(ImportError):
+        from trl.trainer.utils import selective_log_softmax
+
+        found["trl"] = lambda x: selective_log_softmax(x.hidden @ x.head.T, x.ids)
+    with suppress(ImportError):
+        import cut_cross_entropy
+
+        way = "torch_compile" if device == "cpu" else "cce"
+        found["cut-cross-entropy"] = lambda x: (
+            -cut_cross_entropy.linear_cross_entropy(x.hidden, x.head, x.ids, reduction="none", impl=way)
+        )
+    if device != "cpu":
+        with suppress(ImportError):
+            from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+            found["liger"] = lambda x: -liger_fused_linear_cross_entropy(x.hidden, x.head, x.ids, reduction="none")
+    return found
 
 
 def check(case: Case, ours: Callable[[], tuple[torch.Tensor, ...]]) -> None:

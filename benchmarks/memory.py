@@ -1,4 +1,4 @@
-"""Peak memory of one call, in a process of its own: what the resident set grows by beyond interpreter and inputs."""
+"""Peak memory of one call, in a process of its own, beyond inputs: the resident set's, or the device allocator's."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def finish(process: subprocess.Popen[str]) -> int:
 
 
 def measure(build: Callable[[Case], Contestants], case: Case, name: str) -> int:
-    """Bytes by which the resident set of this process exceeds, at its peak, that before one call; for a fresh process.
+    """Bytes by which memory exceeds, at its peak, that before one call; for a fresh process.
 
     A call on the same inputs goes before, for compilation and for what libraries set up once and keep (threads, MKL's
     packing buffers); so this is what a step of a loop takes.
@@ -51,6 +51,11 @@ def measure(build: Callable[[Case], Contestants], case: Case, name: str) -> int:
     work = build(case)[name]
     work()
     gc.collect()
+    if case.device != "cpu":
+        torch.cuda.reset_peak_memory_stats(case.device)
+        before = torch.cuda.memory_allocated(case.device)
+        result = work()
+        return torch.cuda.max_memory_allocated(case.device) - before
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)
     before = _resident()

@@ -30,6 +30,9 @@ def run() -> int:
     else:
         _line("csrc", f"{library.name}, built with {info.get('compiler', 'unknown')}, torch {info.get('torch', '?')}")
         _line("", info.get("flags") or "")
+    if _build.cuda_library_path() is not None:
+        _line("csrc/cuda", f"built with {info.get('cuda_compiler', 'unknown')}")
+        _line("", info.get("cuda_flags") or "")
 
     _title("Devices")
     _line("cpu", f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads")

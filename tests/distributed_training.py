@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import accelerate.accelerator
 import torch
 import torch.distributed as dist
 
@@ -25,6 +26,40 @@ def trainer_run(path: Path) -> None:
     trainer.train()
     if trainer.is_world_process_zero():
         torch.save({"weights": weights(trainer), "log": trainer.state.log_history[0]}, path / "result.pt")
+
+
+def sharded_trainer_run(path: Path) -> None:
+    """The same under FSDP2 as accelerate sets it up, with an evaluation."""
+    from accelerate.state import AcceleratorState, PartialState
+    from accelerate.utils import DistributedType
+    from datasets import Dataset
+
+    from tests.test_grade_trainer import PROMPTS, build
+
+    class Sharding(AcceleratorState):
+        """Accelerate shards on accelerators only; as far as it asks, these two processes are such."""
+
+        def __init__(self, *args: object, **kwargs: object) -> None:
+            if kwargs.get("fsdp_plugin") is not None:
+                PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+            super().__init__(*args, **kwargs)
+
+    accelerate.accelerator.AcceleratorState = Sharding
+    wrapping = {
+        "version": 2,
+        "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+        "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"],
+    }
+    trainer = build(
+        path, model=policy("llama", dtype=torch.float32), per_device_train_batch_size=2, fsdp=True, fsdp_config=wrapping,
+        eval_dataset=Dataset.from_dict({"prompt": PROMPTS}), **SETTINGS,
+    )  # fmt: skip
+    trainer.train()
+    assert isinstance(trainer.model, torch.distributed.fsdp.FSDPModule)
+    result = {"weights": {name: p.full_tensor() for name, p in trainer.model.state_dict().items()}}
+    result |= {"log": trainer.state.log_history[1], "metrics": trainer.evaluate()}
+    if trainer.is_world_process_zero():
+        torch.save(result, path / "result.pt")
 
 
 def fsdp_step(path: Path) -> None:
@@ -54,4 +89,4 @@ def fsdp_step(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    {"ddp": trainer_run, "fsdp": fsdp_step}[sys.argv[1]](Path(sys.argv[2]))
+    {"ddp": trainer_run, "fsdp": fsdp_step, "fsdp-trainer": sharded_trainer_run}[sys.argv[1]](Path(sys.argv[2]))

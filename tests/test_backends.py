@@ -41,7 +41,7 @@ def missing(monkeypatch: pytest.MonkeyPatch) -> str:
 
 def test_status_lists_all() -> None:
     status = backends.status()
-    assert list(status) == ["reference", "torch", "cpu", "triton"]
+    assert list(status) == ["reference", "torch", "cpu", "triton", "cuda"]
     assert status["reference"] is status["torch"] is None
     assert all(reason is None or (isinstance(reason, str) and reason) for reason in status.values())
     assert gk.available_backends() == [name for name, reason in status.items() if reason is None]
@@ -108,7 +108,7 @@ def test_environment_variable(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def assert_lists_known(message: str, name: str) -> None:
     assert repr(name) in message
-    for known in ("reference", "torch", "cpu", "triton"):
+    for known in ("reference", "torch", "cpu", "triton", "cuda"):
         assert known in message
 
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 
@@ -22,10 +23,13 @@ from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from grade_kernels import demo
 from grade_kernels.demo import DemoConfig, cache, corpus, models, report, run_demo, speed
-from grade_kernels.demo.align import DemoInterrupted, Record, rollout
+from grade_kernels.demo.align import Record
 from grade_kernels.demo.config import CorpusConfig, RewardConfig, SpeedConfig
 from grade_kernels.demo.models import RewardModel
-from grade_kernels.demo.tokenizer import build_tokenizer, encode_prompts, encode_reviews
+from grade_kernels.demo.tokenizer import build_tokenizer, encode_reviews, with_start
+from grade_kernels.noise import GumbelNoise
+from grade_kernels.training import TrainingInterrupted, grade_loss
+from grade_kernels.training.prompts import PromptCollator
 
 TINY = DemoConfig.tiny(speed=SpeedConfig(shapes=()))
 
@@ -88,11 +92,11 @@ def test_a_finished_run_only_prints_its_report(finished):
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_continues_bitwise(finished, trained, signum):
     def stop(record: Record) -> None:
-        if record.step == 6:  # between two periodic checkpoints
+        if record.step == 5:  # so the sixth is the last, between two periodic checkpoints
             os.kill(os.getpid(), signum)
 
     handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    with pytest.raises(DemoInterrupted) as interruption:
+    with pytest.raises(TrainingInterrupted) as interruption:
         run_demo(at(trained), console=quiet(), on_step=stop)
     assert (interruption.value.signum, interruption.value.step) == (signum, 6)
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
@@ -146,18 +150,19 @@ def test_more_steps_continue_and_fewer_are_refused(finished, trained):
 @pytest.mark.parametrize("damage", ["cut", "garbage", "missing"])
 def test_a_damaged_checkpoint_starts_over(finished, trained, damage):
     def stop(record: Record) -> None:
-        if record.step == 4:
+        if record.step == 1:  # before the first periodic checkpoint
             os.kill(os.getpid(), signal.SIGINT)
 
-    with pytest.raises(DemoInterrupted) as interruption:
+    with pytest.raises(TrainingInterrupted) as interruption:
         run_demo(at(trained), console=quiet(), on_step=stop)
-    checkpoint = interruption.value.checkpoint
+    assert interruption.value.step == 2
+    (weights,) = trained.glob("alignment-*/checkpoint-2/model.safetensors")
     if damage == "cut":
-        checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
+        weights.write_bytes(weights.read_bytes()[:1000])
     elif damage == "garbage":
-        checkpoint.write_bytes(b"not a checkpoint")
+        weights.write_bytes(b"not a checkpoint")
     else:
-        checkpoint.unlink()
+        weights.unlink()
     steps: list[Record] = []
     result = run_demo(at(trained), console=quiet(), on_step=steps.append)
     assert steps[0].step == 1
@@ -261,27 +266,27 @@ def test_the_grammar_reads_what_it_writes():
 
 
 def test_padding_changes_nothing():
-    """Each row alone, and in a batch padded on the left: the same tokens, logits and reward."""
+    """Each row alone, and in a batch padded on the left: the same tokens and the same reward."""
     policy = models.new_policy(dataclasses.replace(TINY.policy, width=16), SMALL_TOKENIZER).eval()
     reward_model = RewardModel(len(SMALL_TOKENIZER), SMALL_REWARD)
     prompts = sorted(SMALL_CORPUS.train_prompts, key=len)[::6]
-    table = reward_model.embedding.weight
+    collate = PromptCollator(SMALL_TOKENIZER, SMALL_TOKENIZER.pad_token_id)
 
     def sample(rows: slice):
-        ids, mask = encode_prompts(SMALL_TOKENIZER, prompts[rows])
-        sequence_ids = torch.arange(len(prompts))[rows]
-        drawn = rollout(policy, table, ids, mask, tau=1.0, max_new_tokens=6, seed=3, sequence_ids=sequence_ids)
-        embeds = torch.cat([reward_model.embedding(ids), drawn.reward_embeds], dim=1)
-        return drawn, reward_model(embeds, torch.cat([mask, drawn.mask], dim=1))
+        batch = collate([{"prompt": with_start(prompt)} for prompt in prompts[rows]])
+        noise = GumbelNoise(3, torch.arange(len(prompts))[rows])
+        return grade_loss(
+            policy, reward_model, batch["input_ids"], batch["attention_mask"], max_new_tokens=6, noise=noise,
+            feedback_hops=0, eos_token_id=SMALL_TOKENIZER.eos_token_id,
+        )  # fmt: skip
 
-    together, rewards = sample(slice(None))
+    together = sample(slice(None))
     assert len({len(prompt.split()) for prompt in prompts}) > 1
     for row in range(len(prompts)):
-        alone, reward = sample(slice(row, row + 1))
-        length = int(alone.mask.sum())
-        assert torch.equal(alone.ids[0, :length], together.ids[row, :length])
-        torch.testing.assert_close(alone.logits[0, :length], together.logits[row, :length], atol=1e-5, rtol=1e-4)
-        torch.testing.assert_close(reward[0], rewards[row], atol=1e-5, rtol=1e-4)
+        alone = sample(slice(row, row + 1))
+        length = int(alone.completion_mask.sum())
+        assert torch.equal(alone.completion_ids[0, :length], together.completion_ids[row, :length])
+        torch.testing.assert_close(alone.rewards[0], together.rewards[row], atol=1e-5, rtol=1e-4)
 
 
 def test_the_reward_sends_no_gradient_into_padding():
@@ -329,7 +334,7 @@ def test_the_command_line_reports_a_finished_run(finished, capsys):
 
 def test_the_command_line_reports_an_interruption(tmp_path, monkeypatch, capsys):
     def interrupt(*args: object, **keywords: object) -> None:
-        raise DemoInterrupted(signal.SIGTERM, 3, tmp_path / "checkpoint.pt")
+        raise TrainingInterrupted(3, signal.SIGTERM)
 
     monkeypatch.setattr(demo, "run_demo", interrupt)
     assert demo.run(arguments("--tiny", "--output-dir", str(tmp_path))) == 128 + signal.SIGTERM

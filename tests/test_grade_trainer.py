@@ -334,6 +334,8 @@ def test_arguments_that_can_not_work_are_refused(tmp_path):
             tmp_path, reward=SequenceClassificationReward(classifier("bert", dtype=torch.float32), output="raw"),
             reward_transform="logit",
         )  # fmt: skip
+    with pytest.raises(ValueError, match="model 'nobody/nothing' was not found as a directory here or"):
+        build(tmp_path, model="nobody/nothing")
     with pytest.raises(TypeError, match="args must be a GRADEConfig"):
         GRADETrainer(policy("gpt2"), BagReward(), tf.TrainingArguments(str(tmp_path), use_cpu=True))
     with pytest.raises(ValueError, match="encoder-decoder"):
@@ -418,15 +420,25 @@ def test_a_crashed_run_goes_on_bitwise(uninterrupted, tmp_path):
     assert trainer.state.num_input_tokens_seen == uninterrupted[3]
 
 
-def test_sigterm_saves_the_step_and_goes_on_bitwise(uninterrupted, tmp_path):
-    before = signal.getsignal(signal.SIGTERM)
-    stop = Stop(4, lambda: os.kill(os.getpid(), signal.SIGTERM))
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_the_step_and_goes_on_bitwise(uninterrupted, tmp_path, signum):
+    before = signal.getsignal(signum)
+    stop = Stop(4, lambda: os.kill(os.getpid(), signum))
     with pytest.raises(TrainingInterrupted) as error:
         build(tmp_path, max_steps=8, save_strategy="steps", save_steps=100, callbacks=[stop]).train()
-    assert (error.value.step, error.value.code) == (5, 143)
-    assert signal.getsignal(signal.SIGTERM) == before
+    assert (error.value.step, error.value.signum, error.value.code) == (5, signum, 128 + signum)
+    assert signal.getsignal(signum) == before
     assert [p.name for p in checkpoints.complete_checkpoints(tmp_path)] == ["checkpoint-5"]
     assert same(weights(resumed(tmp_path)), uninterrupted[1])
+
+
+def test_a_second_ctrl_c_stops_at_once(tmp_path):
+    before = signal.getsignal(signal.SIGINT)
+    stop = Stop(1, lambda: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)])
+    with pytest.raises(KeyboardInterrupt):
+        build(tmp_path, callbacks=[stop]).train()
+    assert signal.getsignal(signal.SIGINT) == before
+    assert not checkpoints.complete_checkpoints(tmp_path)
 
 
 @pytest.mark.parametrize("victim", ["model.safetensors", "optimizer.pt", "trainer_state.json", checkpoints.SEAL])

@@ -333,6 +333,24 @@ def test_sampling_is_the_training_forward(backend: str, device: str, rows: int) 
                 torch.testing.assert_close(out.logprobs.detach(), logprobs, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("features", [5, 16, 83])
+def test_few_rows_are_sampled_as_many_are(backend: str, device: str, interpreted: bool, features: int) -> None:
+    """A decoding step has a row per sequence, for which a backend may have another product."""
+    rows, vocab = (9, 37) if interpreted else (40, 1003)
+    p = problem((rows,), vocab, features, bias=True, mask=True, softcap=9.0, device=device)
+    arguments = {"bias": p.bias, "logit_softcap": 9.0}
+    seed, row_ids = 3, torch.arange(rows, device=device)
+    ids, logprobs = gk.linear_gumbel_sample(p.hidden, p.lm_head, noise=gk.GumbelNoise(seed, row_ids), **arguments)
+    first = 0
+    for count in (1, 3, 4, 8) if interpreted else (1, 2, 3, 4, 5, 7, 8):
+        part = slice(first, min(first + count, rows))
+        noise = gk.GumbelNoise(seed, row_ids[part])
+        few, few_logprobs = gk.linear_gumbel_sample(p.hidden[part], p.lm_head, noise=noise, **arguments)
+        assert torch.equal(few, ids[part])
+        torch.testing.assert_close(few_logprobs, logprobs[part], rtol=1e-5, atol=1e-5)
+        first += count
+
+
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_replay_of_given_ids(backend: str, device: str, rows: int, estimator: str) -> None:
     """The rollout's own tokens come back with the same embedding, log-probabilities and gradients, bit for bit."""

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -11,7 +15,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("datasets")
 
 from grade_kernels.cli import main
-from grade_kernels.training import command
+from grade_kernels.training import GRADETrainer, command
 from tests.training_models import classifier, policy, word_tokenizer
 
 
@@ -79,6 +83,41 @@ def test_bad_settings_are_named(models, tmp_path, capsys):
     (tmp_path / "prompts.txt").write_text("w3")
     with pytest.raises(ValueError, match=r"got prompts\.txt"):
         command.read_dataset(str(tmp_path / "prompts.txt"), arguments, "train")
+
+
+def test_what_can_not_be_loaded_is_named_in_one_line(models, tmp_path):
+    cases = [
+        (
+            {"model": "nobody/nothing"},
+            "model 'nobody/nothing' was not found as a directory here or as a name on the hub",
+        ),
+        ({"reward": "nobody/nothing"}, "reward 'nobody/nothing' was not found"),
+        ({"dataset": "nobody/nothing"}, "dataset 'nobody/nothing' (split 'train') can not be loaded"),
+        ({"dataset": "nothing.csv"}, "dataset 'nothing.csv' does not exist"),
+        ({"tau": -1.0}, "tau must be positive"),
+    ]
+    calls = []
+    for i, (changes, _) in enumerate(cases):
+        (tmp_path / str(i)).mkdir()
+        calls.append(settings(models, tmp_path / str(i), **changes))
+    # In a process of its own: the libraries decide whether they are offline when they are imported.
+    script = f"from grade_kernels.cli import main\nfor call in {calls}:\n    assert main(call) == 1"
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, env=environment)
+    assert run.returncode == 0, run.stderr
+    for _, words in cases:
+        assert f"grade-kernels train: {words}" in run.stderr
+
+
+def test_an_interrupted_run_says_how_to_go_on(models, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(
+        GRADETrainer, "training_step", lambda self, *args: os.kill(os.getpid(), signal.SIGINT) or torch.zeros(())
+    )
+    assert main(settings(models, tmp_path)) == 130
+    assert (
+        "SIGINT stopped training after step 1, which is saved. The same command with --resume"
+        in capsys.readouterr().err
+    )
 
 
 def test_help_lists_the_settings(capsys):

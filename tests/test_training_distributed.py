@@ -13,8 +13,11 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("datasets")
 
+from datasets import Dataset
+
 from tests.distributed_training import SETTINGS
-from tests.test_grade_trainer import build, weights
+from tests.test_grade_trainer import PROMPTS, build, same, weights
+from tests.training_models import policy
 
 HERE = Path(__file__).parent
 
@@ -46,3 +49,19 @@ def test_two_processes_give_the_result_of_one(tmp_path):
 def test_a_sharded_model_has_the_same_gradient(tmp_path):
     launch("fsdp", tmp_path)
     assert (tmp_path / "passed").exists()
+
+
+def test_the_trainer_shards_a_model(tmp_path):
+    launch("fsdp-trainer", tmp_path)
+    result = torch.load(tmp_path / "result.pt")
+    held_out = Dataset.from_dict({"prompt": PROMPTS})
+    alone = build(tmp_path / "alone", model=policy("llama", dtype=torch.float32), eval_dataset=held_out, **SETTINGS)
+    before = weights(alone)
+    alone.train()
+    for name, value in weights(alone).items():
+        torch.testing.assert_close(result["weights"][name], value, atol=1e-6, rtol=1e-5)
+    assert not same(before, weights(alone))
+    for name in ("reward", "kl", "grad_norm"):
+        assert result["log"][name] == pytest.approx(alone.state.log_history[1][name], abs=1e-4)
+    for name in ("eval_reward", "eval_kl"):
+        assert result["metrics"][name] == pytest.approx(alone.evaluate()[name], abs=1e-4)

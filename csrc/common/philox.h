@@ -22,13 +22,27 @@ struct Words4 {
   uint32_t w[4];
 };
 
+// Both words of a product. On a GPU it is named in PTX: the compiler would widen what follows to 64 bits, and add up
+// high words that are zero.
+GK_HOST_DEVICE inline void wide_product(uint32_t a, uint32_t b, uint32_t& high, uint32_t& low) {
+#if defined(__CUDA_ARCH__)
+  asm("{ .reg .b64 p; mul.wide.u32 p, %2, %3; mov.b64 {%1, %0}, p; }" : "=r"(high), "=r"(low) : "r"(a), "r"(b));
+#else
+  const uint64_t p = uint64_t(a) * b;
+  high = uint32_t(p >> 32);
+  low = uint32_t(p);
+#endif
+}
+
 GK_HOST_DEVICE inline Words4 philox(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint32_t k0, uint32_t k1) {
   for (int round = 0; round < kPhiloxRounds; ++round) {
-    const uint64_t p0 = uint64_t(kPhiloxM0) * c0, p1 = uint64_t(kPhiloxM1) * c2;
-    c0 = uint32_t(p1 >> 32) ^ c1 ^ k0;
-    c1 = uint32_t(p1);
-    c2 = uint32_t(p0 >> 32) ^ c3 ^ k1;
-    c3 = uint32_t(p0);
+    uint32_t high0, low0, high1, low1;
+    wide_product(kPhiloxM0, c0, high0, low0);
+    wide_product(kPhiloxM1, c2, high1, low1);
+    c0 = high1 ^ c1 ^ k0;
+    c1 = low1;
+    c2 = high0 ^ c3 ^ k1;
+    c3 = low0;
     k0 += kPhiloxW0;
     k1 += kPhiloxW1;
   }

@@ -1,4 +1,4 @@
-// Sparse products with rows of a table: what the backward pass does with a support.
+// Products with rows of a table: sparse ones, which the backward pass takes on a support, and a few rows with all of it.
 #pragma once
 
 #include <cstdint>
@@ -22,9 +22,21 @@ struct GatherArgs {
   float* out;                     // gather_dot: [K]; gather_sum: [N, width]
 };
 
+constexpr int64_t kProductBlock = 64;  // table rows of one piece of work
+
+struct ProductArgs {
+  const float* x;  // [rows, width]
+  int64_t rows, x_stride;
+  const float* table;  // [V, width]
+  int64_t table_stride, width;
+  float* out;  // [rows, V]
+  int64_t out_stride;
+};
+
 struct GatherKernels {
   void (*dot)(const GatherArgs& args, int64_t begin, int64_t end);             // entries [begin, end)
   void (*sum)(const GatherArgs& args, int64_t row, int64_t begin, int64_t end);  // columns [begin, end) of one row
+  void (*product)(const ProductArgs& args, int64_t begin, int64_t end);  // rows [begin, end) of the table
 };
 
 extern const GatherKernels kGatherGeneric;

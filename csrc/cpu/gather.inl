@@ -1,4 +1,4 @@
-// Sparse products with rows of a table. Included like simd.h, after rows.inl.
+// Products with rows of a table. Included like simd.h, after rows.inl.
 
 // Rows of a table are visited in no order the hardware foresees, so while one is read the next is asked for.
 template <typename T>
@@ -88,4 +88,65 @@ static void gather_sum(const GatherArgs& args, int64_t row, int64_t begin, int64
     default:
       return sum_block<Half>(args, row, begin, end);
   }
+}
+
+// The sums over the lanes of sixteen vectors.
+GK_STEP f32 lane_sums(const f32 v[kLanes]) {
+#ifdef GK_AVX512
+  // Each level adds the halves of two vectors and leaves the sums side by side.
+  __m512 pairs[8], quads[4], halves[2];
+  for (int i = 0; i < 8; ++i) {
+    const __m512 a = (__m512)v[2 * i], b = (__m512)v[2 * i + 1];
+    pairs[i] = _mm512_unpacklo_ps(a, b) + _mm512_unpackhi_ps(a, b);
+  }
+  for (int i = 0; i < 4; ++i) {
+    const __m512d a = (__m512d)pairs[2 * i], b = (__m512d)pairs[2 * i + 1];
+    quads[i] = (__m512)_mm512_unpacklo_pd(a, b) + (__m512)_mm512_unpackhi_pd(a, b);
+  }
+  const auto across = [](__m512 a, __m512 b) __attribute__((always_inline)) {
+    return _mm512_shuffle_f32x4(a, b, 0x88) + _mm512_shuffle_f32x4(a, b, 0xDD);
+  };
+  for (int i = 0; i < 2; ++i) halves[i] = across(quads[2 * i], quads[2 * i + 1]);
+  return (f32)across(halves[0], halves[1]);
+#else
+  f32 out;
+  for (int i = 0; i < kLanes; ++i) out[i] = reduce_sum(v[i]);
+  return out;
+#endif
+}
+
+// x[r] . table[v] for kRows rows of x and table rows [begin, end). The table is read once for all of these rows, several
+// of its own at a time, and asked for well ahead: with few rows of x, that reading is nearly all the time there is.
+template <int kRows>
+static void product_rows(const ProductArgs& args, int64_t first_row, int64_t begin, int64_t end) {
+  constexpr int kTokens = kLanes / kRows, kAhead = 2048;
+  const float *x = args.x + first_row * args.x_stride, *w[kTokens];
+  float* out = args.out + first_row * args.out_stride;
+  for (int64_t v = begin; v < end; v += kTokens) {
+    for (int j = 0; j < kTokens; ++j) w[j] = args.table + (v + j < end ? v + j : end - 1) * args.table_stride;
+    f32 sums[kLanes] = {};  // [kRows, kTokens]
+    int64_t i = 0;
+    for (; i + kLanes <= args.width; i += kLanes) {
+      f32 h[kRows];
+      for (int r = 0; r < kRows; ++r) h[r] = load(x + r * args.x_stride + i);
+      for (int j = 0; j < kTokens; ++j) {
+        __builtin_prefetch(w[j] + i + kAhead);
+        const f32 y = load(w[j] + i);
+        for (int r = 0; r < kRows; ++r) sums[r * kTokens + j] += h[r] * y;
+      }
+    }
+    f32 total = lane_sums(sums);
+    for (; i < args.width; ++i) {
+      for (int j = 0; j < kLanes; ++j) total[j] += x[j / kTokens * args.x_stride + i] * w[j % kTokens][i];
+    }
+    for (int j = 0; j < kLanes; ++j) {
+      if (v + j % kTokens < end) out[j / kTokens * args.out_stride + v + j % kTokens] = total[j];
+    }
+  }
+}
+
+static void few_product(const ProductArgs& args, int64_t begin, int64_t end) {
+  int64_t row = 0;
+  for (; row + 4 <= args.rows; row += 4) product_rows<4>(args, row, begin, end);
+  for (; row < args.rows; ++row) product_rows<1>(args, row, begin, end);
 }

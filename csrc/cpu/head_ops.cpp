@@ -209,6 +209,18 @@ void gather_sum(Tensor values, Tensor table, Tensor offsets, Tensor tokens, Tens
   });
 }
 
+// x @ table.T for few rows of x, float32.
+void few_product(Tensor x, Tensor table, Tensor out) {
+  const int64_t vocab = table.size(0), blocks = (vocab + kProductBlock - 1) / kProductBlock;
+  const ProductArgs args{data<float>(x), x.size(0), x.stride(0), data<float>(table), table.stride(0), table.size(1),
+                         mutable_data<float>(out), out.stride(0)};
+  parallel_rows(blocks, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      GK_KERNELS_OF(kGather).product(args, i * kProductBlock, std::min(vocab, (i + 1) * kProductBlock));
+    }
+  });
+}
+
 }  // namespace
 }  // namespace gk
 
@@ -220,6 +232,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(grade_kernels_cpu, m) {
   m.def("head_finish(Tensor tau, float eps, Tensor state, Tensor(a!) flags, Tensor(b!) candidates) -> ()");
   m.def("head_support(Tensor candidates, Tensor offsets, Tensor(a!) tokens, Tensor(b!) p) -> ()");
   m.def("gather_dot(Tensor x, Tensor table, Tensor rows, Tensor tokens, Tensor(a!) out) -> ()");
+  m.def("few_product(Tensor x, Tensor table, Tensor(a!) out) -> ()");
   m.def("gather_sum(Tensor values, Tensor table, Tensor offsets, Tensor tokens, Tensor(a!) out) -> ()");
 }
 
@@ -228,5 +241,6 @@ STABLE_TORCH_LIBRARY_IMPL(grade_kernels_cpu, CompositeExplicitAutograd, m) {
   m.impl("head_finish", TORCH_BOX(&gk::head_finish));
   m.impl("head_support", TORCH_BOX(&gk::head_support));
   m.impl("gather_dot", TORCH_BOX(&gk::gather_dot));
+  m.impl("few_product", TORCH_BOX(&gk::few_product));
   m.impl("gather_sum", TORCH_BOX(&gk::gather_sum));
 }

@@ -3,10 +3,10 @@
 
 #include <cstdint>
 
-namespace gk {
+#include "common/dtype.h"
+#include "common/estimators.h"
 
-enum class Dtype { kFloat, kBFloat16, kHalf, kDouble };
-enum class Estimator { kNoisy, kPlain, kReinmax };  // ste and soft; st; reinmax
+namespace gk {
 
 struct Noise {
   uint64_t seed;

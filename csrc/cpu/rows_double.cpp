@@ -17,9 +17,6 @@ double score(const Rows& in, int64_t row, int64_t v, double l) {
   return l + token_gumbel<double>(in.noise.seed, in.noise.row(row), in.noise.vocab_start + v);
 }
 
-// A zero weight sends nothing, whatever it is multiplied with.
-double product(double weight, double x) { return weight != 0.0 ? weight * x : 0.0; }
-
 SamplePart<double> sample(const Rows& in, int64_t row, int64_t begin, int64_t end, bool logsumexp) {
   const double* l = row_of(in, row);
   SamplePart<double> best{-kInfinity, -kInfinity, 0.0, -1, false};
@@ -52,40 +49,48 @@ void softmax(const SoftmaxArgs<double>& args, int64_t row, double*) {
   for (int64_t v = 0; v < args.in.vocab; ++v) out[v] /= total;
 }
 
-void softmax_backward(const BackwardArgs<double>& args, int64_t row, double* weights) {
+template <Estimator kRule>
+void backward_row(const BackwardArgs<double>& args, int64_t row, double* weights) {
   const double* l = row_of(args.in, row);
   const double* dy = static_cast<const double*>(args.dy) + row * args.dy_stride;
   double* out = static_cast<double*>(args.out) + row * args.out_stride;
-  const bool noisy = args.estimator == Estimator::kNoisy, reinmax = args.estimator == Estimator::kReinmax;
-  const bool needs_plain = reinmax || args.dlogprobs;
-  const double tau = args.tau[row], pivot = noisy ? args.score_max[row] : args.logit_max[row];
+  constexpr bool kNoisy = kRule == Estimator::kNoisy, kReinmax = kRule == Estimator::kReinmax;
+  const bool needs_plain = kReinmax || args.dlogprobs;
+  const double tau = args.tau[row], pivot = kNoisy ? args.score_max[row] : args.logit_max[row];
   const double dlogprob = args.dlogprobs ? args.dlogprobs[row] : 0.0;
   const int64_t id = needs_plain ? args.ids[row] : -1;
   const auto plain = [&](int64_t v) { return std::exp(l[v] - args.logit_max[row]) / args.logit_sum[row]; };
-  const auto distance = [&](int64_t v) { return (noisy ? score(args.in, row, v, l[v]) : l[v]) - pivot; };
+  const auto distance = [&](int64_t v) { return (kNoisy ? score(args.in, row, v, l[v]) : l[v]) - pivot; };
   double total = 0.0, mean = 0.0, plain_mean = 0.0;
   for (int64_t v = 0; v < args.in.vocab; ++v) {
     weights[v] = std::exp(distance(v) / tau);
     total += weights[v];
     mean += product(weights[v], dy[v]);
-    if (reinmax) plain_mean += product(plain(v), dy[v]);
+    if (kReinmax) plain_mean += product(plain(v), dy[v]);
   }
-  mean /= total;
-  if (reinmax) mean = 0.5 * (mean + dy[id]);
+  const Means<double> means = means_of<kRule>(mean / total, plain_mean, kReinmax ? dy[id] : 0.0);
+  const double factor = kReinmax ? 1.0 / total : 1.0 / (total * tau);
   double moment = 0.0;
   for (int64_t v = 0; v < args.in.vocab; ++v) {
-    const double p = weights[v] / total, upstream = dy[v];
-    double dl;
-    if (reinmax) {
-      dl = product(p, upstream - mean) - 0.5 * product(plain(v), upstream - plain_mean) + (v == id ? upstream - mean : 0.0);
-    } else {
-      dl = product(p, upstream - mean) / tau;
-      if (args.dtau && p != 0.0) moment += dl * distance(v) / tau;
-    }
-    if (args.dlogprobs) dl += dlogprob * (double(v == id) - plain(v));
-    out[v] = l[v] == -kInfinity ? 0.0 : dl;
+    const bool hit = v == id && l[v] > -kInfinity;
+    const double p = needs_plain ? plain(v) : 0.0;
+    double dl = relaxation_gradient<kRule>(weights[v] * factor, p, dy[v], hit, means);
+    if (!kReinmax && args.dtau && weights[v] != 0.0) moment += dl * distance(v) / tau;
+    if (args.dlogprobs) dl += logprob_gradient(p, hit, dlogprob);
+    out[v] = dl;
   }
   if (args.dtau) args.dtau[row] = -moment;
+}
+
+void softmax_backward(const BackwardArgs<double>& args, int64_t row, double* weights) {
+  switch (args.estimator) {
+    case Estimator::kNoisy:
+      return backward_row<Estimator::kNoisy>(args, row, weights);
+    case Estimator::kPlain:
+      return backward_row<Estimator::kPlain>(args, row, weights);
+    default:
+      return backward_row<Estimator::kReinmax>(args, row, weights);
+  }
 }
 
 }  // namespace

@@ -9,6 +9,7 @@
 #include <optional>
 #include <vector>
 
+#include "common/online_softmax.h"
 #include "cpu/isa.h"
 #include "cpu/memory.h"
 #include "cpu/rows.h"
@@ -60,12 +61,10 @@ void sample_rows(const Rows& in, bool logsumexp, int64_t* ids, Real* score_max, 
         best.id = part.id;
       }
       if (logsumexp) {
-        const Real top = std::max(best.logit_max, part.logit_max);
-        const auto weight = [top](const SamplePart<Real>& p) {
-          return p.logit_sum > 0 ? p.logit_sum * std::exp(p.logit_max - top) : Real(0);
-        };
-        best.logit_sum = weight(best) + weight(part);
-        best.logit_max = top;
+        const LogSum<Real> both =
+            merged(LogSum<Real>{best.logit_max, best.logit_sum}, LogSum<Real>{part.logit_max, part.logit_sum});
+        best.logit_max = both.max;
+        best.logit_sum = both.sum;
       }
     }
     ids[row] = best.bad ? -1 : best.id;

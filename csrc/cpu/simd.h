@@ -21,7 +21,6 @@ using f32u = float __attribute__((vector_size(64), aligned(4)));
 using u16u = uint16_t __attribute__((vector_size(32), aligned(2)));
 
 constexpr int kLanes = 16;
-constexpr float kLog2E = 1.44269504088896341f, kLn2 = 0.693147180559945309f;
 
 GK_INLINE f32 splat(float x) { return f32{} + x; }
 GK_INLINE i32 splat_i(int32_t x) { return i32{} + x; }

@@ -68,7 +68,7 @@ __all__ = [
     "use_backend",
 ]
 
-BACKENDS = ("reference", "torch", "cpu", "triton")
+BACKENDS = ("reference", "torch", "cpu", "triton", "cuda")
 _override: str | None = None
 
 
@@ -178,7 +178,8 @@ def select(device: torch.device, dtype: torch.dtype) -> str:
     """The backend for tensors of this device and dtype.
 
     An explicit choice (`use_backend`, `set_backend`, then the environment variable GRADE_KERNELS_BACKEND) wins, and
-    raises where it cannot serve the device. Otherwise: `cpu` or `triton` for their devices, else `torch`.
+    raises where it cannot serve the device. Otherwise: `cpu` or `triton` for their devices, else `torch`. Nobody has
+    measured `cuda` against `triton` yet, so it runs only where it is asked for.
     """
     name = _override or os.environ.get("GRADE_KERNELS_BACKEND") or None
     if name is not None:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["DemoConfig", "add_arguments", "run", "run_demo"]
 
-_NEEDED = ("transformers", "tokenizers", "safetensors", "rich", "matplotlib", "psutil", "numpy")
+_NEEDED = ("transformers", "accelerate", "tokenizers", "safetensors", "rich", "matplotlib", "psutil", "numpy")
 
 
 def run_demo(
@@ -74,12 +74,15 @@ def run(arguments: argparse.Namespace) -> int:
         config = dataclasses.replace(config, align=dataclasses.replace(config.align, steps=arguments.steps))
     try:
         run_demo(config, fresh=arguments.fresh)
-    except (ModuleNotFoundError, ValueError, KeyboardInterrupt) as error:
+    except KeyboardInterrupt:
+        sys.stderr.write("\nStopped. The same command continues from the last checkpoint.\n")
+        return 128 + signal.SIGINT
+    except SystemExit as stop:  # TrainingInterrupted, which can not be named here without importing torch
+        sys.stderr.write(f"\n{stop}. The same command continues.\n")
+        return int(stop.code or 0)
+    except (ModuleNotFoundError, ValueError) as error:
         if isinstance(error, ModuleNotFoundError) and error.name not in _NEEDED:
             raise
-        if isinstance(error, KeyboardInterrupt):
-            sys.stderr.write(f"\n{str(error) or 'Stopped'}. The same command continues.\n")
-            return 128 + getattr(error, "signum", signal.SIGINT)
         sys.stderr.write(f"grade-kernels demo: {error}\n")
         return 1
     return 0

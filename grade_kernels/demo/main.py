@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from rich.console import Console
+from transformers import logging as transformers_logging
 
 from grade_kernels.demo import report, speed
-from grade_kernels.demo.align import Record, align
+from grade_kernels.demo.align import Record, align, build_trainer
 from grade_kernels.demo.cache import replace_directory
 from grade_kernels.demo.config import DemoConfig, settings_hash
 from grade_kernels.demo.corpus import build_corpus
 from grade_kernels.demo.models import train_or_load_policy, train_or_load_reward
 from grade_kernels.demo.report import DemoResult
-from grade_kernels.demo.tokenizer import build_tokenizer, encode_prompts
+from grade_kernels.demo.tokenizer import build_tokenizer
 
 __all__ = ["run_demo"]
 
@@ -43,16 +45,17 @@ def run_demo(
         on_step: called with the record of each step of alignment.
 
     Raises:
-        DemoInterrupted: SIGINT or SIGTERM came during the alignment, which is saved up to that step.
+        TrainingInterrupted: SIGINT or SIGTERM came during the alignment, which is saved up to that step.
         ValueError: the output directory holds more steps of this alignment than the config asks for.
     """
     console = console or Console()
+    transformers_logging.disable_progress_bar()  # one for every file that is written, across ours
     output = config.output_dir
     identity = _identity(config)
-    checkpoint = output / f"alignment-{identity}.pt"
+    checkpoints = output / f"alignment-{identity}"
     results = output / "results.json"
     if fresh:
-        checkpoint.unlink(missing_ok=True)
+        shutil.rmtree(checkpoints, ignore_errors=True)
         results.unlink(missing_ok=True)
     elif (finished := _finished(results, identity, config.align.steps)) is not None:
         console.print(f"This run is finished; its results are in {results}. Start over with --fresh.")
@@ -71,33 +74,14 @@ def run_demo(
         reward_model, reward_note = train_or_load_reward(output / "cache", config.reward, corpus, tokenizer, console)
         console.print(f"Reward model: accuracy {reward_note['accuracy']:.1%} on reviews of unseen prompts")
 
-        reference = copy.deepcopy(policy).requires_grad_(False)
-        records = align(
-            policy,
-            reference,
-            reward_model,
-            encode_prompts(tokenizer, corpus.train_prompts),
-            config.align,
-            seed=config.seed,
-            checkpoint=checkpoint,
-            identity=identity,
-            console=console,
-            on_step=on_step,
+        start = copy.deepcopy(policy)
+        trainer = build_trainer(
+            policy, reward_model, tokenizer, corpus.train_prompts, config.align, seed=config.seed, directory=checkpoints
         )
-
+        before = report.evaluate(trainer, start, corpus.test_prompts)
+        records = align(trainer, console=console, on_step=on_step)
         console.print("Measuring: test prompts, then the sampling layer against plain PyTorch")
-        before, after = (
-            report.evaluate(
-                model,
-                reference,
-                reward_model,
-                tokenizer,
-                corpus.test_prompts,
-                max_new_tokens=config.align.max_new_tokens,
-                seed=config.seed + 2**32,  # not the noise of training
-            )
-            for model in (reference, policy)
-        )
+        after = report.evaluate(trainer, start, corpus.test_prompts)
 
     result = DemoResult(
         identity=identity,
@@ -141,7 +125,7 @@ def _one_thread() -> Iterator[None]:
 def _identity(config: DemoConfig) -> str:
     """A name for the alignment: everything it depends on except how far it goes, so that more steps continue it."""
     align_settings = dataclasses.asdict(config.align) | {"steps": None, "checkpoint_every": None}
-    return settings_hash("alignment 1", config.seed, config.corpus, config.policy, config.reward, align_settings)
+    return settings_hash("alignment 2", config.seed, config.corpus, config.policy, config.reward, align_settings)
 
 
 def _finished(path: Path, identity: str, steps: int) -> DemoResult | None:

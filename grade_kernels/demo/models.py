@@ -14,32 +14,27 @@ from rich.progress import Progress
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
-from transformers import logging as transformers_logging
 
 from grade_kernels.demo.cache import read_sealed, replace_directory
 from grade_kernels.demo.config import PolicyConfig, RewardConfig, settings_hash
 from grade_kernels.demo.corpus import Corpus, Review
 from grade_kernels.demo.tokenizer import encode_reviews
+from grade_kernels.training.policy import position_ids
 
 __all__ = [
     "MAX_POSITIONS",
     "Reviews",
     "RewardModel",
+    "completion_loss",
     "fit_policy",
     "fit_reward",
     "new_policy",
-    "position_ids",
     "train_or_load_policy",
     "train_or_load_reward",
 ]
 
 MAX_POSITIONS = 64
 _WEIGHTS = "model.safetensors"
-
-
-def position_ids(mask: torch.Tensor) -> torch.Tensor:
-    """Positions that count real tokens only, so that padding on either side changes nothing."""
-    return (mask.cumsum(dim=1) - 1).clamp(min=0)
 
 
 # --------------------------------------------------------------------------------------------------------- the policy
@@ -69,11 +64,20 @@ def new_policy(config: PolicyConfig, tokenizer: PreTrainedTokenizerFast) -> GPT2
         )
 
 
-def _policy_loss(policy: GPT2LMHeadModel, batch: Reviews) -> torch.Tensor:
-    """Cross-entropy of the completions; the prompts are given and need not be learned."""
-    logits = policy(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False).logits[:, :-1]
-    is_completion = (torch.arange(batch.ids.shape[1]) >= batch.prompt_lengths[:, None]) & batch.mask.bool()
-    targets = batch.ids.masked_fill(~is_completion, -100)[:, 1:]
+def completion_loss(
+    policy: GPT2LMHeadModel, ids: torch.Tensor, mask: torch.Tensor, prompt_lengths: torch.Tensor
+) -> torch.Tensor:
+    """Mean cross-entropy of the tokens behind the prompts, 0-d; the prompts are given and need not be learned.
+
+    Args:
+        policy: a causal language model.
+        ids: prompt and completion, padded on the right, `[rows, time]`.
+        mask: 1 at real tokens.
+        prompt_lengths: `[rows]`.
+    """
+    logits = policy(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
+    is_completion = (torch.arange(ids.shape[1]) >= prompt_lengths[:, None]) & mask.bool()
+    targets = ids.masked_fill(~is_completion, -100)[:, 1:]
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
 
 
@@ -115,12 +119,13 @@ def fit_policy(
         batches = _batches(train, config.steps, config.batch_size, config.seed)
         with _progress(console) as progress:
             bar = progress.add_task("Training the policy", total=config.steps)
-            losses = (_policy_loss(policy, batch) for batch in batches)
+            losses = (completion_loss(policy, batch.ids, batch.mask, batch.prompt_lengths) for batch in batches)
             for loss in _train(policy, config.learning_rate, config.steps, losses):
                 progress.update(bar, advance=1, description=f"Training the policy, perplexity {math.exp(loss):5.2f}")
         policy.eval()
         with torch.no_grad():
-            note = {"perplexity": math.exp(_policy_loss(policy, heldout).item())}
+            heldout_loss = completion_loss(policy, heldout.ids, heldout.mask, heldout.prompt_lengths)
+            note = {"perplexity": math.exp(heldout_loss.item())}
 
         def write(path: Path) -> None:
             policy.save_pretrained(path)
@@ -299,5 +304,4 @@ def _load(directory: Path, model: nn.Module, name: str, console: Console) -> dic
 
 
 def _progress(console: Console) -> Progress:
-    transformers_logging.disable_progress_bar()
     return Progress(console=console, transient=True)

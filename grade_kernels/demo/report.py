@@ -13,14 +13,16 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
+from torch.nn.utils.rnn import pad_sequence
+from transformers import GPT2LMHeadModel
 
-from grade_kernels.demo.align import Record, kl_to, log_probs_under, reward_of, rollout
+from grade_kernels.demo.align import Record
 from grade_kernels.demo.cache import replace_file
 from grade_kernels.demo.corpus import POSITIVE, tidy, verdict_of
-from grade_kernels.demo.models import RewardModel
+from grade_kernels.demo.models import completion_loss
 from grade_kernels.demo.speed import Speed
-from grade_kernels.demo.tokenizer import encode_prompts
+from grade_kernels.demo.tokenizer import with_start
+from grade_kernels.training import GRADETrainer
 
 __all__ = ["DemoResult", "Evaluation", "draw", "evaluate", "load_result", "print_report", "save_result"]
 
@@ -52,49 +54,47 @@ class Evaluation:
     completions: list[str]
 
 
-@torch.no_grad()
-def evaluate(
-    policy: GPT2LMHeadModel,
-    reference: GPT2LMHeadModel,
-    reward_model: RewardModel,
-    tokenizer: PreTrainedTokenizerFast,
-    prompts: Sequence[str],
-    *,
-    max_new_tokens: int,
-    seed: int,
-) -> Evaluation:
-    """Sample one completion per prompt and measure. The same seed means the same noise, whatever the policy."""
-    ids, mask = encode_prompts(tokenizer, prompts)
-    sample = rollout(
-        policy,
-        reward_model.embedding.weight,
-        ids,
-        mask,
-        tau=1.0,
-        max_new_tokens=max_new_tokens,
-        seed=seed,
-        sequence_ids=torch.arange(len(prompts)),
-    )
-    reference_log_probs = log_probs_under(reference, ids, mask, sample)
-    token_log_probs = reference_log_probs.gather(-1, sample.ids[..., None])[..., 0]
-    completions = [
-        str(tokenizer.decode(row[keep.bool()], skip_special_tokens=True))
-        for row, keep in zip(sample.ids, sample.mask, strict=True)
-    ]
+def evaluate(trainer: GRADETrainer, start: GPT2LMHeadModel, prompts: Sequence[str]) -> Evaluation:
+    """Sample one completion per prompt from the policy as it is and measure.
+
+    Args:
+        trainer: of the policy. Its evaluations all have the same noise, whatever the policy.
+        start: the policy before alignment.
+        prompts: beginnings of reviews.
+    """
+    tokenizer = trainer.processing_class
+    rows: Any = [{"prompt": with_start(prompt)} for prompt in prompts]
+    output = trainer.predict(rows)
+    metrics = output.metrics or {}
+    tokens = [_up_to_end(row.tolist(), tokenizer.eos_token_id) for row in output.predictions]  # type: ignore[union-attr]
+    completions = [str(tokenizer.decode(row, skip_special_tokens=True)) for row in tokens]
     verdicts = [verdict_of(completion) for completion in completions]
     words = [completion.split() for completion in completions]
     bigrams = [pair for text in words for pair in itertools.pairwise(text)]
     return Evaluation(
-        reward=reward_of(reward_model, ids, mask, sample).mean().item(),
+        reward=metrics["test_reward"],
         positive=verdicts.count(POSITIVE) / len(verdicts),
         well_formed=1 - verdicts.count(None) / len(verdicts),
-        kl=kl_to(reference_log_probs, sample).mean().item(),
-        perplexity=math.exp(-((token_log_probs * sample.mask).sum() / sample.mask.sum()).item()),
+        kl=metrics["test_kl"],
+        perplexity=_perplexity(start, [tokenizer(row["prompt"])["input_ids"] for row in rows], tokens),
         distinct_2=len(set(bigrams)) / max(1, len(bigrams)),
         distinct=len(set(completions)) / len(completions),
-        tokens=sample.mask.sum(dim=1).float().mean().item(),
+        tokens=metrics["test_completions/mean_length"],
         completions=completions,
     )
+
+
+def _up_to_end(row: list[int], end: int) -> list[int]:
+    return row[: row.index(end) + 1] if end in row else row
+
+
+@torch.no_grad()
+def _perplexity(policy: GPT2LMHeadModel, prompts: list[list[int]], completions: list[list[int]]) -> float:
+    """Of the completions, per token."""
+    rows = [torch.tensor(prompt + completion) for prompt, completion in zip(prompts, completions, strict=True)]
+    ids = pad_sequence(rows, batch_first=True)
+    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+    return math.exp(completion_loss(policy, ids, mask, torch.tensor([len(prompt) for prompt in prompts])).item())
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""A word-level tokenizer over the corpus, and the two ways the demo pads."""
+"""A word-level tokenizer over the corpus."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
-__all__ = ["build_tokenizer", "encode_prompts", "encode_reviews"]
+__all__ = ["build_tokenizer", "encode_reviews", "with_start"]
 
 PAD, BOS, EOS, UNKNOWN = "<pad>", "<bos>", "<eos>", "<unk>"
 
@@ -25,25 +25,19 @@ def build_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:
     )
 
 
-def _encode(
-    tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], padding_side: str
-) -> tuple[torch.Tensor, torch.Tensor]:
+def with_start(prompt: str) -> str:
+    """`<bos> prompt`, the beginning of every review."""
+    return f"{BOS} {prompt}"
+
+
+def encode_reviews(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    """`(ids, mask)` of `<bos> text <eos>`, padded on the right."""
     batch = tokenizer(
-        list(texts),
+        [f"{with_start(text)} {EOS}" for text in texts],
         padding=True,
-        padding_side=padding_side,
+        padding_side="right",
         add_special_tokens=False,
         return_token_type_ids=False,
         return_tensors="pt",
     )
     return batch["input_ids"], batch["attention_mask"]
-
-
-def encode_prompts(tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
-    """`(ids, mask)` of `<bos> prompt`, padded on the left, so that every row's next token is at the same place."""
-    return _encode(tokenizer, [f"{BOS} {prompt}" for prompt in prompts], "left")
-
-
-def encode_reviews(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
-    """`(ids, mask)` of `<bos> text <eos>`, padded on the right."""
-    return _encode(tokenizer, [f"{BOS} {text} {EOS}" for text in texts], "right")

@@ -200,7 +200,7 @@ def _backward_kernel(
         # dY is written where its product, the gradient of the logits, belongs.
         dlogits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
         for i, (part, table) in enumerate(zip(upstream, tables, strict=True)):
-            for columns in column_chunks(*logits.shape, elements=PRODUCT_ELEMENTS):
+            for columns in column_chunks(logits.shape[0], logits.shape[1], PRODUCT_ELEMENTS):
                 product = part @ table[columns].T
                 if i == 0:
                     dlogits[:, columns] = product

@@ -1,4 +1,4 @@
-"""What happens around the steps: a stop by SIGTERM that loses nothing, and a table of completions."""
+"""What happens around the steps: a stop by a signal that loses nothing, and a table of completions."""
 
 from __future__ import annotations
 
@@ -18,64 +18,69 @@ __all__ = ["StopOnSignal", "TrainingInterrupted", "completions_table", "show_com
 
 
 class TrainingInterrupted(SystemExit):
-    """SIGTERM stopped training after a whole step, and a checkpoint of that step is on disk.
+    """A signal stopped training after a whole step, and a checkpoint of that step is on disk.
 
     Uncaught, it ends the process with the status that the signal would have given.
 
     Attributes:
         step: the step that was finished and saved.
+        signum: which signal.
     """
 
-    def __init__(self, step: int) -> None:
-        super().__init__(128 + signal.SIGTERM)
-        self.step = step
+    def __init__(self, step: int, signum: int) -> None:
+        super().__init__(128 + signum)
+        self.step, self.signum = step, signum
 
     def __str__(self) -> str:
-        return f"SIGTERM stopped training after step {self.step}, which is saved"
+        return f"{signal.Signals(self.signum).name} stopped training after step {self.step}, which is saved"
 
 
 class StopOnSignal(TrainerCallback):
-    """During training, SIGTERM lets the current step finish, saves a checkpoint and stops.
+    """During training, SIGTERM or SIGINT lets the current step finish, saves a checkpoint and stops.
 
-    With several processes, all of them stop when one was told to. Outside the main thread, where Python allows no
-    handlers, it does nothing.
+    A second SIGINT raises KeyboardInterrupt at once. With several processes, all of them stop when one was told to.
+    Outside the main thread, where Python allows no handlers, it does nothing.
+
+    Attributes:
+        received: number of the signal that came, or 0.
     """
 
     def __init__(self) -> None:
-        self.received = False
-        self._previous: Any = None
-        self._installed = False
+        self.received = 0
+        self._previous: dict[int, Any] = {}
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Take over SIGTERM."""
-        self.received = False
+        """Take the signals over."""
+        self.received = 0
         if threading.current_thread() is threading.main_thread():
-            self._previous = signal.signal(signal.SIGTERM, self._note)
-            self._installed = True
+            for signum in (signal.SIGINT, signal.SIGTERM):
+                self._previous[signum] = signal.signal(signum, self._note)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
-        """Ask for a checkpoint and the end of training where the signal came."""
+        """Ask for a checkpoint and the end of training where a signal came."""
         if args.world_size > 1:
-            told = torch.tensor(float(self.received), device=args.device)
+            told = torch.tensor(self.received, device=args.device)
             torch.distributed.all_reduce(told, op=torch.distributed.ReduceOp.MAX)
-            self.received = bool(told.item())
+            self.received = int(told.item())
         if self.received:
             control.should_save = True
             control.should_training_stop = True
         return control
 
     def restore(self) -> None:
-        """Give SIGTERM back to whom it belonged."""
-        if self._installed:
-            signal.signal(signal.SIGTERM, self._previous)
-            self._installed = False
+        """Give the signals back to whom they belonged."""
+        for signum, handler in self._previous.items():
+            signal.signal(signum, handler)
+        self._previous.clear()
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
-        self.received = True
+        if self.received and signum == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = signum
 
 
 def completions_table(

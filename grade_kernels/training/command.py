@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,10 +14,11 @@ from datasets import Dataset, load_dataset
 from rich.console import Console
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, HfArgumentParser
 
+from grade_kernels.training.callbacks import TrainingInterrupted
 from grade_kernels.training.checkpoints import complete_checkpoints
 from grade_kernels.training.config import GRADEConfig
 from grade_kernels.training.rewards import OUTPUTS, SequenceClassificationReward
-from grade_kernels.training.trainer import GRADETrainer
+from grade_kernels.training.trainer import GRADETrainer, load_by_name
 
 __all__ = ["RunArguments", "parse", "read_dataset", "run"]
 
@@ -51,30 +53,43 @@ class RunArguments:
 
 def run(argv: Sequence[str]) -> int:
     """Train, evaluate where there are held-out prompts, and save model and tokenizer; returns the exit status."""
-    arguments, config = parse(argv)
-    rewards = [_reward(name, arguments) for name in arguments.reward]
-    evaluation = None
-    if arguments.eval_dataset or arguments.eval_split:
-        source = arguments.eval_dataset or arguments.dataset
-        evaluation = read_dataset(source, arguments, arguments.eval_split or arguments.dataset_split)
-    trainer = GRADETrainer(
-        model=arguments.model,
-        reward_funcs=rewards,
-        args=config,
-        train_dataset=read_dataset(arguments.dataset, arguments, arguments.dataset_split),
-        eval_dataset=evaluation,
-        reward_processing_classes=[AutoTokenizer.from_pretrained(name) for name in arguments.reward],
-        peft_config=_adapter(arguments),
-    )
+    try:
+        arguments, config = parse(argv)
+        trainer = _build_trainer(arguments, config)
+    except (OSError, TypeError, ValueError) as error:
+        sys.stderr.write(f"grade-kernels train: {error}\n")
+        return 1
     found = arguments.resume and complete_checkpoints(Path(str(config.output_dir)))
-    trainer.train(resume_from_checkpoint=bool(found))
+    try:
+        trainer.train(resume_from_checkpoint=bool(found))
+    except TrainingInterrupted as stop:
+        sys.stderr.write(f"\n{stop}. The same command with --resume continues.\n")
+        return 128 + stop.signum
     trainer.save_model()
     trainer.create_model_card(dataset_name=None if Path(arguments.dataset).exists() else arguments.dataset)
-    if evaluation is not None:
+    if trainer.eval_dataset is not None:
         metrics = trainer.evaluate()
         if trainer.is_world_process_zero():
             Console().print({name: round(value, 4) for name, value in metrics.items() if isinstance(value, float)})
     return 0
+
+
+def _build_trainer(arguments: RunArguments, config: GRADEConfig) -> GRADETrainer:
+    evaluation = None
+    if arguments.eval_dataset or arguments.eval_split:
+        source = arguments.eval_dataset or arguments.dataset
+        evaluation = read_dataset(source, arguments, arguments.eval_split or arguments.dataset_split)
+    return GRADETrainer(
+        model=arguments.model,
+        reward_funcs=[_reward(name, arguments) for name in arguments.reward],
+        args=config,
+        train_dataset=read_dataset(arguments.dataset, arguments, arguments.dataset_split),
+        eval_dataset=evaluation,
+        reward_processing_classes=[
+            load_by_name("the tokenizer of reward", AutoTokenizer, name) for name in arguments.reward
+        ],
+        peft_config=_adapter(arguments),
+    )
 
 
 def parse(argv: Sequence[str]) -> tuple[RunArguments, GRADEConfig]:
@@ -108,15 +123,21 @@ def read_dataset(source: str, arguments: RunArguments, split: str) -> Dataset:
     """Prompts of a local file or of the hub, with the prompt column called `prompt`.
 
     Raises:
-        ValueError: a file of a format that is not read, or a column that is not there.
+        ValueError: a file or a name that does not exist, a format that is not read, a split or a column that is not
+            there.
     """
     path = Path(source)
+    if not path.exists() and path.suffix in _FORMATS:
+        raise ValueError(f"dataset {source!r} does not exist")
     if path.is_file():
         if path.suffix not in _FORMATS:
             raise ValueError(f"dataset must be one of {sorted(_FORMATS)} files, got {path.name}")
         dataset = load_dataset(_FORMATS[path.suffix], data_files=str(path), split="train")
     else:
-        dataset = load_dataset(source, arguments.dataset_config, split=split)
+        try:
+            dataset = load_dataset(source, arguments.dataset_config, split=split)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"dataset {source!r} (split {split!r}) can not be loaded: {error}") from error
     if arguments.prompt_column not in dataset.column_names:
         raise ValueError(f"prompt_column {arguments.prompt_column!r} is not among the columns {dataset.column_names}")
     return dataset if arguments.prompt_column == "prompt" else dataset.rename_column(arguments.prompt_column, "prompt")
@@ -133,7 +154,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 def _reward(name: str, arguments: RunArguments) -> SequenceClassificationReward:
     label = arguments.reward_label
     chosen: int | str | None = int(label) if isinstance(label, str) and label.isdigit() else label
-    model = AutoModelForSequenceClassification.from_pretrained(name)
+    model = load_by_name("reward", AutoModelForSequenceClassification, name)
     return SequenceClassificationReward(model, label=chosen, output=arguments.reward_output)
 
 

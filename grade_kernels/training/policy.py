@@ -196,23 +196,33 @@ class Capture:
 
 
 def gather_root(model: nn.Module) -> None:
-    """Under FSDP2, bring the parameters together that no layer owns (embedding, head), until the next backward ends."""
-    if isinstance(model, FSDPModule):
-        model.set_reshard_after_forward(False, recurse=False)
-        model.unshard()
+    """Under FSDP2, bring embedding, head and what no layer owns together, until the next backward pass ends."""
+    if not isinstance(model, FSDPModule):
+        return
+    # Whoever runs forward first is taken for the root, and the rollout starts below it.
+    model._get_fsdp_state()._lazy_init()
+    for module in _read_apart(model):
+        module.set_reshard_after_forward(False, recurse=False)
+        module.unshard()
 
 
 @contextmanager
 def sweeping(model: nn.Module) -> Iterator[None]:
     """Backward passes that are not the last one: under FSDP2 they leave the gathered parameters where they are."""
-    sharded = model if isinstance(model, FSDPModule) else None
-    if sharded is not None:
-        sharded.set_reshard_after_backward(False, recurse=False)
+    gathered = _read_apart(model) if isinstance(model, FSDPModule) else []
+    for module in gathered:
+        module.set_reshard_after_backward(False, recurse=False)
     try:
         yield
     finally:
-        if sharded is not None:
-            sharded.set_reshard_after_backward(True, recurse=False)
+        for module in gathered:
+            module.set_reshard_after_backward(True, recurse=False)
+
+
+def _read_apart(model: Any) -> list[FSDPModule]:
+    """The sharded units whose parameters are read outside their own forward pass: the root's, embedding and head."""
+    units = (model, model.get_input_embeddings(), model.get_output_embeddings())
+    return [unit for unit in units if isinstance(unit, FSDPModule)]
 
 
 @contextmanager

@@ -41,7 +41,7 @@ from grade_kernels.training.rewards import NonFiniteRewardError, Objective, Sequ
 from grade_kernels.training.rollout import Rollout, rollout
 from grade_kernels.training.schedules import tau_at
 
-__all__ = ["GRADETrainer"]
+__all__ = ["GRADETrainer", "load_by_name"]
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +111,7 @@ class GRADETrainer(Trainer):
         policy = _load_policy(model, args, peft_config)
         parts = read_language_model(policy)
         if processing_class is None:
-            processing_class = AutoTokenizer.from_pretrained(parts.model.config._name_or_path)
+            processing_class = load_by_name("the tokenizer of model", AutoTokenizer, parts.model.config._name_or_path)
         self._end_ids = _end_of_sequence(parts, processing_class)
         pad = getattr(processing_class, "pad_token_id", None)
         self._pad_id = int(pad) if pad is not None else (self._end_ids or (0,))[0]
@@ -381,13 +381,13 @@ class GRADETrainer(Trainer):
 
         Args:
             resume_from_checkpoint: a directory, or True for the latest in the output directory; if that one is damaged,
-                a warning
-                names it and the one before is used.
+                a warning names it and the one before is used.
             args: further arguments of the library's.
             kwargs: further keywords of the library's.
 
         Raises:
-            TrainingInterrupted: SIGTERM came; the step it came in was finished and saved.
+            TrainingInterrupted: SIGTERM or SIGINT came; the step it came in was finished and saved.
+            KeyboardInterrupt: SIGINT came a second time.
             ValueError: no checkpoint to resume from that is sound.
         """
         resume = self._sound_checkpoint(resume_from_checkpoint)
@@ -396,7 +396,7 @@ class GRADETrainer(Trainer):
         finally:
             self._signals.restore()
         if self._signals.received and self.state.global_step < self.state.max_steps:
-            raise TrainingInterrupted(self.state.global_step)
+            raise TrainingInterrupted(self.state.global_step, self._signals.received)
         return output
 
     def _sound_checkpoint(self, choice: str | bool | None) -> str | None:
@@ -529,11 +529,20 @@ def _named_datasets(dataset: Any) -> list[tuple[str, Any]]:
     return [("eval_dataset", dataset)]
 
 
+def load_by_name(what: str, loader: Any, name: str, **keywords: Any) -> Any:
+    """`loader.from_pretrained(name, **keywords)`, with an error that says what was wanted and where it was looked for."""
+    try:
+        return loader.from_pretrained(name, **keywords)
+    except (OSError, ValueError) as error:
+        where = "in that directory" if Path(name).is_dir() else "as a directory here or as a name on the hub"
+        raise ValueError(f"{what} {name!r} was not found {where}: {error}") from error
+
+
 def _load_policy(model: Any, args: GRADEConfig, peft_config: Any) -> nn.Module:
     keywords = args.model_init_kwargs
     if isinstance(model, str):
         # Weights of training are float32 unless asked otherwise, whatever precision they were saved in.
-        model = AutoModelForCausalLM.from_pretrained(model, **{"dtype": torch.float32, **(keywords or {})})  # type: ignore[dict-item]
+        model = load_by_name("model", AutoModelForCausalLM, model, **{"dtype": torch.float32, **(keywords or {})})  # type: ignore[dict-item]
     elif keywords is not None:
         raise ValueError(f"model_init_kwargs is for a model that is given by name, got a {type(model).__name__}")
     if not isinstance(model, nn.Module):
@@ -583,7 +592,7 @@ def _read_rewards(
     for i, function in enumerate(functions):
         if isinstance(function, str):
             path = function
-            function = SequenceClassificationReward(AutoModelForSequenceClassification.from_pretrained(path))
+            function = SequenceClassificationReward(load_by_name("reward", AutoModelForSequenceClassification, path))
         elif isinstance(function, PreTrainedModel):
             function = SequenceClassificationReward(function)
         elif not callable(function):
@@ -622,7 +631,7 @@ def _check_tokenizers(reward_funcs: Any, given: Any, tokenizer: Any) -> None:
         raise ValueError(f"reward_processing_classes must be one per reward ({len(functions)}), got {len(others)}")
     for i, (function, other) in enumerate(zip(functions, others, strict=True)):
         if other is None and isinstance(function, str):
-            other = AutoTokenizer.from_pretrained(function)
+            other = load_by_name("the tokenizer of reward", AutoTokenizer, function)
         if other is None or not hasattr(other, "get_vocab") or not hasattr(tokenizer, "get_vocab"):
             continue
         ours, theirs = tokenizer.get_vocab(), other.get_vocab()

@@ -12,7 +12,6 @@ from torch import nn
 from benchmarks.alignment.settings import Settings
 from benchmarks.alignment.tasks import Prompts, Task
 from grade_kernels import GumbelNoise
-from grade_kernels.demo.align import prompt_rows
 from grade_kernels.training.policy import read_language_model
 from grade_kernels.training.rollout import Rollout, rollout
 
@@ -94,6 +93,16 @@ class Method:
     name: str
     title: str
     make: Callable[[World], Learner]
+
+
+def prompt_rows(count: int, sequences: torch.Tensor, seed: int) -> torch.Tensor:
+    """Which of `count` prompts each sequence of a run gets: one shuffled pass over all of them after the other."""
+    rows = torch.empty_like(sequences)
+    for epoch in (sequences // count).unique().tolist():
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+        chosen = sequences // count == epoch
+        rows[chosen] = order[sequences[chosen] % count]
+    return rows
 
 
 def sample(world: World, batch: Batch) -> Rollout:

@@ -12,10 +12,12 @@ from typing import Any
 import torch
 
 from grade_kernels.backends import Head, Sample, Softmax, Support
+from grade_kernels.backends.cpu import rows as rows_backend
 from grade_kernels.backends.torch import head as fallback
 
 CHUNK_ELEMENTS = 2**20  # logits that exist at a time
 _LANES, _PIECES = 16, 8  # kHeadLanes and kPieces of csrc/cpu
+_FEW_ROWS = 8  # hidden rows up to which padding them to whole lanes is most of the work
 _CANDIDATE_WORDS = 3  # int32 words of csrc/cpu/head.h's Candidate
 _SAMPLE, _SCORES, _SOFTMAX = range(3)
 
@@ -39,6 +41,49 @@ def _chunks(vocab: int, width: int) -> Iterator[slice]:
         stop = min(start + min(step, width), vocab)
         yield slice(start, stop)
         start, step = stop, 4 * step
+
+
+def _few_chunks(head: Head) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Columns and logits `[N, columns]` of a decoding step's few rows, half a buffer at a time.
+
+    A padded product would compute several times what is needed; this one takes little longer than reading the weight.
+    In narrower dtypes torch's product is that fast by itself.
+    """
+    hidden, weight = _rows_in_memory(head.hidden), _rows_in_memory(head.weight)
+    rows, vocab = hidden.shape[0], weight.shape[0]
+    width = max(64, CHUNK_ELEMENTS // 2 // rows // 64 * 64)
+    buffer = torch.empty(rows, min(width, vocab))
+    for start in range(0, vocab, width):
+        columns = slice(start, min(start + width, vocab))
+        logits = buffer[:, : columns.stop - start]
+        _kernels().few_product(hidden, weight[columns], logits)
+        if head.bias is not None:
+            logits += head.bias[columns]
+        yield columns, fallback.softcapped(logits, head.softcap)
+
+
+def _few_sample(head: Head, seed: torch.Tensor, row_ids: torch.Tensor | None, vocab_start: int) -> Sample:
+    """`head_sample` of a few rows: samples of chunks, the best of which wins."""
+    parts, bad = [], torch.zeros(head.hidden.shape[0], dtype=torch.bool)
+    for columns, logits in _few_chunks(head):
+        part = rows_backend.sample(logits, seed, row_ids, vocab_start + columns.start, True)
+        none = part.ids < 0  # NaN, +inf or only -inf; a chunk may well be masked throughout
+        if none.any():
+            top = logits.amax(dim=1)
+            bad |= none & (top != -torch.inf)
+            part = part._replace(
+                score_max=torch.where(none, -torch.inf, part.score_max),
+                logit_max=torch.where(none, -torch.inf, part.logit_max),
+                logit_sum=torch.where(none, 0.0, part.logit_sum),
+            )
+        parts.append(part._replace(ids=part.ids + columns.start))
+    ids, score_max, logit_max, logit_sum = (torch.stack(x) for x in zip(*parts, strict=True))
+    best, where = score_max.max(dim=0)
+    top = logit_max.amax(dim=0)
+    bad |= best == -torch.inf
+    total = (logit_sum * (logit_max - torch.where(bad, 0.0, top)).exp()).sum(dim=0)
+    chosen = ids.gather(0, where[None])[0]
+    return Sample(torch.where(bad, -1, chosen), torch.where(bad, torch.nan, best), top, total)
 
 
 class _Pass:
@@ -103,6 +148,8 @@ class _Pass:
 
 def head_sample(head: Head, seed: torch.Tensor, row_ids: torch.Tensor | None, vocab_start: int) -> Sample:
     """See `grade_kernels.backends`."""
+    if head.hidden.dtype == torch.float32 and 0 < head.hidden.shape[0] <= _FEW_ROWS:
+        return _few_sample(head, seed, row_ids, vocab_start)
     step = _Pass(_SAMPLE, head, torch.ones(head.hidden.shape[0]), 0.0)
     step.run(seed, row_ids, vocab_start)
     return step.sample()

@@ -37,8 +37,8 @@ class Config(NamedTuple):
     num_stages: int
 
 
-# By how many rows there are at most. Both leave room for two programs on a multiprocessor, so that one's epilogue hides
-# behind the other's product.
+# By how many rows there are at most. The first leaves room for two programs on a multiprocessor, so that one's epilogue
+# hides behind the other's product; the second halves what the head costs to read, and its registers leave room for one.
 NARROW = ((64, Config(64, 64, 64, 4, 4)), (None, Config(128, 64, 64, 8, 3)))
 PAIR = Config(64, 32, 64, 4, 3)  # two products per tile
 # float32 is multiplied in true float32, which no tensor core does: small tiles of fused multiply-adds.
@@ -52,6 +52,13 @@ def config(rows: int, dtype: torch.dtype, products: int = 1) -> Config:
     return PAIR if products > 1 else next(c for most, c in NARROW if most is None or rows <= most)
 
 
+def configurations(dtype: torch.dtype, products: int = 1) -> list[Config]:
+    """Everything that `config` may return for a dtype, the one for many rows last."""
+    if dtype == torch.float32:
+        return [sizes for _, sizes in WIDE]
+    return [PAIR] if products > 1 else [sizes for _, sizes in NARROW]
+
+
 def target() -> tuple[str, int]:
     """Name of the Triton backend that kernels are launched on, and its compute capability (0 outside NVIDIA)."""
     if INTERPRETED:
@@ -62,8 +69,9 @@ def target() -> tuple[str, int]:
 
 def tile_options(sizes: Config, dtype: torch.dtype, backend: str, capability: int) -> dict[str, Any]:
     """Arguments that describe tiles, and compiler options."""
-    # Tensor cores up to Hopper's; Blackwell's give a thread whole rows, AMD's four neighbouring columns.
-    permuted = dtype != torch.float32 and backend == "cuda" and capability < 100
+    # Tensor cores up to Hopper's, and those of the smaller Blackwells; data centre Blackwell's (10.x and 11.x) give a
+    # thread whole rows, AMD's four neighbouring columns.
+    permuted = dtype != torch.float32 and backend == "cuda" and not 100 <= capability < 120
     return {
         **sizes._asdict(),
         "TILES": SPLIT // sizes.BN,

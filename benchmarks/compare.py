@@ -1,0 +1,84 @@
+"""Has ours lost ground since a saved run? `python -m benchmarks.compare OLD.csv NEW.csv`, or `--compare OLD.csv` of a run.
+
+Machines differ and drift, so times are never compared: a case is judged by how long the bare matrix product of the same run
+(where there is none, eager PyTorch) takes in units of ours, and by the quartiles of that ratio over the rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+YARDSTICKS = ("gemm", "eager")  # the first that both runs have
+SLACK = 0.05  # quartiles over a few rounds understate what a machine's mood does to a whole run
+
+Key = tuple[str, ...]
+Run = dict[Key, dict[str, dict[str, str]]]
+
+
+@dataclass(frozen=True)
+class Regression:
+    """A case in which the yardstick's ratio to ours has fallen beyond noise."""
+
+    case: Key
+    yardstick: str
+    before: tuple[float, float]  # quartiles
+    now: tuple[float, float]
+
+    def __str__(self) -> str:
+        before, now = ("{:.2f}-{:.2f}".format(*quartiles) for quartiles in (self.before, self.now))
+        return f"{' '.join(self.case)}: {self.yardstick} took {before} times as long as ours, now {now}"
+
+
+def read(path: Path) -> Run:
+    """Rows of a CSV with a time, by case and contestant.
+
+    Raises:
+        ValueError: the file lacks a column that a comparison needs.
+    """
+    fields = ("op", "pass", "device", "dtype", "N", "V", "H", "D")
+    run: Run = {}
+    with path.open(newline="") as file:
+        table = csv.DictReader(file)
+        needed = {*fields, "competitor", "ratio_low", "ratio_high"}
+        if missing := needed - set(table.fieldnames or ()):
+            raise ValueError(f"{path} is no saved run: it lacks the columns {', '.join(sorted(missing))}")
+        for row in table:
+            if row["ratio_low"]:
+                key = tuple(f"{name}={row[name]}" if name in "NVHD" else row[name] for name in fields if row[name])
+                run.setdefault(key, {})[row["competitor"]] = row
+    return run
+
+
+def regressions(before: Run, now: Run) -> list[Regression]:
+    """Cases of both runs in which even the upper quartile is now below what the lower one was, less SLACK."""
+    found = []
+    for case in before.keys() & now.keys():
+        yardstick = next((name for name in YARDSTICKS if name in before[case] and name in now[case]), None)
+        if yardstick is None:
+            continue
+        old, new = (
+            (float(run[case][yardstick]["ratio_low"]), float(run[case][yardstick]["ratio_high"]))
+            for run in (before, now)
+        )
+        if new[1] < (1 - SLACK) * old[0]:
+            found.append(Regression(case, yardstick, old, new))
+    return sorted(found, key=lambda regression: regression.case)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Has ours lost ground since a saved run?")
+    parser.add_argument("before", type=Path)
+    parser.add_argument("now", type=Path)
+    options = parser.parse_args()
+    lost = regressions(read(options.before), read(options.now))
+    for regression in lost:
+        print(regression)
+    return 1 if lost else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,83 @@
+"""Writes docs/benchmarks.md from the runs that are kept in benchmarks/results: `python -m benchmarks.report`."""
+
+from __future__ import annotations
+
+import csv
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+from benchmarks.harness import OURS, ROOT
+
+RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "benchmarks.md"
+INTRODUCTION = """# Measured
+
+Written by `python -m benchmarks.report` from the runs in `benchmarks/results`; `grade-kernels bench` makes such a run on
+your machine. The column of ours is a time; every other column says how many times as long that contestant took, as the
+median over rounds in which all of them ran in turn. Before a time is taken, the result is checked against the reference.
+[NOTES.md](../benchmarks/NOTES.md) says what bounds each figure.
+"""
+
+Row = dict[str, str]
+
+
+def read(path: Path) -> list[Row]:
+    """Rows of one saved run."""
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def page(runs: dict[str, list[Row]]) -> str:
+    """The whole page: a section for each run, by its file's name."""
+    return "\n".join([INTRODUCTION, *(line for name, rows in runs.items() for line in _section(name, rows))])
+
+
+def _section(name: str, rows: list[Row]) -> Iterator[str]:
+    first = rows[0]
+    yield f"## {name}\n\n{first['machine']}; torch {first['torch']}; {first['date']}; our backend: {first['backend']}.\n"
+    by_operation: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        by_operation[f"{row['op']}, {row['pass']}"].append(row)
+    for title, measured in by_operation.items():
+        yield f"### {title}\n"
+        if any(row["median_seconds"] for row in measured):
+            yield from _table(measured, "median_seconds", "ours")
+        if any(row["peak_bytes"] for row in measured):
+            yield "Peak memory beyond the inputs, MiB:\n"
+            yield from _table(measured, "peak_bytes", OURS)
+
+
+def _table(rows: list[Row], measure: str, label: str) -> Iterator[str]:
+    rows = [row for row in rows if row[measure]]
+    sizes = ["dtype", "N", "V", *(name for name in ("H", "D") if any(row[name] for row in rows))]
+    names = list(dict.fromkeys(row["competitor"] for row in rows if row["competitor"] != OURS))
+    cases: dict[tuple[str, ...], dict[str, Row]] = defaultdict(dict)
+    for row in rows:
+        cases[tuple(row[size] for size in sizes)][row["competitor"]] = row
+    yield _line([*sizes, label, *names])
+    yield "|" + "---|" * (len(sizes) + 1 + len(names))
+    for case, by_name in cases.items():
+        yield _line([*case, *(_cell(by_name.get(name), measure) for name in (OURS, *names))])
+    yield ""
+
+
+def _cell(row: Row | None, measure: str) -> str:
+    if row is None:
+        return ""
+    if measure == "peak_bytes":
+        return f"{float(row[measure]) / 2**20:.1f}"
+    return f"{1e3 * float(row[measure]):.1f} ms" if row["competitor"] == OURS else f"{float(row['ratio_to_ours']):.2f}"
+
+
+def _line(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def main() -> None:
+    runs = {path.stem: read(path) for path in sorted(RESULTS.glob("*.csv"))}
+    PAGE.write_text(page(runs) if runs else INTRODUCTION)
+    print(PAGE)
+
+
+if __name__ == "__main__":
+    main()

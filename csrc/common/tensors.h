@@ -1,0 +1,49 @@
+// What kernels need to know about torch's tensors.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+
+#include "common/dtype.h"
+
+namespace gk {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline Dtype dtype_of(const Tensor& x) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float:
+      return Dtype::kFloat;
+    case ScalarType::BFloat16:
+      return Dtype::kBFloat16;
+    case ScalarType::Half:
+      return Dtype::kHalf;
+    case ScalarType::Double:
+      return Dtype::kDouble;
+    default:
+      STD_TORCH_CHECK(false, "grade_kernels: dtype must be float32, float64, bfloat16 or float16");
+  }
+}
+
+inline size_t element_size(const Tensor& x) {
+  const Dtype dtype = dtype_of(x);
+  return dtype == Dtype::kDouble ? 8 : dtype == Dtype::kFloat ? 4 : 2;
+}
+
+// Null for an empty tensor, which stands for an argument that is not used.
+template <typename Real>
+const Real* data(const Tensor& x) {
+  return x.numel() ? static_cast<const Real*>(x.const_data_ptr()) : nullptr;
+}
+template <typename Real>
+Real* mutable_data(const Tensor& x) {
+  return x.numel() ? static_cast<Real*>(x.mutable_data_ptr()) : nullptr;
+}
+template <typename Real>
+const Real* data(const std::optional<Tensor>& x) {
+  return x ? data<Real>(*x) : nullptr;
+}
+
+}  // namespace gk

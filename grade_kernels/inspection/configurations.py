@@ -1,0 +1,247 @@
+"""Every kernel of the Triton backend in every configuration that its launchers choose, and the baseline.
+
+A kernel's arguments are written as the types that Triton specialises it on ("*fp32", "i32", "i64 aligned"), everything
+else is a constant. What depends on sizes is taken from the launchers' own functions.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+from grade_kernels import noise
+from grade_kernels.backends.triton import gather, head, head_support, onehot, tiles
+from grade_kernels.inspection import baseline
+
+__all__ = ["TARGETS", "VOCAB", "Build", "builds"]
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "sm_120": GPUTarget("cuda", 120, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+VOCAB = 151936
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+_BACKEND = "grade_kernels.backends.triton"
+# Of the row kernels: rows aligned to 16 bytes; rows that are not; any strides, row ids and a shard at an odd offset;
+# one row of one token, which Triton specialises on. float64 is never read 16 bytes at a time.
+_LAYOUTS = {
+    "aligned": ("fp32", "bf16", "fp16"),
+    "odd": ("bf16", "fp64"),
+    "general": ("fp32",),
+    "tiny": ("fp32",),
+}
+# No launcher passes these as anything but 32-bit integers, or float32 arrays.
+_HEAD_INTEGERS = ("N", "group_start", "first_row", "first_split", "splits", "step", "s_slots")
+_HEAD_FLOATS = (
+    *("best", "plain_max", "plain_sum", "top", "total", "before_max", "before_sum", "tau", "score_max"),
+    *("moment", "ref_top", "ref_total"),
+)
+
+
+class Build(NamedTuple):
+    """One kernel with everything that its machine code depends on.
+
+    Attributes:
+        name, dtype, configuration: what the report calls it.
+        kernel: "module:function".
+        arguments: type or constant of each parameter (and of others, which are not looked at).
+        options: of the compiler.
+        logits: that a thread handles in one round of the main loop; 0 if there is no such loop.
+        sizes: of the tile of a product, or None.
+        products: per tile.
+    """
+
+    name: str
+    dtype: str
+    configuration: str
+    kernel: str
+    arguments: dict[str, Any]
+    options: dict[str, Any]
+    logits: int = 0
+    sizes: head.Config | None = None
+    products: int = 0
+
+
+def builds(target: str) -> list[Build]:
+    """Everything that is compiled for a target, each machine code once."""
+    found = [build for layout, dtypes in _LAYOUTS.items() for dtype in dtypes for build in _rows(dtype, target, layout)]
+    for dtype in ("bf16", "fp16", "fp32"):
+        found += _heads(dtype, target)
+        found += _gathers(dtype)
+    found += _combining(target)
+    return found
+
+
+def _rows(dtype: str, target: str, layout: str) -> list[Build]:
+    """Kernels over given logits of a dtype, in one of `_LAYOUTS`."""
+    compute = tiles.compute_dtype(_DTYPES[dtype])
+    data, stat = f"*{dtype}", "*fp64" if compute == torch.float64 else "*fp32"
+    aligned, general, tiny = (layout == name for name in ("aligned", "general", "tiny"))
+    skew = 3 if general else 0
+    gpu = TARGETS[target]
+    sizes = tiles.strip_sizes(1 if tiny else VOCAB + skew, _DTYPES[dtype], gpu.warp_size)
+    row_stride = 1 if tiny else "i64 aligned" if aligned else "i32" if general else "i64"
+    options = {"num_warps": tiles.NUM_WARPS, **tiles.target_options(gpu.backend)}
+    common = {
+        "V": 1 if tiny else "i32 aligned" if aligned else "i32", "N": "i32", "group_start": "i32" if general else "i64",
+        "logits": data, "seed": "*i64", "row_ids": "*i64" if general else None, "SKEW": skew, **sizes,
+        "BLOCK_S": triton.next_power_of_2(sizes["SPLITS"]), "DTYPE": tiles.TRITON_DTYPE[compute],
+        "FAST": gpu.backend == "cuda", "ALIGNED": aligned, "LOWEST": torch.finfo(compute).min,
+        **dict.fromkeys(("s_n", "s_ln", "s_wn", "s_dyn", "s_outn"), row_stride),
+        **dict.fromkeys(("s_v", "s_lv", "s_wv", "s_dyv", "s_outv", "s_tau"), "i64" if general else 1),
+        **dict.fromkeys(("best", "top", "total", "score_max", "logit_max", "logit_sum"), stat),
+        **dict.fromkeys(("partial", "pivots", "tau"), stat),
+        "tile": "*i32", "ids": "*i64", "weights": data, "dy": data, "out": data,
+        "dlogprobs": None, "partial_dtau": None, "NOISY": True, "REINMAX": False,
+    }  # fmt: skip
+    sample, relaxation = f"{_BACKEND}.sampling:sample_scan_kernel", f"{_BACKEND}.relaxation:softmax_kernel"
+    sums = f"{_BACKEND}.gradient:softmax_backward_sums_kernel"
+    apply = f"{_BACKEND}.gradient:softmax_backward_apply_kernel"
+    quiet, reinmax = {"NOISY": False}, {"NOISY": False, "REINMAX": True}
+    scans: dict[str, tuple[str, dict[str, Any]]] = {
+        "sample": (sample, {"top": None, "total": None}),
+        "sample+lse": (sample, {}),
+        "softmax total": (relaxation, {"weights": None, "total": None}),
+        "softmax write": (relaxation, {}),
+        "ste sums": (sums, {}),
+        "ste apply": (apply, {}),
+        "ste apply+logprob+dtau": (apply, {"dlogprobs": stat, "partial_dtau": stat}),
+        "st sums": (sums, quiet),
+        "st apply": (apply, quiet),
+        "reinmax sums": (sums, reinmax),
+        "reinmax apply": (apply, reinmax),
+    }
+    logits = 0 if tiny else sizes["LANES"] * sizes["STRIPS"] // (gpu.warp_size * tiles.NUM_WARPS)
+    found = [
+        Build(name, dtype, layout, kernel, {**common, **changes}, options, logits)
+        for name, (kernel, changes) in scans.items()
+    ]
+    found.append(
+        Build("sample pick", dtype, layout, f"{_BACKEND}.sampling:sample_pick_kernel", common, options)
+    )  # fmt: skip
+    if layout != "general":  # it writes what it makes itself, so strides and offsets do not come in
+        one_hot = {**common, "BLOCKS": "i32", "BLOCK": onehot.BLOCK}
+        found.append(Build("one hot", dtype, layout, f"{_BACKEND}.onehot:one_hot_kernel", one_hot, options))
+    if aligned and dtype != "fp16":
+        naive = {**common, "BLOCK": baseline.BLOCK}
+        per_thread = baseline.BLOCK // (gpu.warp_size * tiles.NUM_WARPS)
+        kernel = f"{baseline.__name__}:sample_kernel"
+        found.append(Build("baseline sample", dtype, layout, kernel, naive, options, per_thread))
+    return found
+
+
+def _heads(dtype: str, target: str) -> list[Build]:
+    """Kernels over the product with a head of a dtype with contiguous rows."""
+    scores, softmax = f"{_BACKEND}.head_sampling:head_scores_kernel", f"{_BACKEND}.head_relaxation:head_softmax_kernel"
+    no_slots = dict.fromkeys(("before_max", "before_sum", "slots", "counts", "places", "room"))
+    first = dict.fromkeys(("before_max", "before_sum"))
+    sample_only = {**no_slots, **dict.fromkeys(("tau", "top", "total"))}
+    no_ref = dict.fromkeys(("ref_hidden", "ref_weight", "ref_bias", "ref_softcap", "ref_top", "ref_total"))
+    every = {"bias": "*fp32", "softcap": "fp32", "row_ids": "*i64", "EVEN_K": False, "SKEW": 3}
+    every_ref = {"ref_bias": "*fp32", "ref_softcap": "fp32", "EVEN_R": False}
+    variants: dict[str, tuple[str, dict[str, Any], int]] = {
+        "head sample": (scores, sample_only, 1),
+        "head sample, all flags": (scores, {**sample_only, **every}, 1),
+        "head scores": (scores, {}, 1),
+        "head scores, first launch": (scores, first, 1),
+        "head scores, eps 0": (scores, no_slots, 1),
+        "head scores, all flags": (scores, every, 1),
+        "head softmax": (softmax, no_ref, 1),
+        "head softmax, first launch": (softmax, {**no_ref, **first}, 1),
+        "head softmax, eps 0": (softmax, {**no_ref, **no_slots}, 1),
+        "head softmax, all flags": (softmax, {**no_ref, **every}, 1),
+        "head softmax, ref": (softmax, {}, 2),
+        "head softmax, ref, eps 0": (softmax, no_slots, 2),
+        "head softmax, ref, all flags": (softmax, {**every, **every_ref}, 2),
+    }
+    found = []
+    for name, (kernel, changes, products) in variants.items():
+        for sizes in head.configurations(_DTYPES[dtype], products):
+            found.append(head_build(name, dtype, sizes, target, kernel, changes, products))
+    if dtype == "bf16":
+        sizes = head.configurations(_DTYPES[dtype])[-1]
+        kernel = f"{baseline.__name__}:head_sample_kernel"
+        found.append(head_build("baseline head sample", dtype, sizes, target, kernel, {}, 1))
+    return found
+
+
+def head_build(
+    name: str, dtype: str, sizes: head.Config, target: str, kernel: str, changes: dict[str, Any], products: int
+) -> Build:
+    """A kernel over a head in one size of tiles, shipped or not, and with changes to the arguments of most."""
+    gpu = TARGETS[target]
+    options = head.tile_options(sizes, _DTYPES[dtype], gpu.backend, 0 if gpu.backend == "hip" else int(gpu.arch))
+    arguments = {
+        **dict.fromkeys(_HEAD_INTEGERS, "i32"), **dict.fromkeys(_HEAD_FLOATS, "*fp32"), "V": "i32", "H": "i32 aligned",
+        **dict.fromkeys(("hidden", "weight", "ref_hidden", "ref_weight"), f"*{dtype}"), "eps": "fp32",
+        "seed": "*i64", "index": "*i32", "slots": "*i64", "counts": "*i32", "places": "*i32", "room": "*i32",
+        "s_hn": "i64 aligned", "s_hk": 1, "s_wv": "i64 aligned", "s_wk": 1,
+        "s_rn": "i64 aligned", "s_rk": 1, "s_uv": "i64 aligned", "s_uk": 1, "R": "i32 aligned",
+        "bias": None, "ref_bias": None, "softcap": None, "ref_softcap": None, "row_ids": None, "SKEW": 0,
+        "EVEN_K": True, "EVEN_R": True, **options, **changes,
+    }  # fmt: skip
+    compiler = {key: options[key] for key in options.keys() - arguments_of_tiles()}
+    per_thread = sizes.BM * sizes.BN // (gpu.warp_size * sizes.num_warps)
+    label = "x".join(map(str, sizes))
+    return Build(name, dtype, label, kernel, arguments, compiler, per_thread, sizes, products)
+
+
+def arguments_of_tiles() -> set[str]:
+    """Those of `head.tile_options` that kernels take; the others are the compiler's."""
+    return {"BM", "BN", "BK", "TILES", "PERMUTED", "TARGET"}
+
+
+def _gathers(dtype: str) -> list[Build]:
+    """Kernels over gathered rows of a table."""
+    common = {
+        "x": f"*{dtype}", "table": f"*{dtype}", "rows": "*i64", "tokens": "*i64", "values": "*fp32", "offsets": "*i64",
+        "out": "*fp32", "s_xn": "i32 aligned", "s_tv": "i32 aligned", "s_xd": 1, "s_td": 1, "K": "i32",
+        "D": "i32 aligned", "BLOCK": gather.BLOCK_COLUMNS,
+    }  # fmt: skip
+    kernels = {
+        "gather dot": (f"{_BACKEND}.gather:gather_dot_kernel", gather.DOT_ENTRIES),
+        "gather sum": (f"{_BACKEND}.gather:gather_sum_kernel", gather.SUM_ENTRIES),
+    }
+    return [
+        Build(name, dtype, "contiguous", kernel, {**common, "ENTRIES": entries}, {"num_warps": 4})
+        for name, (kernel, entries) in kernels.items()
+    ]
+
+
+def _combining(target: str) -> list[Build]:
+    """Kernels that combine splits."""
+    splits = head.split_count(VOCAB, 0)
+    common = {
+        **dict.fromkeys(
+            ("top", "total", "tau", "best", "plain_max", "plain_sum", "score_max", "moment", "ref_top", "ref_total"),
+            "*fp32",
+        ),
+        **dict.fromkeys(
+            ("out_max", "out_sum", "out_total", "out_moment", "out_ref_max", "out_ref_sum", "p", "partial"), "*fp32"
+        ),
+        "index": "*i32", "ids": "*i64", "splits": "i32", "V": "i32", "BLOCK_S": triton.next_power_of_2(splits),
+        "SHIFT": 0.0, "slots": "*i64", "counts": "*i32", "places": "*i32", "room": "*i32", "seed": "*i64",
+        "row_ids": "*i64", "kept": "*i32", "offsets": "*i64", "tokens": "*i64", "s_slots": "i32", "first_row": "i32",
+        "group_start": "i32", "eps": "fp32", "SKEW": 0, "DOMAIN": noise.DOMAIN_GUMBEL,
+        "FAST": TARGETS[target].backend == "cuda",
+        "SPLITS": tiles.strip_sizes(VOCAB, torch.float32, 32)["SPLITS"],
+    }  # fmt: skip
+    support = f"{head_support.__name__}:support_kernel"
+    kernels: dict[str, tuple[str, dict[str, Any]]] = {
+        "normalizer": (f"{head_support.__name__}:normalizer_kernel", {}),
+        "sample combine": (f"{head_support.__name__}:sample_combine_kernel", {}),
+        "softmax combine": (f"{_BACKEND}.head_relaxation:softmax_combine_kernel", {}),
+        "support count": (support, dict.fromkeys(("offsets", "tokens", "p"))),
+        "support write": (support, {}),
+        "sum splits": (f"{_BACKEND}.tiles:_sum_splits_kernel", {}),
+    }
+    return [
+        Build(name, "fp32", f"V {VOCAB}", kernel, {**common, **changes}, {"num_warps": 1})
+        for name, (kernel, changes) in kernels.items()
+    ]

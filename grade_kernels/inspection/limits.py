@@ -1,0 +1,93 @@
+"""What generated code may cost: nothing spilled anywhere, and no more instructions per logit than were measured."""
+
+from __future__ import annotations
+
+from grade_kernels.inspection.configurations import Build
+from grade_kernels.inspection.machine_code import Figures
+
+__all__ = ["LIMITS", "violations"]
+
+# By target and "name dtype configuration": instructions per logit of the main loop and registers, as measured with
+# Triton 3.9 (docs/kernels.md) and a twentieth more.
+LIMITS: dict[str, dict[str, tuple[float, int]]] = {
+    "sm_80": {
+        "sample fp32 aligned": (30.2, 56),
+        "sample+lse fp32 aligned": (36.6, 64),
+        "softmax write fp32 aligned": (33.7, 48),
+        "ste sums fp32 aligned": (36.1, 64),
+        "ste apply fp32 aligned": (36.6, 72),
+        "head sample bf16 128x64x64x8x3": (46.0, 255),
+        "head scores bf16 128x64x64x8x3": (74.6, 255),
+        "head softmax bf16 128x64x64x8x3": (51.8, 255),
+        "head softmax, ref bf16 64x32x64x4x3": (80.8, 255),
+    },
+    "sm_90": {
+        "sample fp32 aligned": (28.9, 48),
+        "sample+lse fp32 aligned": (35.2, 72),
+        "softmax write fp32 aligned": (32.3, 48),
+        "ste sums fp32 aligned": (35.4, 48),
+        "ste apply fp32 aligned": (35.7, 72),
+        "head sample bf16 128x64x64x8x3": (42.0, 248),
+        "head scores bf16 128x64x64x8x3": (68.3, 192),
+        "head softmax bf16 128x64x64x8x3": (49.9, 240),
+        "head softmax, ref bf16 64x32x64x4x3": (68.1, 216),
+    },
+    "sm_100": {
+        "sample fp32 aligned": (28.9, 64),
+        "sample+lse fp32 aligned": (32.8, 72),
+        "softmax write fp32 aligned": (32.3, 48),
+        "ste sums fp32 aligned": (34.4, 48),
+        "ste apply fp32 aligned": (35.6, 72),
+        "head sample bf16 128x64x64x8x3": (44.3, 248),
+        "head scores bf16 128x64x64x8x3": (70.8, 255),
+        "head softmax bf16 128x64x64x8x3": (49.2, 232),
+        "head softmax, ref bf16 64x32x64x4x3": (71.8, 192),
+    },
+    "sm_120": {
+        "sample fp32 aligned": (29.8, 64),
+        "sample+lse fp32 aligned": (35.5, 72),
+        "softmax write fp32 aligned": (32.4, 48),
+        "ste sums fp32 aligned": (35.6, 56),
+        "ste apply fp32 aligned": (35.8, 64),
+        "head sample bf16 128x64x64x8x3": (46.8, 248),
+        "head scores bf16 128x64x64x8x3": (75.7, 255),
+        "head softmax bf16 128x64x64x8x3": (56.2, 255),
+        "head softmax, ref bf16 64x32x64x4x3": (84.5, 248),
+    },
+    "gfx942": {
+        "sample fp32 aligned": (33.4, 80),
+        "sample+lse fp32 aligned": (37.5, 88),
+        "softmax write fp32 aligned": (33.0, 72),
+        "ste sums fp32 aligned": (35.4, 88),
+        "ste apply fp32 aligned": (36.5, 88),
+        "head sample bf16 128x64x64x8x3": (58.2, 136),
+        "head scores bf16 128x64x64x8x3": (102.9, 152),
+        "head softmax bf16 128x64x64x8x3": (79.6, 128),
+        "head softmax, ref bf16 64x32x64x4x3": (176.4, 192),
+    },
+}
+
+
+def violations(build: Build, found: Figures) -> list[str]:
+    """What a kernel does worse than it may, in words; the baseline may do anything."""
+    if is_baseline(build):
+        return []
+    label = f"{found.kernel} {found.dtype} {found.configuration}"
+    words = []
+    if found.stack or found.spills:
+        words.append(f"{label} for {found.target}: {found.stack} bytes of stack and {found.spills} spills, 0 allowed")
+    limit = LIMITS.get(found.target, {}).get(label)
+    if limit is not None:
+        most, registers = limit
+        if found.total is None:
+            words.append(f"{label} for {found.target}: no main loop was found")
+        elif found.total > most:
+            words.append(f"{label} for {found.target}: {found.total:.1f} instructions per logit, {most} allowed")
+        if found.registers > registers:
+            words.append(f"{label} for {found.target}: {found.registers} registers, {registers} allowed")
+    return words
+
+
+def is_baseline(build: Build) -> bool:
+    """Whether a kernel is there for comparison only."""
+    return build.name.startswith("baseline")

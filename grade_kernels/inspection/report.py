@@ -1,0 +1,138 @@
+"""What `inspect` found, as tables, JSON and a roofline plot."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import triton
+from rich.table import Table
+
+from grade_kernels.inspection.configurations import VOCAB, Build
+from grade_kernels.inspection.devices import DEVICES, programs
+from grade_kernels.inspection.machine_code import PIPES, Figures
+from grade_kernels.inspection.prediction import ROWS, WIDTH, predict
+
+__all__ = ["table", "write_json", "write_plot"]
+
+
+def table(results: Sequence[tuple[Build, Figures]], target: str) -> Table:
+    """Everything about one target."""
+    devices = [name for name, device in DEVICES.items() if device.target == target]
+    shown = Table(title=f"{target}, Triton {triton.__version__}", title_justify="left", header_style="bold")
+    for heading in ("kernel", "dtype", "configuration"):
+        shown.add_column(heading, no_wrap=heading != "kernel")
+    for heading in ("regs", "stack", "spills", "shared", "programs", "per logit", *PIPES, "bytes"):
+        shown.add_column(heading, justify="right")
+    for name in devices:
+        shown.add_column(f"{name}: prediction", justify="right", no_wrap=True)
+    for build, found in results:
+        if found.target != target:
+            continue
+        numbers = [found.registers, found.stack, found.spills, found.shared, programs(found)]
+        pipes = ["" if found.per_logit is None else f"{found.per_logit[pipe]:.1f}" for pipe in PIPES]
+        predictions = {p.device: f"{1e3 * p.seconds:.2f} ms, {p.ratio:.2f}x ({p.bound})" for p in predict(build, found)}
+        shown.add_row(
+            found.kernel, found.dtype, found.configuration, *map(str, numbers),
+            "" if found.total is None else f"{found.total:.1f}", *pipes, _bytes(build, found),
+            *(predictions.get(name, "") for name in devices),
+            style="red" if found.stack or found.spills else None,
+        )  # fmt: skip
+    widths = f"N = {ROWS}, V = {VOCAB}, H = {WIDTH}"
+    shown.caption = (
+        f"Predictions, nothing measured on a device: time at {widths}, over the floor, and what bounds it. Programs: on a "
+        f"multiprocessor at a time. Bytes: per logit, for a head from the cache at H = {WIDTH}."
+    )
+    return shown
+
+
+def _bytes(build: Build, found: Figures) -> str:
+    if found.bytes_per_logit is None:
+        return ""
+    return f"{found.bytes_per_logit * (WIDTH if build.sizes else 1):.4g}"
+
+
+def write_json(path: Path, results: Sequence[tuple[Build, Figures]]) -> None:
+    """Everything, by machine."""
+    kernels = [
+        {
+            **dataclasses.asdict(found),
+            "per_logit_total": found.total,
+            "programs_per_multiprocessor": programs(found),
+            "predictions": [{**dataclasses.asdict(p), "ratio": p.ratio} for p in predict(build, found)],
+        }
+        for build, found in results
+    ]
+    problem = {"rows": ROWS, "vocab": VOCAB, "width": WIDTH}
+    text = {"triton": triton.__version__, "predictions_are_for": problem, "kernels": kernels}
+    path.write_text(json.dumps(text, indent=2) + "\n")
+
+
+def write_plot(path: Path, results: Sequence[tuple[Build, Figures]]) -> None:
+    """Rooflines of the devices: instructions over bytes for row kernels, operations over bytes for heads.
+
+    Raises:
+        ValueError: there is no prediction to draw.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    points = [(build, found, p) for build, found in results for p in predict(build, found) if build.dtype == "bf16"]
+    names = [name for name in DEVICES if any(p.device == name for _, _, p in points)]
+    if not names:
+        raise ValueError("nothing to plot: none of the kernels has a prediction in bfloat16")
+    figure, axes = plt.subplots(2, len(names), figsize=(5.2 * len(names), 8.4), squeeze=False, layout="constrained")
+    for column, name in enumerate(names):
+        device = DEVICES[name]
+        scans = [
+            (b, f, p) for b, f, p in points if p.device == name and b.sizes is None and b.configuration == "aligned"
+        ]
+        heads = [(b, f, p) for b, f, p in points if p.device == name and b.sizes is not None and "flags" not in b.name]
+        lanes = device.pipes["issue"]["fma"] if "issue" in device.pipes else device.pipes["vector"]["fma"]
+        issue = lanes * device.multiprocessors * device.clock
+        _roof(
+            axes[0][column], f"{name}, given logits", "instructions per byte of memory", "instructions/s",
+            issue, {"memory": device.bandwidth},
+            [(b.name, (f.total or 0) / (f.bytes_per_logit or 1), (f.total or 0) * ROWS * VOCAB / p.seconds)
+             for b, f, p in scans],
+        )  # fmt: skip
+        _roof(
+            axes[1][column], f"{name}, through a head", "operations per byte from the cache", "operations/s",
+            device.tensor, {"cache": device.cache_bandwidth},
+            [(f"{b.name} {b.configuration}", 2 * ROWS * VOCAB * WIDTH * b.products
+              / (p.resources["cache"] * device.cache_bandwidth), 2 * ROWS * VOCAB * WIDTH * b.products / p.seconds)
+             for b, f, p in heads],
+        )  # fmt: skip
+    figure.suptitle(
+        f"Predictions for bfloat16 from machine code (Triton {triton.__version__}), N = {ROWS}, V = {VOCAB}, H = {WIDTH}"
+    )
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def _roof(
+    axis: Any,
+    title: str,
+    across: str,
+    up: str,
+    peak: float,
+    slopes: dict[str, float],
+    points: list[tuple[str, float, float]],
+) -> None:
+    """One panel: roofs, and kernels where they are predicted to end up."""
+    xs = [x for _, x, _ in points] or [1.0]
+    left, right = min(xs) / 4, max(*xs, *(peak / slope for slope in slopes.values())) * 2
+    for name, slope in slopes.items():
+        axis.plot([left, peak / slope, right], [left * slope, peak, peak], color="black", lw=1)
+        axis.annotate(name, (left, left * slope), fontsize="x-small")
+    for i, (name, x, y) in enumerate(points):
+        axis.plot([x], [y], "os^Dv"[i // 10 % 5], ms=5, color=f"C{i % 10}", label=name)
+    axis.set(title=title, xlabel=across, ylabel=up, xscale="log", yscale="log", xlim=(left, right))
+    axis.grid(alpha=0.3, which="both")
+    if points:
+        axis.legend(fontsize="xx-small")

@@ -1,0 +1,141 @@
+"""Memory traffic of the Triton kernels, counted in the interpreter, against the least that is possible."""
+
+import math
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from grade_kernels.backends import Head
+from grade_kernels.backends import triton as fused
+from grade_kernels.backends.triton import head, head_support, tiles
+from grade_kernels.inspection import traffic
+
+pytestmark = pytest.mark.skipif(not tiles.INTERPRETED, reason="kernels are compiled here, not interpreted")
+
+SEED = torch.tensor(-2401053089206453570)
+ROWS, VOCAB = 2, 9001
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Tiles of 512 tokens in splits of two, as a warp of 32 threads has them."""
+    backend, _ = tiles.target()
+    monkeypatch.setattr(tiles, "target", lambda: (backend, 32))
+    monkeypatch.setattr(tiles, "SPLIT_COLUMNS", 1024)
+    monkeypatch.setattr(tiles, "MAX_STRIPS", 1)
+
+
+def logits_and_sample(dtype):
+    logits = torch.randn(ROWS, VOCAB, generator=torch.Generator().manual_seed(0)).to(dtype)
+    return logits, fused.sample(logits, SEED, None, 0, True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("logsumexp", [False, True])
+def test_sample(dtype, logsumexp, small_tiles):
+    logits = torch.randn(ROWS, VOCAB, generator=torch.Generator().manual_seed(0)).to(dtype)
+    with traffic.counted() as moved:
+        fused.sample(logits, SEED, None, 0, logsumexp)
+    least = logits.nbytes + ROWS * (8 + 4)
+    assert least <= moved.of("sample_scan_kernel") + moved.of("sample_pick_kernel") <= 1.1 * least
+    assert moved.loaded["sample_scan_kernel", "logits"] == logits.nbytes
+
+
+def test_one_hot():
+    _, sample = logits_and_sample(torch.bfloat16)
+    with traffic.counted() as moved:
+        fused.one_hot(sample, VOCAB, torch.bfloat16)
+    assert moved.stored["one_hot_kernel", "out"] == 2 * ROWS * VOCAB
+    assert moved.of("one_hot_kernel") <= 1.1 * (2 * ROWS * VOCAB)
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_softmax(normalize, small_tiles):
+    """A normalised softmax reads the logits in both of its passes, and writes once."""
+    logits, sample = logits_and_sample(torch.float32)
+    with traffic.counted() as moved:
+        fused.softmax(logits, torch.ones(ROWS), SEED, None, 0, sample.score_max, normalize, torch.float32)
+    passes = 2 if normalize else 1
+    assert moved.loaded["softmax_kernel", "logits"] == passes * logits.nbytes
+    assert moved.stored["softmax_kernel", "weights"] == logits.nbytes
+    assert moved.of("softmax_kernel") <= 1.1 * (passes + 1) * logits.nbytes
+
+
+@pytest.mark.parametrize("estimator", ["ste", "st", "reinmax"])
+def test_softmax_backward(estimator, small_tiles):
+    """Each of the two passes reads logits and gradient once; the second writes the result."""
+    logits, sample = logits_and_sample(torch.float32)
+    dy, out = torch.randn(ROWS, VOCAB), torch.empty(ROWS, VOCAB)
+    with traffic.counted() as moved:
+        fused.softmax_backward(
+            dy, logits, torch.ones(ROWS), SEED, None, 0, estimator, sample, torch.ones(ROWS), True, out
+        )
+    for kernel, tensors in (("softmax_backward_sums_kernel", 2), ("softmax_backward_apply_kernel", 3)):
+        assert tensors * logits.nbytes <= moved.of(kernel) <= 1.1 * tensors * logits.nbytes
+        assert moved.least(kernel) <= moved.of(kernel) <= 1.1 * moved.least(kernel)
+
+
+@pytest.mark.parametrize("name", ["sample", "scores", "softmax"])
+def test_head_moves_what_its_tiles_need(name, monkeypatch):
+    """A program's rows of hidden are read again for every tile of BN tokens, the head for every BM rows."""
+    sizes = head.Config(16, 32, 16, 4, 2)
+    monkeypatch.setattr(head, "NARROW", ((None, sizes),))
+    for module in (head, head_support):
+        monkeypatch.setattr(module, "SPLIT", 64)
+    for cached in (head_support.schedule, head_support.layout, head_support.stride):
+        cached.cache_clear()
+    rows, vocab, width = 19, 200, 40
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(rows, width, generator=generator).bfloat16()
+    lm_head = Head(hidden, torch.randn(vocab, width, generator=generator).bfloat16(), torch.zeros(vocab), None)
+    tau = torch.ones(rows)
+    with traffic.counted() as moved:
+        if name == "sample":
+            fused.head_sample(lm_head, SEED, None, 0)
+        elif name == "scores":
+            fused.head_scores(lm_head, tau, SEED, None, 0, 0.05)
+        else:
+            fused.head_softmax(lm_head, tau, SEED, None, 0, 0.05, None)
+    for cached in (head_support.schedule, head_support.layout, head_support.stride):
+        cached.cache_clear()
+    kernel = "head_softmax_kernel" if name == "softmax" else "head_scores_kernel"
+    blocks, tile_count = math.ceil(rows / sizes.BM), math.ceil(vocab / sizes.BN)
+    per_step = {"hidden": sizes.BM, "weight": sizes.BN}
+    for tensor, edge in per_step.items():
+        assert moved.loaded[kernel, tensor] <= 2 * width * edge * blocks * tile_count
+    # All else together is small beside the product: bias, statistics of a split, candidates.
+    product = sum(moved.loaded[kernel, tensor] for tensor in per_step)
+    others = moved.of(kernel) - product - moved.loaded[kernel, "bias"] - moved.stored[kernel, "slots"]
+    splits = math.ceil(vocab / 64)
+    assert moved.loaded[kernel, "bias"] <= 4 * vocab * blocks
+    assert others <= 4 * (8 * sizes.BM * blocks * splits + 16 * splits * blocks)
+
+
+def test_traffic_of_a_kernel_that_reads_twice_shows(small_tiles):
+    logits, _ = logits_and_sample(torch.float32)
+    with traffic.counted() as moved:
+        for _ in range(2):
+            fused.sample(logits, SEED, None, 0, False)
+    assert moved.of("sample_scan_kernel") > 1.9 * moved.least("sample_scan_kernel")
+
+
+def test_outside_nothing_is_counted():
+    with traffic.counted() as moved:
+        pass
+    logits_and_sample(torch.float32)
+    assert not moved.loaded
+    assert not moved.stored
+
+
+def test_compiled_kernels_cannot_be_counted(monkeypatch):
+    from triton import knobs
+
+    monkeypatch.setattr(knobs.runtime, "interpret", False)
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET=1"), traffic.counted():
+        pass
