@@ -28,7 +28,7 @@ from benchmarks.alignment.methods.reinforce import Reinforce, leave_one_out
 from benchmarks.alignment.report import markdown, write_report
 from benchmarks.alignment.settings import Settings
 from benchmarks.alignment.study import Results, Study
-from benchmarks.alignment.tasks import Prompts, Task, imdb, labelled_text
+from benchmarks.alignment.tasks import Prompts, Task, demo, imdb, labelled_text
 from benchmarks.alignment.train import Point, Run, train
 from benchmarks.alignment.variance import spread
 from grade_kernels.demo.config import CorpusConfig, PolicyConfig, RewardConfig
@@ -306,6 +306,14 @@ def test_a_run_is_repeatable(task):
     start = evaluate(task.start(), task, task.test.rows(slice(8)))
     assert abs(start.kl) < 1e-5
     assert one.test["reward"] != start.reward
+
+
+def test_the_demo_is_a_task(tmp_path):
+    made = demo.build(tmp_path, CONSOLE, quick=True)
+    start = evaluate(made.start(), made, made.test)
+    assert abs(start.kl) < 1e-5
+    assert 0 <= start.judged <= 1
+    assert made.tokenizer.decode(made.test.ids[0]).replace("<pad> ", "").startswith("<bos>")
 
 
 def test_prompts_are_new_to_everybody(texts, task):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,13 @@ class Prompts:
 
     ids: torch.Tensor
     mask: torch.Tensor
+
+    @classmethod
+    def of(cls, rows: Sequence[Sequence[int]], pad: int) -> Prompts:
+        """Tokens of several lengths, padded."""
+        longest = max(map(len, rows))
+        ids = torch.tensor([[pad] * (longest - len(row)) + list(row) for row in rows])
+        return cls(ids, torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows]))
 
     def rows(self, rows: slice | torch.Tensor) -> Prompts:
         """Some of the prompts, without padding that none of them needs."""

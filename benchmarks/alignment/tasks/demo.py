@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -11,7 +12,7 @@ from benchmarks.alignment.tasks.base import Prompts, Task
 from grade_kernels.demo.config import DemoConfig, settings_hash
 from grade_kernels.demo.corpus import POSITIVE, build_corpus, verdict_of
 from grade_kernels.demo.models import train_or_load_policy, train_or_load_reward
-from grade_kernels.demo.tokenizer import build_tokenizer, encode_prompts
+from grade_kernels.demo.tokenizer import build_tokenizer, with_start
 
 __all__ = ["build"]
 
@@ -23,6 +24,11 @@ def build(cache: Path, console: Console, *, quick: bool) -> Task:
     tokenizer = build_tokenizer(corpus.words())
     policy, policy_note = train_or_load_policy(cache, config.policy, corpus, tokenizer, console)
     reward, reward_note = train_or_load_reward(cache, config.reward, corpus, tokenizer, console)
+
+    def prompts(texts: Sequence[str]) -> Prompts:
+        rows = tokenizer([with_start(text) for text in texts], add_special_tokens=False)["input_ids"]
+        return Prompts.of(rows, int(tokenizer.pad_token_id))  # type: ignore[arg-type]
+
     return Task(
         name="demo",
         identity=settings_hash(config.policy, config.reward, corpus.fingerprint(), config.align.max_new_tokens),
@@ -31,9 +37,9 @@ def build(cache: Path, console: Console, *, quick: bool) -> Task:
         reference=copy.deepcopy(policy).requires_grad_(False),
         reward=reward,
         tokenizer=tokenizer,
-        train=Prompts(*encode_prompts(tokenizer, corpus.train_prompts)),
-        validation=Prompts(*encode_prompts(tokenizer, corpus.validation_prompts)),
-        test=Prompts(*encode_prompts(tokenizer, corpus.test_prompts)),
+        train=prompts(corpus.train_prompts),
+        validation=prompts(corpus.validation_prompts),
+        test=prompts(corpus.test_prompts),
         max_new_tokens=config.align.max_new_tokens,
         notes={
             "policy parameters": policy.num_parameters(),

@@ -17,6 +17,7 @@ from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerFast
 
 from benchmarks.alignment.tasks.base import Prompts, Task
@@ -172,20 +173,10 @@ def _ids(texts: Sequence[str], tokenizer: PreTrainedTokenizerFast) -> list[list[
     return tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []
 
 
-def _padded(rows: Sequence[Sequence[int]], pad: int, *, left: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    longest = max(map(len, rows))
-    ids = torch.full((len(rows), longest), pad)
-    mask = torch.zeros(len(rows), longest, dtype=torch.int64)
-    for i, row in enumerate(rows):
-        place = slice(longest - len(row), None) if left else slice(0, len(row))
-        ids[i, place], mask[i, place] = torch.tensor(row), 1
-    return ids, mask
-
-
 def _encode_prompts(prompts: Sequence[str], tokenizer: PreTrainedTokenizerFast) -> Prompts:
     bos = int(tokenizer.bos_token_id)  # type: ignore[arg-type]
     rows = [[bos, *row] for row in _ids(prompts, tokenizer)]
-    return Prompts(*_padded(rows, int(tokenizer.pad_token_id), left=True))  # type: ignore[arg-type]
+    return Prompts.of(rows, int(tokenizer.pad_token_id))  # type: ignore[arg-type]
 
 
 def _encode(items: Sequence[LabelledText], tokenizer: PreTrainedTokenizerFast, config: TextConfig) -> Reviews:
@@ -196,9 +187,12 @@ def _encode(items: Sequence[LabelledText], tokenizer: PreTrainedTokenizerFast, c
     for prompt, text in zip(prompts, _ids([item.text for item in items], tokenizer), strict=True):
         lengths.append(1 + len(prompt))
         rows.append([bos, *text, end][: min(MAX_POSITIONS, lengths[-1] + config.max_new_tokens)])
-    ids, mask = _padded(rows, int(tokenizer.pad_token_id), left=False)  # type: ignore[arg-type]
+    ids = pad_sequence(
+        [torch.tensor(row) for row in rows], batch_first=True, padding_value=float(tokenizer.pad_token_id)
+    )
+    mask = torch.arange(ids.shape[1]) < torch.tensor([[len(row)] for row in rows])  # type: ignore[arg-type]
     sentiments = torch.tensor([float(bool(item.positive)) for item in items])
-    return Reviews(ids, mask, torch.tensor(lengths), sentiments)
+    return Reviews(ids, mask.long(), torch.tensor(lengths), sentiments)
 
 
 def _balanced(items: Sequence[LabelledText]) -> list[LabelledText]:
