@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +21,17 @@ from grade_kernels.demo.corpus import Corpus, Review
 from grade_kernels.demo.tokenizer import encode_reviews
 from grade_kernels.training.policy import position_ids
 
-__all__ = ["RewardModel", "completion_loss", "new_policy", "train_or_load_policy", "train_or_load_reward"]
+__all__ = [
+    "MAX_POSITIONS",
+    "Reviews",
+    "RewardModel",
+    "completion_loss",
+    "fit_policy",
+    "fit_reward",
+    "new_policy",
+    "train_or_load_policy",
+    "train_or_load_reward",
+]
 
 MAX_POSITIONS = 64
 _WEIGHTS = "model.safetensors"
@@ -74,17 +84,39 @@ def completion_loss(
 def train_or_load_policy(
     directory: Path, config: PolicyConfig, corpus: Corpus, tokenizer: PreTrainedTokenizerFast, console: Console
 ) -> tuple[GPT2LMHeadModel, dict[str, float]]:
-    """The supervised policy, from `directory` where a run with these very settings left it, else trained now.
+    """`fit_policy` on the corpus's reviews, under a name in `directory` that stands for all settings."""
+    directory = directory / f"policy-{settings_hash('policy 1', config, corpus.fingerprint())}"
+
+    def reviews() -> tuple[Reviews, Reviews]:
+        return _encode(corpus.policy_reviews, tokenizer), _encode(corpus.heldout_reviews, tokenizer)
+
+    return fit_policy(directory, config, reviews, tokenizer, console)
+
+
+def fit_policy(
+    directory: Path,
+    config: PolicyConfig,
+    reviews: Callable[[], tuple[Reviews, Reviews]],
+    tokenizer: PreTrainedTokenizerFast,
+    console: Console,
+) -> tuple[GPT2LMHeadModel, dict[str, float]]:
+    """The supervised policy, from `directory` where a run left it, else trained now.
+
+    Args:
+        directory: its name must stand for everything the policy depends on.
+        config: size and training.
+        reviews: gives texts to learn from and texts to measure on; called only to train.
+        tokenizer: saved beside the policy.
+        console: where progress is shown.
 
     Returns:
-        The policy in eval mode, and `{"perplexity": ...}` on reviews of prompts it never saw.
+        The policy in eval mode, and `{"perplexity": ...}` on the texts to measure on.
     """
     policy = new_policy(config, tokenizer)
-    directory = directory / f"policy-{settings_hash('policy 1', config, corpus.fingerprint())}"
     note = _load(directory, policy, "policy", console)
     if note is None:
-        reviews = _encode(corpus.policy_reviews, tokenizer)
-        batches = _batches(reviews, config.steps, config.batch_size, config.seed)
+        train, heldout = reviews()
+        batches = _batches(train, config.steps, config.batch_size, config.seed)
         with _progress(console) as progress:
             bar = progress.add_task("Training the policy", total=config.steps)
             losses = (completion_loss(policy, batch.ids, batch.mask, batch.prompt_lengths) for batch in batches)
@@ -92,7 +124,6 @@ def train_or_load_policy(
                 progress.update(bar, advance=1, description=f"Training the policy, perplexity {math.exp(loss):5.2f}")
         policy.eval()
         with torch.no_grad():
-            heldout = _encode(corpus.heldout_reviews, tokenizer)
             heldout_loss = completion_loss(policy, heldout.ids, heldout.mask, heldout.prompt_lengths)
             note = {"perplexity": math.exp(heldout_loss.item())}
 
@@ -155,15 +186,30 @@ class _EncoderBlock(nn.Module):
 def train_or_load_reward(
     directory: Path, config: RewardConfig, corpus: Corpus, tokenizer: PreTrainedTokenizerFast, console: Console
 ) -> tuple[RewardModel, dict[str, float]]:
-    """The reward model, from `directory` where a run with these very settings left it, else trained now.
+    """`fit_reward` on the corpus's labelled reviews, under a name in `directory` that stands for all settings."""
+    directory = directory / f"reward-{settings_hash('reward 1', config, corpus.fingerprint())}"
+
+    def reviews() -> tuple[Reviews, Reviews]:
+        return _encode(corpus.reward_reviews, tokenizer), _encode(corpus.heldout_reviews, tokenizer)
+
+    return fit_reward(directory, config, reviews, len(tokenizer), console)
+
+
+def fit_reward(
+    directory: Path,
+    config: RewardConfig,
+    reviews: Callable[[], tuple[Reviews, Reviews]],
+    vocab_size: int,
+    console: Console,
+) -> tuple[RewardModel, dict[str, float]]:
+    """The reward model, from `directory` where a run left it, else trained now; arguments as `fit_policy`'s.
 
     Returns:
-        The frozen model in eval mode, and `{"accuracy": ...}` on labelled reviews of prompts it never saw.
+        The frozen model in eval mode, and `{"accuracy": ...}` on the texts to measure on.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        model = RewardModel(len(tokenizer), config)
-    directory = directory / f"reward-{settings_hash('reward 1', config, corpus.fingerprint())}"
+        model = RewardModel(vocab_size, config)
     note = _load(directory, model, "reward model", console)
     if note is None:
 
@@ -179,14 +225,13 @@ def train_or_load_reward(
             return F.binary_cross_entropy_with_logits(model.logits(embeds, batch.mask), target)
 
         generator = torch.Generator().manual_seed(config.seed)
-        reviews = _encode(corpus.reward_reviews, tokenizer)
-        batches = _batches(reviews, config.steps, config.batch_size, config.seed)
+        train, heldout = reviews()
+        batches = _batches(train, config.steps, config.batch_size, config.seed)
         with _progress(console) as progress:
             bar = progress.add_task("Training the reward model", total=config.steps)
             for loss in _train(model, config.learning_rate, config.steps, (loss_of(batch) for batch in batches)):
                 progress.update(bar, advance=1, description=f"Training the reward model, loss {loss:5.3f}")
         with torch.no_grad():
-            heldout = _encode(corpus.heldout_reviews, tokenizer)
             right = (model(model.embedding(heldout.ids), heldout.mask) > 0.5) == heldout.sentiments.bool()
         note = {"accuracy": right.float().mean().item()}
         replace_directory(directory, lambda path: save_file(model.state_dict(), path / _WEIGHTS), note)
@@ -197,7 +242,7 @@ def train_or_load_reward(
 
 
 class Reviews(NamedTuple):
-    """Encoded reviews: `<bos> prompt completion <eos>` padded on the right, `prompt_lengths` counting `<bos>`."""
+    """Encoded texts: `<bos> prompt completion <eos>` padded on the right, `prompt_lengths` counting `<bos>`."""
 
     ids: torch.Tensor
     mask: torch.Tensor

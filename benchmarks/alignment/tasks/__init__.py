@@ -1,0 +1,5 @@
+"""What is aligned with what: a policy, its frozen start, a reward that shares its vocabulary, and three sets of prompts."""
+
+from benchmarks.alignment.tasks.base import Prompts, Task
+
+__all__ = ["Prompts", "Task"]
