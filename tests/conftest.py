@@ -37,7 +37,8 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Deselect all but every k-th interpreted case of a thinned test.
 
-    k has no divisor in common with the numbers of parameters, so every value of each parameter still comes up.
+    The mark nearest to a test counts. k has no divisor in common with the number of backends and estimators, so each
+    value of a parameter comes up in some test, if not in every one.
     """
     seen: dict[str, int] = {}
     kept, dropped = [], []

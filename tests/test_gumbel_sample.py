@@ -12,7 +12,8 @@ import grade_kernels as gk
 from grade_kernels.backends.torch import rows as torch_backend
 from tests.helpers import DTYPES, ODD_VOCABS, assert_same_ids, masked, noise_of, randn, top_two_gap, truth_noise
 
-pytestmark = pytest.mark.usefixtures("poison")
+# A test may say otherwise about thinning.
+pytestmark = [pytest.mark.usefixtures("poison"), pytest.mark.thin(3)]
 
 
 def truth_scores(logits: torch.Tensor, noise: gk.GumbelNoise) -> torch.Tensor:

@@ -27,7 +27,8 @@ from tests.helpers import (
 )
 from tests.test_gumbel_sample import LAYOUTS
 
-pytestmark = pytest.mark.usefixtures("poison")
+# A test may say otherwise about thinning.
+pytestmark = [pytest.mark.usefixtures("poison"), pytest.mark.thin(3)]
 
 
 def plain(logits: torch.Tensor, g: torch.Tensor, tau: Any) -> torch.Tensor:

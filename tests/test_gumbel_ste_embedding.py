@@ -27,7 +27,8 @@ from tests.helpers import (
 from tests.test_gumbel_sample import LAYOUTS
 from tests.test_gumbel_softmax import row_taus
 
-pytestmark = pytest.mark.usefixtures("poison")
+# A test may say otherwise about thinning.
+pytestmark = [pytest.mark.usefixtures("poison"), pytest.mark.thin(3)]
 
 
 class Answer(NamedTuple):

@@ -25,7 +25,8 @@ from tests.linear_helpers import (
     widened,
 )
 
-pytestmark = pytest.mark.usefixtures("poison")
+# A test may say otherwise about thinning.
+pytestmark = [pytest.mark.usefixtures("poison"), pytest.mark.thin(3)]
 
 SLIM = {torch.float64: 200.0, torch.float32: 24.0, torch.bfloat16: 1.0, torch.float16: 1.0}
 TABLES = {

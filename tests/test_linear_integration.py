@@ -14,6 +14,9 @@ from torch.utils.checkpoint import checkpoint
 import grade_kernels as gk
 from tests.helpers import ESTIMATORS, leaf, noise_of, randn
 
+# A test may say otherwise about thinning.
+pytestmark = pytest.mark.thin(3)
+
 N, H, V, D = 3, 4, 19, 2
 
 
@@ -188,6 +191,7 @@ def op_arguments(backend: str, device: str) -> dict[str, list[tuple]]:
     return arguments
 
 
+@pytest.mark.thin(1)
 @pytest.mark.usefixtures("poison")
 @pytest.mark.parametrize("name", ["linear_gumbel_sample", "linear_gumbel_ste", "linear_gumbel_ste_backward",
                                   "linear_statistic", "linear_statistic_backward"])  # fmt: skip

@@ -14,7 +14,8 @@ import grade_kernels as gk
 from tests.helpers import leaf, randn
 from tests.linear_helpers import Problem, Tensor, capped, close, problem, small_chunks
 
-pytestmark = pytest.mark.usefixtures("poison")
+# A test may say otherwise about thinning.
+pytestmark = [pytest.mark.usefixtures("poison"), pytest.mark.thin(3)]
 KINDS = ("logprobs", "kl", "entropy")
 every_kind = pytest.mark.parametrize("kind", KINDS)
 SLIM = {torch.float64: 500.0, torch.float32: 48.0, torch.bfloat16: 2.0, torch.float16: 2.0}

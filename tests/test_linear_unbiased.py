@@ -22,6 +22,9 @@ from grade_kernels.backends.torch import head as torch_head
 from tests.helpers import ESTIMATORS, leaf, randn, truth_noise
 from tests.linear_helpers import Problem, Tensor, flat, logits_of, problem, run, small_chunks, widened
 
+# A test may say otherwise about thinning.
+pytestmark = pytest.mark.thin(3)
+
 BATCHES, ROWS, VOCAB, FEATURES = 40, 48, 300, 5
 THRESHOLD = 7.15  # t quantile, 39 degrees of freedom, two-sided 1e-8
 EPS = 2**-1  # coarse, so that a wrong rule's bias (relative size eps or more) stands out of the rounding
