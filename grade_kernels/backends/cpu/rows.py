@@ -55,7 +55,8 @@ def one_hot(sample: Sample, vocab_size: int, dtype: torch.dtype) -> torch.Tensor
         out = torch.zeros(rows, vocab_size, dtype=dtype)
     else:
         out = torch.frombuffer(mmap.mmap(-1, size), dtype=dtype).view(rows, vocab_size)
-    return out.scatter_(1, sample.ids[:, None], 1.0)
+    out[torch.arange(rows), sample.ids] = 1.0  # in 16 bits scatter_ would pass over all of it
+    return out
 
 
 def softmax(
