@@ -146,7 +146,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     if not results.rows:
         return
     path = config.option.output / "benchmarks.csv"
-    results.write_csv(path)
     terminalreporter.section("benchmarks")
     for line in results.tables():
         terminalreporter.write_line(line)
@@ -159,12 +158,15 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """With --compare: a case that has lost ground fails the run."""
+    """Write the CSV. With --compare, a case that has lost ground fails the run."""
     option, results = session.config.option, session.config.stash[RESULTS]
-    if option.compare is None or not results.rows:
+    if not results.rows:
         return
-    results.write_csv(option.output / "benchmarks.csv")
-    lost = compare.regressions(compare.read(option.compare), compare.read(option.output / "benchmarks.csv"))
+    path = option.output / "benchmarks.csv"
+    results.write_csv(path)
+    if option.compare is None:
+        return
+    lost = compare.regressions(compare.read(option.compare), compare.read(path))
     results.regressions = [str(regression) for regression in lost]
     if lost:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED

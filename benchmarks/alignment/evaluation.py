@@ -9,11 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from benchmarks.alignment.methods.base import completion_logits, score
+from benchmarks.alignment.methods.base import Batch, complete, completion_logits, score
 from benchmarks.alignment.tasks import Prompts, Task
 from grade_kernels import GumbelNoise
-from grade_kernels.training.policy import evaluating, read_language_model
-from grade_kernels.training.rollout import rollout
+from grade_kernels.training.policy import evaluating
 
 __all__ = ["Evaluation", "distinct", "evaluate"]
 
@@ -50,11 +49,7 @@ class Evaluation:
 @torch.no_grad()
 def evaluate(policy: nn.Module, task: Task, prompts: Prompts, *, seed: int = 0) -> Evaluation:
     """Sample one completion per prompt and measure. The same seed is the same noise, whatever the policy."""
-    drawn = rollout(
-        read_language_model(policy), prompts.ids, prompts.mask,
-        max_new_tokens=task.max_new_tokens, noise=GumbelNoise(NOISE + seed),
-        eos_token_ids=(task.end,), pad_token_id=task.pad,
-    )  # fmt: skip
+    drawn = complete(policy, task, Batch(prompts, GumbelNoise(NOISE + seed)))
     rewards = score(task, prompts, drawn)
     with evaluating(policy):
         ours = completion_logits(policy, prompts, drawn).log_softmax(dim=-1)

@@ -20,6 +20,7 @@ __all__ = [
     "Learner",
     "Method",
     "World",
+    "complete",
     "completion_logits",
     "completion_logprobs",
     "completion_states",
@@ -105,14 +106,18 @@ def prompt_rows(count: int, sequences: torch.Tensor, seed: int) -> torch.Tensor:
     return rows
 
 
-def sample(world: World, batch: Batch) -> Rollout:
-    """Completions of a batch, from the policy's own distribution."""
-    task = world.task
-    drawn = rollout(
-        read_language_model(world.policy), batch.prompts.ids, batch.prompts.mask,
+def complete(policy: nn.Module, task: Task, batch: Batch) -> Rollout:
+    """A policy's completions of a batch."""
+    return rollout(
+        read_language_model(policy), batch.prompts.ids, batch.prompts.mask,
         max_new_tokens=task.max_new_tokens, noise=batch.noise,
         eos_token_ids=(task.end,), pad_token_id=task.pad,
     )  # fmt: skip
+
+
+def sample(world: World, batch: Batch) -> Rollout:
+    """Completions of a batch, from the policy's own distribution."""
+    drawn = complete(world.policy, world.task, batch)
     world.tokens += int(drawn.mask.sum())
     return drawn
 

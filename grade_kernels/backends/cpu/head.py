@@ -49,7 +49,7 @@ def _few_chunks(head: Head) -> Iterator[tuple[slice, torch.Tensor]]:
     A padded product would compute several times what is needed; this one takes little longer than reading the weight.
     In narrower dtypes torch's product is that fast by itself.
     """
-    hidden, weight = _rows_in_memory(head.hidden), _rows_in_memory(head.weight)
+    hidden, weight = rows_backend.unit_stride(head.hidden), rows_backend.unit_stride(head.weight)
     rows, vocab = hidden.shape[0], weight.shape[0]
     width = max(64, CHUNK_ELEMENTS // 2 // rows // 64 * 64)
     buffer = torch.empty(rows, min(width, vocab))
@@ -190,16 +190,14 @@ def head_logits_at(head: Head, rows: torch.Tensor, tokens: torch.Tensor) -> torc
     return fallback.head_logits_at(head, rows, tokens, gather_dot)
 
 
-def _rows_in_memory(x: torch.Tensor) -> torch.Tensor:
-    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
-
-
 def gather_dot(x: torch.Tensor, table: torch.Tensor, rows: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """See `grade_kernels.backends`."""
     if torch.float64 in (x.dtype, table.dtype):
         return fallback.gather_dot(x, table, rows, tokens)
     out = torch.empty(len(tokens))
-    _kernels().gather_dot(_rows_in_memory(x), _rows_in_memory(table), rows.contiguous(), tokens.contiguous(), out)
+    _kernels().gather_dot(
+        rows_backend.unit_stride(x), rows_backend.unit_stride(table), rows.contiguous(), tokens.contiguous(), out
+    )
     return out
 
 
@@ -208,7 +206,7 @@ def gather_sum(values: torch.Tensor, table: torch.Tensor, offsets: torch.Tensor,
     if torch.float64 in (values.dtype, table.dtype):
         return fallback.gather_sum(values, table, offsets, tokens)
     out = torch.empty(len(offsets) - 1, table.shape[1])
-    _kernels().gather_sum(values.contiguous(), _rows_in_memory(table), offsets, tokens.contiguous(), out)
+    _kernels().gather_sum(values.contiguous(), rows_backend.unit_stride(table), offsets, tokens.contiguous(), out)
     return out
 
 

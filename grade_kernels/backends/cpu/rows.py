@@ -20,7 +20,7 @@ def _kernels() -> Any:
     return torch.ops.grade_kernels_cpu
 
 
-def _unit_stride(rows: torch.Tensor) -> torch.Tensor:
+def unit_stride(rows: torch.Tensor) -> torch.Tensor:
     """The kernels take any stride between rows, but tokens side by side."""
     return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
 
@@ -34,7 +34,7 @@ def sample(
     ids, score_max = torch.empty(rows, dtype=torch.int64), torch.empty(rows, dtype=compute)
     logit_max, logit_sum = (torch.empty(rows if logsumexp else 0, dtype=compute) for _ in range(2))
     _kernels().sample(
-        _unit_stride(logits), seed, _plain(row_ids), vocab_start, logsumexp, ids, score_max, logit_max, logit_sum
+        unit_stride(logits), seed, _plain(row_ids), vocab_start, logsumexp, ids, score_max, logit_max, logit_sum
     )
     return Sample(ids, score_max, logit_max, logit_sum)
 
@@ -72,7 +72,7 @@ def softmax(
     """See `grade_kernels.backends`."""
     out, total = torch.empty(logits.shape, dtype=out_dtype), torch.empty_like(score_max)
     _kernels().softmax(
-        _unit_stride(logits), tau.contiguous(), seed, _plain(row_ids), vocab_start, score_max, normalize, out, total
+        unit_stride(logits), tau.contiguous(), seed, _plain(row_ids), vocab_start, score_max, normalize, out, total
     )
     return out, total
 
@@ -93,8 +93,8 @@ def softmax_backward(
     """See `grade_kernels.backends`."""
     dtau = torch.zeros(logits.shape[0], dtype=tau.dtype)
     _kernels().softmax_backward(
-        _unit_stride(dy),
-        _unit_stride(logits),
+        unit_stride(dy),
+        unit_stride(logits),
         tau.contiguous(),
         seed,
         _plain(row_ids),
