@@ -18,7 +18,7 @@ import torch
 
 from benchmarks.harness import ROOT, Case, Contestants
 
-_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def start(build: Callable[[Case], Contestants], case: Case, name: str) -> subprocess.Popen[str]:
@@ -56,11 +56,10 @@ def measure(build: Callable[[Case], Contestants], case: Case, name: str) -> int:
         before = torch.cuda.memory_allocated(case.device)
         result = work()
         return torch.cuda.max_memory_allocated(case.device) - before
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-        libc.malloc_trim(0)
+    trim()
     before = _resident()
-    if os.access(_CLEAR, os.W_OK):
-        _CLEAR.write_text("5")  # the high-water mark starts again from here
+    if os.access(CLEAR, os.W_OK):
+        CLEAR.write_text("5")  # the high-water mark starts again from here
     result = work()
     peak = _high_water()
     del result
@@ -68,19 +67,26 @@ def measure(build: Callable[[Case], Contestants], case: Case, name: str) -> int:
 
 
 def _resident() -> int:
-    return _from_status("VmRSS") if _STATUS.exists() else _high_water()
+    return from_status("VmRSS") if STATUS.exists() else _high_water()
 
 
 def _high_water() -> int:
     """Where the mark cannot be reset, this includes the start of the process: an upper bound."""
-    if _STATUS.exists():
-        return _from_status("VmHWM")
+    if STATUS.exists():
+        return from_status("VmHWM")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _from_status(name: str) -> int:
-    line = next(line for line in _STATUS.read_text().splitlines() if line.startswith(name + ":"))
+def trim() -> None:
+    """Give what was freed back to the system, as far as the allocator can."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
+
+
+def from_status(name: str) -> int:
+    """A size that Linux tells of this process, in bytes: VmRSS is what it holds, VmHWM the most it held."""
+    line = next(line for line in STATUS.read_text().splitlines() if line.startswith(name + ":"))
     return int(line.split()[1]) * 1024
 
 

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
-import sys
-from pathlib import Path
 
 import torch
 
-__all__ = ["Memory"]
+from benchmarks import memory
 
-_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+__all__ = ["Memory"]
 
 
 class Memory:
@@ -22,9 +19,8 @@ class Memory:
 
     def __init__(self) -> None:
         self._cuda = torch.cuda.is_available()
-        if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-            libc.malloc_trim(0)  # what earlier runs freed is not at hand for nothing
-        self._works = self._cuda or (_STATUS.exists() and os.access(_CLEAR, os.W_OK))
+        memory.trim()  # what earlier runs freed is not at hand for nothing
+        self._works = self._cuda or (memory.STATUS.exists() and os.access(memory.CLEAR, os.W_OK))
         self._before, self._peak = self._now("VmRSS"), 0
         self.restart()
 
@@ -42,12 +38,11 @@ class Memory:
         if self._cuda:
             torch.cuda.reset_peak_memory_stats()
         elif self._works:
-            _CLEAR.write_text("5")
+            memory.CLEAR.write_text("5")
 
     def _now(self, field: str) -> int:
         if self._cuda:
             return torch.cuda.max_memory_allocated() if field == "VmHWM" else torch.cuda.memory_allocated()
         if not self._works:
             return 0
-        line = next(line for line in _STATUS.read_text().splitlines() if line.startswith(field + ":"))
-        return int(line.split()[1]) * 1024
+        return memory.from_status(field)
