@@ -8,13 +8,11 @@ CPU time stands beside wall time, since on a machine that does other work it is 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import gc
 import json
 import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +21,7 @@ import transformers as tf
 from torch import nn
 
 import grade_kernels as gk
+from benchmarks import memory
 from grade_kernels.training import grade_loss
 
 BETA, TAU, PROMPT = 0.05, 0.5, 16
@@ -107,9 +106,9 @@ def measure(case: str, vocab: int, way: str, batch: int, time_steps: int, rounds
 
     step(2)  # libraries load, the probe runs
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-    before = _memory("VmRSS")
+    memory.trim()
+    memory.CLEAR.write_text("5")
+    before = memory.from_status("VmRSS") / 2**30
     seconds, cpu = [], []
     peak = 0.0
     for i in range(rounds):
@@ -117,16 +116,9 @@ def measure(case: str, vocab: int, way: str, batch: int, time_steps: int, rounds
         step(time_steps)
         seconds.append(time.perf_counter() - start)
         cpu.append(time.process_time() - start_cpu)
-        peak = _memory("VmHWM") if i == 0 else peak
+        peak = memory.from_status("VmHWM") / 2**30 if i == 0 else peak
     middle = rounds // 2
     return {"seconds": sorted(seconds)[middle], "cpu": sorted(cpu)[middle], "peak_gib": peak, "before_gib": before}
-
-
-def _memory(field: str) -> float:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) / 2**20
-    raise RuntimeError(f"no {field} in /proc/self/status")
 
 
 def main() -> None:
