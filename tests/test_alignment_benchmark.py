@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import csv
+import dataclasses
 import json
 import math
 
@@ -22,7 +23,8 @@ from benchmarks.alignment.__main__ import main
 from benchmarks.alignment.bands import Band, at_kl, to_reward
 from benchmarks.alignment.claims import FAILS, HOLDS, OPEN, claims
 from benchmarks.alignment.evaluation import distinct, evaluate
-from benchmarks.alignment.methods import METHODS, World
+from benchmarks.alignment.methods import METHODS, Batch, World
+from benchmarks.alignment.methods.base import complete
 from benchmarks.alignment.methods.ppo import PPO, generalised_advantages, masked_mean, whiten
 from benchmarks.alignment.methods.reinforce import Reinforce, leave_one_out
 from benchmarks.alignment.report import markdown, write_report
@@ -31,6 +33,7 @@ from benchmarks.alignment.study import Results, Study
 from benchmarks.alignment.tasks import Prompts, Task, demo, imdb, labelled_text
 from benchmarks.alignment.train import Point, Run, train
 from benchmarks.alignment.variance import spread
+from grade_kernels import GumbelNoise
 from grade_kernels.demo.config import CorpusConfig, PolicyConfig, RewardConfig
 from grade_kernels.demo.corpus import build_corpus
 
@@ -320,6 +323,18 @@ def test_prompts_are_new_to_everybody(texts, task):
     prompts = [set(map(tuple, part.ids.tolist())) for part in (task.train, task.validation, task.test)]
     assert sum(map(len, prompts)) == len(set.union(*prompts))
     assert (task.train.mask[:, -1] == 1).all()
+
+
+def test_nothing_ends_a_completion_unless_texts_end(texts, task, tmp_path):
+    endless = labelled_text.build(texts, tmp_path, CONSOLE, config=dataclasses.replace(CONFIG, ends=False))
+    end = endless.tokenizer.eos_token_id
+    assert task.end == end
+    assert endless.end is None
+    drawn = complete(endless.start(), endless, Batch(endless.test, GumbelNoise(0)))
+    assert drawn.mask.all()
+    assert drawn.ids.shape[1] == endless.max_new_tokens
+    run = train(endless, METHODS["grade_ste"], SETTINGS, learning_rate=1e-2, beta=0.02, seed=0)
+    assert run.test["tokens"] == endless.max_new_tokens
 
 
 def write_csv(path, rows):

@@ -38,7 +38,9 @@ def parser() -> argparse.ArgumentParser:
         "--methods", type=_methods, default=tuple(METHODS), metavar="A,B", help=f"among {', '.join(METHODS)}"
     )
     found.add_argument(
-        "--output", type=Path, help="default: bench-output/alignment-TASK, with --quick -quick behind it"
+        "--output",
+        type=Path,
+        help="default: bench-output/alignment-TASK, with -no-end and -quick behind it where asked for",
     )
     text = found.add_argument_group("--task csv")
     text.add_argument("--data", type=Path, help="a CSV file with a header")
@@ -46,6 +48,7 @@ def parser() -> argparse.ArgumentParser:
     text.add_argument("--label-column", default="sentiment", help="default: %(default)s")
     text.add_argument("--positive", nargs="+", default=["positive"], help="labels that are wanted")
     text.add_argument("--negative", nargs="+", default=["negative"], help="labels that are not wanted")
+    text.add_argument("--no-end", action="store_true", help="all completions are equally long: nothing ends them")
     hub = found.add_argument_group("--task imdb (needs the hub, preferably a GPU)")
     hub.add_argument("--policy", default="gpt2", help="a causal language model (default: %(default)s)")
     hub.add_argument("--reward", default="distilgpt2", help="what the reward is made of; it must have the policy's "
@@ -83,8 +86,8 @@ def build_task(options: argparse.Namespace, output: Path, console: Console) -> T
             options.data, text_column=options.text_column, label_column=options.label_column,
             positive=options.positive, negative=options.negative,
         )  # fmt: skip
-        config = labelled_text.TextConfig.quick() if options.quick else labelled_text.TextConfig()
-        return labelled_text.build(texts, cache, console, config=config)
+        make = labelled_text.TextConfig.quick if options.quick else labelled_text.TextConfig
+        return labelled_text.build(texts, cache, console, config=make(ends=not options.no_end))
     from benchmarks.alignment.tasks import imdb
 
     return imdb.build(cache, console, policy_name=options.policy, reward_name=options.reward, quick=options.quick)
@@ -94,7 +97,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the study and write its report; returns the exit status."""
     options = parser().parse_args(arguments)
     console = Console()
-    output = options.output or Path("bench-output") / f"alignment-{options.task}{'-quick' if options.quick else ''}"
+    output = options.output or Path("bench-output") / "-".join(
+        ["alignment", options.task, *["no-end"] * options.no_end, *["quick"] * options.quick]
+    )
     settings = Settings.quick() if options.quick else Settings()
     if options.seeds is not None:
         settings = dataclasses.replace(settings, seeds=tuple(range(options.seeds)))

@@ -75,7 +75,7 @@ def _rewards(results: Results) -> Any:
 
 
 def _frontier(results: Results) -> Any:
-    """Test reward against KL along every run at the chosen learning rate, dashed with the small beta."""
+    """Test reward against KL along every run at the chosen learning rate, dashed with another beta."""
     figure, panels = _panels(results)
     for axis, names in panels:
         for name in names:

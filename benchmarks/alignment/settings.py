@@ -18,7 +18,7 @@ class Settings:
         prompts: different prompts a step.
         completions: completions of each of them; leave-one-out compares these.
         beta: factor of the KL, in nats per completion.
-        frontier_beta: its value in the runs that are allowed to drift, for the reward-KL frontier.
+        frontier_betas: its values in further runs, for the reward-KL frontier: one lets the policy drift, one holds it.
         learning_rates: the short list every method chooses from.
         seeds: of prompts and noise; the learning rate is chosen on the first.
         warmup_steps: the learning rate rises over so many steps.
@@ -35,7 +35,7 @@ class Settings:
     prompts: int = 8
     completions: int = 4
     beta: float = 0.02
-    frontier_beta: float = 0.002
+    frontier_betas: tuple[float, ...] = (0.002, 0.05)
     learning_rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3)
     seeds: tuple[int, ...] = (0, 1, 2)
     warmup_steps: int = 10

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -27,8 +28,8 @@ __all__ = ["FRONTIER", "TRUTH", "Results", "Study"]
 CHECKPOINTS = ("grade_ste",)
 # Whose gradient is unbiased, and of the unbiased ones the least noisy.
 TRUTH = "reinforce"
-# Methods that also run with the small beta, so that they drift.
-FRONTIER = ("grade_ste", "ste_log", "st", "reinforce", "ppo")
+# Methods that also run with the other betas.
+FRONTIER = ("grade_ste", "ste_log", "st", "st_log", "reinforce", "ppo")
 
 
 @dataclass
@@ -90,14 +91,14 @@ class Study:
         prompts = [str(task.tokenizer.decode(ids, skip_special_tokens=True)) for ids in task.test.ids[:SAMPLES]]
         self.results = Results(task.name, task.notes, settings, [prompt.strip() for prompt in prompts])
         # Seeds and rates are a run's own; a study with more of them finds the runs of a smaller one.
-        mine = {**asdict(settings), "seeds": None, "learning_rates": None, "beta": None, "frontier_beta": None}
+        mine = {**asdict(settings), "seeds": None, "learning_rates": None, "beta": None, "frontier_betas": None}
         spreads = ("variance_draws", "variance_sets", "value_steps")
         sizes = ("prompts", "completions", "variance_draws", "value_steps")
         self.identity = settings_hash("run 1", task.identity, {k: v for k, v in mine.items() if k not in spreads})
         self.variance_identity = settings_hash("variance 1", task.identity, {k: mine[k] for k in sizes})
 
     def run(self, methods: Sequence[str]) -> Results:
-        """For the named methods: learning rates and seeds, gradient variance, and the runs with the small beta."""
+        """For the named methods: learning rates and seeds, gradient variance, and the runs with other betas."""
         main = [name for name in methods if name not in VARIANTS]
         for names in (main, [name for name in methods if name in VARIANTS]):
             for name in names:
@@ -107,9 +108,9 @@ class Study:
                     self._one(name, self.results.chosen[name], self.settings.beta, seed)
             if names is main:
                 self._variances(methods)
-        for seed in self.settings.seeds:
+        for seed, beta in itertools.product(self.settings.seeds, self.settings.frontier_betas):
             for name in (name for name in FRONTIER if name in methods):
-                self._one(name, self.results.chosen[name], self.settings.frontier_beta, seed)
+                self._one(name, self.results.chosen[name], beta, seed)
         return self.results
 
     def _choose(self, name: str) -> None:

@@ -111,7 +111,7 @@ def complete(policy: nn.Module, task: Task, batch: Batch) -> Rollout:
     return rollout(
         read_language_model(policy), batch.prompts.ids, batch.prompts.mask,
         max_new_tokens=task.max_new_tokens, noise=batch.noise,
-        eos_token_ids=(task.end,), pad_token_id=task.pad,
+        eos_token_ids=() if task.end is None else (task.end,), pad_token_id=task.pad,
     )  # fmt: skip
 
 

@@ -19,10 +19,11 @@ _MAIN = (
     Method("reinforce_plain", "REINFORCE, plain", partial(Reinforce, baseline=False)),
     Method("ppo", "PPO", PPO),
 )
-# One change to GRADE-STE each.
+# One change to GRADE-STE each, and the two best of them together.
 _VARIANTS = (
     Method("st", "GRADE, estimator st", partial(Grade, estimator="st")),
     Method("ste_log", "GRADE-STE, log-probability", partial(Grade, log=True)),
+    Method("st_log", "GRADE, estimator st, log-probability", partial(Grade, estimator="st", log=True)),
     Method("ste_hops0", "GRADE-STE, 0 hops", partial(Grade, feedback_hops=0)),
     Method("ste_tau0.5", "GRADE-STE, tau 0.5", partial(Grade, tau=0.5)),
     Method("ste_tau2", "GRADE-STE, tau 2", partial(Grade, tau=2.0)),

@@ -55,6 +55,7 @@ class Task:
         test: prompts for the report alone.
         max_new_tokens: completions are cut off there.
         notes: how good the models are, for the report.
+        ends: whether a completion may end before; otherwise all are equally long.
         judge: whether a completion really has the wanted label, where somebody other than the reward can tell.
     """
 
@@ -70,15 +71,16 @@ class Task:
     test: Prompts
     max_new_tokens: int
     notes: dict[str, float | int | str]
+    ends: bool = True
     judge: Callable[[str], bool] | None = None
 
     @property
-    def end(self) -> int:
-        """The token that ends a completion."""
-        return int(self.tokenizer.eos_token_id)
+    def end(self) -> int | None:
+        """The token that ends a completion; None where nothing does."""
+        return int(self.tokenizer.eos_token_id) if self.ends else None
 
     @property
     def pad(self) -> int:
         """What stands behind an end."""
         pad = self.tokenizer.pad_token_id
-        return self.end if pad is None else int(pad)
+        return int(self.tokenizer.eos_token_id if pad is None else pad)

@@ -9,6 +9,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -30,7 +31,7 @@ __all__ = ["LabelledText", "TextConfig", "build", "read_csv"]
 
 @dataclass(frozen=True)
 class TextConfig:
-    """Sizes of the models, and how the data is divided."""
+    """Sizes of the models, how the data is divided, and whether the end of a text is a token of it."""
 
     vocab_size: int = 2048
     policy: PolicyConfig = dataclasses.field(
@@ -42,16 +43,18 @@ class TextConfig:
     policy_share: float = 0.55
     reward_share: float = 0.25  # the rest gives prompts
     evaluation_prompts: int = 256
+    ends: bool = True
     seed: int = 0
 
     @classmethod
-    def quick(cls) -> TextConfig:
+    def quick(cls, **changes: Any) -> TextConfig:
         """Small models, trained in seconds."""
         return cls(
             vocab_size=1024,
             policy=PolicyConfig(width=64, layers=2, heads=4, steps=250, learning_rate=4e-3),
             reward=RewardConfig(width=32, layers=1, steps=200),
             evaluation_prompts=64,
+            **changes,
         )
 
 
@@ -141,6 +144,7 @@ def build(
         validation=validation,
         test=test,
         max_new_tokens=config.max_new_tokens,
+        ends=config.ends,
         notes={
             "policy parameters": policy.num_parameters(),
             "vocabulary": len(tokenizer),
@@ -180,13 +184,15 @@ def _encode_prompts(prompts: Sequence[str], tokenizer: PreTrainedTokenizerFast) 
 
 
 def _encode(items: Sequence[LabelledText], tokenizer: PreTrainedTokenizerFast, config: TextConfig) -> Reviews:
-    """`<bos> text <eos>`, cut where a completion of its prompt would be: nothing longer is ever written or read."""
-    bos, end = int(tokenizer.bos_token_id), int(tokenizer.eos_token_id)  # type: ignore[arg-type]
+    """`<bos> text <eos>`, without the end where nothing ends, cut where a completion of its prompt would be: nothing
+    longer is ever written or read."""
+    bos = int(tokenizer.bos_token_id)  # type: ignore[arg-type]
+    end = [int(tokenizer.eos_token_id)] if config.ends else []  # type: ignore[arg-type]
     rows, lengths = [], []
     prompts = _ids([_prompt(item.text, config) for item in items], tokenizer)
     for prompt, text in zip(prompts, _ids([item.text for item in items], tokenizer), strict=True):
         lengths.append(1 + len(prompt))
-        rows.append([bos, *text, end][: min(MAX_POSITIONS, lengths[-1] + config.max_new_tokens)])
+        rows.append([bos, *text, *end][: min(MAX_POSITIONS, lengths[-1] + config.max_new_tokens)])
     ids = pad_sequence(
         [torch.tensor(row) for row in rows], batch_first=True, padding_value=float(tokenizer.pad_token_id)
     )
