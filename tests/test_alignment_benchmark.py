@@ -7,6 +7,7 @@ import csv
 import dataclasses
 import json
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -18,11 +19,12 @@ pytest.importorskip("peft")
 from rich.console import Console
 from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel
 
-from benchmarks.alignment import study as study_module
-from benchmarks.alignment.__main__ import main
+from benchmarks.alignment import jobs
 from benchmarks.alignment.bands import Band, at_kl, to_reward
 from benchmarks.alignment.claims import FAILS, HOLDS, OPEN, claims
+from benchmarks.alignment.command import main
 from benchmarks.alignment.evaluation import distinct, evaluate
+from benchmarks.alignment.jobs import Workers
 from benchmarks.alignment.methods import METHODS, Batch, World
 from benchmarks.alignment.methods.base import complete
 from benchmarks.alignment.methods.ppo import PPO, generalised_advantages, masked_mean, whiten
@@ -58,9 +60,13 @@ def texts():
     return [labelled_text.LabelledText(review.text, bool(review.sentiment)) for review in corpus.policy_reviews[::6]]
 
 
+def build_small(texts, cache):
+    return labelled_text.build(texts, cache, CONSOLE, config=CONFIG)
+
+
 @pytest.fixture(scope="module")
 def task(texts, tmp_path_factory):
-    return labelled_text.build(texts, tmp_path_factory.mktemp("cache"), CONSOLE, config=CONFIG)
+    return build_small(texts, tmp_path_factory.mktemp("cache"))
 
 
 # ------------------------------------------------------------------------------------------------------- the estimators
@@ -280,7 +286,7 @@ def test_pooled_variance_survives_a_mean_that_is_lost():
 
 def test_a_study_from_runs_to_report_and_again(task, tmp_path, monkeypatch):
     methods = ("grade_ste", "reinforce_plain", "ppo", "ste_log")
-    study = Study(task, SETTINGS, tmp_path, CONSOLE)
+    study = Study(task, SETTINGS, tmp_path, Workers(task, SETTINGS, CONSOLE))
     found = study.run(methods)
     assert found.methods == list(methods)
     assert {len(found.final(name)) for name in methods} == {2}
@@ -295,10 +301,23 @@ def test_a_study_from_runs_to_report_and_again(task, tmp_path, monkeypatch):
     def fail(*arguments, **options):
         raise AssertionError("a finished run was repeated")
 
-    monkeypatch.setattr(study_module, "train", fail)
-    monkeypatch.setattr(study_module.variance, "measure", fail)
-    again = Study(task, SETTINGS, tmp_path, CONSOLE).run(methods)
+    monkeypatch.setattr(jobs, "train", fail)
+    monkeypatch.setattr(jobs.variance, "measure", fail)
+    again = Study(task, SETTINGS, tmp_path, Workers(task, SETTINGS, CONSOLE)).run(methods)
     assert markdown(again) == page
+
+
+def test_several_processes_find_the_same(texts, tmp_path):
+    methods = ("grade_ste", "reinforce")
+    settings = dataclasses.replace(SETTINGS, seeds=(0,), frontier_betas=(), variance_sets=1)
+    build = partial(build_small, texts, tmp_path / "cache")
+    task = build()
+    alone = Study(task, settings, tmp_path / "one", Workers(task, settings, CONSOLE)).run(methods)
+    workers = Workers(task, settings, CONSOLE, build, 2)
+    together = Study(task, settings, tmp_path / "two", workers).run(methods)
+    workers.close()
+    assert together.variances == alone.variances
+    assert [run.test for run in together.runs] == [run.test for run in alone.runs]
 
 
 def test_a_run_is_repeatable(task):

@@ -58,6 +58,7 @@ class Settings:
         quick = cls(
             steps=24,
             learning_rates=(3e-4, 1e-3),
+            frontier_betas=(0.002,),
             seeds=(0, 1),
             evaluations=4,
             point_prompts=32,

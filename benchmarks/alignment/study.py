@@ -3,23 +3,16 @@
 from __future__ import annotations
 
 import itertools
-import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from safetensors.torch import load_file, save_file
-
-from benchmarks.alignment import variance
+from benchmarks.alignment.jobs import GradientJob, RunJob, Workers
 from benchmarks.alignment.methods import METHODS, VARIANTS
 from benchmarks.alignment.settings import Settings
 from benchmarks.alignment.tasks import Task
-from benchmarks.alignment.train import SAMPLES, Run, train
-from grade_kernels.demo.cache import replace_file
+from benchmarks.alignment.train import SAMPLES, Run
 from grade_kernels.demo.config import settings_hash
 
 __all__ = ["FRONTIER", "TRUTH", "Results", "Study"]
@@ -77,17 +70,17 @@ class Results:
 
 
 class Study:
-    """Runs what the output folder does not hold yet, and collects everything in `results` as it comes.
+    """Has done what the output folder does not hold yet, and collects everything in `results` as it comes.
 
     Args:
         task: what is aligned.
         settings: budgets.
-        output: folder; finished runs are in `runs/`.
-        console: for progress.
+        output: folder; finished work is in `runs/`.
+        workers: who does it.
     """
 
-    def __init__(self, task: Task, settings: Settings, output: Path, console: Console) -> None:
-        self.task, self.settings, self.output, self.console = task, settings, output, console
+    def __init__(self, task: Task, settings: Settings, output: Path, workers: Workers) -> None:
+        self.task, self.settings, self.output, self.workers = task, settings, output, workers
         prompts = [str(task.tokenizer.decode(ids, skip_special_tokens=True)) for ids in task.test.ids[:SAMPLES]]
         self.results = Results(task.name, task.notes, settings, [prompt.strip() for prompt in prompts])
         # Seeds and rates are a run's own; a study with more of them finds the runs of a smaller one.
@@ -99,49 +92,47 @@ class Study:
 
     def run(self, methods: Sequence[str]) -> Results:
         """For the named methods: learning rates and seeds, gradient variance, and the runs with other betas."""
+        settings, chosen = self.settings, self.results.chosen
         main = [name for name in methods if name not in VARIANTS]
         for names in (main, [name for name in methods if name in VARIANTS]):
-            for name in names:
-                self._choose(name)
-            for name in names:
-                for seed in self.settings.seeds[1:]:
-                    self._one(name, self.results.chosen[name], self.settings.beta, seed)
+            self._choose(names)
+            self._runs((name, chosen[name], settings.beta, seed) for name in names for seed in settings.seeds[1:])
             if names is main:
                 self._variances(methods)
-        for seed, beta in itertools.product(self.settings.seeds, self.settings.frontier_betas):
-            for name in (name for name in FRONTIER if name in methods):
-                self._one(name, self.results.chosen[name], beta, seed)
+        self._runs(
+            (name, chosen[name], beta, seed)
+            for seed, beta in itertools.product(settings.seeds, settings.frontier_betas)
+            for name in FRONTIER
+            if name in methods
+        )
         return self.results
 
-    def _choose(self, name: str) -> None:
+    def _choose(self, names: Sequence[str]) -> None:
         """Try every learning rate on the first seed; a variant takes GRADE-STE's where that is known."""
         settings, results = self.settings, self.results
-        if name in VARIANTS and "grade_ste" in results.chosen:
-            results.chosen[name] = results.chosen["grade_ste"]
-            self._one(name, results.chosen[name], settings.beta, settings.seeds[0])
-            return
-        runs = [self._one(name, rate, settings.beta, settings.seeds[0]) for rate in settings.learning_rates]
-        results.chosen[name] = max(runs, key=results.objective).learning_rate
+        rates: dict[str, tuple[float, ...]] = dict.fromkeys(names, settings.learning_rates)
+        if "grade_ste" in results.chosen:
+            rates |= {name: (results.chosen["grade_ste"],) for name in names if name in VARIANTS}
+        runs = self._runs((name, rate, settings.beta, settings.seeds[0]) for name in names for rate in rates[name])
+        for name in names:
+            mine = [run for run in runs if run.method == name]
+            results.chosen[name] = max(mine, key=results.objective).learning_rate
 
-    def _one(self, name: str, rate: float, beta: float, seed: int) -> Run:
+    def _runs(self, wanted: Iterable[tuple[str, float, float, int]]) -> list[Run]:
+        """Runs by method, learning rate, beta and seed."""
+        jobs = [self._job(*run) for run in wanted]
+        try:
+            self.workers.do(jobs)
+        finally:  # also when interrupted, for the report
+            runs = [job.result() for job in jobs if job.path.exists()]
+            self.results.runs += runs
+        return runs
+
+    def _job(self, name: str, rate: float, beta: float, seed: int) -> RunJob:
         label = f"{self.task.name}-{name}-lr{rate:g}-beta{beta:g}-seed{seed}"
+        keep = name in CHECKPOINTS and seed == self.settings.seeds[0] and beta == self.settings.beta
         path = self.output / "runs" / f"{label}-{self.identity}.json"
-        if path.exists():
-            run = Run.from_dict(json.loads(path.read_text()))
-        else:
-            keep = name in CHECKPOINTS and seed == self.settings.seeds[0] and beta == self.settings.beta
-            with _progress(self.console, label, self.settings.steps) as advance:
-                run = train(
-                    self.task, METHODS[name], self.settings, learning_rate=rate, beta=beta, seed=seed,
-                    middle=self._middle(name, rate) if keep else None, on_step=advance,
-                )  # fmt: skip
-            _write(path, asdict(run))
-            self.console.print(
-                f"{label}: reward {run.test['reward']:.3f}, KL {run.test['kl']:.2f}, "
-                f"perplexity {run.test['perplexity']:.1f}, {run.points[-1].cpu_seconds:.0f} s of CPU"
-            )
-        self.results.runs.append(run)
-        return run
+        return RunJob(label, path, name, rate, beta, seed, self._middle(name, rate) if keep else None)
 
     def _middle(self, name: str, rate: float) -> Path:
         return self.output / "runs" / f"{self.task.name}-{name}-lr{rate:g}-middle-{self.identity}.safetensors"
@@ -152,52 +143,30 @@ class Study:
             for name in CHECKPOINTS
             if name in self.results.chosen
         }
+        jobs = {
+            checkpoint: {name: self._gradients(name, checkpoint, weights, compare=TRUTH in names) for name in names}
+            for checkpoint, weights in checkpoints.items()
+        }
+        everything = [job for found in jobs.values() for some in found.values() for job in some]
         # The unbiased gradient comes first, for the others are multiplied with it.
-        order = sorted(names, key=lambda name: name != TRUTH)
-        for checkpoint, weights in checkpoints.items():
-            found: dict[str, list[dict[str, float | None]]] = {name: [] for name in names}
-            with _progress(self.console, f"{self.task.name}: gradients at {checkpoint}", len(names)) as advance:
-                for done, name in enumerate(order, start=1):
-                    for prompts in range(self.settings.variance_sets):
-                        found[name].append(self._spread(name, weights, prompts, compare=TRUTH in names))
-                    advance(done)
-            self.results.variances[checkpoint] = found
+        self.workers.do([job for job in everything if job.method == TRUTH])
+        self.workers.do(everything)
+        for checkpoint, found in jobs.items():
+            self.results.variances[checkpoint] = {name: [job.result() for job in some] for name, some in found.items()}
 
-    def _spread(self, name: str, weights: Path | None, prompts: int, *, compare: bool) -> dict[str, float | None]:
-        """A method's gradient at a checkpoint and a set of prompts; `compare` with the unbiased one's mean."""
+    def _gradients(self, name: str, checkpoint: str, weights: Path | None, *, compare: bool) -> list[GradientJob]:
+        """A method's gradient at a checkpoint, one job per set of prompts; `compare` with the unbiased one's mean."""
 
-        def path(method: str, suffix: str) -> Path:
+        def path(method: str, prompts: int, suffix: str) -> Path:
             key = settings_hash("start" if weights is None else weights.name, prompts, self.variance_identity)
             return self.output / "runs" / f"{self.task.name}-gradient-{method}-{key}{suffix}"
 
-        if path(name, ".json").exists():
-            return json.loads(path(name, ".json").read_text())
-        state = load_file(weights) if weights else {}
-        stream = list(METHODS).index(name)
-        spread = variance.measure(self.task, METHODS[name], self.settings, state, prompts=prompts, stream=stream)
-        dot = None
-        if name == TRUTH:
-            path(name, "").parent.mkdir(parents=True, exist_ok=True)
-            save_file({"mean": spread.mean}, path(name, ".safetensors"))
-        elif compare:
-            dot = float(spread.mean @ load_file(path(TRUTH, ".safetensors"))["mean"])
-        found = {"trace": spread.trace, "norm2": spread.norm2, "dot": dot}
-        _write(path(name, ".json"), found)
-        return found
-
-
-def _write(path: Path, values: dict[str, Any]) -> None:
-    text = json.dumps(values, indent=1)
-
-    def write(temporary: Path) -> None:
-        temporary.write_text(text + "\n")
-
-    replace_file(path, write)
-
-
-@contextmanager
-def _progress(console: Console, label: str, total: int) -> Iterator[Any]:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as progress:
-        bar = progress.add_task(label, total=total)
-        yield lambda done: progress.update(bar, completed=done)
+        return [
+            GradientJob(
+                f"{self.task.name}: gradient of {name}, {checkpoint}, prompts {prompts}",
+                path(name, prompts, ".json"), name, weights, prompts,
+                mean=path(name, prompts, ".safetensors") if name == TRUTH else None,
+                truth=path(TRUTH, prompts, ".safetensors") if compare and name != TRUTH else None,
+            )
+            for prompts in range(self.settings.variance_sets)
+        ]  # fmt: skip
