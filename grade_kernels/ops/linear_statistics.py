@@ -270,7 +270,7 @@ def _backward_kernel(
         ref_max, ref_total = ref_statistics
         logr = (implementation.head_logits_at(ref, rows, tokens) - ref_max[rows]) / tau[rows] - ref_total.log()[rows]
     values = scale[rows] * p.clamp_min(eps) * _slope(kind, p.log(), logr, value[rows])
-    parts = [Entries(rows, tokens, values)]
+    parts = [Entries(rows, tokens, values, offsets)]
     if ids is not None:
         # A masked token's own logit is a constant.
         parts.append(
