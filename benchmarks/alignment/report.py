@@ -70,7 +70,8 @@ def markdown(results: Results) -> str:
             _variance(results),
         ),
         *_section(
-            "Highest test reward within a KL, in nats per completion (perplexity under the start there)",
+            "Highest test reward within a KL, in nats per completion (perplexity under the start there)"
+            + _other_betas(results),
             _frontier(results),
         ),
         *_section(f"The way to a test reward of {TARGET:g}", _costs(results)),
@@ -156,6 +157,15 @@ def _variance(results: Results) -> list[list[str]]:
             ]
         rows.append(row)
     return rows
+
+
+def _other_betas(results: Results) -> str:
+    """Which runs beside those of the table count for the frontier."""
+    betas = sorted({run.beta for run in results.runs} - {results.settings.beta})
+    names = [
+        METHODS[name].title for name in results.methods if len({r.beta for r in results.runs if r.method == name}) > 1
+    ]
+    return f"; also runs with beta {' or '.join(f'{b:g}' for b in betas)} of {', '.join(names)}" if betas else ""
 
 
 def _frontier(results: Results) -> list[list[str]]:
