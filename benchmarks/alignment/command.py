@@ -36,6 +36,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--quick", action="store_true", help="everything small: minutes, and no conclusions")
     found.add_argument("--seeds", type=_positive, help="how many seeds (default: 3, with --quick 2)")
     found.add_argument("--steps", type=_positive, help="optimiser steps of a run")
+    found.add_argument("--prompts", type=_positive, help="prompts a step, of 4 completions each (default: 8)")
     found.add_argument("--learning-rates", type=float, nargs="+", help="the short list that every method chooses from")
     found.add_argument(
         "--methods", type=_methods, default=tuple(METHODS), metavar="A,B", help=f"among {', '.join(METHODS)}"
@@ -115,12 +116,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ["alignment", options.task, *["no-end"] * options.no_end, *["quick"] * options.quick]
     )
     settings = Settings.quick() if options.quick else Settings()
-    if options.seeds is not None:
-        settings = dataclasses.replace(settings, seeds=tuple(range(options.seeds)))
-    if options.learning_rates is not None:
-        settings = dataclasses.replace(settings, learning_rates=tuple(options.learning_rates))
-    if options.steps is not None:
-        settings = dataclasses.replace(settings, steps=options.steps)
+    asked = {
+        "seeds": None if options.seeds is None else tuple(range(options.seeds)),
+        "steps": options.steps,
+        "prompts": options.prompts,
+        "learning_rates": None if options.learning_rates is None else tuple(options.learning_rates),
+    }
+    settings = dataclasses.replace(settings, **{name: value for name, value in asked.items() if value is not None})
     # One thread: sums keep their order whatever the machine, and models this small gain nothing from a second.
     if not torch.cuda.is_available():
         torch.set_num_threads(1)
