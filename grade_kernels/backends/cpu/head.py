@@ -13,6 +13,7 @@ import torch
 
 from grade_kernels.backends import Head, Sample, Softmax, Support
 from grade_kernels.backends.cpu import rows as rows_backend
+from grade_kernels.backends.native import unit_stride
 from grade_kernels.backends.torch import head as fallback
 
 CHUNK_ELEMENTS = 2**20  # logits that exist at a time
@@ -49,7 +50,7 @@ def _few_chunks(head: Head) -> Iterator[tuple[slice, torch.Tensor]]:
     A padded product would compute several times what is needed; this one takes little longer than reading the weight.
     In narrower dtypes torch's product is that fast by itself.
     """
-    hidden, weight = rows_backend.unit_stride(head.hidden), rows_backend.unit_stride(head.weight)
+    hidden, weight = unit_stride(head.hidden), unit_stride(head.weight)
     rows, vocab = hidden.shape[0], weight.shape[0]
     width = max(64, CHUNK_ELEMENTS // 2 // rows // 64 * 64)
     buffer = torch.empty(rows, min(width, vocab))
@@ -195,9 +196,7 @@ def gather_dot(x: torch.Tensor, table: torch.Tensor, rows: torch.Tensor, tokens:
     if torch.float64 in (x.dtype, table.dtype):
         return fallback.gather_dot(x, table, rows, tokens)
     out = torch.empty(len(tokens))
-    _kernels().gather_dot(
-        rows_backend.unit_stride(x), rows_backend.unit_stride(table), rows.contiguous(), tokens.contiguous(), out
-    )
+    _kernels().gather_dot(unit_stride(x), unit_stride(table), rows.contiguous(), tokens.contiguous(), out)
     return out
 
 
@@ -206,7 +205,7 @@ def gather_sum(values: torch.Tensor, table: torch.Tensor, offsets: torch.Tensor,
     if torch.float64 in (values.dtype, table.dtype):
         return fallback.gather_sum(values, table, offsets, tokens)
     out = torch.empty(len(offsets) - 1, table.shape[1])
-    _kernels().gather_sum(values.contiguous(), rows_backend.unit_stride(table), offsets, tokens.contiguous(), out)
+    _kernels().gather_sum(values.contiguous(), unit_stride(table), offsets, tokens.contiguous(), out)
     return out
 
 

@@ -8,21 +8,13 @@ from typing import Any
 import torch
 
 from grade_kernels.backends import Sample
-
-# Numbers of csrc/cpu/rows.h's Estimator.
-_ESTIMATOR = {"ste": 0, "soft": 0, "st": 1, "reinmax": 2}
-
+from grade_kernels.backends.native import ESTIMATOR, contiguous, unit_stride
 
 _FRESH_MEMORY = 2**21  # bytes from which a mapping of its own pays
 
 
 def _kernels() -> Any:
     return torch.ops.grade_kernels_cpu
-
-
-def unit_stride(rows: torch.Tensor) -> torch.Tensor:
-    """The kernels take any stride between rows, but tokens side by side."""
-    return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
 
 
 def sample(
@@ -34,13 +26,9 @@ def sample(
     ids, score_max = torch.empty(rows, dtype=torch.int64), torch.empty(rows, dtype=compute)
     logit_max, logit_sum = (torch.empty(rows if logsumexp else 0, dtype=compute) for _ in range(2))
     _kernels().sample(
-        unit_stride(logits), seed, _plain(row_ids), vocab_start, logsumexp, ids, score_max, logit_max, logit_sum
+        unit_stride(logits), seed, contiguous(row_ids), vocab_start, logsumexp, ids, score_max, logit_max, logit_sum
     )
     return Sample(ids, score_max, logit_max, logit_sum)
-
-
-def _plain(x: torch.Tensor | None) -> torch.Tensor | None:
-    return None if x is None else x.contiguous()
 
 
 def one_hot(sample: Sample, vocab_size: int, dtype: torch.dtype) -> torch.Tensor:
@@ -72,7 +60,7 @@ def softmax(
     """See `grade_kernels.backends`."""
     out, total = torch.empty(logits.shape, dtype=out_dtype), torch.empty_like(score_max)
     _kernels().softmax(
-        unit_stride(logits), tau.contiguous(), seed, _plain(row_ids), vocab_start, score_max, normalize, out, total
+        unit_stride(logits), tau.contiguous(), seed, contiguous(row_ids), vocab_start, score_max, normalize, out, total
     )
     return out, total
 
@@ -97,11 +85,11 @@ def softmax_backward(
         unit_stride(logits),
         tau.contiguous(),
         seed,
-        _plain(row_ids),
+        contiguous(row_ids),
         vocab_start,
-        _ESTIMATOR[estimator],
+        ESTIMATOR[estimator],
         *sample,
-        _plain(dlogprobs),
+        contiguous(dlogprobs),
         out,
         dtau if needs_dtau else None,
     )

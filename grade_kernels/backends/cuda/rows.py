@@ -7,23 +7,12 @@ from typing import Any
 import torch
 
 from grade_kernels.backends import Sample
+from grade_kernels.backends.native import ESTIMATOR, contiguous, unit_stride
 from grade_kernels.backends.torch import rows as fallback
-
-# Numbers of csrc/common/estimators.h's Estimator.
-_ESTIMATOR = {"ste": 0, "soft": 0, "st": 1, "reinmax": 2}
 
 
 def _kernels() -> Any:
     return torch.ops.grade_kernels_cuda
-
-
-def _unit_stride(rows: torch.Tensor) -> torch.Tensor:
-    """The kernels take any stride between rows, but tokens side by side: other layouts are copied."""
-    return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
-
-
-def _plain(x: torch.Tensor | None) -> torch.Tensor | None:
-    return None if x is None else x.contiguous()
 
 
 def _partial(logits: torch.Tensor, vocab_start: int, *planes: int) -> torch.Tensor:
@@ -47,7 +36,7 @@ def sample(
     tile = torch.empty(best.shape, dtype=torch.int32, device=device)
     top, total = (torch.empty_like(best) if logsumexp else None for _ in range(2))
     _kernels().sample(
-        _unit_stride(logits), seed, _plain(row_ids), vocab_start, best, tile, top, total, *found
+        unit_stride(logits), seed, contiguous(row_ids), vocab_start, best, tile, top, total, *found
     )  # fmt: skip
     return found
 
@@ -79,7 +68,7 @@ def softmax(
     out = torch.empty(logits.shape, dtype=direct, device=logits.device)
     total = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
     _kernels().softmax(
-        _unit_stride(logits), tau.contiguous(), seed, _plain(row_ids), vocab_start, score_max.contiguous(), normalize,
+        unit_stride(logits), tau.contiguous(), seed, contiguous(row_ids), vocab_start, score_max.contiguous(), normalize,
         _partial(logits, vocab_start), out, total,
     )  # fmt: skip
     return out.to(out_dtype), total
@@ -109,8 +98,8 @@ def softmax_backward(
     if out.stride(1) != 1 and out.shape[1] > 1:
         written = torch.empty(out.shape, dtype=out.dtype, device=out.device)
     _kernels().softmax_backward(
-        _unit_stride(dy), _unit_stride(logits), tau.contiguous(), seed, _plain(row_ids), vocab_start,
-        _ESTIMATOR[estimator], *(part.contiguous() for part in sample), _plain(dlogprobs),
+        unit_stride(dy), unit_stride(logits), tau.contiguous(), seed, contiguous(row_ids), vocab_start,
+        ESTIMATOR[estimator], *(part.contiguous() for part in sample), contiguous(dlogprobs),
         _partial(logits, vocab_start, 3), torch.empty_like(dtau), _partial(logits, vocab_start) if needs_dtau else None,
         written, dtau,
     )  # fmt: skip

@@ -1,0 +1,20 @@
+"""What the kernels of csrc are handed, on the host and on the device: layouts, and numbers of enumerations."""
+
+from __future__ import annotations
+
+import torch
+
+__all__ = ["ESTIMATOR", "contiguous", "unit_stride"]
+
+# csrc/common/estimators.h's Estimator.
+ESTIMATOR = {"ste": 0, "soft": 0, "st": 1, "reinmax": 2}
+
+
+def unit_stride(rows: torch.Tensor) -> torch.Tensor:
+    """The kernels take any stride between rows, but tokens side by side: other layouts are copied."""
+    return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
+
+
+def contiguous(x: torch.Tensor | None) -> torch.Tensor | None:
+    """An optional argument in plain layout."""
+    return None if x is None else x.contiguous()
