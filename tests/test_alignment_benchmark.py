@@ -279,6 +279,10 @@ def test_pooled_variance_survives_a_mean_that_is_lost():
     assert claim.verdict == HOLDS
     assert "lost" not in markdown(found)
     assert Band((math.inf, 2.0)).show_range() == "lost in noise"
+    for entry in lost:
+        entry["norm2"] = -1.0
+    (claim,) = (claim for claim in claims(found) if claim.name == "b")
+    assert (claim.measured, claim.verdict) == ("a mean gradient is lost in noise", OPEN)
 
 
 # ------------------------------------------------------------------------------------------------------- all of it runs

@@ -115,7 +115,10 @@ def _variances(results: Results) -> list[Claim]:
                 continue
             ratios = Band(tuple(b / a for a, b in zip(ours.values, theirs.values, strict=True)))
             text = f"relative gradient variance at least 14 times below that of {_title(rival)}, at: {checkpoint}"
-            found.append(Claim("b", text, f"{ratios.show_range(1)} times", _at_least(ratios, 14.0)))
+            if math.isfinite(ratios.mean):
+                found.append(Claim("b", text, f"{ratios.show_range(1)} times", _at_least(ratios, 14.0)))
+            else:  # a large factor, but nobody knows how large
+                found.append(Claim("b", text, "a mean gradient is lost in noise", OPEN))
     return found
 
 
