@@ -88,6 +88,13 @@ def test_heads_with_bias_or_scale_are_exact(family):
     check_exact(policy(family), reward_of("bag"), tolerance, reference=policy(family, seed=1), beta=0.1)
 
 
+@pytest.mark.parametrize("family", ["opt", "bart"])
+def test_decoders_inside_a_shell_are_exact(family):
+    """Their models run the decoder below the backbone of their name, and never that backbone itself."""
+    # The bias of keys has no gradient but rounding.
+    check_exact(policy(family), reward_of("bag"), 1e-7, reference=policy(family, seed=1), beta=0.1)
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_tied_and_untied_tables_are_exact(tied):
     check_exact(policy("gpt2", tie_word_embeddings=tied), reward_of("bag"), 1e-10)
@@ -357,3 +364,13 @@ def test_models_that_can_not_be_replayed_are_refused():
     embedded.transformer.wte.register_forward_hook(lambda module, arguments, output: 2.0 * output)
     with pytest.raises(ValueError, match="not a multiple of the table's row"):
         ours(embedded, reward)
+    sizes = {key: SIZES[key] for key in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")}
+    narrow = tf.ElectraForCausalLM(tf.ElectraConfig(**sizes, embedding_size=8, is_decoder=True))
+    with pytest.raises(ValueError, match="its LM head reads 8 features, but its ElectraModel returns 16"):
+        ours(narrow, reward)
+    bypassed = policy("gpt2")
+    bypassed.forward = lambda **arguments: (
+        bypassed.transformer.h and tf.modeling_outputs.CausalLMOutput(logits=torch.zeros(1, 4, VOCAB))
+    )
+    with pytest.raises(ValueError, match="does not run its input embedding"):
+        ours(bypassed, reward)
