@@ -141,8 +141,16 @@ class GRADEConfig(TrainingArguments):
             if value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
         rows = self.num_completions_to_print
+        if rows is not None and (isinstance(rows, bool) or not isinstance(rows, int)):
+            raise TypeError(f"num_completions_to_print must be an int or None, got {rows!r}")
         if rows is not None and rows < 1:
             raise ValueError(f"num_completions_to_print must be positive or None, got {rows}")
+        if self.reward_weights is not None:
+            if not isinstance(self.reward_weights, (list, tuple)):
+                raise TypeError(f"reward_weights must be a list of numbers or None, got {self.reward_weights!r}")
+            for i, weight in enumerate(self.reward_weights):
+                if not math.isfinite(_number(f"reward_weights[{i}]", weight)):
+                    raise ValueError(f"reward_weights[{i}] must be finite, got {weight}")
 
 
 def _number(name: str, value: Any) -> float:

@@ -18,7 +18,7 @@ from grade_kernels.training.replay import replay
 from grade_kernels.training.rewards import DifferentiableReward, Objective
 from grade_kernels.training.rollout import Rollout, rollout
 
-__all__ = ["GradeLoss", "check_vocabulary", "grade_loss", "objectives_loss", "token_ids"]
+__all__ = ["GradeLoss", "check_reward_device", "check_vocabulary", "grade_loss", "objectives_loss", "token_ids"]
 
 
 @dataclass(frozen=True)
@@ -134,6 +134,7 @@ def objectives_loss(
     check_prompts(policy, input_ids, attention_mask, max_new_tokens)
     for objective in objectives:
         check_vocabulary(objective, policy)
+        check_reward_device(objective, input_ids.device)
     if not isinstance(noise, GumbelNoise):
         raise TypeError(f"noise must be a GumbelNoise, got {type(noise).__name__}")
     if beta != 0.0 and ref_model is None and not hasattr(unwrap(model), "disable_adapter"):
@@ -202,6 +203,15 @@ def check_vocabulary(objective: Objective, policy: LanguageModel) -> None:
         raise ValueError(
             f"{objective.name} must share the policy's vocabulary: its embedding table has {rows} tokens, the policy "
             f"scores {policy.vocab_size}"
+        )
+
+
+def check_reward_device(objective: Objective, device: torch.device) -> None:
+    """The reward's table is where the prompts are, or ValueError naming both."""
+    if objective.table.device != device:
+        raise ValueError(
+            f"{objective.name} has its embedding table on device {str(objective.table.device)!r}, but the prompts are on "
+            f"{str(device)!r}"
         )
 
 
