@@ -284,6 +284,26 @@ def test_lora_trains_the_adapter_alone_and_refers_to_the_model_without_it(tmp_pa
         build(tmp_path, peft_config=bad)
 
 
+def test_a_compiled_model_trains_as_it_is(tmp_path, caplog):
+    plain = build(tmp_path / "plain", max_steps=1)
+    plain.train()
+    compiled = build(tmp_path / "compiled", max_steps=1, torch_compile=True, torch_compile_backend="eager")
+    assert "torch_compile has no effect" in caplog.text
+    compiled.train()
+    assert same(weights(plain), weights(compiled))
+
+
+def test_prompts_may_come_in_their_own_order(tmp_path):
+    trainer = build(tmp_path, train_sampling_strategy="sequential", num_generations=2)
+    batches = [batch["prompts"] for batch in trainer.get_train_dataloader()]
+    assert [prompt for batch in batches for prompt in batch] == [prompt for prompt in PROMPTS for _ in range(2)]
+
+
+def test_evaluation_in_bfloat16_keeps_its_reference(tmp_path):
+    trainer = build(tmp_path, bf16_full_eval=True, eval_dataset=Dataset.from_dict({"prompt": PROMPTS}))
+    assert abs(trainer.evaluate()["eval_kl"]) < 0.1
+
+
 def test_bfloat16_autocast_runs(tmp_path):
     trainer = build(tmp_path, bf16=True, max_steps=2)
     trainer.train()
@@ -310,6 +330,7 @@ def test_bfloat16_autocast_runs(tmp_path):
         ({"max_completion_length": 2.5}, TypeError, "max_completion_length must be an int"),
         ({"num_completions_to_print": 0}, ValueError, "num_completions_to_print must be positive"),
         ({"num_completions_to_print": "all"}, TypeError, "num_completions_to_print must be an int"),
+        ({"train_sampling_strategy": "group_by_length"}, ValueError, "must be 'random' or 'sequential'"),
         ({"reward_weights": 1.0}, TypeError, "reward_weights must be a list"),
         ({"reward_weights": [1.0, "2"]}, TypeError, r"reward_weights\[1\] must be a number"),
         ({"reward_weights": [float("nan")]}, ValueError, r"reward_weights\[0\] must be finite"),

@@ -102,11 +102,21 @@ class GRADEConfig(TrainingArguments):
                 f"per_device_train_batch_size ({self.per_device_train_batch_size}) must be a multiple of "
                 f"num_generations ({self.num_generations})"
             )
+        if self.sampling_strategy not in ("random", "sequential"):
+            raise ValueError(
+                f"train_sampling_strategy must be 'random' or 'sequential', got {self.sampling_strategy!r}: prompts are "
+                "tokenized when they are drawn, so their lengths are not known before"
+            )
         checkpointing = self.activation_checkpointing_kwargs
         if isinstance(checkpointing, dict) and checkpointing.get("use_reentrant"):
             raise ValueError(
                 "gradient checkpointing must not be reentrant: the sweeps differentiate to the inputs alone"
             )
+
+    @property
+    def sampling_strategy(self) -> str:
+        """`train_sampling_strategy`, which the first releases of transformers 5 do not have."""
+        return getattr(self, "train_sampling_strategy", "random")
 
     def _check(self) -> None:
         for name, known in (

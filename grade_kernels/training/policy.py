@@ -135,8 +135,9 @@ def read_language_model(model: nn.Module, *, name: str = "model") -> LanguageMod
         active = _active(module)
         if not isinstance(active, wanted) or not active.weight.is_floating_point():
             raise ValueError(
-                f"{name}: its {part} must be a plain {wanted.__name__} of floating point, got {type(active).__name__}"
-                " (adapters and quantisation must leave the LM head and the input embedding alone)"
+                f"{name}: its {part} must be a plain torch.nn.{wanted.__name__} of floating point, got "
+                f"{type(active).__module__}.{type(active).__qualname__} (adapters and quantisation must leave the LM head "
+                "and the input embedding alone)"
             )
     parts = LanguageModel(
         model=inner,

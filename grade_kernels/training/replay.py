@@ -205,8 +205,10 @@ def _forward(
             return embedded
         return layout.with_mixtures(embedded, mixtures.of(policy.table) * policy.embed_scale)
 
+    # A compiled model is one node of the graph, inside which nothing can be read.
+    run = getattr(model, "_orig_mod", model)
     with Capture(policy, edit) as seen:
-        model(input_ids=layout.ids, use_cache=False, logits_to_keep=1, **layout.arguments(policy.model))
+        run(input_ids=layout.ids, use_cache=False, logits_to_keep=1, **layout.arguments(policy.model))
     return seen.embedded, layout.at(seen.hidden, layout.drawn)
 
 

@@ -119,6 +119,8 @@ class GRADETrainer(Trainer):
         if args.n_gpu > 1:
             logger.warning("Only one of %d devices is used; start one process for each with torchrun", args.n_gpu)
             args._n_gpu = 1
+        if args.torch_compile:
+            logger.warning("torch_compile has no effect: replay reads hidden states from inside the model")
         for name, dataset in (("train_dataset", train_dataset), *_named_datasets(eval_dataset)):
             check_prompt_dataset(name, dataset)
         if args.num_generations > 1 and isinstance(train_dataset, torch.utils.data.IterableDataset):
@@ -389,7 +391,8 @@ class GRADETrainer(Trainer):
         if dataset is None or not hasattr(dataset, "__len__"):
             return None
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return RepeatedPrompts(len(dataset), self.args.num_generations, seed)
+        shuffle = self.args.sampling_strategy != "sequential"
+        return RepeatedPrompts(len(dataset), self.args.num_generations, seed, shuffle)
 
     # ------------------------------------------------------------------------------------------ checkpoints and signals
 
