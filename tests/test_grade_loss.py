@@ -203,6 +203,31 @@ def test_a_batch_stops_when_every_sequence_has_ended():
     assert (out.logprobs[out.completion_mask == 1] < 0).all()
 
 
+def test_without_gradients_the_loss_is_a_value():
+    model, reward, reference = policy("gpt2"), reward_of("bag"), policy("gpt2", seed=1)
+    expected = ours(model, reward, reference=reference, beta=0.1)
+    with torch.no_grad():
+        out = ours(model, reward, reference=reference, beta=0.1)
+    assert not out.loss.requires_grad
+    assert out.loss == expected.loss
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int32, torch.float32])
+def test_masks_of_any_dtype(dtype):
+    model, reward = policy("gpt2"), reward_of("bert")
+    ids, mask = prompts()
+    options = {"max_new_tokens": 4, "noise": GumbelNoise(0)}
+    expected = grade_loss(model, reward, ids, mask, **options).loss
+    assert grade_loss(model, reward, ids, mask.to(dtype), **options).loss == expected
+
+
+def test_a_compiled_model_is_replayed_as_it_is():
+    model, reward = policy("gpt2"), reward_of("bag")
+    truth = gradients(ours(model, reward).loss, model)
+    found = gradients(ours(torch.compile(model, backend="eager"), reward).loss, model)
+    assert worst_difference(found, truth) == 0.0
+
+
 def test_nothing_behind_the_end_moves_the_gradient():
     class Careless(BagReward):
         def forward(self, inputs_embeds, attention_mask, **columns):
@@ -282,6 +307,9 @@ def test_right_padded_moves_rows_and_keeps_gradients():
     ("changes", "error", "message"),
     [
         ({"beta": 0.1}, ValueError, "ref_model must be given"),
+        ({"beta": -0.1}, ValueError, "beta must not be negative"),
+        ({"beta": float("nan")}, ValueError, "beta must not be negative"),
+        ({"beta": "some"}, TypeError, "beta must be a number"),
         ({"hops": -1}, ValueError, "feedback_hops must not be negative"),
         ({"hops": "all"}, TypeError, "feedback_hops must be an int or"),
         ({"time": 0}, ValueError, "max_new_tokens must be positive"),

@@ -85,6 +85,8 @@ def replay(
     time = sample.ids.shape[1]
     token_noise = GumbelNoise(noise.seed, sample.row_ids.reshape(-1).contiguous())
     hops = time - 1 if feedback_hops is None else min(feedback_hops, time - 1)
+    if not torch.is_grad_enabled():
+        hops = 0  # the value alone is wanted
     reward_tables = tuple(objective.table for objective in objectives)
     mixtures = _Mixtures(policy, sample, noise, tau, eps) if estimator == "soft" else None
 
