@@ -360,6 +360,8 @@ def test_arguments_that_can_not_work_are_refused(tmp_path):
         build(tmp_path, reward_weights=[1.0, 2.0])
     with pytest.raises(ValueError, match=r"reward_weights\[1\] must be 0"):
         build(tmp_path, reward=[BagReward(dtype=torch.float32), text], reward_weights=[1.0, 1.0])
+    with pytest.raises(ValueError, match="max_completion_length = 64 leaves no room for a prompt in the model's 64"):
+        build(tmp_path, max_completion_length=64)
     with pytest.raises(ValueError, match="column 'prompt'"):
         build(tmp_path, dataset=Dataset.from_dict({"text": PROMPTS}))
     with pytest.raises(ValueError, match="model_init_kwargs is for a model that is given by name"):

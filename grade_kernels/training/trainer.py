@@ -127,6 +127,12 @@ class GRADETrainer(Trainer):
             raise ValueError("num_generations > 1 needs a train_dataset with a length, got an iterable one")
         policy = _load_policy(model, args, peft_config)
         parts = read_language_model(policy)
+        limit = getattr(parts.model.config, "max_position_embeddings", None)
+        if isinstance(limit, int) and 0 < limit <= args.max_completion_length:
+            raise ValueError(
+                f"max_completion_length = {args.max_completion_length} leaves no room for a prompt in the model's {limit} "
+                "positions"
+            )
         if processing_class is None:
             processing_class = load_by_name("the tokenizer of model", AutoTokenizer, parts.model.config._name_or_path)
         self._end_ids = _end_of_sequence(parts, processing_class)
