@@ -63,7 +63,7 @@ def sharded_trainer_run(path: Path) -> None:
 
 
 def fsdp_step(path: Path) -> None:
-    """A loss and its gradient under FSDP2, against the same in one process."""
+    """A loss and its gradient under FSDP2, where completions end at different times, against the same in one process."""
     from torch.distributed.fsdp import fully_shard
 
     dist.init_process_group("gloo")
@@ -73,11 +73,16 @@ def fsdp_step(path: Path) -> None:
         for layer in layers:
             fully_shard(layer)
         fully_shard(model)
-        ids, mask = prompts((4, 2))
-        options = {"max_new_tokens": 5, "eps": 0.0, "beta": 0.1, "ref_model": reference, "feedback_hops": "exact"}
-        # Every process has the same batch, so the mean over them is the gradient of one.
-        for target in (model, plain):
-            grade_loss(target, BagReward(), ids, mask, noise=GumbelNoise(3), **options).loss.backward()
+        ids, mask = prompts((4, 2, 3, 5))
+        options = {"max_new_tokens": 12, "eps": 0.0, "beta": 0.1, "ref_model": reference, "feedback_hops": "exact"}
+        options |= {"eos_token_id": list(range(2, 9))}
+        whole = grade_loss(plain, BagReward(), ids, mask, noise=GumbelNoise(4), **options)
+        whole.loss.backward()
+        lengths = whole.completion_mask.sum(1).view(2, 2).amax(1)
+        assert lengths[0] != lengths[1], "the processes end at one time, so the test shows nothing about it"
+        mine = slice(2 * dist.get_rank(), 2 * dist.get_rank() + 2)
+        noise = GumbelNoise(4, torch.arange(4)[mine])
+        grade_loss(model, BagReward(), ids[mine], mask[mine], noise=noise, **options).loss.backward()
         truth = {name: p.grad for name, p in plain.named_parameters() if p.grad is not None}
         ours = {name: p.grad.full_tensor() for name, p in model.named_parameters() if p.grad is not None}
         difference = worst_difference(ours, truth)

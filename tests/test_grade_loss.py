@@ -88,6 +88,13 @@ def test_heads_with_bias_or_scale_are_exact(family):
     check_exact(policy(family), reward_of("bag"), tolerance, reference=policy(family, seed=1), beta=0.1)
 
 
+@pytest.mark.parametrize("family", ["opt", "bart"])
+def test_decoders_inside_a_shell_are_exact(family):
+    """Their models run the decoder below the backbone of their name, and never that backbone itself."""
+    # The bias of keys has no gradient but rounding.
+    check_exact(policy(family), reward_of("bag"), 1e-7, reference=policy(family, seed=1), beta=0.1)
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_tied_and_untied_tables_are_exact(tied):
     check_exact(policy("gpt2", tie_word_embeddings=tied), reward_of("bag"), 1e-10)
@@ -196,6 +203,31 @@ def test_a_batch_stops_when_every_sequence_has_ended():
     assert (out.logprobs[out.completion_mask == 1] < 0).all()
 
 
+def test_without_gradients_the_loss_is_a_value():
+    model, reward, reference = policy("gpt2"), reward_of("bag"), policy("gpt2", seed=1)
+    expected = ours(model, reward, reference=reference, beta=0.1)
+    with torch.no_grad():
+        out = ours(model, reward, reference=reference, beta=0.1)
+    assert not out.loss.requires_grad
+    assert out.loss == expected.loss
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int32, torch.float32])
+def test_masks_of_any_dtype(dtype):
+    model, reward = policy("gpt2"), reward_of("bert")
+    ids, mask = prompts()
+    options = {"max_new_tokens": 4, "noise": GumbelNoise(0)}
+    expected = grade_loss(model, reward, ids, mask, **options).loss
+    assert grade_loss(model, reward, ids, mask.to(dtype), **options).loss == expected
+
+
+def test_a_compiled_model_is_replayed_as_it_is():
+    model, reward = policy("gpt2"), reward_of("bag")
+    truth = gradients(ours(model, reward).loss, model)
+    found = gradients(ours(torch.compile(model, backend="eager"), reward).loss, model)
+    assert worst_difference(found, truth) == 0.0
+
+
 def test_nothing_behind_the_end_moves_the_gradient():
     class Careless(BagReward):
         def forward(self, inputs_embeds, attention_mask, **columns):
@@ -275,6 +307,9 @@ def test_right_padded_moves_rows_and_keeps_gradients():
     ("changes", "error", "message"),
     [
         ({"beta": 0.1}, ValueError, "ref_model must be given"),
+        ({"beta": -0.1}, ValueError, "beta must not be negative"),
+        ({"beta": float("nan")}, ValueError, "beta must not be negative"),
+        ({"beta": "some"}, TypeError, "beta must be a number"),
         ({"hops": -1}, ValueError, "feedback_hops must not be negative"),
         ({"hops": "all"}, TypeError, "feedback_hops must be an int or"),
         ({"time": 0}, ValueError, "max_new_tokens must be positive"),
@@ -357,3 +392,13 @@ def test_models_that_can_not_be_replayed_are_refused():
     embedded.transformer.wte.register_forward_hook(lambda module, arguments, output: 2.0 * output)
     with pytest.raises(ValueError, match="not a multiple of the table's row"):
         ours(embedded, reward)
+    sizes = {key: SIZES[key] for key in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")}
+    narrow = tf.ElectraForCausalLM(tf.ElectraConfig(**sizes, embedding_size=8, is_decoder=True))
+    with pytest.raises(ValueError, match="its LM head reads 8 features, but its ElectraModel returns 16"):
+        ours(narrow, reward)
+    bypassed = policy("gpt2")
+    bypassed.forward = lambda **arguments: (
+        bypassed.transformer.h and tf.modeling_outputs.CausalLMOutput(logits=torch.zeros(1, 4, VOCAB))
+    )
+    with pytest.raises(ValueError, match="does not run its input embedding"):
+        ours(bypassed, reward)

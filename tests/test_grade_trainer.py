@@ -176,8 +176,14 @@ def test_generations_conversations_and_truncation(tmp_path):
     tokenizer.chat_template = (
         "{% for m in messages %}{{ m['content'] }} {% endfor %}{% if add_generation_prompt %}w5{% endif %}"
     )
+    seen = []
+
+    def text(prompts, completions, **columns):
+        seen.extend(completions)
+        return [0.0] * len(prompts)
+
     trainer = GRADETrainer(
-        policy("gpt2", dtype=torch.float32), BagReward(dtype=torch.float32),
+        policy("gpt2", dtype=torch.float32), [BagReward(dtype=torch.float32), text],
         config(tmp_path, num_generations=2, mask_truncated_completions=True, max_steps=2), dataset,
         processing_class=tokenizer,
     )  # fmt: skip
@@ -188,6 +194,9 @@ def test_generations_conversations_and_truncation(tmp_path):
     log = trainer.state.log_history[0]
     if log["completions/clipped_ratio"] == 1.0:
         assert log["grad_norm"] == 0.0
+    assert all([list(message) for message in completion] == [["role", "content"]] for completion in seen)
+    begun = [{"role": "user", "content": "w7"}, {"role": "assistant", "content": "w8 w9"}]
+    assert trainer._collator.tokens(begun) == [7, 8, 9]
 
 
 def test_completions_are_shown_as_a_table(tmp_path, capsys):
@@ -275,6 +284,26 @@ def test_lora_trains_the_adapter_alone_and_refers_to_the_model_without_it(tmp_pa
         build(tmp_path, peft_config=bad)
 
 
+def test_a_compiled_model_trains_as_it_is(tmp_path, caplog):
+    plain = build(tmp_path / "plain", max_steps=1)
+    plain.train()
+    compiled = build(tmp_path / "compiled", max_steps=1, torch_compile=True, torch_compile_backend="eager")
+    assert "torch_compile has no effect" in caplog.text
+    compiled.train()
+    assert same(weights(plain), weights(compiled))
+
+
+def test_prompts_may_come_in_their_own_order(tmp_path):
+    trainer = build(tmp_path, train_sampling_strategy="sequential", num_generations=2)
+    batches = [batch["prompts"] for batch in trainer.get_train_dataloader()]
+    assert [prompt for batch in batches for prompt in batch] == [prompt for prompt in PROMPTS for _ in range(2)]
+
+
+def test_evaluation_in_bfloat16_keeps_its_reference(tmp_path):
+    trainer = build(tmp_path, bf16_full_eval=True, eval_dataset=Dataset.from_dict({"prompt": PROMPTS}))
+    assert abs(trainer.evaluate()["eval_kl"]) < 0.1
+
+
 def test_bfloat16_autocast_runs(tmp_path):
     trainer = build(tmp_path, bf16=True, max_steps=2)
     trainer.train()
@@ -300,6 +329,11 @@ def test_bfloat16_autocast_runs(tmp_path):
         ({"num_generations": 3}, ValueError, "must be a multiple of num_generations"),
         ({"max_completion_length": 2.5}, TypeError, "max_completion_length must be an int"),
         ({"num_completions_to_print": 0}, ValueError, "num_completions_to_print must be positive"),
+        ({"num_completions_to_print": "all"}, TypeError, "num_completions_to_print must be an int"),
+        ({"train_sampling_strategy": "group_by_length"}, ValueError, "must be 'random' or 'sequential'"),
+        ({"reward_weights": 1.0}, TypeError, "reward_weights must be a list"),
+        ({"reward_weights": [1.0, "2"]}, TypeError, r"reward_weights\[1\] must be a number"),
+        ({"reward_weights": [float("nan")]}, ValueError, r"reward_weights\[0\] must be finite"),
         ({"activation_checkpointing_kwargs": {"use_reentrant": True}}, ValueError, "must not be reentrant"),
     ],
 )
@@ -326,6 +360,8 @@ def test_arguments_that_can_not_work_are_refused(tmp_path):
         build(tmp_path, reward_weights=[1.0, 2.0])
     with pytest.raises(ValueError, match=r"reward_weights\[1\] must be 0"):
         build(tmp_path, reward=[BagReward(dtype=torch.float32), text], reward_weights=[1.0, 1.0])
+    with pytest.raises(ValueError, match="max_completion_length = 64 leaves no room for a prompt in the model's 64"):
+        build(tmp_path, max_completion_length=64)
     with pytest.raises(ValueError, match="column 'prompt'"):
         build(tmp_path, dataset=Dataset.from_dict({"text": PROMPTS}))
     with pytest.raises(ValueError, match="model_init_kwargs is for a model that is given by name"):
@@ -350,6 +386,47 @@ def test_arguments_that_can_not_work_are_refused(tmp_path):
     other.add_tokens(["new"])
     with pytest.raises(ValueError, match=r"1 of 61 tokens .* such as \['new'\]"):
         build(tmp_path, reward_processing_classes=other)
+
+
+def test_text_functions_return_a_number_per_completion(tmp_path):
+    def short(prompts, completions, **columns):
+        return [0.0]
+
+    with pytest.raises(ValueError, match=r"short must return one number per completion \(4\), got 1"):
+        build(tmp_path, reward=[BagReward(dtype=torch.float32), short]).train()
+
+
+def test_columns_of_a_tokenized_data_set_do_not_hide_the_trainers_own(tmp_path):
+    names = ("input_ids", "attention_mask", "inputs_embeds", "prompts", "completions", "completion_ids")
+    dataset = Dataset.from_dict({"prompt": PROMPTS, **{name: [[1]] * len(PROMPTS) for name in names}})
+    seen = {}
+
+    def text(prompts, completions, completion_ids, **columns):
+        seen.update(columns, prompts=prompts)
+        return [0.0] * len(prompts)
+
+    build(tmp_path, reward=[BagReward(dtype=torch.float32), text], dataset=dataset, max_steps=1).train()
+    assert seen.keys() == {"prompts", "input_ids"}
+    assert isinstance(seen["prompts"][0], str)
+
+
+def test_a_reward_on_another_device_is_named(tmp_path):
+    reward = BagReward(dtype=torch.float32)
+    reward.embedding = reward.embedding.to("meta")
+    with pytest.raises(ValueError, match=r"BagReward has its embedding table on device 'meta', .* on 'cpu'"):
+        build(tmp_path, reward=reward)
+
+
+def test_a_reward_that_is_always_nan_names_its_prompts(tmp_path):
+    class Broken(BagReward):
+        def forward(self, inputs_embeds, attention_mask, **columns):
+            return super().forward(inputs_embeds, attention_mask) * torch.nan
+
+    trainer = build(tmp_path, reward=Broken(dtype=torch.float32), eval_dataset=Dataset.from_dict({"prompt": PROMPTS}))
+    with pytest.raises(NonFiniteRewardError, match=r"at step 1.*prompts: \['w\d+"):
+        trainer.train()
+    with pytest.raises(NonFiniteRewardError, match=r"in evaluation; prompts: \['w\d+"):
+        trainer.evaluate()
 
 
 def test_a_nan_reward_names_its_prompts_and_stops_before_the_optimizer(tmp_path):

@@ -138,6 +138,28 @@ def test_reference_is_a_constant(backend: str, device: str) -> None:
 
 
 @pytest.mark.thin(3)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("ref_dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_kl_to_a_reference_of_another_dtype(
+    backend: str, device: str, dtype: torch.dtype, ref_dtype: torch.dtype
+) -> None:
+    """A frozen reference in float32 beside a policy in bfloat16, and the other way round."""
+    p = problem((5,), 61, 7, bias=True, dtype=dtype, device=device)
+    r = problem((5,), 61, 4, bias=True, dtype=ref_dtype, device=device, seed=3)
+    hidden = leaf(p.hidden)
+    value = call("kl", p, (hidden, p.lm_head, p.bias), 1.0, 0.0, (r.hidden, r.lm_head, r.bias))
+    value.sum().backward()
+    wide = leaf(p.hidden.double())
+    logp = (wide @ p.lm_head.double().T + p.bias.double()).log_softmax(-1)
+    logr = (r.hidden.double() @ r.lm_head.double().T + r.bias.double()).log_softmax(-1)
+    truth = (logp.exp() * (logp - logr)).sum(-1)
+    truth.sum().backward()
+    tolerance = 0.05 if {dtype, ref_dtype} & {torch.bfloat16, torch.float16} else 1e-4
+    torch.testing.assert_close(value.double(), truth.detach(), rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(hidden.grad.double(), wide.grad, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("mask", [False, True], ids=["open", "masked"])
 def test_kl_of_equal_models_is_zero(backend: str, device: str, dtype: torch.dtype, mask: bool) -> None:

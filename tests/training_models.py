@@ -32,6 +32,8 @@ def policy(family: str, seed: int = 0, dtype: torch.dtype = torch.float64, **cha
     """A tiny causal language model with random weights."""
     torch.manual_seed(seed)
     gpt = {"vocab_size": VOCAB, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64, "initializer_range": 0.3}
+    # With a padding token their lookup of it would have no gradient, which a product with the table does have.
+    shell = SIZES | {"dropout": 0.0, "init_std": 0.3, "pad_token_id": None}
     configs = {
         "gpt2": lambda: tf.GPT2Config(**gpt, **NO_DROPOUT, **changes),
         "gptj": lambda: tf.GPTJConfig(**gpt, rotary_dim=4, **NO_DROPOUT, **changes),
@@ -43,7 +45,14 @@ def policy(family: str, seed: int = 0, dtype: torch.dtype = torch.float64, **cha
         "phi": lambda: tf.PhiConfig(**SIZES, partial_rotary_factor=0.5, **changes),
         "cohere": lambda: tf.CohereConfig(**SIZES, logit_scale=0.3, **changes),
         "granite": lambda: tf.GraniteConfig(**SIZES, logits_scaling=2.0, embedding_multiplier=3.0, **changes),
-    }
+        "opt": lambda: tf.OPTConfig(
+            **(shell | {"ffn_dim": 24, "word_embed_proj_dim": 12}), **changes
+        ),
+        "bart": lambda: tf.BartConfig(
+            **(shell | {"d_model": 16, "decoder_layers": 2, "decoder_attention_heads": 2, "decoder_ffn_dim": 24}),
+            is_decoder=True, is_encoder_decoder=False, **changes,
+        ),
+    }  # fmt: skip
     model = tf.AutoModelForCausalLM.from_config(configs[family]()).to(dtype)
     with torch.no_grad():  # biases start at zero, where a test of them would see nothing
         for name, parameter in model.named_parameters():
@@ -179,9 +188,12 @@ def sequential_batch(
 def sequential_loss(
     model: Any, reward: Any, ids: torch.Tensor, mask: torch.Tensor, **options: Any
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """`sequential_batch`, row by row where the model itself can not read padded rows (eager attention in float64)."""
+    """`sequential_batch`, row by row where the model itself can not read padded rows.
+
+    Eager attention can not in float64, and Bart counts positions from the row's start.
+    """
     batch = len(ids)
-    if model.config._attn_implementation != "eager":
+    if model.config._attn_implementation != "eager" and model.config.model_type != "bart":
         return sequential_batch(model, reward, ids, mask, sequences=torch.arange(batch), **options)
     rows = []
     for row in range(batch):

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from grade_kernels import reference
 from grade_kernels.backends import Head, Support
 from grade_kernels.backends.torch.head import head_chunks
 from grade_kernels.ops import checks
@@ -59,6 +60,17 @@ def check_head(
             f"{prefix}hidden and {prefix}lm_head must have one dtype, got {hidden.dtype} and {lm_head.dtype}"
         )
     return hidden, lm_head, bias
+
+
+def check_reference_rows(
+    hidden: torch.Tensor, lm_head: torch.Tensor, bias: torch.Tensor | None, softcap: float | None, prefix: str = ""
+) -> None:
+    """The error of a row without a distribution, for the `reference` backend, which would compute with it."""
+    if torch.compiler.is_compiling() or not checks.reads_values(hidden):
+        return
+    with torch.no_grad():
+        logits = reference.head_logits(hidden.reshape(-1, hidden.shape[-1]), lm_head, bias, softcap)
+        checks.check_head_rows(checks.bad_rows(logits), prefix)
 
 
 def check_eps(eps: object) -> None:

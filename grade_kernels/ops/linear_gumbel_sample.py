@@ -8,7 +8,7 @@ from grade_kernels import backends, reference
 from grade_kernels.backends import Sample
 from grade_kernels.noise import GumbelNoise
 from grade_kernels.ops import checks
-from grade_kernels.ops.head import check_head, make_head, select_backend
+from grade_kernels.ops.head import check_head, check_reference_rows, make_head, select_backend
 from grade_kernels.ops.registry import define
 
 __all__ = ["linear_gumbel_sample"]
@@ -45,6 +45,7 @@ def linear_gumbel_sample(
     seed, row_ids, vocab_start = checks.canonical_noise(noise, rows.shape[0], hidden.device)
     backend = select_backend(backends.select(hidden.device, hidden.dtype), hidden.dtype)
     if backend == "reference":
+        check_reference_rows(hidden, lm_head, bias, logit_softcap)
         noise = GumbelNoise(seed, row_ids, vocab_start=vocab_start)
         return reference.linear_gumbel_sample(hidden, lm_head, bias=bias, logit_softcap=logit_softcap, noise=noise)
     bias = None if bias is None else bias.detach()

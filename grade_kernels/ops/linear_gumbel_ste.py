@@ -18,6 +18,7 @@ from grade_kernels.ops.head import (
     HeadGradients,
     check_eps,
     check_head,
+    check_reference_rows,
     fake_gradients,
     make_head,
     needs_graph,
@@ -102,6 +103,7 @@ def linear_gumbel_ste(
                 checks.check_tau_values(row_tau)
             if ids is not None and checks.reads_values(ids):
                 checks.check_ids_values(ids.reshape(-1), vocab)
+        check_reference_rows(hidden, lm_head, bias, logit_softcap)
         noise = GumbelNoise(seed, row_ids, vocab_start=vocab_start)
         return LinearGumbelSTE(
             *reference.linear_gumbel_ste(

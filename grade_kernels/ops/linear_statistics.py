@@ -18,6 +18,7 @@ from grade_kernels.ops.head import (
     HeadGradients,
     check_eps,
     check_head,
+    check_reference_rows,
     fake_gradients,
     make_head,
     needs_graph,
@@ -130,6 +131,9 @@ def _statistic(
         checks.check_same_device("ref_hidden", ref_hidden, "hidden", hidden)
     backend = select_backend(backends.select(hidden.device, hidden.dtype), hidden.dtype)
     if backend == "reference":
+        check_reference_rows(hidden, lm_head, bias, logit_softcap)
+        if ref_hidden is not None and ref_lm_head is not None:
+            check_reference_rows(ref_hidden, ref_lm_head, ref_bias, logit_softcap, "ref_")
         options = {"bias": bias, "logit_softcap": logit_softcap, "temperature": temperature}
         if kind == "kl":
             return reference.linear_kl(hidden, lm_head, ref_hidden, ref_lm_head, ref_bias=ref_bias, **options)

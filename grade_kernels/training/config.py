@@ -102,11 +102,21 @@ class GRADEConfig(TrainingArguments):
                 f"per_device_train_batch_size ({self.per_device_train_batch_size}) must be a multiple of "
                 f"num_generations ({self.num_generations})"
             )
+        if self.sampling_strategy not in ("random", "sequential"):
+            raise ValueError(
+                f"train_sampling_strategy must be 'random' or 'sequential', got {self.sampling_strategy!r}: prompts are "
+                "tokenized when they are drawn, so their lengths are not known before"
+            )
         checkpointing = self.activation_checkpointing_kwargs
         if isinstance(checkpointing, dict) and checkpointing.get("use_reentrant"):
             raise ValueError(
                 "gradient checkpointing must not be reentrant: the sweeps differentiate to the inputs alone"
             )
+
+    @property
+    def sampling_strategy(self) -> str:
+        """`train_sampling_strategy`, which the first releases of transformers 5 do not have."""
+        return getattr(self, "train_sampling_strategy", "random")
 
     def _check(self) -> None:
         for name, known in (
@@ -141,8 +151,16 @@ class GRADEConfig(TrainingArguments):
             if value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
         rows = self.num_completions_to_print
+        if rows is not None and (isinstance(rows, bool) or not isinstance(rows, int)):
+            raise TypeError(f"num_completions_to_print must be an int or None, got {rows!r}")
         if rows is not None and rows < 1:
             raise ValueError(f"num_completions_to_print must be positive or None, got {rows}")
+        if self.reward_weights is not None:
+            if not isinstance(self.reward_weights, (list, tuple)):
+                raise TypeError(f"reward_weights must be a list of numbers or None, got {self.reward_weights!r}")
+            for i, weight in enumerate(self.reward_weights):
+                if not math.isfinite(_number(f"reward_weights[{i}]", weight)):
+                    raise ValueError(f"reward_weights[{i}] must be finite, got {weight}")
 
 
 def _number(name: str, value: Any) -> float:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
@@ -18,7 +20,7 @@ from grade_kernels.training.replay import replay
 from grade_kernels.training.rewards import DifferentiableReward, Objective
 from grade_kernels.training.rollout import Rollout, rollout
 
-__all__ = ["GradeLoss", "check_vocabulary", "grade_loss", "objectives_loss", "token_ids"]
+__all__ = ["GradeLoss", "check_reward_device", "check_vocabulary", "grade_loss", "objectives_loss", "token_ids"]
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ def grade_loss(
         reward: `reward(inputs_embeds, attention_mask, **columns) -> [B]`, with its table `[V, D]` as
             `reward.embedding`; see `DifferentiableReward`.
         input_ids: prompts, int64 `[B, P]`, padded on the left.
-        attention_mask: `[B, P]`, 1 at real tokens.
+        attention_mask: `[B, P]`, not 0 at real tokens, of any dtype.
         max_new_tokens: completions are cut off there.
         noise: seed of the Gumbel noise. Its `row_ids`, if any, say which sequence each prompt is, `[B]` in [0, 2^31);
             default: its place in the batch.
@@ -132,10 +134,16 @@ def objectives_loss(
     pads = token_ids("pad_token_id", pad_token_id, policy.vocab_size)
     pad = (pads or ends or (0,))[0]
     check_prompts(policy, input_ids, attention_mask, max_new_tokens)
+    attention_mask = attention_mask.ne(0).long()
     for objective in objectives:
         check_vocabulary(objective, policy)
+        check_reward_device(objective, input_ids.device)
     if not isinstance(noise, GumbelNoise):
         raise TypeError(f"noise must be a GumbelNoise, got {type(noise).__name__}")
+    if isinstance(beta, bool) or not isinstance(beta, Real):
+        raise TypeError(f"beta must be a number, got {type(beta).__name__}")
+    if not 0.0 <= beta < math.inf:
+        raise ValueError(f"beta must not be negative, and finite, got {beta}")
     if beta != 0.0 and ref_model is None and not hasattr(unwrap(model), "disable_adapter"):
         raise ValueError(f"ref_model must be given for beta = {beta}: the model has no adapter to switch off")
     soft = estimator == "soft"
@@ -202,6 +210,15 @@ def check_vocabulary(objective: Objective, policy: LanguageModel) -> None:
         raise ValueError(
             f"{objective.name} must share the policy's vocabulary: its embedding table has {rows} tokens, the policy "
             f"scores {policy.vocab_size}"
+        )
+
+
+def check_reward_device(objective: Objective, device: torch.device) -> None:
+    """The reward's table is where the prompts are, or ValueError naming both."""
+    if objective.table.device != device:
+        raise ValueError(
+            f"{objective.name} has its embedding table on device {str(objective.table.device)!r}, but the prompts are on "
+            f"{str(device)!r}"
         )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -18,6 +18,7 @@ __all__ = [
     "LanguageModel",
     "evaluating",
     "gather_root",
+    "is_sharded",
     "last_hidden_state",
     "position_arguments",
     "position_ids",
@@ -26,8 +27,11 @@ __all__ = [
     "unwrap",
 ]
 
-# Probed models, so that a model is run on the probe once and not at every step.
+# What the probe said of a model, which is run on it once and not at every step: does it read padding on the left?
 _PROBED: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+
+_ROUNDING = 0.05  # a relative difference that bfloat16 stays far below
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,8 @@ class LanguageModel:
         embedding: the module that looks up the input embeddings: `embed_scale * weight[ids]`.
         logit_scale: factor on the hidden states before the head.
         softcap: c in `c * tanh(l / c)`, or None.
+        reads_left_padding: whether a row that is padded on the left has the hidden states of the row alone. Not so
+            where positions are counted from the row's start whatever the mask says (Bart).
     """
 
     model: Any
@@ -49,6 +55,7 @@ class LanguageModel:
     embedding: nn.Embedding
     logit_scale: float
     softcap: float | None
+    reads_left_padding: bool = True
 
     @property
     def vocab_size(self) -> int:
@@ -118,14 +125,19 @@ def read_language_model(model: nn.Module, *, name: str = "model") -> LanguageMod
     backbone = getattr(inner, inner.base_model_prefix, None)
     if not isinstance(backbone, nn.Module) or backbone is inner:
         raise ValueError(f"{name}: {kind} has no backbone {inner.base_model_prefix!r} below its head")
+    # OPT and the like keep an empty shell around their decoder, which their own forward passes by.
+    decoder = inner.get_decoder() if hasattr(inner, "get_decoder") else None
+    if isinstance(decoder, nn.Module) and any(module is decoder for module in backbone.modules()):
+        backbone = decoder
     if "past_key_values" not in inspect.signature(backbone.forward).parameters:
         raise ValueError(f"{name}: {kind} decodes without a key-value cache, which the rollout needs")
     for part, module, wanted in (("LM head", head, nn.Linear), ("input embedding", embedding, nn.Embedding)):
         active = _active(module)
         if not isinstance(active, wanted) or not active.weight.is_floating_point():
             raise ValueError(
-                f"{name}: its {part} must be a plain {wanted.__name__} of floating point, got {type(active).__name__}"
-                " (adapters and quantisation must leave the LM head and the input embedding alone)"
+                f"{name}: its {part} must be a plain torch.nn.{wanted.__name__} of floating point, got "
+                f"{type(active).__module__}.{type(active).__qualname__} (adapters and quantisation must leave the LM head "
+                "and the input embedding alone)"
             )
     parts = LanguageModel(
         model=inner,
@@ -136,9 +148,8 @@ def read_language_model(model: nn.Module, *, name: str = "model") -> LanguageMod
         softcap=getattr(config, "final_logit_softcapping", None),
     )
     if inner not in _PROBED:
-        _probe(parts, f"{name} ({kind})")
-        _PROBED[inner] = True
-    return parts
+        _PROBED[inner] = _probe(parts, f"{name} ({kind})")
+    return replace(parts, reads_left_padding=_PROBED[inner])
 
 
 def position_ids(attention_mask: torch.Tensor) -> torch.Tensor:
@@ -193,6 +204,15 @@ class Capture:
     def __exit__(self, *error: object) -> None:
         for hook in self._hooks:
             hook.remove()
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether processes must run a model's layers together, since each holds a part of them (FSDP2, ZeRO-3)."""
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return False
+    return any(isinstance(module, FSDPModule) for module in model.modules()) or any(
+        hasattr(parameter, "ds_id") for parameter in model.parameters()
+    )
 
 
 def gather_root(model: nn.Module) -> None:
@@ -261,11 +281,15 @@ def _logit_scale(config: Any) -> float:
 
 
 @torch.no_grad()
-def _probe(parts: LanguageModel, name: str) -> None:
-    """Compare the model's own logits with those of its parts on a few tokens; ValueError where they differ."""
+def _probe(parts: LanguageModel, name: str) -> bool:
+    """Compare the model's own logits with those of its parts on a few tokens; ValueError where they differ.
+
+    Returns:
+        Whether the model reads rows that are padded on the left.
+    """
     table, device = parts.table, parts.table.device
     if table.device.type == "meta" or type(table.data).__name__ == "DTensor":
-        return  # nothing to run; whoever sharded the model had it checked before
+        return True  # nothing to run; whoever sharded the model had it checked before
     if table.shape[0] != _active(parts.head).weight.shape[0]:
         raise ValueError(
             f"{name}: the input embedding has {table.shape[0]} tokens, but the LM head {parts.vocab_size}; "
@@ -281,26 +305,47 @@ def _probe(parts: LanguageModel, name: str) -> None:
                 f"{name}: its input embedding of a token is not a multiple of the table's row that this package can "
                 "read, so a relaxed sample `y @ table` would not be an input of the model"
             )
-        from_ids = parts.model(input_ids=ids, use_cache=False)
+        with Capture(parts, lambda embedded: embedded) as seen:
+            from_ids = parts.model(input_ids=ids, use_cache=False)
         logits = getattr(from_ids, "logits", None)
         if not isinstance(logits, torch.Tensor) or logits.shape != (1, 4, parts.vocab_size):
             raise ValueError(f"{name}: its forward must return one tensor of logits [batch, time, vocabulary]")
+        if not hasattr(seen, "embedded") or not hasattr(seen, "hidden"):
+            raise ValueError(
+                f"{name}: its forward does not run its input embedding and its {type(parts.backbone).__name__}, so "
+                "their samples can not be replayed"
+            )
         from_embeds = parts.model(inputs_embeds=embedded, use_cache=False).logits
         _close(
             from_embeds, logits, f"{name}: it computes other logits from embeddings than from ids, so the embedding of "
             "a relaxed sample does not carry all of the token's influence"
         )  # fmt: skip
-        hidden, weight = parts.head_input(last_hidden_state(parts.backbone(input_ids=ids, use_cache=False)))
+        states = last_hidden_state(parts.backbone(input_ids=ids, use_cache=False))
+        hidden, weight = parts.head_input(states)
+        if hidden.shape[-1] != weight.shape[1]:
+            raise ValueError(
+                f"{name}: its LM head reads {weight.shape[1]} features, but its {type(parts.backbone).__name__} returns "
+                f"{hidden.shape[-1]}"
+            )
         ours = hidden @ weight.T
         bias = _active(parts.head).bias
         ours = ours if bias is None else ours + bias
         ours = ours if parts.softcap is None else parts.softcap * torch.tanh(ours / parts.softcap)
         _close(ours, logits, f"{name}: its logits are not `softcap(scale * hidden @ weight.T + bias)` of its LM head")
+        mask = torch.tensor([[0, 0, 1, 1, 1, 1]], device=device)
+        padded = parts.backbone(
+            input_ids=torch.cat([ids[:, :2], ids], dim=1), attention_mask=mask, use_cache=False,
+            **position_arguments(parts.backbone, position_ids(mask)),
+        )  # fmt: skip
+        return _difference(last_hidden_state(padded)[:, 2:], states) < _ROUNDING
+
+
+def _difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    ours, theirs = ours.float(), theirs.float()
+    return ((ours - theirs).abs().max() / theirs.abs().max().clamp_min(1e-6)).item()
 
 
 def _close(ours: torch.Tensor, theirs: torch.Tensor, message: str) -> None:
-    ours, theirs = ours.float(), theirs.float()
-    narrow = theirs.abs().max().clamp_min(1e-6)
-    difference = ((ours - theirs).abs().max() / narrow).item()
-    if not difference < 0.05:  # NaN is refused as well; rounding in bfloat16 stays far below
+    difference = _difference(ours, theirs)
+    if not difference < _ROUNDING:  # NaN is refused as well
         raise ValueError(f"{message} (relative difference {difference:.3g})")

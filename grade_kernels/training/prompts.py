@@ -10,10 +10,15 @@ from torch.utils.data import Sampler
 
 __all__ = ["PromptCollator", "RepeatedPrompts", "check_prompt_dataset", "is_conversation", "prompt_text"]
 
+# What rewards get by these names is the trainer's, whatever columns a data set may have that was tokenized before.
+_RESERVED = ("prompt", "prompts", "completions", "completion_ids", "inputs_embeds", "attention_mask")
+
 
 def is_conversation(prompt: Any) -> bool:
     """Whether a prompt is a list of messages rather than a string."""
-    return isinstance(prompt, (list, tuple)) and all(isinstance(m, dict) and "role" in m for m in prompt)
+    return (
+        isinstance(prompt, (list, tuple)) and bool(prompt) and all(isinstance(m, dict) and "role" in m for m in prompt)
+    )
 
 
 def prompt_text(prompt: Any) -> str:
@@ -30,6 +35,8 @@ def check_prompt_dataset(name: str, dataset: Any) -> None:
 
 class PromptCollator:
     """Examples to a batch: left-padded tokens, the prompts themselves, and all other columns as lists.
+
+    Columns that bear the name of an argument that rewards get anyway are left out.
 
     Args:
         tokenizer: of the policy.
@@ -61,18 +68,20 @@ class PromptCollator:
         for i, row in enumerate(rows):
             ids[i, longest - len(row) :] = torch.tensor(row)
             mask[i, longest - len(row) :] = 1
-        names = [name for name in examples[0] if name != "prompt"]
+        names = [name for name in examples[0] if name not in _RESERVED]
         columns = {name: [example[name] for example in examples] for name in names}
         return {"input_ids": ids, "attention_mask": mask, "prompts": prompts, "columns": columns}
 
     def tokens(self, prompt: Any) -> list[int]:
-        """A prompt's tokens; a conversation's through the chat template, up to where the assistant speaks."""
+        """A prompt's tokens; a conversation's through the chat template, up to where the assistant speaks or goes on."""
         if isinstance(prompt, str):
             ids = self.tokenizer(prompt)["input_ids"]
         elif is_conversation(prompt):
+            begun = prompt[-1]["role"] == "assistant"
             ids = self.tokenizer.apply_chat_template(
-                list(prompt), add_generation_prompt=True, tokenize=True, return_dict=True
-            )["input_ids"]
+                list(prompt), add_generation_prompt=not begun, continue_final_message=begun, tokenize=True,
+                return_dict=True,
+            )["input_ids"]  # fmt: skip
         else:
             raise TypeError(f"a prompt must be a string or a list of messages, got {prompt!r}")
         if len(ids) == 0:

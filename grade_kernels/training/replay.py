@@ -85,6 +85,8 @@ def replay(
     time = sample.ids.shape[1]
     token_noise = GumbelNoise(noise.seed, sample.row_ids.reshape(-1).contiguous())
     hops = time - 1 if feedback_hops is None else min(feedback_hops, time - 1)
+    if not torch.is_grad_enabled():
+        hops = 0  # the value alone is wanted
     reward_tables = tuple(objective.table for objective in objectives)
     mixtures = _Mixtures(policy, sample, noise, tau, eps) if estimator == "soft" else None
 
@@ -205,8 +207,10 @@ def _forward(
             return embedded
         return layout.with_mixtures(embedded, mixtures.of(policy.table) * policy.embed_scale)
 
+    # A compiled model is one node of the graph, inside which nothing can be read.
+    run = getattr(model, "_orig_mod", model)
     with Capture(policy, edit) as seen:
-        model(input_ids=layout.ids, use_cache=False, logits_to_keep=1, **layout.arguments(policy.model))
+        run(input_ids=layout.ids, use_cache=False, logits_to_keep=1, **layout.arguments(policy.model))
     return seen.embedded, layout.at(seen.hidden, layout.drawn)
 
 

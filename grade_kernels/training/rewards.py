@@ -260,7 +260,8 @@ class Objective:
         else:
             value = self.reward(inputs_embeds=inputs_embeds, attention_mask=attention_mask, **columns)
             if not isinstance(value, torch.Tensor) or not value.is_floating_point():
-                raise TypeError(f"{self.name} must return a floating point tensor [B], got {type(value).__name__}")
+                what = value.dtype if isinstance(value, torch.Tensor) else type(value).__name__
+                raise TypeError(f"{self.name} must return a floating point tensor [B], got {what}")
             objective = value
         batch = inputs_embeds.shape[0]
         if value.shape != (batch,):

@@ -13,6 +13,7 @@ from grade_kernels.ops import linear_gumbel_sample, linear_gumbel_ste
 from grade_kernels.training.policy import (
     LanguageModel,
     evaluating,
+    is_sharded,
     last_hidden_state,
     position_arguments,
     position_ids,
@@ -26,6 +27,8 @@ _POSITIONS = 32  # bits of a noise row that count the position in a completion; 
 @dataclass(frozen=True)
 class Rollout:
     """Completions of a batch of prompts; T is the length of the longest, at most `max_new_tokens`.
+
+    Where processes hold parts of one model, T is the same on all: the replay's sweeps are counted by it.
 
     Attributes:
         ids: int64 `[B, T]`, the tokens; padding behind the end of a sequence.
@@ -93,7 +96,8 @@ def rollout(
         soft_tau: None feeds the sampled token back; a number feeds back the mixture `softmax((l + g) / tau) @ E`.
         keep_hidden: keep the hidden states that the tokens were drawn from.
     """
-    if _padding_is_nan(policy, attention_mask):
+    together = is_sharded(policy.model)
+    if not _reads(policy, attention_mask, together):
         return _by_length(
             policy, input_ids, attention_mask, max_new_tokens=max_new_tokens, noise=noise,
             eos_token_ids=eos_token_ids, pad_token_id=pad_token_id, soft_tau=soft_tau, keep_hidden=keep_hidden,
@@ -132,7 +136,7 @@ def rollout(
                 hiddens.append(hidden)
             mask = torch.cat([mask, alive[:, None].to(mask.dtype)], dim=1)
             alive = alive & ~torch.isin(token, ends)
-            if not alive.any():
+            if not _any(alive, together):
                 break
             positions = positions[:, -1:] + 1
             if soft_tau is None:
@@ -149,10 +153,24 @@ def rollout(
     )
 
 
-def _padding_is_nan(policy: LanguageModel, attention_mask: torch.Tensor) -> bool:
-    """Eager attention's softmax is in float32, where float64's mask value is -inf: a padded row is NaN, and spreads."""
+def _any(alive: torch.Tensor, together: bool) -> bool:
+    """Whether any sequence goes on; of any process, where all must take part in every forward pass."""
+    some = alive.any()
+    if together:
+        some = some.int()
+        torch.distributed.all_reduce(some, op=torch.distributed.ReduceOp.MAX)
+    return bool(some)
+
+
+def _reads(policy: LanguageModel, attention_mask: torch.Tensor, together: bool) -> bool:
+    """Whether the policy reads these rows as they are: none is padded, or its padding does no harm.
+
+    In eager attention the softmax is in float32, where float64's mask value is -inf: a padded row is NaN, and spreads.
+    """
     eager = getattr(policy.model.config, "_attn_implementation", None) == "eager"
-    return eager and policy.table.dtype == torch.float64 and bool((attention_mask == 0).any())
+    harmless = policy.reads_left_padding and not (eager and policy.table.dtype == torch.float64)
+    # Processes that must keep step can't go by the padding of their own rows: they take rows one by one.
+    return harmless or (bool(attention_mask.all()) and not (together and len(attention_mask) > 1))
 
 
 def _by_length(
@@ -161,9 +179,12 @@ def _by_length(
     """`rollout` of the prompts of each length by themselves, so that none is padded."""
     sequences = torch.arange(len(input_ids)) if noise.row_ids is None else noise.row_ids
     lengths = attention_mask.ne(0).sum(dim=1)
+    # Where processes must keep step, each takes its prompts one by one.
+    groups = torch.arange(len(lengths), device=lengths.device) if is_sharded(policy.model) else lengths
     parts, order = [], []
-    for length in lengths.unique().tolist():
-        rows = (lengths == length).nonzero()[:, 0]
+    for group in groups.unique().tolist():
+        rows = (groups == group).nonzero()[:, 0]
+        length = int(lengths[rows[0]])
         own = GumbelNoise(noise.seed, sequences.to(rows.device)[rows])
         prompts = input_ids[rows, input_ids.shape[1] - length :]
         parts.append(rollout(policy, prompts, torch.ones_like(prompts), noise=own, **options))

@@ -7,7 +7,8 @@ import logging
 import shutil
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +36,20 @@ from grade_kernels.training.callbacks import (
 from grade_kernels.training.config import GRADEConfig
 from grade_kernels.training.loss import (
     GradeLoss,
+    check_reward_device,
     check_vocabulary,
     objectives_loss,
     reference_of,
     token_ids,
 )
 from grade_kernels.training.policy import LanguageModel, gather_root, read_language_model, unwrap
-from grade_kernels.training.prompts import PromptCollator, RepeatedPrompts, check_prompt_dataset, prompt_text
+from grade_kernels.training.prompts import (
+    PromptCollator,
+    RepeatedPrompts,
+    check_prompt_dataset,
+    is_conversation,
+    prompt_text,
+)
 from grade_kernels.training.replay import Layout, completion_kl, refer, score_completions
 from grade_kernels.training.rewards import NonFiniteRewardError, Objective, SequenceClassificationReward, reward_table
 from grade_kernels.training.rollout import Rollout, rollout
@@ -63,7 +71,8 @@ class GRADETrainer(Trainer):
             `SequenceClassificationReward` for its label and output), any differentiable
             `reward(inputs_embeds, attention_mask, **columns) -> [B]` with its table as `reward.embedding`, or a
             function of text `f(prompts, completions, completion_ids, **columns) -> [B numbers]`, which is logged and
-            not optimised. At least one must be differentiable. Columns are the data set's, as lists.
+            not optimised; in conversations a completion is a list of one message. At least one must be differentiable.
+            Columns are the data set's, as lists.
         args: settings. Default: `GRADEConfig` with an output directory named after the model.
         train_dataset: with a column `prompt`, strings or lists of messages.
         eval_dataset: the same, or a dict of such.
@@ -110,12 +119,20 @@ class GRADETrainer(Trainer):
         if args.n_gpu > 1:
             logger.warning("Only one of %d devices is used; start one process for each with torchrun", args.n_gpu)
             args._n_gpu = 1
+        if args.torch_compile:
+            logger.warning("torch_compile has no effect: replay reads hidden states from inside the model")
         for name, dataset in (("train_dataset", train_dataset), *_named_datasets(eval_dataset)):
             check_prompt_dataset(name, dataset)
         if args.num_generations > 1 and isinstance(train_dataset, torch.utils.data.IterableDataset):
             raise ValueError("num_generations > 1 needs a train_dataset with a length, got an iterable one")
         policy = _load_policy(model, args, peft_config)
         parts = read_language_model(policy)
+        limit = getattr(parts.model.config, "max_position_embeddings", None)
+        if isinstance(limit, int) and 0 < limit <= args.max_completion_length:
+            raise ValueError(
+                f"max_completion_length = {args.max_completion_length} leaves no room for a prompt in the model's {limit} "
+                "positions"
+            )
         if processing_class is None:
             processing_class = load_by_name("the tokenizer of model", AutoTokenizer, parts.model.config._name_or_path)
         self._end_ids = _end_of_sequence(parts, processing_class)
@@ -179,20 +196,15 @@ class GRADETrainer(Trainer):
         """
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
         args, batch = self.args, len(ids)
-        try:
-            with self.accelerator.autocast():
-                out = objectives_loss(
-                    model, self.objectives, ids, mask, max_new_tokens=args.max_completion_length,
-                    noise=self._training_noise(batch), tau=self.tau, estimator=args.estimator,
-                    feedback_hops=args.feedback_hops, eps=args.eps, ref_model=self.ref_model, beta=args.beta,
-                    eos_token_id=self._end_ids or None, pad_token_id=self._pad_id, columns=inputs["columns"],
-                    skip_truncated=args.mask_truncated_completions,
-                )  # fmt: skip
-        except NonFiniteRewardError as error:
-            named = [prompt_text(inputs["prompts"][row]) for row in error.rows]
-            raise NonFiniteRewardError(
-                f"{error} at step {self.state.global_step + 1}, before the optimizer step; prompts: {named}", error.rows
-            ) from error
+        when = f"at step {self.state.global_step + 1}, before the optimizer step"
+        with _naming_prompts(inputs["prompts"], when), self.accelerator.autocast():
+            out = objectives_loss(
+                model, self.objectives, ids, mask, max_new_tokens=args.max_completion_length,
+                noise=self._training_noise(batch), tau=self.tau, estimator=args.estimator,
+                feedback_hops=args.feedback_hops, eps=args.eps, ref_model=self.ref_model, beta=args.beta,
+                eos_token_id=self._end_ids or None, pad_token_id=self._pad_id, columns=inputs["columns"],
+                skip_truncated=args.mask_truncated_completions,
+            )  # fmt: skip
         self._note_training(inputs, out)
         return (out.loss, {"completion_ids": out.completion_ids}) if return_outputs else out.loss
 
@@ -242,7 +254,8 @@ class GRADETrainer(Trainer):
                 policy, ids, mask, max_new_tokens=args.max_completion_length, noise=self._evaluation_noise(len(ids)),
                 eos_token_ids=self._end_ids, pad_token_id=self._pad_id, keep_hidden=True,
             )  # fmt: skip
-            values = score_completions(self.objectives, ids, mask, sample, inputs["columns"])
+            with _naming_prompts(inputs["prompts"], "in evaluation"):
+                values = score_completions(self.objectives, ids, mask, sample, inputs["columns"])
             weights = values.new_tensor([objective.weight for objective in self.objectives])
             kl = values.new_zeros(len(ids))
             if args.beta > 0.0:
@@ -292,13 +305,19 @@ class GRADETrainer(Trainer):
         rows |= {f"rewards/{o.name}": value for o, value in zip(self.objectives, values, strict=True)}
         if self.text_rewards:
             texts = self._texts(ids, mask)
+            completions = [
+                [{"role": "assistant", "content": text}] if is_conversation(prompt) else text
+                for prompt, text in zip(inputs["prompts"], texts, strict=True)
+            ]
             for name, function in self.text_rewards.items():
                 scores = function(
                     prompts=inputs["prompts"],
-                    completions=texts,
+                    completions=completions,
                     completion_ids=[row[m.bool()].tolist() for row, m in zip(ids, mask, strict=True)],
                     **inputs["columns"],
                 )
+                if len(scores) != len(texts):
+                    raise ValueError(f"{name} must return one number per completion ({len(texts)}), got {len(scores)}")
                 rows[f"rewards/{name}"] = torch.tensor([torch.nan if s is None else float(s) for s in scores]).to(
                     ids.device
                 )
@@ -378,7 +397,8 @@ class GRADETrainer(Trainer):
         if dataset is None or not hasattr(dataset, "__len__"):
             return None
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return RepeatedPrompts(len(dataset), self.args.num_generations, seed)
+        shuffle = self.args.sampling_strategy != "sequential"
+        return RepeatedPrompts(len(dataset), self.args.num_generations, seed, shuffle)
 
     # ------------------------------------------------------------------------------------------ checkpoints and signals
 
@@ -508,9 +528,13 @@ class GRADETrainer(Trainer):
             return
         inputs: Any = self._prepare_input(self._collator(examples))
         for objective in self.objectives:
+            check_reward_device(objective, inputs["input_ids"].device)
             with torch.enable_grad(), self.accelerator.autocast():
                 embeds = objective.table[inputs["input_ids"]].requires_grad_()
-                value, _ = objective(embeds, inputs["attention_mask"], inputs["columns"])
+                try:
+                    value, _ = objective(embeds, inputs["attention_mask"], inputs["columns"])
+                except NonFiniteRewardError:
+                    continue  # the step that meets it names its prompts
                 gradient = None
                 if value.requires_grad:
                     (gradient,) = torch.autograd.grad(value.sum(), embeds, allow_unused=True)
@@ -519,6 +543,16 @@ class GRADETrainer(Trainer):
 
 
 # ------------------------------------------------------------------------------------------- reading the constructor's
+
+
+@contextmanager
+def _naming_prompts(prompts: Sequence[Any], when: str) -> Iterator[None]:
+    """Adds to the error of a reward that is not finite when it happened, and the prompts."""
+    try:
+        yield
+    except NonFiniteRewardError as error:
+        named = [prompt_text(prompts[row]) for row in error.rows]
+        raise NonFiniteRewardError(f"{error} {when}; prompts: {named}", error.rows) from error
 
 
 def _mix(seed: int, step: int) -> int:

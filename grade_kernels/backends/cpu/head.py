@@ -106,7 +106,7 @@ class _Pass:
         lanes, vocab = hidden.shape[1], head.weight.shape[0]
         width = max(256, CHUNK_ELEMENTS // lanes // 64 * 64)
         logits = torch.empty(min(width, vocab), lanes, dtype=head.hidden.dtype)
-        ref_logits = None if ref is None else torch.empty_like(logits)
+        ref_logits = None if ref is None else torch.empty_like(logits, dtype=ref.hidden.dtype)
         # Candidates of a chunk before they are filtered: room for all, touched where there are any.
         room = _PIECES * lanes * -(-width // _PIECES) * _CANDIDATE_WORDS if self.eps > 0 else 0
         scratch = torch.empty(room, dtype=torch.int32)
@@ -119,7 +119,7 @@ class _Pass:
                 ref_out = torch.mm(ref.weight[chunk], ref_hidden, out=ref_logits[: chunk.stop - start])
                 if ref_out.dtype != out.dtype:
                     out, ref_out = out.float(), ref_out.float()
-                ref_bias = None if ref.bias is None else ref.bias[chunk]
+                ref_bias = None if ref.bias is None else ref.bias[chunk].float()
             _kernels().head_chunk(
                 self.kind, out, ref_out, bias, ref_bias, head.softcap or 0.0, rows, self.tau, seed, row_ids,
                 vocab_start, start, self.eps, self.state, self.ids, self.flags, self.candidates, scratch,
