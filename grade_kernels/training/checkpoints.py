@@ -28,11 +28,14 @@ def seal(directory: Path) -> None:
 
 
 def settle(staged: Path, target: Path) -> None:
-    """Give a sealed directory its name at once; one that bore it before goes."""
+    """Give a sealed directory its name; one that bore it before goes only when the new one is there."""
+    replaced = staged.with_name("replaced")
+    shutil.rmtree(replaced, ignore_errors=True)
     if target.exists():
-        shutil.rmtree(target)
+        os.rename(target, replaced)
     os.rename(staged, target)
     _flush(target.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def damage(directory: Path) -> str | None:
