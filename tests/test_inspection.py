@@ -53,9 +53,11 @@ def test_representative_kernels_keep_their_limits():
     assert found["baseline sample aligned sm_90"].total > 3 * found["sample aligned sm_90"].total
     assert found["sample aligned sm_90"].bytes_per_logit == 4
     assert found["ste apply aligned sm_90"].bytes_per_logit == 12
-    head = found["head sample 128x64x64x8x3 sm_90"]
+    head = found["head sample 128x64x32x4x4 sm_90"]
     assert head.per_width["tensor"] > 0
-    assert head.per_logit["special"] == pytest.approx(3, abs=0.2)  # two logarithms and an exponential
+    # One program's epilogue is to hide behind another's product.
+    assert all(programs(f) >= 2 for f in results if f.kernel.startswith("head s") and f.target.startswith("sm_"))
+    assert head.per_logit["special"] == pytest.approx(3.25, abs=0.2)  # two logarithms, an exponential, and one a group
 
 
 def test_columns_are_permuted_where_accumulators_are_those_of_mma():
@@ -65,9 +67,10 @@ def test_columns_are_permuted_where_accumulators_are_those_of_mma():
 
 
 def test_every_target_has_every_kernel():
-    names = [{(b.name, b.dtype, b.configuration) for b in builds(target)} for target in TARGETS]
-    assert len(builds("sm_90")) == len(names[0])
+    names = [[(b.name, b.dtype) for b in builds(target)] for target in TARGETS]
     assert all(found == names[0] for found in names)
+    labels = [(b.name, b.dtype, b.configuration) for b in builds("sm_90")]
+    assert len(set(labels)) == len(labels)
 
 
 # The reader of machine code
@@ -156,8 +159,8 @@ def test_a_tile_is_counted_by_the_common_way_without_its_product():
     assert found.per_logit["special"] == found.per_logit["fma"] == 1 / 4
     assert found.per_logit["multiply"] == found.per_logit["tensor"] == 0
     assert found.per_logit["memory"] == 1 / 4
-    # 32 bytes of each of 256 threads are a third of what a step of 64 loads: taken for one.
-    assert found.per_width["tensor"] == 1 / (4 * 64)
+    # 32 bytes of each of 128 threads are a third of what a step of 32 loads: taken for one.
+    assert found.per_width["tensor"] == 1 / (4 * 32)
 
 
 def test_code_without_a_loop():

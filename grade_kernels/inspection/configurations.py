@@ -162,10 +162,10 @@ def _heads(dtype: str, target: str) -> list[Build]:
     }
     found = []
     for name, (kernel, changes, products) in variants.items():
-        for sizes in head.configurations(_DTYPES[dtype], products):
-            found.append(head_build(name, dtype, sizes, target, kernel, changes, products))
+        sizes = head.config(_DTYPES[dtype], products, _capability(target))
+        found.append(head_build(name, dtype, sizes, target, kernel, changes, products))
     if dtype == "bf16":
-        sizes = head.configurations(_DTYPES[dtype])[-1]
+        sizes = head.config(_DTYPES[dtype], 1, _capability(target))
         kernel = f"{baseline.__name__}:head_sample_kernel"
         found.append(head_build("baseline head sample", dtype, sizes, target, kernel, {}, 1))
     return found
@@ -176,7 +176,7 @@ def head_build(
 ) -> Build:
     """A kernel over a head in one size of tiles, shipped or not, and with changes to the arguments of most."""
     gpu = TARGETS[target]
-    options = head.tile_options(sizes, _DTYPES[dtype], gpu.backend, 0 if gpu.backend == "hip" else int(gpu.arch))
+    options = head.tile_options(sizes, _DTYPES[dtype], gpu.backend, _capability(target))
     arguments = {
         **dict.fromkeys(_HEAD_INTEGERS, "i32"), **dict.fromkeys(_HEAD_FLOATS, "*fp32"), "V": "i32", "H": "i32 aligned",
         **dict.fromkeys(("hidden", "weight", "ref_hidden", "ref_weight"), f"*{dtype}"), "eps": "fp32",
@@ -192,9 +192,14 @@ def head_build(
     return Build(name, dtype, label, kernel, arguments, compiler, per_thread, sizes, products)
 
 
+def _capability(target: str) -> int:
+    """The compute capability, as launchers know it."""
+    return int(TARGETS[target].arch) if TARGETS[target].backend == "cuda" else 0
+
+
 def arguments_of_tiles() -> set[str]:
     """Those of `head.tile_options` that kernels take; the others are the compiler's."""
-    return {"BM", "BN", "BK", "TILES", "PERMUTED", "TARGET"}
+    return {"BM", "BN", "BK", "TILES", "THREADS", "PERMUTED", "TARGET"}
 
 
 def _gathers(dtype: str) -> list[Build]:

@@ -1,11 +1,12 @@
 """Tiles of a head's logits: the matrix product, and what the kernels that consume it do with a tile.
 
 A program owns BM hidden rows and a split of the vocabulary, SPLIT tokens, which it takes in tiles of BN. A tile leaves
-the tensor cores as `[BM, BN]` in registers and is taken apart into four quarters `[BM, BN // 4]`, quarter j holding
-the tokens `4 * group + j`: the four tokens of a Philox call then lie in one thread, and words meet logits without any
-exchange. NVIDIA's accumulators give a thread pairs of neighbouring columns, so there the columns of the tile are
-permuted: rows of the head are loaded in the order that gives each of the four threads of a row a run of neighbouring
-tokens.
+the tensor cores as `[BM, BN]` in registers, a row in as many threads as THREADS says. It is taken apart into pieces
+of one group of four tokens in each of these threads, as four tiles `[BM, THREADS]`, one for each token of a group: the
+four tokens of a Philox call then lie in one thread, and words meet logits without any exchange. What a thread learns of
+its tokens it keeps to itself until the end of the split, so that pieces pass one after the other and take few registers.
+NVIDIA's accumulators give a thread pairs of neighbouring columns, so there the columns of the tile are permuted: rows of
+the head are loaded in the order that makes two pairs four neighbouring tokens.
 
 Sizes depend on neither the batch nor the device's size, so a row's result is the same in every batch.
 """
@@ -19,11 +20,14 @@ import triton
 import triton.language as tl
 
 from grade_kernels.backends import Head
-from grade_kernels.backends.triton.philox import LOG2E
+from grade_kernels.backends.triton.head_ptx import COLLECT, COLLECT_OPERANDS
+from grade_kernels.backends.triton.philox import LOG2E, split_row
 from grade_kernels.backends.triton.tiles import INTERPRETED, target_options
 
 SPLIT = 512  # tokens of a program
-LOWEST = tl.constexpr(torch.finfo(torch.float32).min)  # a maximum of nothing; finite, since inf - inf is NaN
+# A maximum of nothing, in units of log2. Finite, since inf - inf is NaN; and where float32 is no coarser than that a
+# product of logit and rate and its rounded self differ by a few units, for weights are powers of that difference, too.
+FLOOR = tl.constexpr(-1e8)
 NOWHERE = tl.constexpr(0x7FFFFFFF)
 
 
@@ -37,26 +41,20 @@ class Config(NamedTuple):
     num_stages: int
 
 
-# By how many rows there are at most. The first leaves room for two programs on a multiprocessor, so that one's epilogue
-# hides behind the other's product; the second halves what the head costs to read, and its registers leave room for one.
-NARROW = ((64, Config(64, 64, 64, 4, 4)), (None, Config(128, 64, 64, 8, 3)))
-PAIR = Config(64, 32, 64, 4, 3)  # two products per tile
-# float32 is multiplied in true float32, which no tensor core does: small tiles of fused multiply-adds.
-WIDE = ((None, Config(64, 64, 16, 8, 2)),)
+# Four warps lie one below the other, so that a row is in one of them. Registers leave room for two programs on a
+# multiprocessor: one's epilogue hides behind the other's product.
+NARROW = Config(128, 64, 32, 4, 4)
+PAIR = Config(128, 32, 32, 4, 4)  # two products per tile
+WIDE = Config(64, 64, 16, 8, 2)  # float32 is multiplied in true float32, which no tensor core does
 
 
-def config(rows: int, dtype: torch.dtype, products: int = 1) -> Config:
-    """Tile sizes for a number of rows."""
+def config(dtype: torch.dtype, products: int = 1, capability: int = 0) -> Config:
+    """Tile sizes for a dtype, a number of products per tile and a compute capability (0 outside NVIDIA)."""
     if dtype == torch.float32:
-        return WIDE[0][1]
-    return PAIR if products > 1 else next(c for most, c in NARROW if most is None or rows <= most)
-
-
-def configurations(dtype: torch.dtype, products: int = 1) -> list[Config]:
-    """Everything that `config` may return for a dtype, the one for many rows last."""
-    if dtype == torch.float32:
-        return [sizes for _, sizes in WIDE]
-    return [PAIR] if products > 1 else [sizes for _, sizes in NARROW]
+        return WIDE
+    sizes = NARROW if products == 1 else PAIR
+    # Ampere's addresses of another stage would be spilled.
+    return sizes._replace(num_stages=3) if 80 <= capability < 90 else sizes
 
 
 def target() -> tuple[str, int]:
@@ -69,22 +67,31 @@ def target() -> tuple[str, int]:
 
 def tile_options(sizes: Config, dtype: torch.dtype, backend: str, capability: int) -> dict[str, Any]:
     """Arguments that describe tiles, and compiler options."""
-    # Tensor cores up to Hopper's, and those of the smaller Blackwells; data centre Blackwell's (10.x and 11.x) give a
-    # thread whole rows, AMD's four neighbouring columns.
-    permuted = dtype != torch.float32 and backend == "cuda" and not 100 <= capability < 120
+    # Tensor cores up to Hopper's and those of the smaller Blackwells give four threads of a row pairs of columns; data
+    # centre Blackwell's (10.x and 11.x) give a thread a row, and AMD's two threads four neighbouring columns.
+    permuted = dtype != torch.float32 and backend != "hip" and not 100 <= capability < 120
+    if dtype == torch.float32:
+        threads = sizes.BN // 4
+    else:
+        threads = 4 if permuted else 2 if backend == "hip" else 1
+    options = target_options(backend)
+    if backend == "cuda" and not permuted:
+        options["maxnreg"] = 248  # else ptxas makes room for another program, and spills for it
     return {
         **sizes._asdict(),
         "TILES": SPLIT // sizes.BN,
+        "THREADS": threads,
         "PERMUTED": permuted,
         "TARGET": backend,
-        **target_options(backend),
+        **options,
     }
 
 
 def head_options(head: Head, vocab_start: int, products: int = 1) -> dict[str, Any]:
     """Arguments that the kernels over a head share."""
     rows, width = head.hidden.shape
-    sizes = config(rows, head.hidden.dtype, products)
+    backend, capability = target()
+    sizes = config(head.hidden.dtype, products, capability)
     skew = vocab_start & 3
     return {
         "N": rows,
@@ -93,9 +100,14 @@ def head_options(head: Head, vocab_start: int, products: int = 1) -> dict[str, A
         "softcap": head.softcap,
         "group_start": (vocab_start >> 2) & 0xFFFFFFFF,
         "SKEW": skew,
-        "EVEN_K": width % sizes.BK == 0,
-        **tile_options(sizes, head.hidden.dtype, *target()),
+        "EVEN_K": is_even(width, sizes.BK),
+        **tile_options(sizes, head.hidden.dtype, backend, capability),
     }
+
+
+def is_even(width: int, step: int) -> bool:
+    """Whether a product of this width takes whole steps. There is always one, so that of no width is masked."""
+    return width > 0 and width % step == 0
 
 
 def split_count(vocab: int, vocab_start: int) -> int:
@@ -108,6 +120,18 @@ def noise_arguments(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Seed and row identities where and how the kernels read them."""
     return seed.to(head.hidden.device, non_blocking=True), None if row_ids is None else row_ids.contiguous()
+
+
+@triton.jit
+def identities(row_ids, first_row, o_n):
+    """The two counter words `[BM, 1]` of rows o_n."""
+    if row_ids is None:
+        # There are fewer than 2^32. That the other word is 0 is worth a register a row.
+        row_lo = first_row.to(tl.uint32) + o_n.to(tl.uint32)
+        return row_lo[:, None], tl.full((), 0, tl.uint32)
+    else:
+        row_lo, row_hi = split_row(tl.load(row_ids + o_n))
+        return row_lo[:, None], row_hi[:, None]
 
 
 @triton.jit
@@ -132,7 +156,8 @@ def product(
     p_a = p_h[:, None] + o_k[None, :] * s_hk
     p_b = weight + o_v.to(tl.int64)[:, None] * s_wv + o_k[None, :] * s_wk
     b_acc = tl.zeros((BM, BN), tl.float32)
-    for i_k in range(0, tl.cdiv(H, BK)):
+    # At least one, known to the compiler: it would clear the accumulators twice.
+    for i_k in range(0, tl.maximum(tl.cdiv(H, BK), 1)):
         if EVEN_K:
             b_a = tl.load(p_a)
             b_b = tl.load(p_b)
@@ -149,74 +174,105 @@ def product(
 
 
 @triton.jit
-def columns(BN: tl.constexpr, PERMUTED: tl.constexpr):
+def columns(BN: tl.constexpr, THREADS: tl.constexpr, PERMUTED: tl.constexpr):
     """The token that each column of a tile holds."""
     o = tl.arange(0, BN)
     if PERMUTED:
-        half = o % (BN // 2)
-        o = half % 8 // 2 * (BN // 4) + half // 8 * 4 + o // (BN // 2) * 2 + o % 2
+        o = o // (4 * THREADS) * (4 * THREADS) + o // 2 % THREADS * 4 + o // (2 * THREADS) % 2 * 2 + o % 2
     return o
 
 
 @triton.jit
-def quarters(b_acc, BM: tl.constexpr, BN: tl.constexpr, PERMUTED: tl.constexpr):
-    """A tile as four `[BM, BN // 4]`, one for each token of a group."""
-    if PERMUTED:
-        b_acc = tl.permute(tl.reshape(b_acc, [BM, 2, BN // 16, 4, 2]), [0, 3, 2, 1, 4])
-    even, odd = tl.split(tl.reshape(b_acc, [BM, BN // 4, 2, 2]))
-    b_0, b_2 = tl.split(even)
-    b_1, b_3 = tl.split(odd)
-    return b_0, b_1, b_2, b_3
+def _halved(b_x, PIECES: tl.constexpr):
+    """`[BM, T, PIECES]` as PIECES tiles `[BM, T]`."""
+    if PIECES == 1:
+        return (tl.reshape(b_x, [b_x.shape[0], b_x.shape[1]]),)
+    else:
+        b_x = tl.reshape(b_x, [b_x.shape[0], b_x.shape[1], 2, PIECES // 2])
+        low, high = tl.split(tl.permute(b_x, [0, 1, 3, 2]))
+        return _halved(low, PIECES // 2) + _halved(high, PIECES // 2)
 
 
 @triton.jit
-def finish(b_l, bias, softcap, o_v, V, EDGE: tl.constexpr):
-    """Logits of a quarter whose tokens are o_v `[BN // 4]`; with EDGE, tokens that do not exist get -inf."""
-    m_v = (o_v >= 0) & (o_v < V)
-    if bias is not None:
-        if EDGE:
-            b_l += tl.load(bias + o_v, mask=m_v, other=0.0)[None, :]
-        else:
-            b_l += tl.load(bias + o_v)[None, :]
-    if softcap is not None:
-        # tanh; what cancels near zero is a rounding error of the cap, no more than a logit's own.
-        b_capped = softcap - 2.0 * softcap / (1.0 + tl.exp2(b_l * (2.0 * LOG2E / softcap)))
-        b_l = tl.where(b_l == -float("inf"), b_l, b_capped)  # a masked logit stays masked
-    if EDGE:
-        b_l = tl.where(m_v[None, :], b_l, float("-inf"))
-    return b_l
+def pieces(b_acc, BM: tl.constexpr, BN: tl.constexpr, THREADS: tl.constexpr, PERMUTED: tl.constexpr):
+    """A tile in pieces of one group per thread and row, each as its four tokens `[BM, THREADS]`."""
+    PIECES: tl.constexpr = BN // (4 * THREADS)
+    if PERMUTED:
+        b_acc = tl.permute(tl.reshape(b_acc, [BM, PIECES, 2, THREADS, 2]), [0, 3, 1, 2, 4])
+    else:
+        b_acc = tl.permute(tl.reshape(b_acc, [BM, PIECES, THREADS, 2, 2]), [0, 2, 1, 3, 4])
+    even, odd = tl.split(b_acc)
+    b_0, b_2 = tl.split(even)
+    b_1, b_3 = tl.split(odd)
+    b_0, b_1, b_2, b_3 = _halved(b_0, PIECES), _halved(b_1, PIECES), _halved(b_2, PIECES), _halved(b_3, PIECES)
+    tile = ()
+    for i in tl.static_range(PIECES):
+        tile += (b_0[i], b_1[i], b_2[i], b_3[i])
+    return tile
 
 
 @triton.jit
 def logits(
     p_h, s_hk, weight, s_wv, s_wk, bias, softcap, H, V, first, o_n,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN_K: tl.constexpr, PERMUTED: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN_K: tl.constexpr,
+    THREADS: tl.constexpr, PERMUTED: tl.constexpr,
 ):  # fmt: skip
-    """Quarters of the logits of tokens `first .. first + BN - 1`, -inf where there is no such token."""
-    o_v = tl.minimum(tl.maximum(first + columns(BN, PERMUTED), 0), V - 1)
-    b_acc = product(p_h, s_hk, weight, s_wv, s_wk, H, o_n, o_v, BM, BN, BK, EVEN_K)
-    b_0, b_1, b_2, b_3 = quarters(b_acc, BM, BN, PERMUTED)
-    o_g = first + 4 * tl.arange(0, BN // 4)
+    """Logits of tokens `first .. first + BN - 1` in `pieces`, -inf where there is no such token."""
+    o_c = first + columns(BN, THREADS, PERMUTED)
+    o_v = tl.minimum(tl.maximum(o_c, 0), V - 1)
+    b_l = product(p_h, s_hk, weight, s_wv, s_wk, H, o_n, o_v, BM, BN, BK, EVEN_K)
+    if bias is not None:
+        b_l += tl.load(bias + o_v)[None, :]
+    if softcap is not None:
+        # tanh; what cancels near zero is a rounding error of the cap, no more than a logit's own.
+        b_capped = softcap - 2.0 * softcap / (1.0 + tl.exp2(b_l * (2.0 * LOG2E / softcap)))
+        b_l = tl.where(b_l == -float("inf"), b_l, b_capped)  # a masked logit stays masked
     if (first < 0) | (first + BN > V):
-        b_0 = finish(b_0, bias, softcap, o_g, V, True)
-        b_1 = finish(b_1, bias, softcap, o_g + 1, V, True)
-        b_2 = finish(b_2, bias, softcap, o_g + 2, V, True)
-        b_3 = finish(b_3, bias, softcap, o_g + 3, V, True)
-    else:
-        b_0 = finish(b_0, bias, softcap, o_g, V, False)
-        b_1 = finish(b_1, bias, softcap, o_g + 1, V, False)
-        b_2 = finish(b_2, bias, softcap, o_g + 2, V, False)
-        b_3 = finish(b_3, bias, softcap, o_g + 3, V, False)
-    return b_0, b_1, b_2, b_3
+        b_l = tl.where(((o_c >= 0) & (o_c < V))[None, :], b_l, float("-inf"))
+    return pieces(b_l, BM, BN, THREADS, PERMUTED)
 
 
 @triton.jit
-def weights(b_0, b_1, b_2, b_3, top, rate):
-    """exp2((x - top) * rate) of quarters, top and rate `[BM]` (or rate a number)."""
-    return (
-        tl.exp2((b_0 - top[:, None]) * rate), tl.exp2((b_1 - top[:, None]) * rate),
-        tl.exp2((b_2 - top[:, None]) * rate), tl.exp2((b_3 - top[:, None]) * rate),
-    )  # fmt: skip
+def largest(x):
+    """Maximum of tiles, NaN if any is."""
+    m = x[0]
+    for i in tl.static_range(1, len(x)):
+        m = nan_max(m, x[i])
+    return m
+
+
+@triton.jit
+def total_of(x):
+    """Sum of tiles, in pairs."""
+    if len(x) == 1:
+        return x[0]
+    else:
+        return total_of(x[: len(x) // 2]) + total_of(x[len(x) // 2 :])
+
+
+@triton.jit
+def row_total(b_max, b_sum):
+    """Maximum, in units of log2, and sum relative to it of rows from their threads'."""
+    m_max = tl.max(b_max, 1)
+    return m_max, tl.sum(b_sum * tl.exp2(b_max - m_max[:, None]), 1)
+
+
+@triton.jit
+def distances(x, rate, top):
+    """`x * rate - top` of tiles."""
+    found = ()
+    for i in tl.static_range(len(x)):
+        found += (tl.fma(x[i], rate, -top),)
+    return found
+
+
+@triton.jit
+def powers(x):
+    """2 to the power of tiles."""
+    found = ()
+    for i in tl.static_range(len(x)):
+        found += (tl.exp2(x[i]),)
+    return found
 
 
 @triton.jit
@@ -235,14 +291,8 @@ def beside(x, b_y, TARGET: tl.constexpr):
 
 
 @triton.jit
-def hurdle(w, threshold):
-    """What a weight must exceed: its word's uniform number times the threshold, eps * bound / 2^32."""
-    return tl.mul(w, 0x9E3779B1, sanitize_overflow=False).to(tl.float32) * threshold[:, None]
-
-
-@triton.jit
-def put(p_slots, position, capacity, b_e, b_h, b_x, o_v, TARGET: tl.constexpr):
-    """Write those of a quarter whose weight e exceeds the hurdle h: the score's bits above, the token below."""
+def _put(p_slots, position, capacity, b_e, b_h, b_x, o_v, TARGET: tl.constexpr):
+    """Write those of a tile whose weight e exceeds the hurdle h: the score's bits above, the token below."""
     if TARGET == "cuda":
         # Triton's store would first move everything to another layout through shared memory.
         tl.inline_asm_elementwise(
@@ -256,28 +306,38 @@ def put(p_slots, position, capacity, b_e, b_h, b_x, o_v, TARGET: tl.constexpr):
             mov.b32 $0, 0;
             }""",
             "=r,l,r,r,f,f,r,r",
-            [p_slots.to(tl.int64)[:, None], position, capacity, b_e, b_h, b_x.to(tl.int32, bitcast=True), o_v[None, :]],
+            [p_slots.to(tl.int64), position, capacity, b_e, b_h, b_x.to(tl.int32, bitcast=True), o_v],
             dtype=tl.int32, is_pure=False, pack=1,
         )  # fmt: skip
     else:
-        packed = (b_x.to(tl.int32, bitcast=True).to(tl.int64) << 32) | o_v[None, :].to(tl.int64)
-        tl.store(p_slots[:, None] + position, packed, mask=(b_e > b_h) & (position < capacity))
+        packed = (b_x.to(tl.int32, bitcast=True).to(tl.int64) << 32) | o_v.to(tl.int64)
+        tl.store(p_slots + position, packed, mask=(b_e > b_h) & (position < capacity))
 
 
 @triton.jit
 def collect(
-    p_slots, count, capacity, threshold, w_0, w_1, w_2, w_3, e_0, e_1, e_2, e_3, x_0, x_1, x_2, x_3, o_g,
-    TARGET: tl.constexpr,
+    slots, s_slots, o_n, count, capacity, threshold, w, e, x, o_v, THREADS: tl.constexpr, TARGET: tl.constexpr
 ):  # fmt: skip
-    """Append a tile's candidates (words w, weights e, scores x) to each row's slots in token order; the new counts."""
-    h_0, h_1, h_2, h_3 = hurdle(w_0, threshold), hurdle(w_1, threshold), hurdle(w_2, threshold), hurdle(w_3, threshold)
-    n_0 = (e_0 > h_0).to(tl.int32)
-    n_01 = n_0 + (e_1 > h_1).to(tl.int32)
-    n_012 = n_01 + (e_2 > h_2).to(tl.int32)
-    n = n_012 + (e_3 > h_3).to(tl.int32)
-    position = count[:, None] + tl.cumsum(n, 1) - n
-    put(p_slots, position, capacity, e_0, h_0, x_0, o_g, TARGET)
-    put(p_slots, position + n_0, capacity, e_1, h_1, x_1, o_g + 1, TARGET)
-    put(p_slots, position + n_01, capacity, e_2, h_2, x_2, o_g + 2, TARGET)
-    put(p_slots, position + n_012, capacity, e_3, h_3, x_3, o_g + 3, TARGET)
-    return count + tl.sum(n, 1)
+    """Append a group's candidates (words w, weights e, scores x) to each row's slots in token order; the new counts."""
+    if TARGET == "cuda" and THREADS <= 4:
+        count = tl.inline_asm_elementwise(
+            COLLECT[THREADS], COLLECT_OPERANDS,
+            (count,) + e + w + x
+            + (o_v, o_n.to(tl.int32)[:, None], slots.to(tl.int64), s_slots * 8, capacity, threshold),
+            dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+    else:
+        h = ()
+        for i in tl.static_range(4):
+            # What a weight must exceed: its word's uniform number times eps * bound / 2^32.
+            h += (tl.mul(w[i], 0x9E3779B1, sanitize_overflow=False).to(tl.float32) * threshold,)
+        p_slots = slots + (o_n * s_slots)[:, None]
+        n = tl.zeros_like(count)
+        for i in tl.static_range(4):
+            n += (e[i] > h[i]).to(tl.int32)
+        position = count + tl.cumsum(n, 1) - n
+        for i in tl.static_range(4):
+            _put(p_slots, position, capacity, e[i], h[i], x[i], o_v + i, TARGET)
+            position += (e[i] > h[i]).to(tl.int32)
+        count += tl.sum(n, 1)[:, None]
+    return count

@@ -11,26 +11,26 @@ from grade_kernels.backends import Head, Softmax, Support
 from grade_kernels.backends.torch import head as fallback
 from grade_kernels.backends.triton import head_support
 from grade_kernels.backends.triton.head import (
-    LOWEST,
+    FLOOR,
     beside,
     collect,
+    distances,
     head_options,
+    identities,
+    is_even,
+    largest,
     logits,
     nan_max,
     noise_arguments,
+    powers,
     row_max,
     split_count,
-    weights,
+    total_of,
 )
-from grade_kernels.backends.triton.philox import LN2, LOG2E, load_key, philox, split_row
+from grade_kernels.backends.triton.philox import LN2, LOG2E, load_key, philox
 from grade_kernels.backends.triton.tiles import launching
 
 DOMAIN_SUPPORT = tl.constexpr(noise.DOMAIN_SUPPORT)
-
-
-@triton.jit
-def _tile_max(b_0, b_1, b_2, b_3):
-    return row_max(nan_max(nan_max(b_0, b_1), nan_max(b_2, b_3)))
 
 
 @triton.jit
@@ -59,12 +59,13 @@ def head_softmax_kernel(
     s_slots, s_hn, s_hk, s_wv, s_wk, s_rn, s_rk, s_uv, s_uk,
     N, V, H, R, softcap, ref_softcap, eps, group_start, first_row, first_split, splits, step,
     SKEW: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TILES: tl.constexpr,
-    EVEN_K: tl.constexpr, EVEN_R: tl.constexpr, PERMUTED: tl.constexpr, TARGET: tl.constexpr,
+    EVEN_K: tl.constexpr, EVEN_R: tl.constexpr, THREADS: tl.constexpr, PERMUTED: tl.constexpr,
+    TARGET: tl.constexpr,
 ):  # fmt: skip
     """One split of BM rows: max, tempered sum and moment, with a reference its max and sum, with slots candidates.
 
-    Sums are relative to `top`, the larger of before_max and the split's largest logit. The moment is the sum of weight
-    times (l - top), less (r - ref_top) with a reference r, in units of tau.
+    Maxima are of logits times rate, in units of log2, and sums relative to them. The moment is the sum of weight times
+    (l - top), less (r - ref_top) with a reference r.
     """
     FAST: tl.constexpr = TARGET == "cuda"
     blocks = tl.cdiv(N, BM)
@@ -75,86 +76,88 @@ def head_softmax_kernel(
     m_n = o_n < N
     o_n = tl.minimum(o_n, N - 1).to(tl.int64)
     p_h = hidden + o_n * s_hn
-    rate = LOG2E / tl.load(tau + o_n)
+    rate = LOG2E / tl.load(tau + o_n)[:, None]
 
-    b_bad = tl.full((BM,), float("-inf"), tl.float32)  # the largest logit, NaN if any is
-    b_top = tl.full((BM,), LOWEST, tl.float32)
-    b_before = tl.zeros((BM,), tl.float32)
+    # By row and thread: a thread keeps the statistics of its tokens, and they meet at the end.
+    b_bad = tl.full((BM, THREADS), float("-inf"), tl.float32)  # the largest logit, NaN if any is
+    b_top = tl.full((BM, THREADS), FLOOR, tl.float32)
+    b_bound = tl.zeros((BM, THREADS), tl.float32)
+    b_total = b_bound
+    b_moment = b_bound
     if before_max is not None:
-        b_top = tl.load(before_max + o_n)
-        b_before = tl.load(before_sum + o_n)
-    b_total = tl.zeros((BM,), tl.float32)
-    b_moment = tl.zeros((BM,), tl.float32)
+        b_top = tl.broadcast_to(tl.load(before_max + o_n)[:, None], BM, THREADS)
+        b_bound = tl.broadcast_to((eps * tl.load(before_sum + o_n))[:, None], BM, THREADS)
     if ref_hidden is not None:
         p_r = ref_hidden + o_n * s_rn
-        b_ref_top = tl.full((BM,), LOWEST, tl.float32)
-        b_ref_total = tl.zeros((BM,), tl.float32)
+        b_ref_top = tl.full((BM, THREADS), FLOOR, tl.float32)
+        b_ref_total = tl.zeros((BM, THREADS), tl.float32)
     if slots is not None:
         k0, k1 = load_key(seed)
-        row_lo, row_hi = split_row(first_row + o_n if row_ids is None else tl.load(row_ids + o_n))
-        o_group = (group_start.to(tl.uint32) + tl.arange(0, BN // 4).to(tl.uint32)).to(tl.int32, bitcast=True)
-        count = tl.zeros((BM,), tl.int32)
-        p_slots = slots + o_n * s_slots + tl.load(places + i_s)
+        row_lo, row_hi = identities(row_ids, first_row, o_n)
+        o_group = (group_start.to(tl.uint32) + tl.arange(0, THREADS).to(tl.uint32)).to(tl.int32, bitcast=True)
+        count = tl.zeros((BM, THREADS), tl.int32)
+        slots += tl.load(places + i_s)
         capacity = tl.load(room + i_s)
     for i_t in tl.range(i_s * TILES, tl.minimum(i_s * TILES + TILES, tl.cdiv(V + SKEW, BN)), disable_licm=True):
         first = i_t * BN - SKEW
-        l_0, l_1, l_2, l_3 = logits(
-            p_h, s_hk, weight, s_wv, s_wk, bias, softcap, H, V, first, o_n, BM, BN, BK, EVEN_K, PERMUTED
-        )
-        m_max = _tile_max(l_0, l_1, l_2, l_3)
-        b_bad = nan_max(b_bad, m_max)
-        b_raised = tl.maximum(b_top, m_max)
-        shift = (b_top - b_raised) * rate
-        scale = tl.exp2(shift)
-        b_before *= scale
-        e_0, e_1, e_2, e_3 = weights(l_0, l_1, l_2, l_3, b_raised, rate[:, None])
-        c = b_raised[:, None]
-        d_0, d_1, d_2, d_3 = l_0 - c, l_1 - c, l_2 - c, l_3 - c
-        # The moment counts from the maxima, which have moved.
-        b_moment = scale * (b_moment + _weighted(b_total, shift))
-        if ref_hidden is None:
-            x = _weighted(e_0, d_0) + _weighted(e_1, d_1) + _weighted(e_2, d_2) + _weighted(e_3, d_3)
-        else:
-            r_0, r_1, r_2, r_3 = logits(
-                p_r, s_rk, ref_weight, s_uv, s_uk, ref_bias, ref_softcap, R, V, first, o_n, BM, BN, BK, EVEN_R, PERMUTED
-            )
-            m_max = _tile_max(r_0, r_1, r_2, r_3)
-            b_ref_raised = nan_max(b_ref_top, m_max)  # NaN and +inf of the reference show in its own statistics
-            ref_shift = (b_ref_top - b_ref_raised) * rate
-            b_moment -= _weighted(b_total * scale, ref_shift)
-            c = b_ref_raised[:, None]
-            x = (_weighted(e_0, d_0 - (r_0 - c)) + _weighted(e_1, d_1 - (r_1 - c))) + (
-                _weighted(e_2, d_2 - (r_2 - c)) + _weighted(e_3, d_3 - (r_3 - c))
-            )
-            r_0, r_1, r_2, r_3 = weights(r_0, r_1, r_2, r_3, b_ref_raised, rate[:, None])
-            b_ref_total = b_ref_total * tl.exp2(ref_shift)
-            b_ref_total += tl.sum((r_0 + r_1) + (r_2 + r_3), 1)
-            b_ref_top = b_ref_raised
-        b_moment += tl.sum(x, 1) * rate
-        b_total = b_total * scale + tl.sum((e_0 + e_1) + (e_2 + e_3), 1)
-        b_top = b_raised
-        if slots is not None:
-            o_g = first + 4 * tl.arange(0, BN // 4)
-            groups = (o_group + i_t * (BN // 4)).to(tl.uint32, bitcast=True)[None, :]
-            w_0, w_1, w_2, w_3 = philox(
-                beside(groups, l_0, TARGET), row_lo[:, None], row_hi[:, None],
-                tl.full((), DOMAIN_SUPPORT, tl.uint32), k0, k1, FAST,
+        o_v = (first + 4 * tl.arange(0, THREADS))[None, :]
+        tile = logits(
+            p_h, s_hk, weight, s_wv, s_wk, bias, softcap, H, V, first, o_n,
+            BM, BN, BK, EVEN_K, THREADS, PERMUTED,
+        )  # fmt: skip
+        if ref_hidden is not None:
+            ref_tile = logits(
+                p_r, s_rk, ref_weight, s_uv, s_uk, ref_bias, ref_softcap, R, V, first, o_n,
+                BM, BN, BK, EVEN_R, THREADS, PERMUTED,
             )  # fmt: skip
-            count = collect(
-                p_slots, count, capacity, eps * (b_before + b_total), w_0, w_1, w_2, w_3, e_0, e_1, e_2, e_3,
-                l_0, l_1, l_2, l_3, o_g, TARGET,
-            )  # fmt: skip
+        for i in tl.static_range(BN // (4 * THREADS)):
+            x = tile[4 * i : 4 * i + 4]
+            b_peak = largest(x)
+            b_bad = nan_max(b_bad, b_peak)
+            b_raised = tl.maximum(b_top, b_peak * rate)
+            b_shift = b_top - b_raised
+            b_scale = tl.exp2(b_shift)
+            d = distances(x, rate, b_raised)
+            e = powers(d)
+            # The moment counts from the maxima, which have moved.
+            b_moment = b_scale * (b_moment + _weighted(b_total, b_shift))
+            if ref_hidden is not None:
+                r = ref_tile[4 * i : 4 * i + 4]
+                b_ref_raised = nan_max(b_ref_top, largest(r) * rate)  # NaN and +inf show in its own statistics
+                b_shift = b_ref_top - b_ref_raised
+                b_moment -= _weighted(b_total * b_scale, b_shift)
+                r = distances(r, rate, b_ref_raised)
+                b_ref_total = tl.fma(b_ref_total, tl.exp2(b_shift), total_of(powers(r)))
+                b_ref_top = b_ref_raised
+            for j in tl.static_range(4):
+                b_moment += _weighted(e[j], d[j] if ref_hidden is None else d[j] - r[j])
+            b_total = tl.fma(b_total, b_scale, total_of(e))
+            b_top = b_raised
+            if slots is not None:
+                b_bound *= b_scale
+                group = (o_group + (i_t * (BN // 4) + i * THREADS)).to(tl.uint32, bitcast=True)[None, :]
+                group = beside(group, x[0], TARGET)
+                w = philox(group, row_lo, row_hi, tl.full((), DOMAIN_SUPPORT, tl.uint32), k0, k1, FAST)
+                threshold = tl.fma(b_total, eps, b_bound)
+                count = collect(
+                    slots, s_slots, o_n, count, capacity, threshold, w, e, x, o_v + 4 * THREADS * i, THREADS, TARGET
+                )
     o_p = o_n * splits + i_s
-    # NaN, +inf and only -inf in this split show in its maximum.
-    b_top = tl.where(b_bad < float("inf"), b_top, float("nan"))
-    tl.store(top + o_p, b_top, mask=m_n)
-    tl.store(total + o_p, b_total, mask=m_n)
-    tl.store(moment + o_p, b_moment * LN2, mask=m_n)
+    m_top = tl.max(b_top, 1)
+    b_shift = b_top - m_top[:, None]
+    b_scale = tl.exp2(b_shift)
+    tl.store(total + o_p, tl.sum(b_total * b_scale, 1), mask=m_n)
     if ref_hidden is not None:
-        tl.store(ref_top + o_p, b_ref_top, mask=m_n)
-        tl.store(ref_total + o_p, b_ref_total, mask=m_n)
+        m_ref_top = row_max(b_ref_top)
+        b_ref_shift = b_ref_top - m_ref_top[:, None]
+        b_shift -= b_ref_shift
+        tl.store(ref_top + o_p, m_ref_top, mask=m_n)
+        tl.store(ref_total + o_p, tl.sum(b_ref_total * tl.exp2(b_ref_shift), 1), mask=m_n)
+    tl.store(moment + o_p, tl.sum(_weighted(b_scale, b_moment + _weighted(b_total, b_shift)), 1), mask=m_n)
+    # NaN, +inf and only -inf in this split show in its maximum.
+    tl.store(top + o_p, tl.where(row_max(b_bad) < float("inf"), m_top, float("nan")), mask=m_n)
     if slots is not None:
-        tl.store(counts + o_p, count, mask=m_n)
+        tl.store(counts + o_p, tl.max(count, 1), mask=m_n)
 
 
 @triton.jit(do_not_specialize=["splits"])
@@ -168,19 +171,23 @@ def softmax_combine_kernel(
     m_s = o_s < splits
     o = i_n * splits + o_s
     rate = LOG2E / tl.load(tau + i_n)
-    m_max, m_sum, b_max, b_scale = head_support.combined(top, total, o, m_s, rate)
-    m_max = tl.where(m_sum > 0, m_max, float("nan"))
+    m_max, m_sum, b_max, b_scale = head_support.combined(top, total, o, m_s)
     b_moment = tl.load(moment + o, mask=m_s, other=0.0)
     b_shift = b_max - m_max
+    m_logit = m_max / rate
+    m_total, m_excess = head_support.relative_to(m_logit, rate, m_max, m_sum)
+    tl.store(out_max + i_n, tl.where(m_sum > 0, m_logit, float("nan")))
+    tl.store(out_sum + i_n, m_total)
     if ref_top is not None:
-        m_ref_max, m_ref_sum, b_ref_max, _ = head_support.combined(ref_top, ref_total, o, m_s, rate)
-        tl.store(out_ref_max + i_n, m_ref_max)
-        tl.store(out_ref_sum + i_n, m_ref_sum)
+        m_ref_max, m_ref_sum, b_ref_max, _ = head_support.combined(ref_top, ref_total, o, m_s)
         b_shift -= b_ref_max - m_ref_max
-    b_moment += _weighted(tl.load(total + o, mask=m_s, other=0.0), b_shift * (rate * LN2))
-    tl.store(out_max + i_n, m_max)
-    tl.store(out_sum + i_n, m_sum)
-    tl.store(out_moment + i_n, tl.sum(_weighted(b_scale, b_moment), 0) / m_sum)
+        m_logit = m_ref_max / rate
+        m_ref_sum, m_ref_excess = head_support.relative_to(m_logit, rate, m_ref_max, m_ref_sum)
+        m_excess -= m_ref_excess
+        tl.store(out_ref_max + i_n, m_logit)
+        tl.store(out_ref_sum + i_n, m_ref_sum)
+    b_moment += _weighted(tl.load(total + o, mask=m_s, other=0.0), b_shift)
+    tl.store(out_moment + i_n, (tl.sum(_weighted(b_scale, b_moment), 0) / m_sum - m_excess) * LN2)
 
 
 def _run(
@@ -203,14 +210,14 @@ def _run(
     before_max, before_sum = torch.empty(2, rows, device=device)
     candidates = head_support.Candidates(rows, splits, eps, device) if eps > 0 else None
     if candidates is not None:  # splits that have not run yet weigh nothing
-        top.fill_(torch.finfo(torch.float32).min)
+        top.fill_(FLOOR.value)
         total.zero_()
     ref_tensors = (None, None, None) if ref is None else ref[:3]
     ref_strides = (0, 0, 0, 0) if ref is None else (*ref.hidden.stride(), *ref.weight.stride())
     width = 0 if ref is None else ref.hidden.shape[1]
     for launch in head_support.schedule(splits, eps):
         if launch.first > 0:
-            head_support.normalizer_kernel[(rows,)](top, total, tau, before_max, before_sum, **shared, num_warps=1)
+            head_support.normalizer_kernel[(rows,)](top, total, before_max, before_sum, **shared, num_warps=1)
         head_softmax_kernel[(triton.cdiv(rows, options["BM"]) * launch.number,)](
             *head[:3], *ref_tensors, seed, row_ids, tau,
             before_max if launch.first > 0 else None, before_sum if launch.first > 0 else None,
@@ -218,7 +225,7 @@ def _run(
             *head.hidden.stride(), *head.weight.stride(), *ref_strides, R=width,
             ref_softcap=None if ref is None else ref.softcap, eps=eps * head_support.MARGIN * 2.0**-32,
             first_row=first_row, first_split=launch.first, splits=splits, step=head_support.stride(splits),
-            EVEN_R=width % options["BK"] == 0, **options,
+            EVEN_R=is_even(width, options["BK"]), **options,
         )  # fmt: skip
     row_max, row_total, row_moment = torch.empty(3, rows, device=device)
     ref_max, ref_sum = torch.empty(2, 0 if ref is None else rows, device=device)

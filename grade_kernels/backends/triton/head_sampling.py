@@ -15,18 +15,24 @@ from grade_kernels.backends import Head, Sample, Support
 from grade_kernels.backends.torch import head as fallback
 from grade_kernels.backends.triton import head_support
 from grade_kernels.backends.triton.head import (
-    LOWEST,
+    FLOOR,
     NOWHERE,
     beside,
     collect,
+    distances,
     head_options,
+    identities,
+    largest,
     logits,
     nan_max,
     noise_arguments,
+    powers,
     row_max,
+    row_total,
     split_count,
-    weights,
+    total_of,
 )
+from grade_kernels.backends.triton.head_ptx import REFINE, REFINE_OPERANDS
 from grade_kernels.backends.triton.philox import (
     DOMAIN_GUMBEL,
     DOMAIN_REFINE,
@@ -35,29 +41,36 @@ from grade_kernels.backends.triton.philox import (
     REFINE_BELOW,
     SHIFT,
     load_key,
-    log2,
     philox,
     scaled_noise,
-    split_row,
 )
 from grade_kernels.backends.triton.tiles import launching
 
 
 @triton.jit
-def _best(b_0, b_1, b_2, b_3, o_g):
-    """Maximum `[BM]` of a tile of scores and its token, the smallest of several."""
-    b_peak = nan_max(nan_max(b_0, b_1), nan_max(b_2, b_3))
-    m_best = row_max(b_peak)
-    o_in = tl.where(b_0 == b_peak, 0, tl.where(b_1 == b_peak, 1, tl.where(b_2 == b_peak, 2, 3)))
-    i_v = tl.min(tl.where(b_peak == m_best[:, None], o_g[None, :] + o_in, NOWHERE), 1)
-    return m_best, i_v
+def _refined(n, w, group, row_lo, row_hi, k0, k1, TARGET: tl.constexpr):
+    """Scaled noise n of a group's words w: for words below REFINE_BELOW by a second word."""
+    if TARGET == "cuda":
+        n = tl.inline_asm_elementwise(
+            REFINE, REFINE_OPERANDS, n + w + (group, row_lo, row_hi, k0, k1), dtype=(tl.float32,) * 4, is_pure=True,
+            pack=1,
+        )  # fmt: skip
+    else:
+        least = tl.minimum(tl.minimum(w[0], w[1]), tl.minimum(w[2], w[3]))
+        if tl.max((least < REFINE_BELOW).to(tl.int32)) > 0:
+            f = philox(group, row_lo, row_hi, tl.full((), DOMAIN_REFINE, tl.uint32), k0, k1, False)
+            refined = ()
+            for i in tl.static_range(4):
+                refined += (n[i] + _refinement(w[i], f[i]),)
+            n = refined
+    return n
 
 
 @triton.jit
-def _refinement(w, fine, FAST: tl.constexpr):
-    """What the second word adds to the noise of words below REFINE_BELOW, 0 for others: E is u there, to 3e-8."""
+def _refinement(w, fine):
+    """What the second word adds to scaled noise: E is u for words so small, to 3e-8."""
     u = tl.fma(fine.to(tl.float32) + 0.5, 2.0**-32, w.to(tl.float32))
-    return tl.where(w < REFINE_BELOW, -LN2 * (log2(u, FAST) - log2(w.to(tl.float32) + 0.5, FAST)), 0.0)
+    return tl.where(w < REFINE_BELOW, tl.log2(u) - tl.log2(w.to(tl.float32) + 0.5), 0.0)
 
 
 @triton.jit(do_not_specialize=["N", "V", "splits", "group_start", "first_row", "first_split", "step", "softcap", "eps"])
@@ -66,7 +79,8 @@ def head_scores_kernel(
     best, index, plain_max, plain_sum, top, total, slots, counts, places, room,
     s_slots, s_hn, s_hk, s_wv, s_wk, N, V, H, softcap, eps, group_start, first_row, first_split, splits, step,
     SKEW: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TILES: tl.constexpr,
-    EVEN_K: tl.constexpr, PERMUTED: tl.constexpr, TARGET: tl.constexpr,
+    EVEN_K: tl.constexpr, THREADS: tl.constexpr, PERMUTED: tl.constexpr,
+    TARGET: tl.constexpr,
 ):  # fmt: skip
     """One split of BM rows: best score and its token, plain max and sum; with tau the tempered sum; with slots too.
 
@@ -82,84 +96,80 @@ def head_scores_kernel(
     m_n = o_n < N
     o_n = tl.minimum(o_n, N - 1).to(tl.int64)
     k0, k1 = load_key(seed)
-    row_lo, row_hi = split_row(first_row + o_n if row_ids is None else tl.load(row_ids + o_n))
+    row_lo, row_hi = identities(row_ids, first_row, o_n)
     p_h = hidden + o_n * s_hn
-    o_group = (group_start.to(tl.uint32) + tl.arange(0, BN // 4).to(tl.uint32)).to(tl.int32, bitcast=True)
+    o_group = (group_start.to(tl.uint32) + tl.arange(0, THREADS).to(tl.uint32)).to(tl.int32, bitcast=True)
 
-    b_best = tl.full((BM,), float("-inf"), tl.float32)
-    b_id = tl.zeros((BM,), tl.int32)
-    b_max = tl.full((BM,), LOWEST, tl.float32)
-    b_sum = tl.zeros((BM,), tl.float32)
+    # By row and thread: a thread keeps the statistics of its tokens, and they meet at the end.
+    b_best = tl.full((BM, THREADS), float("-inf"), tl.float32)
+    b_id = tl.zeros((BM, THREADS), tl.int32)
+    b_max = tl.full((BM, THREADS), FLOOR, tl.float32)
+    b_sum = tl.zeros((BM, THREADS), tl.float32)
     if tau is not None:
-        rate = LOG2E / tl.load(tau + o_n)
+        rate = LOG2E / tl.load(tau + o_n)[:, None]
         b_top = b_max
-        b_before = b_sum
+        b_bound = b_sum
         if before_max is not None:
-            b_top = tl.load(before_max + o_n)
-            b_before = tl.load(before_sum + o_n)
-        b_total = tl.zeros((BM,), tl.float32)
+            b_top = tl.broadcast_to(tl.load(before_max + o_n)[:, None], BM, THREADS)
+            b_bound = tl.broadcast_to((eps * tl.load(before_sum + o_n))[:, None], BM, THREADS)
+        b_total = tl.zeros((BM, THREADS), tl.float32)
     if slots is not None:
-        count = tl.zeros((BM,), tl.int32)
-        p_slots = slots + o_n * s_slots + tl.load(places + i_s)
+        count = tl.zeros((BM, THREADS), tl.int32)
+        slots += tl.load(places + i_s)
         capacity = tl.load(room + i_s)
     for i_t in tl.range(i_s * TILES, tl.minimum(i_s * TILES + TILES, tl.cdiv(V + SKEW, BN)), disable_licm=True):
         first = i_t * BN - SKEW
-        l_0, l_1, l_2, l_3 = logits(
-            p_h, s_hk, weight, s_wv, s_wk, bias, softcap, H, V, first, o_n, BM, BN, BK, EVEN_K, PERMUTED
-        )
-        b_raised = tl.maximum(b_max, tl.max(tl.maximum(tl.maximum(l_0, l_1), tl.maximum(l_2, l_3)), 1))
-        e_0, e_1, e_2, e_3 = weights(l_0, l_1, l_2, l_3, b_raised, LOG2E)
-        b_sum = b_sum * tl.exp2((b_max - b_raised) * LOG2E) + tl.sum((e_0 + e_1) + (e_2 + e_3), 1)
-        b_max = b_raised
+        tile = logits(
+            p_h, s_hk, weight, s_wv, s_wk, bias, softcap, H, V, first, o_n,
+            BM, BN, BK, EVEN_K, THREADS, PERMUTED,
+        )  # fmt: skip
+        o_v = (first + 4 * tl.arange(0, THREADS))[None, :]
+        for i in tl.static_range(BN // (4 * THREADS)):
+            x = tile[4 * i : 4 * i + 4]
+            b_raised = tl.maximum(b_max, largest(x) * LOG2E)
+            b_sum = tl.fma(b_sum, tl.exp2(b_max - b_raised), total_of(powers(distances(x, LOG2E, b_raised))))
+            b_max = b_raised
 
-        o_g = first + 4 * tl.arange(0, BN // 4)
-        groups = (o_group + i_t * (BN // 4)).to(tl.uint32, bitcast=True)[None, :]
-        c_lo, c_hi = row_lo[:, None], row_hi[:, None]
-        w_0, w_1, w_2, w_3 = philox(
-            beside(groups, l_0, TARGET), c_lo, c_hi, tl.full((), DOMAIN_GUMBEL, tl.uint32), k0, k1, FAST
-        )
-        s_0 = tl.fma(scaled_noise(w_0, w_0, tl.float32, FAST, False), -LN2, l_0)
-        s_1 = tl.fma(scaled_noise(w_1, w_1, tl.float32, FAST, False), -LN2, l_1)
-        s_2 = tl.fma(scaled_noise(w_2, w_2, tl.float32, FAST, False), -LN2, l_2)
-        s_3 = tl.fma(scaled_noise(w_3, w_3, tl.float32, FAST, False), -LN2, l_3)
-        least = tl.minimum(tl.minimum(w_0, w_1), tl.minimum(w_2, w_3))
-        if tl.max((least < REFINE_BELOW).to(tl.int32)) > 0:
-            # One tile in a thousand. The key is loaded anew so that the words are drawn anew: kept for this, they would
-            # cost every tile their registers.
-            c0, c1 = load_key(seed, volatile=True)
-            again = beside(groups, s_0, TARGET)
-            w_0, w_1, w_2, w_3 = philox(again, c_lo, c_hi, tl.full((), DOMAIN_GUMBEL, tl.uint32), c0, c1, FAST)
-            f_0, f_1, f_2, f_3 = philox(again, c_lo, c_hi, tl.full((), DOMAIN_REFINE, tl.uint32), c0, c1, FAST)
-            s_0 += _refinement(w_0, f_0, FAST)
-            s_1 += _refinement(w_1, f_1, FAST)
-            s_2 += _refinement(w_2, f_2, FAST)
-            s_3 += _refinement(w_3, f_3, FAST)
-        m_best, i_v = _best(s_0, s_1, s_2, s_3, o_g)
-        b_id = tl.where(m_best > b_best, i_v, b_id)
-        b_best = nan_max(b_best, m_best)
-        if tau is not None:
-            b_raised = tl.maximum(b_top, m_best)
-            scale = tl.exp2((b_top - b_raised) * rate)
-            b_top = b_raised
-            e_0, e_1, e_2, e_3 = weights(s_0, s_1, s_2, s_3, b_top, rate[:, None])
-            b_total = b_total * scale + tl.sum((e_0 + e_1) + (e_2 + e_3), 1)
-            b_before *= scale
-        if slots is not None:
-            threshold = eps * (b_before + b_total)
-            count = collect(
-                p_slots, count, capacity, threshold, w_0, w_1, w_2, w_3, e_0, e_1, e_2, e_3, s_0, s_1, s_2, s_3, o_g,
-                TARGET,
+            group = (o_group + (i_t * (BN // 4) + i * THREADS)).to(tl.uint32, bitcast=True)[None, :]
+            group = beside(group, x[0], TARGET)
+            w = philox(group, row_lo, row_hi, tl.full((), DOMAIN_GUMBEL, tl.uint32), k0, k1, FAST)
+            n = (
+                scaled_noise(w[0], w[0], tl.float32, FAST, False), scaled_noise(w[1], w[1], tl.float32, FAST, False),
+                scaled_noise(w[2], w[2], tl.float32, FAST, False), scaled_noise(w[3], w[3], tl.float32, FAST, False),
             )  # fmt: skip
+            n = _refined(n, w, group, row_lo, row_hi, k0, k1, TARGET)
+            s = (
+                tl.fma(n[0], -LN2, x[0]), tl.fma(n[1], -LN2, x[1]), tl.fma(n[2], -LN2, x[2]), tl.fma(n[3], -LN2, x[3]),
+            )  # fmt: skip
+            b_peak = largest(s)
+            o_in = tl.where(s[0] == b_peak, 0, tl.where(s[1] == b_peak, 1, tl.where(s[2] == b_peak, 2, 3)))
+            b_id = tl.where(b_peak > b_best, o_v + 4 * THREADS * i + o_in, b_id)
+            b_best = nan_max(b_best, b_peak)
+            if tau is not None:
+                b_raised = tl.maximum(b_top, b_best * rate)
+                b_scale = tl.exp2(b_top - b_raised)
+                e = powers(distances(s, rate, b_raised))
+                b_total = tl.fma(b_total, b_scale, total_of(e))
+                b_bound *= b_scale
+                b_top = b_raised
+            if slots is not None:
+                threshold = tl.fma(b_total, eps, b_bound)
+                count = collect(
+                    slots, s_slots, o_n, count, capacity, threshold, w, e, s, o_v + 4 * THREADS * i, THREADS, TARGET
+                )
     o_p = o_n * splits + i_s
-    tl.store(best + o_p, b_best, mask=m_n)
-    tl.store(index + o_p, b_id, mask=m_n)
-    tl.store(plain_max + o_p, b_max, mask=m_n)
-    tl.store(plain_sum + o_p, b_sum, mask=m_n)
+    m_best = row_max(b_best)
+    tl.store(best + o_p, m_best, mask=m_n)
+    tl.store(index + o_p, tl.min(tl.where(b_best == m_best[:, None], b_id, NOWHERE), 1), mask=m_n)
+    m_max, m_sum = row_total(b_max, b_sum)
+    tl.store(plain_max + o_p, m_max, mask=m_n)
+    tl.store(plain_sum + o_p, m_sum, mask=m_n)
     if tau is not None:
-        tl.store(top + o_p, b_top, mask=m_n)
-        tl.store(total + o_p, b_total, mask=m_n)
+        m_max, m_sum = row_total(b_top, b_total)
+        tl.store(top + o_p, m_max, mask=m_n)
+        tl.store(total + o_p, m_sum, mask=m_n)
     if slots is not None:
-        tl.store(counts + o_p, count, mask=m_n)
+        tl.store(counts + o_p, tl.max(count, 1), mask=m_n)
 
 
 def _run(
@@ -181,11 +191,11 @@ def _run(
     before_max, before_sum = torch.empty(2, rows, device=device)
     candidates = head_support.Candidates(rows, splits, eps, device) if eps > 0 else None
     if candidates is not None:  # splits that have not run yet weigh nothing
-        top.fill_(torch.finfo(torch.float32).min)
+        top.fill_(FLOOR.value)
         total.zero_()
     for launch in head_support.schedule(splits, eps):
         if launch.first > 0:
-            head_support.normalizer_kernel[(rows,)](top, total, tau, before_max, before_sum, **shared, num_warps=1)
+            head_support.normalizer_kernel[(rows,)](top, total, before_max, before_sum, **shared, num_warps=1)
         head_scores_kernel[(triton.cdiv(rows, options["BM"]) * launch.number,)](
             head.hidden, head.weight, head.bias, seed, row_ids, tau,
             before_max if launch.first > 0 else None, before_sum if launch.first > 0 else None,

@@ -21,8 +21,8 @@ import triton.language as tl
 
 from grade_kernels.backends import Support
 from grade_kernels.backends.torch.head import support_capacity
-from grade_kernels.backends.triton.head import LOWEST, NOWHERE, SPLIT, nan_max
-from grade_kernels.backends.triton.philox import LOG2E, load_key, philox, split_row
+from grade_kernels.backends.triton.head import FLOOR, NOWHERE, SPLIT, nan_max
+from grade_kernels.backends.triton.philox import LN2, LOG2E, load_key, philox, split_row
 
 GROWTH = 4
 SLOT_BYTES = 2**26  # slots that exist at a time; rows beyond wait for their turn, in batches of at least LEAST_ROWS
@@ -92,20 +92,27 @@ def slot_arguments(candidates: Candidates | None) -> tuple[Any, ...]:
 
 
 @triton.jit
-def combined(p_max, p_sum, o, m_s, rate):
-    """Maximum and sum of exp2((x - maximum) * rate) of one row from its splits'."""
-    b_max = tl.load(p_max + o, mask=m_s, other=LOWEST)
+def combined(p_max, p_sum, o, m_s):
+    """Maximum, in units of log2, and sum of exp2(x - maximum) of one row from its splits'."""
+    b_max = tl.load(p_max + o, mask=m_s, other=FLOOR)
     m_max = tl.reduce(b_max, 0, nan_max)
-    b_scale = tl.exp2((b_max - m_max) * rate)
+    b_scale = tl.exp2(b_max - m_max)
     return m_max, tl.sum(tl.load(p_sum + o, mask=m_s, other=0.0) * b_scale, 0), b_max, b_scale
 
 
+@triton.jit
+def relative_to(x, rate, m_max, m_sum):
+    """A sum relative to exp2(m_max) as one to exp2(x * rate), where that is nearly the same; by how much, as well."""
+    excess = tl.fma(x, rate, -m_max)
+    return tl.where(m_sum > 0, m_sum * tl.exp2(-excess), m_sum), excess
+
+
 @triton.jit(do_not_specialize=["splits"])
-def normalizer_kernel(top, total, tau, out_max, out_sum, splits, BLOCK_S: tl.constexpr):
+def normalizer_kernel(top, total, out_max, out_sum, splits, BLOCK_S: tl.constexpr):
     """Maximum and tempered sum of a row, over the splits that have run."""
     i_n = tl.program_id(0).to(tl.int64)
     o_s = tl.arange(0, BLOCK_S)
-    m_max, m_sum, _, _ = combined(top, total, i_n * splits + o_s, o_s < splits, LOG2E / tl.load(tau + i_n))
+    m_max, m_sum, _, _ = combined(top, total, i_n * splits + o_s, o_s < splits)
     tl.store(out_max + i_n, m_max)
     tl.store(out_sum + i_n, m_sum)
 
@@ -127,14 +134,16 @@ def sample_combine_kernel(
     i_v = tl.min(tl.where(b_best == m_best, tl.load(index + o, mask=m_s, other=NOWHERE), NOWHERE), 0)
     tl.store(ids + i_n, tl.minimum(i_v, V - 1).to(tl.int64))  # a bad row's lies in the vocabulary as well
     tl.store(score_max + i_n, m_best + SHIFT)
-    m_max, m_sum, _, _ = combined(plain_max, plain_sum, o, m_s, LOG2E)
+    m_max, m_sum, _, _ = combined(plain_max, plain_sum, o, m_s)
+    m_logit = m_max * LN2
+    m_sum, _ = relative_to(m_logit, LOG2E, m_max, m_sum)
     is_bad = m_best != m_best
-    tl.store(out_max + i_n, tl.where(is_bad, nan, m_max))
+    tl.store(out_max + i_n, tl.where(is_bad, nan, m_logit))
     tl.store(out_sum + i_n, tl.where(is_bad, nan, m_sum))
     if tau is not None:
-        rate = LOG2E / tl.load(tau + i_n)
-        m_max, m_sum, _, _ = combined(top, total, o, m_s, rate)
-        tl.store(out_total + i_n, m_sum * tl.exp2((m_max - m_best) * rate))
+        m_max, m_sum, _, _ = combined(top, total, o, m_s)
+        m_sum, _ = relative_to(m_best, LOG2E / tl.load(tau + i_n), m_max, m_sum)
+        tl.store(out_total + i_n, m_sum)
 
 
 @triton.jit(do_not_specialize=["splits", "group_start", "first_row", "eps"])
