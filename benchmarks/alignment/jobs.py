@@ -22,7 +22,7 @@ from benchmarks.alignment.methods import METHODS
 from benchmarks.alignment.settings import Settings
 from benchmarks.alignment.tasks import Task
 from benchmarks.alignment.train import Run, train
-from grade_kernels.demo.cache import replace_file
+from grade_kernels.demo.cache import replace_text
 
 __all__ = ["GradientJob", "Job", "RunJob", "Workers"]
 
@@ -164,12 +164,7 @@ def _do(job: Job) -> str:
 
 
 def _write(path: Path, values: dict[str, Any]) -> None:
-    text = json.dumps(values, indent=1)
-
-    def write(temporary: Path) -> None:
-        temporary.write_text(text + "\n")
-
-    replace_file(path, write)
+    replace_text(path, json.dumps(values, indent=1) + "\n")
 
 
 @contextmanager

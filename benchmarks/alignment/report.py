@@ -6,7 +6,6 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from benchmarks.alignment.claims import KLS, TARGET, bias_bands, claims, frontie
 from benchmarks.alignment.methods import METHODS
 from benchmarks.alignment.study import Results
 from benchmarks.alignment.train import Run
-from grade_kernels.demo.cache import replace_file
+from grade_kernels.demo.cache import replace_text
 
 __all__ = ["markdown", "write_report"]
 
@@ -34,13 +33,9 @@ def write_report(results: Results, output: Path) -> list[Path]:
     written = []
     for name, text in files.items():
         path = output / name
-        replace_file(path, partial(_write_text, text))
+        replace_text(path, text)
         written.append(path)
     return [*written, *plots.draw(results, output)]
-
-
-def _write_text(text: str, path: Path) -> None:
-    path.write_text(text, encoding="utf-8")
 
 
 def _plain(results: Results) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-__all__ = ["read_sealed", "replace_directory", "replace_file"]
+__all__ = ["read_sealed", "replace_directory", "replace_file", "replace_text"]
 
 _SEAL = "seal.json"
 
@@ -26,6 +26,15 @@ def replace_file(path: Path, write: Callable[[Path], None]) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def replace_text(path: Path, text: str) -> None:
+    """`replace_file` with a text."""
+
+    def write(temporary: Path) -> None:
+        temporary.write_text(text, encoding="utf-8")
+
+    replace_file(path, write)
 
 
 def _digest(directory: Path) -> dict[str, str]:

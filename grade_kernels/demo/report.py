@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import GPT2LMHeadModel
 
 from grade_kernels.demo.align import Record
-from grade_kernels.demo.cache import replace_file
+from grade_kernels.demo.cache import replace_file, replace_text
 from grade_kernels.demo.corpus import POSITIVE, tidy, verdict_of
 from grade_kernels.demo.models import completion_loss
 from grade_kernels.demo.speed import Speed
@@ -114,12 +114,7 @@ class DemoResult:
 
 def save_result(path: Path, result: DemoResult) -> None:
     """Write `results.json`."""
-    text = json.dumps(asdict(result), indent=2)
-
-    def write(temporary: Path) -> None:
-        temporary.write_text(text + "\n")
-
-    replace_file(path, write)
+    replace_text(path, json.dumps(asdict(result), indent=2) + "\n")
 
 
 def load_result(path: Path) -> DemoResult:

@@ -99,7 +99,7 @@ def rollout(
     together = is_sharded(policy.model)
     if not _reads(policy, attention_mask, together):
         return _by_length(
-            policy, input_ids, attention_mask, max_new_tokens=max_new_tokens, noise=noise,
+            policy, input_ids, attention_mask, together, max_new_tokens=max_new_tokens, noise=noise,
             eos_token_ids=eos_token_ids, pad_token_id=pad_token_id, soft_tau=soft_tau, keep_hidden=keep_hidden,
         )  # fmt: skip
     device, batch = input_ids.device, input_ids.shape[0]
@@ -174,13 +174,19 @@ def _reads(policy: LanguageModel, attention_mask: torch.Tensor, together: bool) 
 
 
 def _by_length(
-    policy: LanguageModel, input_ids: torch.Tensor, attention_mask: torch.Tensor, *, noise: GumbelNoise, **options: Any
+    policy: LanguageModel,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    together: bool,
+    *,
+    noise: GumbelNoise,
+    **options: Any,
 ) -> Rollout:
     """`rollout` of the prompts of each length by themselves, so that none is padded."""
     sequences = torch.arange(len(input_ids)) if noise.row_ids is None else noise.row_ids
     lengths = attention_mask.ne(0).sum(dim=1)
     # Where processes must keep step, each takes its prompts one by one.
-    groups = torch.arange(len(lengths), device=lengths.device) if is_sharded(policy.model) else lengths
+    groups = torch.arange(len(lengths), device=lengths.device) if together else lengths
     parts, order = [], []
     for group in groups.unique().tolist():
         rows = (groups == group).nonzero()[:, 0]

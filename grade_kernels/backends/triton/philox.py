@@ -28,9 +28,9 @@ WIDE_PRODUCT = tl.constexpr("{ .reg .b64 p; mul.wide.u32 p, $2, $3; mov.b64 {$1,
 
 
 @triton.jit
-def load_key(p_seed, volatile: tl.constexpr = False):
+def load_key(p_seed):
     """The two key words of a 0-d int64 seed."""
-    seed = tl.load(p_seed, volatile=volatile).to(tl.uint64, bitcast=True)
+    seed = tl.load(p_seed).to(tl.uint64, bitcast=True)
     return seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
 
 
