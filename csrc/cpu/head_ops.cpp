@@ -12,6 +12,7 @@
 #include "cpu/isa.h"
 #include "cpu/tensors.h"
 #include "cpu/threads.h"
+#include "cpu/tiles.h"
 
 namespace gk {
 namespace {
@@ -221,6 +222,24 @@ void few_product(Tensor x, Tensor table, Tensor out) {
   });
 }
 
+bool has_tiles() { return machine_isa() == Isa::kAmx; }
+
+int64_t tile_blocks(int64_t rows) { return (rows + kTileBlock - 1) / kTileBlock; }
+
+// x as tiles, float32: `packed` has kTileParts numbers for each of x's, padded to whole tiles.
+void tile_pack(Tensor x, Tensor packed) {
+  const TilePacking args{data<float>(x), x.size(0), x.size(1), x.stride(0),
+                         static_cast<uint16_t*>(packed.mutable_data_ptr())};
+  parallel_rows(tile_blocks(args.rows), [&](int64_t begin, int64_t end) { pack_tiles(args, begin, end); });
+}
+
+// table @ x.T, float32; `out` has x's rows, padded to a multiple of 16, along its second dimension.
+void tile_product(Tensor packed, int64_t rows, Tensor table, Tensor out) {
+  const TileProduct args{static_cast<const uint16_t*>(packed.const_data_ptr()), rows, data<float>(table), table.size(0),
+                         table.size(1), table.stride(0), mutable_data<float>(out), out.stride(0)};
+  parallel_rows(tile_blocks(args.tokens), [&](int64_t begin, int64_t end) { multiply_tiles(args, begin, end); });
+}
+
 }  // namespace
 }  // namespace gk
 
@@ -233,6 +252,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(grade_kernels_cpu, m) {
   m.def("head_support(Tensor candidates, Tensor offsets, Tensor(a!) tokens, Tensor(b!) p) -> ()");
   m.def("gather_dot(Tensor x, Tensor table, Tensor rows, Tensor tokens, Tensor(a!) out) -> ()");
   m.def("few_product(Tensor x, Tensor table, Tensor(a!) out) -> ()");
+  m.def("has_tiles() -> bool");
+  m.def("tile_pack(Tensor x, Tensor(a!) packed) -> ()");
+  m.def("tile_product(Tensor packed, int rows, Tensor table, Tensor(a!) out) -> ()");
   m.def("gather_sum(Tensor values, Tensor table, Tensor offsets, Tensor tokens, Tensor(a!) out) -> ()");
 }
 
@@ -242,5 +264,8 @@ STABLE_TORCH_LIBRARY_IMPL(grade_kernels_cpu, CompositeExplicitAutograd, m) {
   m.impl("head_support", TORCH_BOX(&gk::head_support));
   m.impl("gather_dot", TORCH_BOX(&gk::gather_dot));
   m.impl("few_product", TORCH_BOX(&gk::few_product));
+  m.impl("has_tiles", TORCH_BOX(&gk::has_tiles));
+  m.impl("tile_pack", TORCH_BOX(&gk::tile_pack));
+  m.impl("tile_product", TORCH_BOX(&gk::tile_product));
   m.impl("gather_sum", TORCH_BOX(&gk::gather_sum));
 }

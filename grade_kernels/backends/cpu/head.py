@@ -19,6 +19,7 @@ from grade_kernels.backends.torch import head as fallback
 CHUNK_ELEMENTS = 2**20  # logits that exist at a time
 _LANES, _PIECES = 16, 8  # kHeadLanes and kPieces of csrc/cpu
 _FEW_ROWS = 8  # hidden rows up to which padding them to whole lanes is most of the work
+_TILE, _TILE_PARTS = 32, 3  # kTileBlock and kTileStep, and kTileParts of csrc/cpu/tiles.h
 _CANDIDATE_WORDS = 3  # int32 words of csrc/cpu/head.h's Candidate
 _SAMPLE, _SCORES, _SOFTMAX = range(3)
 
@@ -27,12 +28,37 @@ def _kernels() -> Any:
     return torch.ops.grade_kernels_cpu
 
 
-def _lanes(hidden: torch.Tensor) -> torch.Tensor:
-    """`hidden.T`, with columns of zeros up to a whole number of lanes."""
-    rows, width = hidden.shape
-    padded = hidden.new_zeros(width, max(1, -(-rows // _LANES)) * _LANES)
-    padded[:, :rows] = hidden.T
-    return padded
+class _Product:
+    """`weight @ hidden.T` of a head, some rows of the weight at a time, in a buffer of `width` rows.
+
+    Its columns are padded to a whole number of lanes. In float32 it is taken by csrc/cpu/kernels_amx.cpp where the
+    processor has AMX, otherwise by torch.
+    """
+
+    def __init__(self, head: Head, width: int) -> None:
+        self.rows, inner = head.hidden.shape
+        self.weight, hidden = head.weight, unit_stride(head.hidden)
+        self.buffer = hidden.new_empty(min(width, self.weight.shape[0]), _padded(self.rows))
+        self.tiles = hidden.dtype == torch.float32 and inner > 0 and _kernels().has_tiles()
+        if self.tiles:
+            tiles = -(-self.rows // _TILE) * -(-inner // _TILE)
+            self.hidden = torch.empty(tiles * _TILE**2 * _TILE_PARTS, dtype=torch.int16)
+            _kernels().tile_pack(hidden, self.hidden)
+        else:
+            self.hidden = hidden.new_zeros(inner, _padded(self.rows))
+            self.hidden[:, : self.rows] = hidden.T
+
+    def __call__(self, chunk: slice) -> torch.Tensor:
+        out = self.buffer[: chunk.stop - chunk.start]
+        if not self.tiles:
+            return torch.mm(self.weight[chunk], self.hidden, out=out)
+        _kernels().tile_product(self.hidden, self.rows, unit_stride(self.weight[chunk]), out)
+        return out
+
+
+def _padded(rows: int) -> int:
+    """Rows up to a whole number of lanes."""
+    return max(1, -(-rows // _LANES)) * _LANES
 
 
 def _chunks(vocab: int, width: int) -> Iterator[slice]:
@@ -102,27 +128,24 @@ class _Pass:
 
     def run(self, seed: torch.Tensor, row_ids: torch.Tensor | None, vocab_start: int, ref: Head | None = None) -> None:
         head, rows = self.head, self.head.hidden.shape[0]
-        hidden, ref_hidden = _lanes(head.hidden), None if ref is None else _lanes(ref.hidden)
-        lanes, vocab = hidden.shape[1], head.weight.shape[0]
+        lanes, vocab = _padded(rows), head.weight.shape[0]
         width = max(256, CHUNK_ELEMENTS // lanes // 64 * 64)
-        logits = torch.empty(min(width, vocab), lanes, dtype=head.hidden.dtype)
-        ref_logits = None if ref is None else torch.empty_like(logits, dtype=ref.hidden.dtype)
+        product, ref_product = _Product(head, width), None if ref is None else _Product(ref, width)
         # Candidates of a chunk before they are filtered: room for all, touched where there are any.
         room = _PIECES * lanes * -(-width // _PIECES) * _CANDIDATE_WORDS if self.eps > 0 else 0
         scratch = torch.empty(room, dtype=torch.int32)
         row_ids = None if row_ids is None else row_ids.contiguous()
         for chunk in _chunks(vocab, width):
-            start = chunk.start
-            out = torch.mm(head.weight[chunk], hidden, out=logits[: chunk.stop - start])
+            out = product(chunk)
             bias, ref_out, ref_bias = None if head.bias is None else head.bias[chunk], None, None
-            if ref is not None and ref_hidden is not None and ref_logits is not None:
-                ref_out = torch.mm(ref.weight[chunk], ref_hidden, out=ref_logits[: chunk.stop - start])
+            if ref is not None and ref_product is not None:
+                ref_out = ref_product(chunk)
                 if ref_out.dtype != out.dtype:
                     out, ref_out = out.float(), ref_out.float()
                 ref_bias = None if ref.bias is None else ref.bias[chunk].float()
             _kernels().head_chunk(
                 self.kind, out, ref_out, bias, ref_bias, head.softcap or 0.0, rows, self.tau, seed, row_ids,
-                vocab_start, start, self.eps, self.state, self.ids, self.flags, self.candidates, scratch,
+                vocab_start, chunk.start, self.eps, self.state, self.ids, self.flags, self.candidates, scratch,
             )  # fmt: skip
 
     def bad(self) -> torch.Tensor:

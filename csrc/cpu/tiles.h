@@ -1,0 +1,35 @@
+// float32 products on AMX's matrix unit, which multiplies tiles of bfloat16 and adds in float32.
+//
+// A float32 number is the exact sum of three bfloat16 ones, so a product of two is the sum of nine such products, of
+// which the three least are below float32's rounding and left out. Sums come out closer than those of as many float32
+// products, in about half the time.
+#pragma once
+
+#include <cstdint>
+
+namespace gk {
+
+constexpr int64_t kTileBlock = 32;  // rows of the table, and of x, that one round of products covers
+constexpr int64_t kTileStep = 32;   // columns that one tile covers
+constexpr int kTileParts = 3;       // bfloat16 numbers that one of float32 is the sum of
+
+struct TilePacking {
+  const float* x;  // [rows, width]
+  int64_t rows, width, stride;
+  uint16_t* packed;  // kTileParts numbers for each of x, zeros up to whole blocks and steps
+};
+
+struct TileProduct {
+  const uint16_t* packed;  // x
+  int64_t rows;
+  const float* table;  // [tokens, width]
+  int64_t tokens, width, stride;
+  float* out;  // [tokens, out_stride]: table @ x.T; columns up to the next multiple of 16 are written
+  int64_t out_stride;
+};
+
+// Where machine_isa() is kAmx. Blocks [begin, end) of kTileBlock rows: of x, and of the table.
+void pack_tiles(const TilePacking& args, int64_t begin, int64_t end);
+void multiply_tiles(const TileProduct& args, int64_t begin, int64_t end);
+
+}  // namespace gk

@@ -1,0 +1,138 @@
+"""float32 products of the cpu backend: on AMX's matrix unit, and the same operations on lesser processors."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from grade_kernels import backends
+from grade_kernels.backends import Head
+from grade_kernels.backends.cpu import head as cpu_head
+
+pytestmark = pytest.mark.skipif("cpu" not in backends.available_backends(), reason="the C++ library was not built")
+
+
+@pytest.fixture
+def tiles():
+    backends.module("cpu")  # loads the library
+    if not torch.ops.grade_kernels_cpu.has_tiles():
+        pytest.skip("this processor has no AMX, or the system does not lend it")
+
+
+def _product(hidden, weight):
+    product = cpu_head._Product(Head(hidden, weight, None, None), weight.shape[0])
+    product.buffer.fill_(torch.nan)
+    out = product(slice(0, weight.shape[0]))
+    assert out.shape[1] % 16 == 0
+    return out[:, : hidden.shape[0]]
+
+
+@pytest.mark.parametrize("rows", [1, 16, 17, 31, 32, 33, 100])
+@pytest.mark.parametrize("vocab", [1, 31, 32, 33, 95, 300])
+@pytest.mark.parametrize("width", [1, 31, 32, 33, 257, 1030])
+def test_a_product_is_at_least_as_exact_as_torchs(tiles, rows, vocab, width):
+    generator = torch.Generator().manual_seed(rows * vocab * width)
+    hidden = torch.randn(rows, width, generator=generator)
+    weight = torch.randn(vocab, width, generator=generator)
+    exact = weight.double() @ hidden.double().T
+    size = weight.double().abs() @ hidden.double().abs().T
+    error, torchs = (((x - exact).abs() / size).max().item() for x in (_product(hidden, weight), weight @ hidden.T))
+    assert error <= torchs + 2.0**-23  # of the sum of magnitudes: two roundings' worth of slack where sums are short
+
+
+def test_its_error_is_about_half_of_torchs(tiles):
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(64, 1024, generator=generator), torch.randn(2000, 1024, generator=generator)
+    exact = weight.double() @ hidden.double().T
+    error, torchs = ((x - exact).norm() / exact.norm() for x in (_product(hidden, weight), weight @ hidden.T))
+    assert error <= 0.75 * torchs
+
+
+def test_numbers_of_all_sizes(tiles):
+    """Each part keeps float32's range; what is lost is lost to subnormal products only."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(20, 64, generator=generator), torch.randn(70, 64, generator=generator)
+    for scale in (1e-15, 1e15):
+        found = _product(hidden * scale, weight * scale)
+        assert torch.allclose(found, _product(hidden, weight) * scale * scale, rtol=1e-5, atol=1e-5 * scale * scale)
+    assert torch.equal(_product(torch.eye(40), torch.full((50, 40), 1e38)), torch.full((50, 40), 1e38))
+
+
+def test_rows_apart_and_columns_of_a_wider_table(tiles):
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(40, 96, generator=generator)[::2, :50]
+    table = torch.full((120, 96), torch.nan)
+    table[::2, :50] = torch.randn(60, 50, generator=generator)
+    weight = table[::2, :50]  # what lies beside it is NaN, and must not be seen
+    assert torch.allclose(_product(hidden, weight), weight @ hidden.T, rtol=1e-5, atol=1e-5)
+    assert torch.allclose(_product(hidden, weight.T.contiguous().T), weight @ hidden.T, rtol=1e-5, atol=1e-5)
+
+
+def test_infinities_and_nan_of_the_table(tiles):
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(33, 40, generator=generator), torch.randn(64, 40, generator=generator)
+    hidden[:, 7] = hidden[:, 7].abs().bfloat16().float() + 1.0  # the lower parts of some are zero
+    weight[3, 7], weight[5, 7], weight[9, 0] = torch.inf, -torch.inf, torch.nan
+    weight[11, 1], weight[11, 2] = torch.inf, -torch.inf
+    weight[13, 3] = 3.4e38  # rounds to an infinity in bfloat16
+    found, expected = _product(hidden, weight), weight @ hidden.T
+    assert torch.allclose(found, expected, rtol=1e-5, atol=1e-5, equal_nan=True)
+    assert (found[3] == torch.inf).all()
+    assert (found[5] == -torch.inf).all()
+
+
+def test_a_row_of_hidden_that_is_not_finite_stays_alone(tiles):
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(20, 40, generator=generator), torch.randn(64, 40, generator=generator)
+    clean = _product(hidden, weight).clone()
+    hidden[4, 2], hidden[7, 3] = torch.nan, torch.inf
+    found = _product(hidden, weight)
+    good = torch.ones(20, dtype=torch.bool)
+    good[[4, 7]] = False
+    assert torch.equal(found[:, good], clean[:, good])
+    assert not found[:, ~good].isfinite().any()
+
+
+def test_a_logit_does_not_depend_on_its_neighbours(tiles):
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(50, 300, generator=generator), torch.randn(90, 300, generator=generator)
+    whole = _product(hidden, weight).clone()
+    assert torch.equal(_product(hidden[13:40], weight[5:77]), whole[5:77, 13:40])
+
+
+SCRIPT = """
+import torch, grade_kernels as gk
+generator = torch.Generator().manual_seed(0)
+hidden, lm_head = torch.randn(21, 40, generator=generator), torch.randn(333, 40, generator=generator) * 0.3
+table, ref = torch.randn(333, 24, generator=generator), torch.randn(333, 40, generator=generator) * 0.3
+def results(dtype):
+    h, w, e, r = (x.to(dtype) for x in (hidden, lm_head, table, ref))
+    h = h.clone().requires_grad_()
+    out = gk.linear_gumbel_ste(h, w, e, 0.7, noise=gk.GumbelNoise(5), eps=0.0)
+    kl = gk.linear_kl(h, w, h.detach(), r, eps=0.0)
+    (out.embedding.sum() + out.logprobs.sum() + kl.sum()).backward()
+    return out.ids, out.logprobs, kl, h.grad, gk.linear_gumbel_sample(h[:3].detach(), w, noise=gk.GumbelNoise(5))[0]
+found = results(torch.float32)
+assert gk.backends.select(hidden.device, hidden.dtype) == "cpu"
+for x, y in zip(found, results(torch.float64)):
+    torch.testing.assert_close(x.double(), y.double(), rtol=2e-4, atol=2e-5)
+print(torch.ops.grade_kernels_cpu.has_tiles())
+"""
+
+
+@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512", "amx"])
+def test_every_instruction_set_gives_the_same(isa):
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT],
+        env={**os.environ, "GRADE_KERNELS_CPU_ISA": isa},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    if isa != "amx":
+        assert done.stdout.strip() == "False"
