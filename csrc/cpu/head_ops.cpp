@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <vector>
 
@@ -42,32 +43,54 @@ void merge_sum(float& max, float& sum, float piece_max, float piece_sum, float t
 
 float uniform(uint32_t word) { return (float(word * 0x9E3779B1u) + 0.5f) * 0x1p-32f; }
 
-// Keeps what the normaliser so far does not rule out; returns how many.
-int32_t filter(Candidate* list, int32_t count, float max, float sum, float tau, float eps) {
-  int32_t kept = 0;
-  for (int32_t i = 0; i < count; ++i) {
-    if (std::exp((list[i].score - max) / tau) > uniform(list[i].word) * eps * sum) list[kept++] = list[i];
+// Which candidates of a row its normaliser so far does not rule out: exp((score - max) / tau) > uniform * eps * sum.
+class Filter {
+ public:
+  Filter(float max, float sum, float tau, float eps)
+      : max_(max), tau_(tau), bound_(eps * sum), scale_(1.4426950408889634 / tau), limit_(std::log2(double(bound_))) {}
+
+  bool keeps(const Candidate& candidate) const {
+    const float u = uniform(candidate.word);
+    // In units of log2; a float's bits, read as an integer, are its log2 less at most 0.0861. What that leaves open, and
+    // what rounding may, is decided by the exponential itself.
+    const double clear = (double(candidate.score) - max_) * scale_ - (std::bit_cast<int32_t>(u) * 0x1p-23 - 127.0) - limit_;
+    if (__builtin_expect(clear > -1e-3 && clear < 0.0871, 0)) return std::exp((candidate.score - max_) / tau_) > u * bound_;
+    return clear > 0.0;
   }
-  return kept;
-}
+
+  // Keeps those of a list; returns how many.
+  int32_t keep(Candidate* list, int32_t count) const {
+    int32_t kept = 0;
+    for (int32_t i = 0; i < count; ++i) {
+      const Candidate candidate = list[i];
+      list[kept] = candidate;  // no branch, which nothing could predict
+      kept += keeps(candidate);
+    }
+    return kept;
+  }
+
+ private:
+  float max_, tau_, bound_;
+  double scale_, limit_;
+};
 
 void append(State& state, int64_t row, const Candidate* found, int32_t count, int64_t first_token, float tau, float eps) {
   if (state.overflow[row]) return;
   Candidate* list = state.candidates + row * state.capacity;
-  const float max = state.score_max[row], sum = state.score_sum[row];
+  const Filter filter(state.score_max[row], state.score_sum[row], tau, eps);
   for (int32_t i = 0; i < count; ++i) {
-    if (!(std::exp((found[i].score - max) / tau) > uniform(found[i].word) * eps * sum)) continue;
     if (state.count[row] == state.capacity) {
-      state.count[row] = filter(list, state.count[row], max, sum, tau, eps);
+      state.count[row] = filter.keep(list, state.count[row]);
       if (state.count[row] >= state.capacity - state.capacity / 8) {  // compaction no longer pays: the dense path will
         state.overflow[row] = 1;
         state.count[row] = 0;
         return;
       }
     }
-    Candidate& added = list[state.count[row]++];
+    Candidate& added = list[state.count[row]];
     added = found[i];
     added.token += int32_t(first_token);
+    state.count[row] += filter.keeps(found[i]);
   }
 }
 
@@ -190,6 +213,17 @@ void head_support(Tensor candidates, Tensor offsets_, Tensor tokens_, Tensor p_)
   }
 }
 
+// A stable order of entries by token, and how many each token has (`counts`, zeros at first).
+void token_order(Tensor tokens_, Tensor order_, Tensor counts_) {
+  const int64_t entries = tokens_.numel(), vocab = counts_.numel();
+  const int64_t* tokens = data<int64_t>(tokens_);
+  int64_t *order = mutable_data<int64_t>(order_), *counts = mutable_data<int64_t>(counts_);
+  for (int64_t i = 0; i < entries; ++i) ++counts[tokens[i]];
+  std::vector<int64_t> place(size_t(vocab), 0);
+  for (int64_t token = 0, before = 0; token < vocab; before += counts[token++]) place[size_t(token)] = before;
+  for (int64_t i = 0; i < entries; ++i) order[place[size_t(tokens[i])]++] = i;
+}
+
 void gather_dot(Tensor x, Tensor table, Tensor rows, Tensor tokens, Tensor out) {
   const GatherArgs args{x.const_data_ptr(), dtype_of(x), x.stride(0), table.const_data_ptr(), dtype_of(table),
                         table.stride(0), table.size(1), data<int64_t>(rows), data<int64_t>(tokens), nullptr, nullptr,
@@ -250,6 +284,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(grade_kernels_cpu, m) {
       "Tensor(b!) ids, Tensor(c!) flags, Tensor(d!) candidates, Tensor(e!) scratch) -> ()");
   m.def("head_finish(Tensor tau, float eps, Tensor state, Tensor(a!) flags, Tensor(b!) candidates) -> ()");
   m.def("head_support(Tensor candidates, Tensor offsets, Tensor(a!) tokens, Tensor(b!) p) -> ()");
+  m.def("token_order(Tensor tokens, Tensor(a!) order, Tensor(b!) counts) -> ()");
   m.def("gather_dot(Tensor x, Tensor table, Tensor rows, Tensor tokens, Tensor(a!) out) -> ()");
   m.def("few_product(Tensor x, Tensor table, Tensor(a!) out) -> ()");
   m.def("has_tiles() -> bool");
@@ -262,6 +297,7 @@ STABLE_TORCH_LIBRARY_IMPL(grade_kernels_cpu, CompositeExplicitAutograd, m) {
   m.impl("head_chunk", TORCH_BOX(&gk::head_chunk));
   m.impl("head_finish", TORCH_BOX(&gk::head_finish));
   m.impl("head_support", TORCH_BOX(&gk::head_support));
+  m.impl("token_order", TORCH_BOX(&gk::token_order));
   m.impl("gather_dot", TORCH_BOX(&gk::gather_dot));
   m.impl("few_product", TORCH_BOX(&gk::few_product));
   m.impl("has_tiles", TORCH_BOX(&gk::has_tiles));

@@ -232,8 +232,17 @@ def gather_sum(values: torch.Tensor, table: torch.Tensor, offsets: torch.Tensor,
     return out
 
 
+def _token_order(tokens: torch.Tensor, vocab: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As the torch backend's, by counting."""
+    order, counts = torch.empty_like(tokens), torch.zeros(vocab, dtype=torch.int64)
+    _kernels().token_order(tokens.contiguous(), order, counts)
+    distinct = counts.nonzero()[:, 0]
+    counts = counts[distinct]
+    return order, distinct, torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+
+
 def scatter_sum(
     values: torch.Tensor, x: torch.Tensor, rows: torch.Tensor, tokens: torch.Tensor, table: torch.Tensor
 ) -> torch.Tensor:
     """See `grade_kernels.backends`."""
-    return fallback.scatter_sum(values, x, rows, tokens, table, gather_sum)
+    return fallback.scatter_sum(values, x, rows, tokens, table, gather_sum, _token_order)

@@ -238,6 +238,13 @@ def head_logits_at(
     return softcapped(logits, head.softcap)
 
 
+def token_order(tokens: torch.Tensor, vocab: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A stable order of entries by token, the tokens that occur, and `[distinct + 1]` where the entries of each begin."""
+    order = tokens.argsort(stable=True)
+    distinct, counts = torch.unique_consecutive(tokens[order], return_counts=True)
+    return order, distinct, torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+
+
 def scatter_sum(
     values: torch.Tensor,
     x: torch.Tensor,
@@ -245,14 +252,12 @@ def scatter_sum(
     tokens: torch.Tensor,
     table: torch.Tensor,
     summed: Callable[..., torch.Tensor] = gather_sum,
+    ordered: Callable[[torch.Tensor, int], tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = token_order,
 ) -> torch.Tensor:
-    """See `grade_kernels.backends`; another backend lends its own gather_sum."""
+    """See `grade_kernels.backends`; another backend lends its own gather_sum and token_order."""
     out = torch.zeros(table.shape[0], x.shape[1], dtype=table.dtype, device=table.device)
     if len(tokens) == 0:
         return out
-    order = tokens.argsort(stable=True)
-    tokens, rows, values = tokens[order], rows[order], values[order]
-    distinct, counts = torch.unique_consecutive(tokens, return_counts=True)
-    offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-    out[distinct] = summed(values, x, offsets, rows).to(table.dtype)
+    order, distinct, offsets = ordered(tokens, table.shape[0])
+    out[distinct] = summed(values[order], x, offsets, rows[order]).to(table.dtype)
     return out
