@@ -44,6 +44,15 @@ def test_a_product_is_at_least_as_exact_as_torchs(tiles, rows, vocab, width):
     assert error <= torchs + 2.0**-23  # of the sum of magnitudes: two roundings' worth of slack where sums are short
 
 
+@pytest.mark.parametrize("rows", [9, 16, 17, 33, 100])
+@pytest.mark.parametrize("vocab", [1, 15, 32, 47, 300])
+def test_by_row_it_is_the_same(tiles, rows, vocab):
+    generator = torch.Generator().manual_seed(rows * vocab)
+    x, table = torch.randn(rows, 70, generator=generator), torch.randn(vocab, 70, generator=generator)
+    assert torch.equal(cpu_head.product(x, table), _product(x, table).T)
+    assert torch.equal(cpu_head.product(x.T.contiguous().T, table.T.contiguous().T), _product(x, table).T)
+
+
 def test_its_error_is_about_half_of_torchs(tiles):
     generator = torch.Generator().manual_seed(0)
     hidden, weight = torch.randn(64, 1024, generator=generator), torch.randn(2000, 1024, generator=generator)

@@ -267,10 +267,11 @@ void tile_pack(Tensor x, Tensor packed) {
   parallel_rows(tile_blocks(args.rows), [&](int64_t begin, int64_t end) { pack_tiles(args, begin, end); });
 }
 
-// table @ x.T, float32; `out` has x's rows, padded to a multiple of 16, along its second dimension.
-void tile_product(Tensor packed, int64_t rows, Tensor table, Tensor out) {
+// table @ x.T, float32, in `out` with x's rows, padded to a multiple of 16, along its second dimension; or, if by_row,
+// x @ table.T.
+void tile_product(Tensor packed, int64_t rows, Tensor table, bool by_row, Tensor out) {
   const TileProduct args{static_cast<const uint16_t*>(packed.const_data_ptr()), rows, data<float>(table), table.size(0),
-                         table.size(1), table.stride(0), mutable_data<float>(out), out.stride(0)};
+                         table.size(1), table.stride(0), mutable_data<float>(out), out.stride(0), by_row};
   parallel_rows(tile_blocks(args.tokens), [&](int64_t begin, int64_t end) { multiply_tiles(args, begin, end); });
 }
 
@@ -289,7 +290,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(grade_kernels_cpu, m) {
   m.def("few_product(Tensor x, Tensor table, Tensor(a!) out) -> ()");
   m.def("has_tiles() -> bool");
   m.def("tile_pack(Tensor x, Tensor(a!) packed) -> ()");
-  m.def("tile_product(Tensor packed, int rows, Tensor table, Tensor(a!) out) -> ()");
+  m.def("tile_product(Tensor packed, int rows, Tensor table, bool by_row, Tensor(a!) out) -> ()");
   m.def("gather_sum(Tensor values, Tensor table, Tensor offsets, Tensor tokens, Tensor(a!) out) -> ()");
 }
 

@@ -133,9 +133,9 @@ class Multiplier {
   [[gnu::always_inline]] void multiply_block(int64_t block, int64_t group, int64_t next, int64_t ahead) {
     constexpr int64_t kColumns = kWide ? 32 : 16;
     alignas(64) float edge[kTileBlock * 32];
-    float* place = args_.out + block * kTileBlock * args_.out_stride + group * kTileBlock;
-    float* out = kFull ? place : edge;
-    const int64_t out_stride = kFull ? args_.out_stride : 32;
+    const bool in_place = kFull && !args_.by_row;
+    float* out = in_place ? args_.out + block * kTileBlock * args_.out_stride + group * kTileBlock : edge;
+    const int64_t out_stride = in_place ? args_.out_stride : 32;
     const uint16_t* x = args_.packed + group * steps_ * kStepTiles * kTile;
     for (int64_t step = 0; step < steps_; ++step, x += kStepTiles * kTile) {
       if (step % kSegment == 0) clear<kWide>();
@@ -164,9 +164,23 @@ class Multiplier {
     }
     const int64_t tokens = std::min(kTileBlock, args_.tokens - block * kTileBlock);
     if (__builtin_expect(unordered != 0, 0)) mend(block, tokens, group, out, out_stride);
-    if constexpr (!kFull) {
+    if (!in_place) copy(edge, block * kTileBlock, tokens, group * kTileBlock, kColumns);
+  }
+
+  // A block of sums, 32 wide, to where they belong.
+  void copy(const float* sums, int64_t token, int64_t tokens, int64_t row, int64_t columns) const {
+    if (!args_.by_row) {
       for (int64_t i = 0; i < tokens; ++i) {
-        std::memcpy(place + i * args_.out_stride, edge + i * 32, kColumns * sizeof(float));
+        std::memcpy(args_.out + (token + i) * args_.out_stride + row, sums + i * 32, size_t(columns) * sizeof(float));
+      }
+      return;
+    }
+    const __m512i down = _mm512_mullo_epi32(_mm512_set1_epi32(32), _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
+    for (int64_t j = 0; j < std::min(columns, args_.rows - row); ++j) {
+      for (int64_t i = 0; i < tokens; i += 16) {
+        const __mmask16 mask = __mmask16(mask_of(tokens - i));
+        const __m512 column = _mm512_i32gather_ps(down, sums + i * 32 + j, 4);
+        _mm512_mask_storeu_ps(args_.out + (row + j) * args_.out_stride + token + i, mask, column);
       }
     }
   }

@@ -24,8 +24,11 @@ struct TileProduct {
   int64_t rows;
   const float* table;  // [tokens, width]
   int64_t tokens, width, stride;
-  float* out;  // [tokens, out_stride]: table @ x.T; columns up to the next multiple of 16 are written
+  // table @ x.T, [tokens, out_stride], of which columns up to the next multiple of 16 are written; or, if by_row,
+  // x @ table.T, [rows, out_stride].
+  float* out;
   int64_t out_stride;
+  bool by_row;
 };
 
 // Where machine_isa() is kAmx. Blocks [begin, end) of kTileBlock rows: of x, and of the table.

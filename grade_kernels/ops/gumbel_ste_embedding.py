@@ -201,7 +201,7 @@ def _backward_kernel(
         dlogits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
         for i, (part, table) in enumerate(zip(upstream, tables, strict=True)):
             for columns in column_chunks(logits.shape[0], logits.shape[1], PRODUCT_ELEMENTS):
-                product = part @ table[columns].T
+                product = implementation.product(part, table[columns])
                 if i == 0:
                     dlogits[:, columns] = product
                 else:

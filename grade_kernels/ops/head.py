@@ -200,7 +200,7 @@ class HeadGradients:
         hidden = torch.zeros(head.hidden.shape, dtype=self.dtype, device=rows.device)
         if self.needs[1] and self.weight is None:
             self.weight = torch.zeros_like(head.weight)
-        for columns, logits in head_chunks(head):
+        for columns, logits in head_chunks(head, self.implementation.product):
             dlogits = rule(columns, logits)
             if head.softcap is not None:
                 dlogits = dlogits * softcap_slope(logits, head.softcap)

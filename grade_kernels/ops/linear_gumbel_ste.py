@@ -212,7 +212,7 @@ def _soft_lookup(
     total, logit_sum = torch.zeros_like(tau), torch.zeros_like(tau)
     ids = torch.full((rows,), -1, dtype=torch.int64, device=tau.device)
     sums = [torch.zeros(rows, table.shape[1], dtype=tau.dtype, device=tau.device) for table in tables]
-    for columns, logits in head_chunks(head):
+    for columns, logits in head_chunks(head, implementation.product):
         part = implementation.sample(logits, seed, row_ids, vocab_start + columns.start, True)
         # A chunk may be masked throughout; only a NaN or +inf in it makes the row bad.
         bad = (logits.amax(dim=1).isnan()) | (logits == torch.inf).any(dim=1)
@@ -368,7 +368,7 @@ class _Backward:
             for d, table in zip(upstream, self.tables, strict=True):
                 # A table narrower than the head would round dY to its own dtype.
                 dtype = d.dtype if d.dtype == self.head.hidden.dtype else like.dtype
-                out += d.to(dtype) @ table[columns].to(dtype).T
+                out += self.implementation.product(d.to(dtype), table[columns].to(dtype))
             return out
 
         wide = self.head.hidden.dtype in (torch.float32, torch.float64)  # narrower, the difference at the end cancels
@@ -376,7 +376,9 @@ class _Backward:
             self._dense_hidden(rows, estimator, dlogprobs, dtables, weights, plain, dy_chunk)
             return
         total, dot, plain_dot = (torch.zeros_like(tau) for _ in range(3))
-        for columns, logits in head_chunks(self.head._replace(hidden=self.head.hidden[rows])):
+        for columns, logits in head_chunks(
+            self.head._replace(hidden=self.head.hidden[rows]), self.implementation.product
+        ):
             part, dy = weights(columns, logits), dy_chunk(columns, logits)
             total += part.sum(dim=1, keepdim=True)
             dot += (part * dy).sum(dim=1, keepdim=True)
@@ -423,7 +425,7 @@ class _Backward:
         total, dot, moment, moment_dot = (torch.zeros_like(tau) for _ in range(4))
         kinds = 2 if dlogprobs is None else 3
         sums = torch.zeros(kinds * len(rows), head.hidden.shape[1], dtype=tau.dtype, device=tau.device)
-        for columns, logits in head_chunks(head):
+        for columns, logits in head_chunks(head, self.implementation.product):
             part, dy = weights(columns, logits), dy_chunk(columns, logits).sub_(origin)
             terms = [part * dy, part] if dlogprobs is None else [part * dy, part, plain(logits)]
             total += part.sum(dim=1, keepdim=True)

@@ -307,7 +307,9 @@ def _add_dense(
     """The exact gradient of the rows in `dense`, apart from the sampled token's own entry."""
     sums = Softmax(*(x[dense, None] for x in sums))
     tau, scale = tau[dense, None], scale[dense, None]
-    ref_chunks = None if ref is None else head_chunks(ref._replace(hidden=ref.hidden[dense]))
+    ref_chunks = None
+    if ref is not None:
+        ref_chunks = head_chunks(ref._replace(hidden=ref.hidden[dense]), gradients.implementation.product)
 
     def rule(columns: slice, logits: torch.Tensor) -> torch.Tensor:
         logp = (logits - sums.logit_max) / tau - sums.total.log()

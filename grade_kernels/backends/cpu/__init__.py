@@ -14,6 +14,7 @@ from grade_kernels.backends.cpu.head import (
     head_sample,
     head_scores,
     head_softmax,
+    product,
     scatter_sum,
 )
 from grade_kernels.backends.cpu.rows import one_hot, sample, softmax, softmax_backward
@@ -26,6 +27,7 @@ __all__ = [
     "head_scores",
     "head_softmax",
     "one_hot",
+    "product",
     "sample",
     "scatter_sum",
     "softmax",

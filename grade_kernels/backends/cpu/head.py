@@ -28,6 +28,27 @@ def _kernels() -> Any:
     return torch.ops.grade_kernels_cpu
 
 
+def _has_tiles(x: torch.Tensor) -> bool:
+    return x.dtype == torch.float32 and x.numel() > 0 and bool(_kernels().has_tiles())
+
+
+def _packed(x: torch.Tensor) -> torch.Tensor:
+    """x as csrc/cpu/tiles.h wants it."""
+    tiles = -(-x.shape[0] // _TILE) * -(-x.shape[1] // _TILE)
+    packed = torch.empty(tiles * _TILE**2 * _TILE_PARTS, dtype=torch.int16)
+    _kernels().tile_pack(unit_stride(x), packed)
+    return packed
+
+
+def product(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """See `grade_kernels.backends`. Few rows are padded to sixteen in tiles, where torch's product is as fast."""
+    if len(x) <= _FEW_ROWS or not _has_tiles(x) or table.dtype != x.dtype:
+        return fallback.product(x, table)
+    out = x.new_empty(len(x), len(table))
+    _kernels().tile_product(_packed(x), len(x), unit_stride(table), True, out)
+    return out
+
+
 class _Product:
     """`weight @ hidden.T` of a head, some rows of the weight at a time, in a buffer of `width` rows.
 
@@ -36,23 +57,20 @@ class _Product:
     """
 
     def __init__(self, head: Head, width: int) -> None:
-        self.rows, inner = head.hidden.shape
-        self.weight, hidden = head.weight, unit_stride(head.hidden)
-        self.buffer = hidden.new_empty(min(width, self.weight.shape[0]), _padded(self.rows))
-        self.tiles = hidden.dtype == torch.float32 and inner > 0 and _kernels().has_tiles()
+        self.weight, self.rows = head.weight, len(head.hidden)
+        self.buffer = head.hidden.new_empty(min(width, len(head.weight)), _padded(self.rows))
+        self.tiles = _has_tiles(head.hidden)
         if self.tiles:
-            tiles = -(-self.rows // _TILE) * -(-inner // _TILE)
-            self.hidden = torch.empty(tiles * _TILE**2 * _TILE_PARTS, dtype=torch.int16)
-            _kernels().tile_pack(hidden, self.hidden)
+            self.hidden = _packed(head.hidden)
         else:
-            self.hidden = hidden.new_zeros(inner, _padded(self.rows))
-            self.hidden[:, : self.rows] = hidden.T
+            self.hidden = head.hidden.new_zeros(head.hidden.shape[1], _padded(self.rows))
+            self.hidden[:, : self.rows] = head.hidden.T
 
     def __call__(self, chunk: slice) -> torch.Tensor:
         out = self.buffer[: chunk.stop - chunk.start]
         if not self.tiles:
             return torch.mm(self.weight[chunk], self.hidden, out=out)
-        _kernels().tile_product(self.hidden, self.rows, unit_stride(self.weight[chunk]), out)
+        _kernels().tile_product(self.hidden, self.rows, unit_stride(self.weight[chunk]), False, out)
         return out
 
 

@@ -21,6 +21,7 @@ _HEAD = (
     "head_sample",
     "head_scores",
     "head_softmax",
+    "product",
     "scatter_sum",
 )
 

@@ -7,6 +7,7 @@ from grade_kernels.backends.torch.head import (
     head_sample,
     head_scores,
     head_softmax,
+    product,
     scatter_sum,
 )
 from grade_kernels.backends.torch.rows import one_hot, sample, softmax, softmax_backward
@@ -19,6 +20,7 @@ __all__ = [
     "head_scores",
     "head_softmax",
     "one_hot",
+    "product",
     "sample",
     "scatter_sum",
     "softmax",

@@ -32,11 +32,18 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def head_chunks(head: Head) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Columns and logits `[N, columns]` in compute precision, chunk by chunk."""
+def product(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """See `grade_kernels.backends`."""
+    return x @ table.T
+
+
+def head_chunks(
+    head: Head, product: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = product
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Columns and logits `[N, columns]` in compute precision, chunk by chunk; another backend lends its own product."""
     dtype = compute_dtype(head.hidden.dtype)
     for columns in column_chunks(head.hidden.shape[0], head.weight.shape[0]):
-        logits = (head.hidden @ head.weight[columns].T).to(dtype)
+        logits = product(head.hidden, head.weight[columns]).to(dtype)
         if head.bias is not None:
             logits += head.bias[columns]
         yield columns, softcapped(logits, head.softcap)
