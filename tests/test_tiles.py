@@ -94,6 +94,15 @@ def test_infinities_and_nan_of_the_table(tiles):
     assert (found[5] == -torch.inf).all()
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, 1e30])
+def test_what_diverged_is_not_finite_and_takes_no_longer(tiles, value):
+    """A table or hidden states full of such numbers: nothing is taken one by one (that would be minutes)."""
+    x, table = torch.randn(256, 512).sign(), torch.randn(20000, 512).sign()
+    for found in (_product(x * value, table), _product(x, table * value), _product(x * value, table * value)):
+        assert value == 1e30 or not found.isfinite().any()
+    assert not _product(x * value, table * value).isfinite().any()
+
+
 def test_a_row_of_hidden_that_is_not_finite_stays_alone(tiles):
     generator = torch.Generator().manual_seed(0)
     hidden, weight = torch.randn(20, 40, generator=generator), torch.randn(64, 40, generator=generator)

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <vector>
 
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,amx-tile,amx-bf16"))), \
@@ -21,6 +22,7 @@ namespace {
 constexpr int kTile = 512;                      // bfloat16 numbers of a tile: 16 rows of 32
 constexpr int kStepTiles = 2 * kTileParts;      // of 32 rows: part by part, the first sixteen and the others
 constexpr int64_t kPackedAtATime = 1 << 20;     // bytes of packed x that stay in the second-level cache
+constexpr float kLargest = 0x1.ffp127f;          // and beyond: rounds to an infinity in bfloat16
 constexpr int64_t kSegment = 8;                 // steps summed in tiles before they join the sum so far
 
 // GCC's tile intrinsics do not say that they read or write memory.
@@ -61,6 +63,13 @@ constexpr TileShapes kShapes;
 
 int64_t steps_of(int64_t width) { return (width + kTileStep - 1) / kTileStep; }
 int64_t blocks_of(int64_t rows) { return (rows + kTileBlock - 1) / kTileBlock; }
+// Behind the tiles: whether each row of x can be split.
+uint16_t* finite_rows(uint16_t* packed, int64_t rows, int64_t width) {
+  return packed + blocks_of(rows) * steps_of(width) * kStepTiles * kTile;
+}
+const uint16_t* finite_rows(const uint16_t* packed, int64_t rows, int64_t width) {
+  return finite_rows(const_cast<uint16_t*>(packed), rows, width);
+}
 uint32_t mask_of(int64_t columns) { return columns >= kTileStep ? ~0u : (1u << columns) - 1; }
 
 // Tiles 0 to 3 are sums: of the table's first and last sixteen rows with x's first and, if kWide, last sixteen.
@@ -219,18 +228,34 @@ class Multiplier {
     }
   }
 
-  // Parts of an infinity are an infinity and NaN: where the table holds one, products are taken number by number. A row
-  // of x that is not finite has no distribution, and neither has any row where the table holds NaN.
+  // Parts of an infinity are an infinity and NaN, and numbers next to the largest round to an infinity. What such numbers
+  // of the table spoiled is taken from them alone; a row of x that holds one stays NaN, as do sums that overflow.
   [[gnu::noinline, gnu::cold]] void mend(int64_t block, int64_t tokens, int64_t group, float* out, int64_t out_stride) const {
     const int64_t rows = std::min(kTileBlock, args_.rows - group * kTileBlock);
+    const uint16_t* finite = finite_rows(args_.packed, args_.rows, args_.width) + group * kTileBlock;
     for (int64_t i = 0; i < tokens; ++i) {
+      float* sums = out + i * out_stride;
+      bool spoiled = false;
+      for (int64_t j = 0; j < rows; ++j) spoiled |= finite[j] && std::isnan(sums[j]);
+      if (!spoiled) continue;
       const float* token = args_.table + (block * kTileBlock + i) * args_.stride;
-      if (std::any_of(token, token + args_.width, [](float number) { return std::isnan(number); })) continue;
+      bool nan = false, large = false;
+      std::vector<int64_t> columns;
+      for (int64_t k = 0; k < args_.width; ++k) {
+        nan |= std::isnan(token[k]);
+        large |= std::abs(token[k]) >= kLargest;
+        if (std::isinf(token[k])) columns.push_back(k);
+      }
+      if (nan || !large) continue;
+      const bool all = columns.empty();
       for (int64_t j = 0; j < rows; ++j) {
-        if (!std::isnan(out[i * out_stride + j])) continue;
+        if (!finite[j] || !std::isnan(sums[j])) continue;
         double sum = 0.0;
-        for (int64_t k = 0; k < args_.width; ++k) sum += double(token[k]) * x_at(group, j, k);
-        out[i * out_stride + j] = float(sum);
+        for (int64_t k = 0; k < (all ? args_.width : int64_t(columns.size())) && !std::isnan(sum); ++k) {
+          const int64_t column = all ? k : columns[size_t(k)];
+          sum += double(token[column]) * x_at(group, j, column);
+        }
+        sums[j] = float(sum);
       }
     }
   }
@@ -258,7 +283,12 @@ class Multiplier {
 }  // namespace
 
 void pack_tiles(const TilePacking& args, int64_t begin, int64_t end) {
+  uint16_t* finite = finite_rows(args.packed, args.rows, args.width);
   for (int64_t block = begin; block < end; ++block) {
+    for (int64_t row = block * kTileBlock; row < (block + 1) * kTileBlock; ++row) {
+      const float* x = args.x + std::min(row, args.rows - 1) * args.stride;
+      finite[row] = std::all_of(x, x + args.width, [](float number) { return std::abs(number) < kLargest; });
+    }
     for (int64_t step = 0; step < steps_of(args.width); ++step) {
       // A tile's row is a pair of columns, so that x's rows lie side by side.
       uint16_t* tiles = args.packed + (block * steps_of(args.width) + step) * kStepTiles * kTile;

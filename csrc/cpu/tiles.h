@@ -16,7 +16,7 @@ constexpr int kTileParts = 3;       // bfloat16 numbers that one of float32 is t
 struct TilePacking {
   const float* x;  // [rows, width]
   int64_t rows, width, stride;
-  uint16_t* packed;  // kTileParts numbers for each of x, zeros up to whole blocks and steps
+  uint16_t* packed;  // kTileParts numbers for each of x, zeros up to whole blocks and steps; then one for each row
 };
 
 struct TileProduct {

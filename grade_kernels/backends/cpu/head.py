@@ -34,8 +34,8 @@ def _has_tiles(x: torch.Tensor) -> bool:
 
 def _packed(x: torch.Tensor) -> torch.Tensor:
     """x as csrc/cpu/tiles.h wants it."""
-    tiles = -(-x.shape[0] // _TILE) * -(-x.shape[1] // _TILE)
-    packed = torch.empty(tiles * _TILE**2 * _TILE_PARTS, dtype=torch.int16)
+    rows, width = (-(-size // _TILE) * _TILE for size in x.shape)
+    packed = torch.empty(rows * width * _TILE_PARTS + rows, dtype=torch.int16)
     _kernels().tile_pack(unit_stride(x), packed)
     return packed
 
