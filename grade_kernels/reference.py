@@ -143,6 +143,7 @@ def gumbel_ste_embedding(
         soft = _temper(wide, tau).softmax(-1)
         y = one_hot + (soft - soft.detach())
     elif estimator == "reinmax":
+        step = step + 0.0 * tau  # a tensor tau has a gradient, which is zero
         middle = (one_hot + _temper(wide, tau).softmax(-1)) / 2
         y = one_hot + 2 * _jacobian(middle.detach(), step) - _jacobian(wide.softmax(-1).detach(), step) / 2
     else:
@@ -171,8 +172,10 @@ def head_logits(
     logits = hidden.to(dtype) @ lm_head.to(dtype).T
     if bias is not None:
         logits = logits + bias.to(dtype)
+    masked = logits == -torch.inf
     if logit_softcap is not None:
-        logits = torch.where(logits == -torch.inf, -torch.inf, logit_softcap * torch.tanh(logits / logit_softcap))
+        logits = logit_softcap * torch.tanh(logits / logit_softcap)
+    logits = torch.where(masked, -torch.inf, logits)  # a constant, whose gradient is exactly 0
     return logits / temperature
 
 
@@ -248,7 +251,7 @@ def linear_kl(
     """`sum p (log p - log q)` of the policy p and the reference q, whose tensors are constants."""
     logp = head_logits(hidden, lm_head, bias, logit_softcap, temperature).log_softmax(-1)
     ref = head_logits(ref_hidden, ref_lm_head, ref_bias, logit_softcap, temperature)
-    return _expectation(logp, logp - ref.detach().log_softmax(-1))
+    return _expectation(logp, logp - ref.detach().log_softmax(-1).to(logp.dtype))
 
 
 @_outside_autocast
