@@ -18,7 +18,7 @@ from benchmarks.harness import OURS, Case, Contestants, Race, Results, cpu_name,
 
 VOCABULARIES = (32000, 50257, 128256, 151936, 262144)  # Llama 2, GPT-2, Llama 3, Qwen 3, Gemma 3
 HEADLINE = 151936
-DTYPES = ("float32", "bfloat16", "float16", "float64")
+DTYPES = ("float32", "bfloat16", "float16")
 SAVED = pytest.StashKey[compare.Run]()
 RESULTS = pytest.StashKey[Results]()
 
