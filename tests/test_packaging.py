@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -89,6 +90,20 @@ def test_import_is_light():
 def test_build_records_what_it_did():
     info = _build.build_info()
     assert (_build.library_path() is None) == (info["reason"] is not None) == (_build.missing_reason() is not None)
+
+
+def test_sdist_has_what_the_readme_links_to(tmp_path):
+    """The guide whose examples the tests run, for one."""
+    tree = tmp_path / "tree"
+    unbuilt = shutil.ignore_patterns(".*", "build", "*.egg-info", "*.so", "__pycache__", "*-output")
+    shutil.copytree(ROOT, tree, ignore=unbuilt)
+    arguments = ("setup.py", "-q", "sdist", "--dist-dir", str(tmp_path))
+    subprocess.run([sys.executable, *arguments], cwd=tree, check=True, capture_output=True)
+    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    linked = set(re.findall(r"\]\(([^):]+)\)", (ROOT / "README.md").read_text()))
+    assert "docs/training.md" in linked
+    assert linked <= names, f"not in the sdist: {linked - names}"
 
 
 @pytest.fixture
