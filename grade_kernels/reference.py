@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple, ParamSpec, TypeVar
+from typing import Any, Generic, ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
+from typing_extensions import NamedTuple  # typing's is generic from Python 3.11 only; torch brings this one
 
 from grade_kernels.noise import GumbelNoise
 
@@ -31,12 +32,14 @@ __all__ = [
 
 P = ParamSpec("P")
 T = TypeVar("T")
+# A table gives a tensor, a tuple of them a tuple.
+Embedding = TypeVar("Embedding", torch.Tensor, tuple[torch.Tensor, ...], torch.Tensor | tuple[torch.Tensor, ...])
 
 
-class GumbelSTEEmbedding(NamedTuple):
+class GumbelSTEEmbedding(NamedTuple, Generic[Embedding]):
     """Result of `gumbel_ste_embedding`."""
 
-    embedding: torch.Tensor | tuple[torch.Tensor, ...]  # [..., D], one for each table
+    embedding: Embedding  # [..., D], one for each table
     ids: torch.Tensor  # [...] int64, the sampled tokens
     logprobs: torch.Tensor  # [...], log softmax(logits)[ids], untempered
 
@@ -120,13 +123,13 @@ def gumbel_ste(
 @_outside_autocast
 def gumbel_ste_embedding(
     logits: torch.Tensor,
-    embedding: torch.Tensor | tuple[torch.Tensor, ...],
+    embedding: Embedding,
     tau: float | torch.Tensor = 1.0,
     *,
     estimator: str = "ste",
     noise: GumbelNoise | None = None,
     ids: torch.Tensor | None = None,
-) -> GumbelSTEEmbedding:
+) -> GumbelSTEEmbedding[Embedding]:
     """Embedding of a sampled token, `y @ E`, with one of four relaxations (see `ops.gumbel_ste_embedding`)."""
     scores = _scores(logits, noise)
     wide, tau = _widen(logits), _column(tau, logits)
@@ -148,13 +151,14 @@ def gumbel_ste_embedding(
         y = one_hot + 2 * _jacobian(middle.detach(), step) - _jacobian(wide.softmax(-1).detach(), step) / 2
     else:
         raise ValueError(f"estimator must be 'ste', 'soft', 'st' or 'reinmax', got {estimator!r}")
-    tables = (embedding,) if isinstance(embedding, torch.Tensor) else tuple(embedding)
+    tables: tuple[torch.Tensor, ...] = (embedding,) if isinstance(embedding, torch.Tensor) else tuple(embedding)
     embedded = []
     for table in tables:
         dtype = torch.promote_types(y.dtype, table.dtype)
         embedded.append((y.to(dtype) @ table.to(dtype)).to(table.dtype))
     logprobs = wide.log_softmax(-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
-    return GumbelSTEEmbedding(embedded[0] if isinstance(embedding, torch.Tensor) else tuple(embedded), ids, logprobs)
+    result: Any = embedded[0] if isinstance(embedding, torch.Tensor) else tuple(embedded)
+    return GumbelSTEEmbedding(result, ids, logprobs)
 
 
 # ---- Operations through the LM head -------------------------------------------------------------------------------
@@ -189,7 +193,7 @@ def _expectation(logp: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 def linear_gumbel_ste(
     hidden: torch.Tensor,
     lm_head: torch.Tensor,
-    embedding: torch.Tensor | tuple[torch.Tensor, ...],
+    embedding: Embedding,
     tau: float | torch.Tensor = 1.0,
     *,
     bias: torch.Tensor | None = None,
@@ -198,7 +202,7 @@ def linear_gumbel_ste(
     noise: GumbelNoise | None = None,
     ids: torch.Tensor | None = None,
     eps: float = 2**-11,
-) -> GumbelSTEEmbedding:
+) -> GumbelSTEEmbedding[Embedding]:
     """`gumbel_ste_embedding` of the head's logits. The reference's gradient is exact at every eps."""
     logits = head_logits(hidden, lm_head, bias, logit_softcap)
     return gumbel_ste_embedding(logits, embedding, tau, estimator=estimator, noise=noise, ids=ids)

@@ -9,10 +9,12 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import typing
 import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 import grade_kernels as gk
 from grade_kernels import _build, cli, doctor
@@ -73,6 +75,16 @@ def test_version_agrees_with_pyproject():
 
 def test_typed():
     assert importlib.resources.files("grade_kernels").joinpath("py.typed").is_file()
+
+
+@pytest.mark.parametrize("op", [gk.gumbel_ste_embedding, gk.linear_gumbel_ste])
+def test_a_table_gives_a_tensor_and_a_tuple_a_tuple(op):
+    """For type checkers, too: what is passed as `embedding` is the type of the result's."""
+    hints = typing.get_type_hints(op)
+    result = hints["return"]
+    assert typing.get_args(result) == (hints["embedding"],)
+    assert typing.get_type_hints(typing.get_origin(result))["embedding"] is hints["embedding"]
+    assert hints["embedding"].__constraints__[:2] == (torch.Tensor, tuple[torch.Tensor, ...])
 
 
 def test_import_is_light():

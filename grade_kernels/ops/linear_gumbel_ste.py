@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Generic
 
 import torch
+from typing_extensions import NamedTuple
 
 from grade_kernels import backends, reference
 from grade_kernels.backends import Head, Sample, Support
@@ -30,14 +31,15 @@ from grade_kernels.ops.head import (
 )
 from grade_kernels.ops.linear_gumbel_sample import chosen_logprobs
 from grade_kernels.ops.registry import define, once_differentiable
+from grade_kernels.reference import Embedding
 
 __all__ = ["LinearGumbelSTE", "linear_gumbel_ste"]
 
 
-class LinearGumbelSTE(NamedTuple):
+class LinearGumbelSTE(NamedTuple, Generic[Embedding]):
     """Result of `linear_gumbel_ste`."""
 
-    embedding: torch.Tensor | tuple[torch.Tensor, ...]  # [..., D], one for each table
+    embedding: Embedding  # [..., D], one for each table
     ids: torch.Tensor  # [...] int64, the sampled tokens
     logprobs: torch.Tensor  # [...], log softmax(logits)[ids], untempered
 
@@ -45,7 +47,7 @@ class LinearGumbelSTE(NamedTuple):
 def linear_gumbel_ste(
     hidden: torch.Tensor,
     lm_head: torch.Tensor,
-    embedding: torch.Tensor | tuple[torch.Tensor, ...],
+    embedding: Embedding,
     tau: float | torch.Tensor = 1.0,
     *,
     bias: torch.Tensor | None = None,
@@ -54,7 +56,7 @@ def linear_gumbel_ste(
     noise: GumbelNoise | None = None,
     ids: torch.Tensor | None = None,
     eps: float = 2**-11,
-) -> LinearGumbelSTE:
+) -> LinearGumbelSTE[Embedding]:
     """Sample tokens from a head's logits and return their embeddings, differentiable in hidden states, head and tables.
 
     What it computes is `gumbel_ste_embedding(softcap(hidden @ lm_head.T + bias), embedding, ...)`, estimators included,
@@ -105,11 +107,12 @@ def linear_gumbel_ste(
                 checks.check_ids_values(ids.reshape(-1), vocab)
         check_reference_rows(hidden, lm_head, bias, logit_softcap)
         noise = GumbelNoise(seed, row_ids, vocab_start=vocab_start)
+        given: Any = tables if several else tables[0]
         return LinearGumbelSTE(
             *reference.linear_gumbel_ste(
                 hidden,
                 lm_head,
-                tables if several else tables[0],
+                given,
                 row_tau,
                 bias=bias,
                 logit_softcap=logit_softcap,
@@ -128,7 +131,8 @@ def linear_gumbel_ste(
         part.to(table.dtype).view(*batch, table.shape[1])
         for part, table in zip(embedded.split([table.shape[1] for table in tables], dim=1), tables, strict=True)
     )
-    return LinearGumbelSTE(parts if several else parts[0], out_ids.view(batch), logprobs.view(batch))
+    result: Any = parts if several else parts[0]
+    return LinearGumbelSTE(result, out_ids.view(batch), logprobs.view(batch))
 
 
 class _Statistics(NamedTuple):
