@@ -16,7 +16,7 @@ YARDSTICKS = ("gemm", "eager")  # the first that both runs have
 SLACK = 0.05  # quartiles over a few rounds understate what a machine's mood does to a whole run
 
 Key = tuple[str, ...]
-Run = dict[Key, dict[str, dict[str, str]]]
+Run = dict[Key, dict[str, tuple[float, float]]]  # quartiles of the ratio to ours, by case and contestant
 
 
 @dataclass(frozen=True)
@@ -34,36 +34,44 @@ class Regression:
 
 
 def read(path: Path) -> Run:
-    """Rows of a CSV with a time, by case and contestant.
+    """Rows of a CSV with a time.
 
     Raises:
-        ValueError: the file lacks a column that a comparison needs.
+        ValueError: the file can not be read, is not text, lacks a column, or holds a ratio that is no number.
     """
     fields = ("op", "pass", "device", "dtype", "N", "V", "H", "D")
     run: Run = {}
-    with path.open(newline="") as file:
-        table = csv.DictReader(file)
-        needed = {*fields, "competitor", "ratio_low", "ratio_high"}
-        if missing := needed - set(table.fieldnames or ()):
-            raise ValueError(f"{path} is no saved run: it lacks the columns {', '.join(sorted(missing))}")
-        for row in table:
-            if row["ratio_low"]:
-                key = tuple(f"{name}={row[name]}" if name in "NVHD" else row[name] for name in fields if row[name])
-                run.setdefault(key, {})[row["competitor"]] = row
+    try:
+        with path.open(newline="") as file:
+            table = csv.DictReader(file)
+            needed = {*fields, "competitor", "ratio_low", "ratio_high"}
+            if missing := needed - set(table.fieldnames or ()):
+                raise ValueError(f"it lacks the columns {', '.join(sorted(missing))}")
+            for row in table:
+                if row["ratio_low"]:
+                    key = tuple(f"{name}={row[name]}" if name in "NVHD" else row[name] for name in fields if row[name])
+                    quartiles = float(row["ratio_low"]), float(row["ratio_high"] or "nothing")
+                    run.setdefault(key, {})[row["competitor"]] = quartiles
+    except (OSError, ValueError, csv.Error) as error:
+        raise ValueError(f"{path} is no saved run: {error}") from error
     return run
 
 
 def regressions(before: Run, now: Run) -> list[Regression]:
-    """Cases of both runs in which even the upper quartile is now below what the lower one was, less SLACK."""
-    found = []
+    """Cases of both runs in which even the upper quartile is now below what the lower one was, less SLACK.
+
+    Raises:
+        ValueError: the runs share no case, so that nothing could be lost.
+    """
+    cases = {}
     for case in before.keys() & now.keys():
-        yardstick = next((name for name in YARDSTICKS if name in before[case] and name in now[case]), None)
-        if yardstick is None:
-            continue
-        old, new = (
-            (float(run[case][yardstick]["ratio_low"]), float(run[case][yardstick]["ratio_high"]))
-            for run in (before, now)
-        )
+        if yardsticks := [name for name in YARDSTICKS if name in before[case] and name in now[case]]:
+            cases[case] = yardsticks[0]
+    if not cases:
+        raise ValueError(f"nothing to compare: the runs share no case with a time of {' or '.join(YARDSTICKS)}")
+    found = []
+    for case, yardstick in cases.items():
+        old, new = before[case][yardstick], now[case][yardstick]
         if new[1] < (1 - SLACK) * old[0]:
             found.append(Regression(case, yardstick, old, new))
     return sorted(found, key=lambda regression: regression.case)
@@ -74,7 +82,10 @@ def main() -> int:
     parser.add_argument("before", type=Path)
     parser.add_argument("now", type=Path)
     options = parser.parse_args()
-    lost = regressions(read(options.before), read(options.now))
+    try:
+        lost = regressions(read(options.before), read(options.now))
+    except ValueError as error:
+        parser.error(str(error))
     for regression in lost:
         print(regression)
     return 1 if lost else 0

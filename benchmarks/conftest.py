@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -17,26 +18,41 @@ from benchmarks.harness import OURS, Case, Contestants, Race, Results, cpu_name,
 
 VOCABULARIES = (32000, 50257, 128256, 151936, 262144)  # Llama 2, GPT-2, Llama 3, Qwen 3, Gemma 3
 HEADLINE = 151936
+DTYPES = ("float32", "bfloat16", "float16")
+SAVED = pytest.StashKey[compare.Run]()
 RESULTS = pytest.StashKey[Results]()
 
 
+def _number(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no positive whole number")
+    return int(text)
+
+
 def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(number) for number in text.split(","))
+    return tuple(_number(number) for number in text.split(","))
 
 
 def _words(text: str) -> tuple[str, ...]:
     return tuple(text.split(","))
 
 
+def _dtypes(text: str) -> tuple[str, ...]:
+    for name in _words(text):
+        if name not in DTYPES:
+            raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(DTYPES)}")
+    return _words(text)
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("grade-kernels benchmarks")
     group.addoption("--quick", action="store_true", help="what has a target, at one size, in few rounds")
     group.addoption("--vocab", type=_numbers, metavar="V,V", help=f"vocabulary sizes (default: {VOCABULARIES})")
-    group.addoption("--rows", type=int, default=64, metavar="N", help="rows of logits (default: %(default)s)")
-    group.addoption("--dtypes", type=_words, metavar="NAME,NAME", help="default: float32,bfloat16")
+    group.addoption("--rows", type=_number, default=64, metavar="N", help="rows of logits (default: %(default)s)")
+    group.addoption("--dtypes", type=_dtypes, metavar="NAME,NAME", help="default: float32,bfloat16")
     group.addoption("--contestants", type=_words, metavar="NAME,NAME", help="whom to race against (default: all)")
     group.addoption("--device", default="cpu", help="where the tensors live (default: %(default)s)")
-    group.addoption("--threads", type=int, metavar="N", help="torch's threads (default: torch's own choice)")
+    group.addoption("--threads", type=_number, metavar="N", help="torch's threads (default: torch's own choice)")
     group.addoption("--budget", type=float, metavar="SECONDS", help="for the rounds of one case (default: 2)")
     group.addoption("--compare", type=Path, metavar="CSV", help="fail where ours has lost ground since this saved run")
     group.addoption("--output", type=Path, default=Path("bench-output"), help="folder (default: %(default)s)")
@@ -52,10 +68,32 @@ def pytest_configure(config: pytest.Config) -> None:
     option.budget = option.budget if option.budget is not None else (1.0 if option.quick else 2.0)
     if option.threads is not None:
         torch.set_num_threads(option.threads)
-    if not option.collectonly:
-        option.output.mkdir(parents=True, exist_ok=True)
+    if not (option.collectonly or option.help):
+        _prepare(config)
         option.benchmark_json = option.benchmark_json or str(option.output / "benchmarks.json")
     option.benchmark_quiet = not option.benchmark_verbose
+
+
+def _prepare(config: pytest.Config) -> None:
+    """Find out now what would otherwise end a long run without its results."""
+    option = config.option
+    try:
+        torch.empty(0, device=option.device)
+        gk.backends.select(torch.device(option.device), torch.float32)
+    except (RuntimeError, AssertionError, ValueError) as error:  # AssertionError: this torch was built without CUDA
+        raise pytest.UsageError(f"--device {option.device}: {error}") from error
+    try:
+        option.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise pytest.UsageError(f"--output {option.output}: {error.strerror}") from error
+    if not os.access(option.output, os.W_OK):
+        raise pytest.UsageError(f"--output {option.output}: this folder can not be written to")
+    if option.compare is not None:
+        # Before this run overwrites it, where it is the run before this one.
+        try:
+            config.stash[SAVED] = compare.read(option.compare)
+        except ValueError as error:
+            raise pytest.UsageError(f"--compare: {error}") from error
 
 
 def pytest_report_header(config: pytest.Config) -> str:
@@ -99,6 +137,7 @@ def race(request: pytest.FixtureRequest, benchmark: Any, results: Results) -> It
         case: Case, contestants: Contestants, check: Callable[[], None], targets: dict[str, float] | None = None
     ) -> Race:
         check()
+        results.contestants |= contestants.keys()
         if option.contestants is not None:
             contestants = {name: work for name, work in contestants.items() if name in (OURS, *option.contestants)}
         measured = run_race(benchmark, case, contestants, option.budget, (3, 15))
@@ -132,6 +171,7 @@ def peaks(request: pytest.FixtureRequest, results: Results) -> Callable[..., dic
         names: tuple[str, ...],
         limit: Callable[[dict[str, int]], float] | None = None,
     ) -> dict[str, int]:
+        results.contestants |= set(names)
         names = tuple(n for n in names if option.contestants is None or n in (OURS, *option.contestants))
         processes = {name: memory.start(build, case, name) for name in names}
         measured = {name: memory.finish(process) for name, process in processes.items()}
@@ -150,23 +190,31 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     for line in results.tables():
         terminalreporter.write_line(line)
     if config.option.compare is not None:
-        lost = results.regressions or ["nothing beyond noise"]
         terminalreporter.write_line(f"\nLost since {config.option.compare}:")
-        for line in lost:
+        for line in results.regressions or ["nothing beyond noise"]:
             terminalreporter.write_line(f"  {line}")
+    if results.unknown:
+        known = ", ".join(sorted(results.contestants - {OURS}))
+        terminalreporter.write_line(
+            f"\nNo case here has the contestants {', '.join(results.unknown)}; there are {known}"
+        )
     terminalreporter.write_line(f"\n{path} holds the figures; `python -m benchmarks.plot {path}` draws them")
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Write the CSV. With --compare, a case that has lost ground fails the run."""
+    """Write the CSV. With --compare, a case that has lost ground fails the run; so does a contestant no case knows."""
     option, results = session.config.option, session.config.stash[RESULTS]
     if not results.rows:
         return
     path = option.output / "benchmarks.csv"
     results.write_csv(path)
-    if option.compare is None:
-        return
-    lost = compare.regressions(compare.read(option.compare), compare.read(path))
-    results.regressions = [str(regression) for regression in lost]
-    if lost:
+    if SAVED in session.config.stash:
+        try:
+            lost = compare.regressions(session.config.stash[SAVED], compare.read(path))
+            results.regressions = [str(regression) for regression in lost]
+        except ValueError as error:
+            results.regressions = [str(error)]
+    if session.exitstatus != pytest.ExitCode.INTERRUPTED:
+        results.unknown = sorted(set(option.contestants or ()) - results.contestants)
+    if results.regressions or results.unknown:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED

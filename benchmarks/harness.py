@@ -150,6 +150,8 @@ class Results:
     rows: dict[tuple[Case, str], dict[str, Any]] = field(default_factory=dict)
     races: dict[Case, tuple[Race, dict[str, float]]] = field(default_factory=dict)
     memory: dict[Case, tuple[dict[str, int], float | None]] = field(default_factory=dict)
+    contestants: set[str] = field(default_factory=set)  # of all cases, whether or not they were raced against
+    unknown: list[str] = field(default_factory=list)  # contestants that were asked for and that no case had
     regressions: list[str] = field(default_factory=list)  # against a saved run
 
     def add_race(self, case: Case, race: Race, targets: dict[str, float]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 from collections import defaultdict
 from collections.abc import Iterator
@@ -74,6 +75,7 @@ def _line(cells: list[str]) -> str:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__).parse_args()
     runs = {path.stem: read(path) for path in sorted(RESULTS.glob("*.csv"))}
     PAGE.write_text(page(runs) if runs else INTRODUCTION)
     print(PAGE)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import subprocess
 import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -13,6 +12,7 @@ __all__ = ["main"]
 
 # What `pip install 'grade-kernels[demo]'` and so on bring beyond the plain package.
 _PACKAGES = {
+    "bench": {"pytest", "pytest_benchmark"},
     "demo": {"accelerate", "matplotlib", "numpy", "psutil", "rich", "tokenizers", "transformers"},
     "inspect": {"matplotlib", "networkx", "rich", "triton"},
     "train": {"accelerate", "datasets", "peft", "rich", "tokenizers", "transformers", "yaml"},
@@ -68,7 +68,10 @@ def _bench(arguments: list[str]) -> int:
         print("`grade-kernels bench` needs the benchmarks, which are in the repository: clone it, and `make venv` or "
               "`pip install --no-build-isolation -e '.[bench]'` there", file=sys.stderr)  # fmt: skip
         return 1
-    return subprocess.call([sys.executable, "-m", "pytest", "benchmarks", *arguments], cwd=root)
+    import pytest
+    import pytest_benchmark  # noqa: F401  # without it, the benchmarks' own options mean nothing
+
+    return int(pytest.main(["-c", str(root / "pyproject.toml"), str(root / "benchmarks"), *arguments]))
 
 
 def _version() -> str:

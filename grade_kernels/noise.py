@@ -9,6 +9,8 @@ Generator: Philox4x32-10 (Salmon, Moraes, Dror, Shaw: Parallel random numbers: a
 
 from __future__ import annotations
 
+from typing import SupportsIndex
+
 import torch
 
 __all__ = [
@@ -119,10 +121,11 @@ class GumbelNoise:
             if seed.dim() != 0:
                 raise ValueError(f"seed must be 0-d, got a tensor of shape {tuple(seed.shape)}")
             self.seed = seed
-        elif isinstance(seed, (bool, float, str)) or not hasattr(seed, "__index__"):
+        elif isinstance(seed, bool) or not isinstance(seed, (int, SupportsIndex)):
             raise TypeError(f"seed must be an int or a 0-d int64 tensor, got {type(seed).__name__}")
         else:
-            seed = seed.__index__()
+            # torch.compile passes an int that changes as a symbol, which has no __index__.
+            seed = seed if isinstance(seed, int) else seed.__index__()
             if not -(2**63) <= seed < 2**64:
                 raise ValueError(f"seed must lie in [-2^63, 2^64), got {seed}")
             self.seed = torch.full((), seed - 2**64 if seed >= 2**63 else seed, dtype=torch.int64)

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple, ParamSpec, TypeVar
+from typing import Any, Generic, ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
+from typing_extensions import NamedTuple  # typing's is generic from Python 3.11 only; torch brings this one
 
 from grade_kernels.noise import GumbelNoise
 
@@ -31,12 +32,14 @@ __all__ = [
 
 P = ParamSpec("P")
 T = TypeVar("T")
+# A table gives a tensor, a tuple of them a tuple.
+Embedding = TypeVar("Embedding", torch.Tensor, tuple[torch.Tensor, ...], torch.Tensor | tuple[torch.Tensor, ...])
 
 
-class GumbelSTEEmbedding(NamedTuple):
+class GumbelSTEEmbedding(NamedTuple, Generic[Embedding]):
     """Result of `gumbel_ste_embedding`."""
 
-    embedding: torch.Tensor | tuple[torch.Tensor, ...]  # [..., D], one for each table
+    embedding: Embedding  # [..., D], one for each table
     ids: torch.Tensor  # [...] int64, the sampled tokens
     logprobs: torch.Tensor  # [...], log softmax(logits)[ids], untempered
 
@@ -120,13 +123,13 @@ def gumbel_ste(
 @_outside_autocast
 def gumbel_ste_embedding(
     logits: torch.Tensor,
-    embedding: torch.Tensor | tuple[torch.Tensor, ...],
+    embedding: Embedding,
     tau: float | torch.Tensor = 1.0,
     *,
     estimator: str = "ste",
     noise: GumbelNoise | None = None,
     ids: torch.Tensor | None = None,
-) -> GumbelSTEEmbedding:
+) -> GumbelSTEEmbedding[Embedding]:
     """Embedding of a sampled token, `y @ E`, with one of four relaxations (see `ops.gumbel_ste_embedding`)."""
     scores = _scores(logits, noise)
     wide, tau = _widen(logits), _column(tau, logits)
@@ -143,17 +146,19 @@ def gumbel_ste_embedding(
         soft = _temper(wide, tau).softmax(-1)
         y = one_hot + (soft - soft.detach())
     elif estimator == "reinmax":
+        step = step + 0.0 * tau  # a tensor tau has a gradient, which is zero
         middle = (one_hot + _temper(wide, tau).softmax(-1)) / 2
         y = one_hot + 2 * _jacobian(middle.detach(), step) - _jacobian(wide.softmax(-1).detach(), step) / 2
     else:
         raise ValueError(f"estimator must be 'ste', 'soft', 'st' or 'reinmax', got {estimator!r}")
-    tables = (embedding,) if isinstance(embedding, torch.Tensor) else tuple(embedding)
+    tables: tuple[torch.Tensor, ...] = (embedding,) if isinstance(embedding, torch.Tensor) else tuple(embedding)
     embedded = []
     for table in tables:
         dtype = torch.promote_types(y.dtype, table.dtype)
         embedded.append((y.to(dtype) @ table.to(dtype)).to(table.dtype))
     logprobs = wide.log_softmax(-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
-    return GumbelSTEEmbedding(embedded[0] if isinstance(embedding, torch.Tensor) else tuple(embedded), ids, logprobs)
+    result: Any = embedded[0] if isinstance(embedding, torch.Tensor) else tuple(embedded)
+    return GumbelSTEEmbedding(result, ids, logprobs)
 
 
 # ---- Operations through the LM head -------------------------------------------------------------------------------
@@ -171,8 +176,10 @@ def head_logits(
     logits = hidden.to(dtype) @ lm_head.to(dtype).T
     if bias is not None:
         logits = logits + bias.to(dtype)
+    masked = logits == -torch.inf
     if logit_softcap is not None:
-        logits = torch.where(logits == -torch.inf, -torch.inf, logit_softcap * torch.tanh(logits / logit_softcap))
+        logits = logit_softcap * torch.tanh(logits / logit_softcap)
+    logits = torch.where(masked, -torch.inf, logits)  # a constant, whose gradient is exactly 0
     return logits / temperature
 
 
@@ -186,7 +193,7 @@ def _expectation(logp: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 def linear_gumbel_ste(
     hidden: torch.Tensor,
     lm_head: torch.Tensor,
-    embedding: torch.Tensor | tuple[torch.Tensor, ...],
+    embedding: Embedding,
     tau: float | torch.Tensor = 1.0,
     *,
     bias: torch.Tensor | None = None,
@@ -195,7 +202,7 @@ def linear_gumbel_ste(
     noise: GumbelNoise | None = None,
     ids: torch.Tensor | None = None,
     eps: float = 2**-11,
-) -> GumbelSTEEmbedding:
+) -> GumbelSTEEmbedding[Embedding]:
     """`gumbel_ste_embedding` of the head's logits. The reference's gradient is exact at every eps."""
     logits = head_logits(hidden, lm_head, bias, logit_softcap)
     return gumbel_ste_embedding(logits, embedding, tau, estimator=estimator, noise=noise, ids=ids)
@@ -248,7 +255,7 @@ def linear_kl(
     """`sum p (log p - log q)` of the policy p and the reference q, whose tensors are constants."""
     logp = head_logits(hidden, lm_head, bias, logit_softcap, temperature).log_softmax(-1)
     ref = head_logits(ref_hidden, ref_lm_head, ref_bias, logit_softcap, temperature)
-    return _expectation(logp, logp - ref.detach().log_softmax(-1))
+    return _expectation(logp, logp - ref.detach().log_softmax(-1).to(logp.dtype))
 
 
 @_outside_autocast

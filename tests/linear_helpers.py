@@ -114,11 +114,7 @@ def run(p: Problem, eps: float = 0.0, wanted: tuple[str, ...] | None = None, **k
         hidden, lm_head, tables, tau, bias=bias, logit_softcap=p.softcap, estimator=p.estimator, noise=p.noise,
         ids=p.ids, eps=eps, **kwargs,
     )  # fmt: skip
-    total = loss(p, out)
-    if total.requires_grad or p.estimator != "reinmax":  # reinmax defines no gradient of tau
-        total.backward()
-    if p.estimator == "reinmax" and isinstance(tau, Tensor) and "tau" in wanted and tau.grad is None:
-        tau.grad = torch.zeros_like(tau)
+    loss(p, out).backward()
     return Answer(
         tuple(x.detach() for x in out.embedding), out.ids, out.logprobs.detach(),
         hidden.grad, lm_head.grad, None if bias is None else bias.grad, tuple(table.grad for table in tables),

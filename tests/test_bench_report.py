@@ -32,21 +32,33 @@ def lost(tmp_path, before, now):
 def test_lost_ground_is_found(tmp_path):
     before = [row("grade-kernels", 1, 1), row("gemm", 0.8, 0.9), row("eager", 6, 7)]
     assert lost(tmp_path, before, before) == []
-    # Within noise; slower by the product although faster by eager; a case that only one run has.
+    # Within noise; slower by the product although faster by eager.
     assert lost(tmp_path, before, [row("gemm", 0.7, 0.79)]) == []
     (regression,) = lost(tmp_path, before, [row("gemm", 0.6, 0.7), row("eager", 9, 9)])
     assert regression.yardstick == "gemm"
     assert "V=100" in str(regression)
     assert "0.80-0.90" in str(regression)
-    assert lost(tmp_path, before, [row("gemm", 0.1, 0.1, V="200")]) == []
+    # A case that only one run has.
+    assert lost(tmp_path, before, [row("gemm", 0.8, 0.9), row("gemm", 0.1, 0.1, V="200")]) == []
     assert lost(tmp_path, [row("eager", 6, 7)], [row("eager", 3, 3.1)])[0].yardstick == "eager"
 
 
-def test_a_file_that_is_no_run(tmp_path):
+def test_runs_without_a_common_case_can_not_be_compared(tmp_path):
+    for now in ([], [row("gemm", 0.1, 0.1, V="200")], [row("multinomial", 0.1, 0.1)]):
+        with pytest.raises(ValueError, match="nothing to compare"):
+            lost(tmp_path, [row("gemm", 0.8, 0.9)], now)
+
+
+def test_files_that_are_no_run(tmp_path):
     path = tmp_path / "other.csv"
-    path.write_text("a,b\n1,2\n")
-    with pytest.raises(ValueError, match="ratio_low"):
+    with pytest.raises(ValueError, match=r"other\.csv is no saved run: .*No such file"):
         compare.read(path)
+    for content in (b"a,b\n1,2\n", b"", b"\xff\xfe\x00\x81"):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"other\.csv is no saved run"):
+            compare.read(path)
+    with pytest.raises(ValueError, match="could not convert string to float: 'much'"):
+        compare.read(save(path, [row("gemm", 0.8, 0.9, ratio_low="much")]))
 
 
 def test_the_page(tmp_path):

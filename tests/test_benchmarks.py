@@ -12,11 +12,20 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def python(*arguments):
+def python(*arguments, cwd=ROOT):
     # pytest-benchmark measures nothing where it believes to be one of pytest-xdist's workers.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     command = [sys.executable, *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
+
+
+def bench(folder, *arguments):
+    """`grade-kernels bench` in a folder: one case that takes no time."""
+    pytest.importorskip("pytest_benchmark")
+    sizes = ("--rows", 2, "--vocab", 1000, "--dtypes", "float32", "--budget", 0, "--contestants", "eager")
+    case = ("-k", "test_time and gumbel_sample-", "-p", "no:cacheprovider")
+    return python("-m", "grade_kernels.cli", "bench", *sizes, *case, *arguments, cwd=folder)
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +72,54 @@ def test_plots(output):
     done = python("-m", "benchmarks.plot", output / "benchmarks.csv")
     assert done.returncode == 0, done.stderr
     assert len(list(output.glob("*.png"))) >= 5
+
+
+def test_the_run_before_may_be_overwritten(tmp_path):
+    """Files are named from where the user is, and a saved run is read before a new one takes its place."""
+    path = tmp_path / "bench-output" / "benchmarks.csv"
+    assert bench(tmp_path).returncode == 0
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows({**row, "ratio_low": "1000"} for row in rows)
+    done = bench(tmp_path, "--compare", "bench-output/benchmarks.csv")
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "eager took 1000.00" in done.stdout
+
+
+def test_a_run_that_can_not_be_compared_fails(tmp_path):
+    done = bench(tmp_path, "--compare", ROOT / "benchmarks" / "results" / "rows.csv")
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "nothing to compare" in done.stdout
+
+
+def test_a_contestant_that_no_case_has(tmp_path):
+    done = bench(tmp_path, "--contestants", "eager,multinominal")
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "contestants multinominal; there are" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--compare", "missing.csv", "missing.csv is no saved run"),
+        ("--output", "file", "--output file: File exists"),
+        ("--device", "abacus", "--device abacus: "),
+        ("--dtypes", "float32,float9", "'float9' is none of float32"),
+        ("--vocab", "1000,many", "'many' is no positive whole number"),
+        ("--rows", "0", "'0' is no positive whole number"),
+        ("--threads", "0", "'0' is no positive whole number"),
+    ],
+)
+def test_bad_options_are_found_before_anything_is_measured(tmp_path, option, value, message):
+    (tmp_path / "file").touch()
+    done = bench(tmp_path, option, value)
+    assert done.returncode == pytest.ExitCode.USAGE_ERROR
+    assert message in done.stderr
+    assert "INTERNALERROR" not in done.stdout + done.stderr
+    assert not list(tmp_path.rglob("*.csv"))
 
 
 def test_a_wrong_result_gets_no_number():

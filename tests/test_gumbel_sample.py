@@ -120,6 +120,11 @@ def test_leading_shapes(backend: str, device: str, shape: tuple[int, ...]) -> No
         assert_same_ids(ids, truth_scores(logits, gk.GumbelNoise(2)), torch.float32)
 
 
+def test_empty_batch_of_any_strides(backend: str, device: str) -> None:
+    assert gk.gumbel_sample(randn(0, 21, device=device)[:, ::3]).shape == (0,)
+    assert gk.gumbel_sample(randn(0, 7, 3, device=device), 1).shape == (0, 3)
+
+
 def test_ties_go_to_the_smaller_id(backend: str, device: str) -> None:
     """A token given twice has two different noises; a tie needs scores beyond the noise's resolution."""
     logits = torch.full((2, 300), -math.inf, device=device)

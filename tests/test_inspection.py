@@ -304,6 +304,26 @@ def test_command_fails_beyond_a_limit(monkeypatch, capsys):
     assert cli.main(["inspect", "--kernel", "nothing"]) == 2
 
 
+@pytest.mark.parametrize(
+    ("option", "file", "message"),
+    [
+        ("--json", "missing/kernels.json", "no file can be written there"),
+        ("--json", ".", "no file can be written there"),
+        ("--plot", "roofline.txt", "must end with one of .png .svg .pdf"),
+    ],
+)
+def test_command_checks_its_files_before_it_compiles(tmp_path, monkeypatch, capsys, option, file, message):
+    monkeypatch.setattr(command, "inspect", lambda tasks, done: pytest.fail("compiled all the same"))
+    assert cli.main(["inspect", option, str(tmp_path / file)]) == 2
+    assert message in capsys.readouterr().out.replace("\n", "")
+
+
+def test_command_with_nothing_to_plot(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(command, "inspect", lambda tasks, done: [figures(dtype="fp32") for _ in tasks])
+    assert cli.main(["inspect", "--kernel", "sample fp32 aligned", "--plot", str(tmp_path / "roofline.png")]) == 2
+    assert "nothing to plot" in capsys.readouterr().out
+
+
 def test_command_needs_its_packages(monkeypatch, capsys):
     def run(arguments: argparse.Namespace) -> int:
         raise ModuleNotFoundError("No module named 'matplotlib'", name="matplotlib")

@@ -133,6 +133,21 @@ def test_compile_with_row_ids_and_an_int_seed(backend: str, device: str) -> None
     assert counts[0] == counts[-1]
 
 
+def test_compile_with_an_int_seed_that_changes(backend: str, device: str) -> None:
+    """An int costs one more compilation, when it turns out to vary; a tensor none."""
+    if backend == "reference":
+        pytest.skip("slow to compile, and no other code decides there")
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def f(logits: torch.Tensor, seed: int) -> torch.Tensor:
+        return gk.gumbel_softmax(logits, 0.5, noise=gk.GumbelNoise(seed))
+
+    compiled, logits = torch.compile(f, backend=counter, fullgraph=True), randn(3, V, device=device)
+    for seed in (5, 7, 8, 2**40):
+        torch.testing.assert_close(compiled(logits, seed), f(logits, seed))
+    assert counter.frame_count <= 3  # it may restart once
+
+
 def test_compile_follows_the_backend() -> None:
     """A backend chosen after compilation is not ignored."""
     logits = randn(2, V)

@@ -165,6 +165,8 @@ def test_shapes(backend: str, device: str, op: Op) -> None:
             op(device, **good(device, lm_head=torch.ones(shape, device=device)))
     with raises(ValueError, "lm_head", (0, H)):
         op(device, **good(device, lm_head=torch.ones(0, H, device=device)))
+    with raises(ValueError, "lm_head", (V, 0)):
+        op(device, **good(device, hidden=torch.ones(N, 0, device=device), lm_head=torch.ones(V, 0, device=device)))
 
 
 @every_op

@@ -320,6 +320,17 @@ def test_ids_are_those_of_materialised_logits(
     assert not logprobs.requires_grad
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_logprob_of_a_certain_token(backend: str, device: str, estimator: str, dtype: torch.dtype) -> None:
+    """Whatever rounding a backend's product has, a token without competitors has log-probability 0."""
+    p = problem((5,), 3, 33, scale=10.0, dtype=dtype, estimator=estimator, device=device)
+    bias = torch.tensor([-float("inf"), 0.0, -float("inf")], dtype=dtype, device=device)
+    out = gk.linear_gumbel_ste(p.hidden, p.lm_head, p.tables, bias=bias, estimator=estimator, noise=p.noise)
+    assert (out.ids == 1).all()
+    torch.testing.assert_close(out.logprobs, torch.zeros_like(out.logprobs), rtol=0, atol=1e-4)
+
+
 def test_sampling_is_the_training_forward(backend: str, device: str, rows: int) -> None:
     """Rollout and training agree on every token, bit for bit, whatever temperature and estimator."""
     p = problem((rows,), 131, 7, bias=True, softcap=3.0, device=device)

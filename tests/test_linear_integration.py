@@ -117,6 +117,22 @@ def test_compile_of_rounded_statistics(backend: str, device: str) -> None:
     assert counter.frame_count == 1
 
 
+def test_shapes_without_data(backend: str, device: str) -> None:
+    """Where no graph is wanted, no shape depends on values, so even meta tensors pass through."""
+    if backend not in ("reference", "torch"):
+        pytest.skip("meta tensors are served by these two")
+    hidden, head, table = (torch.empty(*shape, device="meta") for shape in ((2, N, H), (V, H), (V, D)))
+    ids = torch.empty(2, N, dtype=torch.int64, device="meta")
+    out = gk.linear_gumbel_ste(hidden, head, table, noise=gk.GumbelNoise(1))
+    for value in (
+        out.ids, out.logprobs, *gk.linear_gumbel_sample(hidden, head, noise=gk.GumbelNoise(1)),
+        gk.linear_logprobs(hidden, head, ids), gk.linear_entropy(hidden, head),
+        gk.linear_kl(hidden, head, hidden, head),
+    ):  # fmt: skip
+        assert value.shape == (2, N)
+        assert value.device.type == "meta"
+
+
 def test_compile_by_default() -> None:
     """As a user calls it: inductor, no backend chosen, a loss around it."""
     for call in (_ste("ste", 2**-11), _ste("soft", 0.0)):

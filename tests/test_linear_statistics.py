@@ -154,9 +154,25 @@ def test_kl_to_a_reference_of_another_dtype(
     logr = (r.hidden.double() @ r.lm_head.double().T + r.bias.double()).log_softmax(-1)
     truth = (logp.exp() * (logp - logr)).sum(-1)
     truth.sum().backward()
+    assert value.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     tolerance = 0.05 if {dtype, ref_dtype} & {torch.bfloat16, torch.float16} else 1e-4
     torch.testing.assert_close(value.double(), truth.detach(), rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(hidden.grad.double(), wide.grad, rtol=tolerance, atol=tolerance)
+
+
+def test_logprob_of_a_masked_token(backend: str, device: str) -> None:
+    """It is -inf, and the masked logit gets gradient exactly 0 by every way to it."""
+    p = problem((2,), 13, mask=True, device=device)
+    ids = torch.ones(2, dtype=torch.int64, device=device)
+    for softcap in (None, 2.5):
+        for eps in (0.0, 0.05):
+            head = hidden, lm_head, bias = leaf(p.hidden), leaf(p.lm_head), leaf(p.bias)
+            value = gk.linear_logprobs(hidden, lm_head, ids, bias=bias, logit_softcap=softcap, eps=eps)
+            assert (value == -math.inf).all()
+            dhidden, dlm_head, dbias = torch.autograd.grad(value.sum(), head)
+            assert dhidden.isfinite().all()
+            assert (dlm_head[1] == 0).all()
+            assert dbias[1] == 0
 
 
 @pytest.mark.thin(3)

@@ -8,10 +8,13 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
+import typing
 import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 import grade_kernels as gk
 from grade_kernels import _build, cli, doctor
@@ -74,6 +77,16 @@ def test_typed():
     assert importlib.resources.files("grade_kernels").joinpath("py.typed").is_file()
 
 
+@pytest.mark.parametrize("op", [gk.gumbel_ste_embedding, gk.linear_gumbel_ste])
+def test_a_table_gives_a_tensor_and_a_tuple_a_tuple(op):
+    """For type checkers, too: what is passed as `embedding` is the type of the result's."""
+    hints = typing.get_type_hints(op)
+    result = hints["return"]
+    assert typing.get_args(result) == (hints["embedding"],)
+    assert typing.get_type_hints(typing.get_origin(result))["embedding"] is hints["embedding"]
+    assert hints["embedding"].__constraints__[:2] == (torch.Tensor, tuple[torch.Tensor, ...])
+
+
 def test_import_is_light():
     """No device is queried and nothing optional is imported before it is needed."""
     done = python(
@@ -89,6 +102,20 @@ def test_import_is_light():
 def test_build_records_what_it_did():
     info = _build.build_info()
     assert (_build.library_path() is None) == (info["reason"] is not None) == (_build.missing_reason() is not None)
+
+
+def test_sdist_has_what_the_readme_links_to(tmp_path):
+    """The guide whose examples the tests run, for one."""
+    tree = tmp_path / "tree"
+    unbuilt = shutil.ignore_patterns(".*", "build", "*.egg-info", "*.so", "__pycache__", "*-output")
+    shutil.copytree(ROOT, tree, ignore=unbuilt)
+    arguments = ("setup.py", "-q", "sdist", "--dist-dir", str(tmp_path))
+    subprocess.run([sys.executable, *arguments], cwd=tree, check=True, capture_output=True)
+    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    linked = set(re.findall(r"\]\(([^):]+)\)", (ROOT / "README.md").read_text()))
+    assert "docs/training.md" in linked
+    assert linked <= names, f"not in the sdist: {linked - names}"
 
 
 @pytest.fixture

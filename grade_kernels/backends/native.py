@@ -12,7 +12,9 @@ ESTIMATOR = {"ste": 0, "soft": 0, "st": 1, "reinmax": 2}
 
 def unit_stride(rows: torch.Tensor) -> torch.Tensor:
     """The kernels take any stride between rows, but tokens side by side: other layouts are copied."""
-    return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
+    if rows.stride(1) == 1 or rows.shape[1] == 1:
+        return rows
+    return rows.clone(memory_format=torch.contiguous_format)  # contiguous() keeps an empty tensor's strides
 
 
 def contiguous(x: torch.Tensor | None) -> torch.Tensor | None:

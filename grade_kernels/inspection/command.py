@@ -16,6 +16,7 @@ from grade_kernels.inspection.limits import violations
 
 __all__ = ["add_arguments", "run"]
 
+_PICTURES = (".png", ".svg", ".pdf")
 _WIDTH = 220  # of the tables where nobody looks at a terminal
 
 
@@ -34,6 +35,7 @@ def run(arguments: argparse.Namespace) -> int:
         console.width = _WIDTH
     try:
         tasks = select(arguments.target, arguments.kernel)
+        _check_files(arguments)
     except ValueError as error:
         console.print(f"[red]{error}[/red]", highlight=False)
         return 2
@@ -47,9 +49,22 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json is not None:
         report.write_json(arguments.json, results)
     if arguments.plot is not None:
-        report.write_plot(arguments.plot, results)
+        try:
+            report.write_plot(arguments.plot, results)
+        except ValueError as error:
+            console.print(f"[red]{error}[/red]", highlight=False)
+            return 2
     worse = [words for build, figures in results for words in violations(build, figures)]
     for words in worse:
         console.print(f"[red]{words}[/red]", highlight=False)
     console.print(f"{len(found)} kernels, {len(worse)} beyond their limits")
     return 1 if worse else 0
+
+
+def _check_files(arguments: argparse.Namespace) -> None:
+    """Files that can be written, or ValueError now rather than after everything was compiled."""
+    for option, path in (("--json", arguments.json), ("--plot", arguments.plot)):
+        if path is not None and (path.is_dir() or not os.access(path.parent, os.W_OK)):
+            raise ValueError(f"{option} {path}: no file can be written there")
+    if arguments.plot is not None and arguments.plot.suffix not in _PICTURES:
+        raise ValueError(f"--plot {arguments.plot}: the name must end with one of {' '.join(_PICTURES)}")

@@ -11,7 +11,7 @@ from grade_kernels.backends.torch.rows import column_chunks
 from grade_kernels.noise import GumbelNoise
 from grade_kernels.ops import checks
 from grade_kernels.ops.registry import define, once_differentiable
-from grade_kernels.reference import GumbelSTEEmbedding
+from grade_kernels.reference import Embedding, GumbelSTEEmbedding
 
 __all__ = ["GumbelSTEEmbedding", "gumbel_ste_embedding"]
 
@@ -20,13 +20,13 @@ PRODUCT_ELEMENTS = 2**18  # of `de @ E.T` at a time: what backward holds beside 
 
 def gumbel_ste_embedding(
     logits: torch.Tensor,
-    embedding: torch.Tensor | tuple[torch.Tensor, ...],
+    embedding: Embedding,
     tau: float | torch.Tensor = 1.0,
     *,
     estimator: str = "ste",
     noise: GumbelNoise | None = None,
     ids: torch.Tensor | None = None,
-) -> GumbelSTEEmbedding:
+) -> GumbelSTEEmbedding[Embedding]:
     """Sample tokens from logits and return their embeddings, differentiable in logits and tables.
 
     The token is `ids = argmax(l + g)`, with one-hot D; `e = E[ids]`, and for `soft` `e = softmax((l + g) / tau) @ E`.
@@ -78,9 +78,8 @@ def gumbel_ste_embedding(
             if ids is not None:
                 checks.check_ids_values(ids.reshape(-1), vocab)
         noise = GumbelNoise(seed, row_ids, vocab_start=vocab_start)
-        return reference.gumbel_ste_embedding(
-            logits, tables if several else tables[0], row_tau, estimator=estimator, noise=noise, ids=ids
-        )
+        given: Any = tables if several else tables[0]
+        return reference.gumbel_ste_embedding(logits, given, row_tau, estimator=estimator, noise=noise, ids=ids)
     flat_ids = None if ids is None else ids.reshape(-1)
     embedded, out_ids, logprobs = _gumbel_ste_embedding(
         rows, tables, row_tau, seed, row_ids, vocab_start, flat_ids, estimator, backend
@@ -89,7 +88,8 @@ def gumbel_ste_embedding(
         part.to(table.dtype).view(*batch, table.shape[1])
         for part, table in zip(embedded.split([table.shape[1] for table in tables], dim=1), tables, strict=True)
     )
-    return GumbelSTEEmbedding(parts if several else parts[0], out_ids.view(batch), logprobs.view(batch))
+    result: Any = parts if several else parts[0]
+    return GumbelSTEEmbedding(result, out_ids.view(batch), logprobs.view(batch))
 
 
 def joint_dtype(tables: list[torch.Tensor]) -> torch.dtype:

@@ -36,8 +36,8 @@ def check_head(
         raise ValueError(f"{prefix}hidden must have shape [..., H], got a 0-d tensor")
     if lm_head.dim() != 2:
         raise ValueError(f"{prefix}lm_head must be two-dimensional [V, H], got shape {tuple(lm_head.shape)}")
-    if lm_head.shape[0] == 0:
-        raise ValueError(f"{prefix}lm_head must have at least one token, got shape {tuple(lm_head.shape)}")
+    if 0 in lm_head.shape:
+        raise ValueError(f"{prefix}lm_head must have at least one token and one feature, got {tuple(lm_head.shape)}")
     if hidden.shape[-1] != lm_head.shape[1]:
         raise ValueError(f"{prefix}hidden has H = {hidden.shape[-1]}, but {prefix}lm_head has H = {lm_head.shape[1]}")
     checks.check_same_device(f"{prefix}lm_head", lm_head, f"{prefix}hidden", hidden)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Generic
 
 import torch
+from typing_extensions import NamedTuple
 
 from grade_kernels import backends, reference
 from grade_kernels.backends import Head, Sample, Support
-from grade_kernels.backends.torch.head import empty_support, head_chunks
+from grade_kernels.backends.torch.head import empty_support, head_chunks, head_logits_at
 from grade_kernels.noise import GumbelNoise
 from grade_kernels.ops import checks
 from grade_kernels.ops.gumbel_ste_embedding import joint_dtype, scatter_rows
@@ -30,14 +31,15 @@ from grade_kernels.ops.head import (
 )
 from grade_kernels.ops.linear_gumbel_sample import chosen_logprobs
 from grade_kernels.ops.registry import define, once_differentiable
+from grade_kernels.reference import Embedding
 
 __all__ = ["LinearGumbelSTE", "linear_gumbel_ste"]
 
 
-class LinearGumbelSTE(NamedTuple):
+class LinearGumbelSTE(NamedTuple, Generic[Embedding]):
     """Result of `linear_gumbel_ste`."""
 
-    embedding: torch.Tensor | tuple[torch.Tensor, ...]  # [..., D], one for each table
+    embedding: Embedding  # [..., D], one for each table
     ids: torch.Tensor  # [...] int64, the sampled tokens
     logprobs: torch.Tensor  # [...], log softmax(logits)[ids], untempered
 
@@ -45,7 +47,7 @@ class LinearGumbelSTE(NamedTuple):
 def linear_gumbel_ste(
     hidden: torch.Tensor,
     lm_head: torch.Tensor,
-    embedding: torch.Tensor | tuple[torch.Tensor, ...],
+    embedding: Embedding,
     tau: float | torch.Tensor = 1.0,
     *,
     bias: torch.Tensor | None = None,
@@ -54,7 +56,7 @@ def linear_gumbel_ste(
     noise: GumbelNoise | None = None,
     ids: torch.Tensor | None = None,
     eps: float = 2**-11,
-) -> LinearGumbelSTE:
+) -> LinearGumbelSTE[Embedding]:
     """Sample tokens from a head's logits and return their embeddings, differentiable in hidden states, head and tables.
 
     What it computes is `gumbel_ste_embedding(softcap(hidden @ lm_head.T + bias), embedding, ...)`, estimators included,
@@ -105,11 +107,12 @@ def linear_gumbel_ste(
                 checks.check_ids_values(ids.reshape(-1), vocab)
         check_reference_rows(hidden, lm_head, bias, logit_softcap)
         noise = GumbelNoise(seed, row_ids, vocab_start=vocab_start)
+        given: Any = tables if several else tables[0]
         return LinearGumbelSTE(
             *reference.linear_gumbel_ste(
                 hidden,
                 lm_head,
-                tables if several else tables[0],
+                given,
                 row_tau,
                 bias=bias,
                 logit_softcap=logit_softcap,
@@ -128,7 +131,8 @@ def linear_gumbel_ste(
         part.to(table.dtype).view(*batch, table.shape[1])
         for part, table in zip(embedded.split([table.shape[1] for table in tables], dim=1), tables, strict=True)
     )
-    return LinearGumbelSTE(parts if several else parts[0], out_ids.view(batch), logprobs.view(batch))
+    result: Any = parts if several else parts[0]
+    return LinearGumbelSTE(result, out_ids.view(batch), logprobs.view(batch))
 
 
 class _Statistics(NamedTuple):
@@ -184,7 +188,9 @@ def _kernel(
         checks.check_head_rows((sample.ids < 0) | sample.score_max.isnan())
     ids = sample.ids if ids is None else ids.clone()
     rows = torch.arange(len(ids), device=ids.device)
-    chosen = implementation.head_logits_at(head, rows, ids)
+    # `soft` sums chunks of torch's product, whose rounding in 16 bits is not that of every backend's passes.
+    logits_at = head_logits_at if estimator == "soft" else implementation.head_logits_at
+    chosen = logits_at(head, rows, ids)
     if embedded is None:
         embedded = torch.cat([table[ids].to(joint_dtype(tables)) for table in tables], dim=1)
         if hidden.device.type != "cpu":  # a row without a distribution reads NaN

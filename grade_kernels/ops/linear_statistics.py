@@ -181,6 +181,7 @@ def _kernel(
     if ref_hidden is not None and ref_lm_head is not None:
         ref = make_head(ref_hidden, ref_lm_head, ref_bias, softcap)
     sums, support = implementation.head_softmax(head, tau, seed, None, 0, eps if collect else 0.0, ref)
+    sums = Softmax(*(x.to(tau.dtype) for x in sums))  # a float64 reference does not widen a narrower policy's result
     if checks.reads_values(hidden):
         checks.check_head_rows(~(sums.logit_max.isfinite() & sums.total.isfinite()))
         if ref is not None:
@@ -217,7 +218,7 @@ def _fake(
     backend: str,
 ) -> tuple[torch.Tensor, ...]:
     rows = hidden.shape[0]
-    entries = torch.library.get_ctx().new_dynamic_size()
+    entries = torch.library.get_ctx().new_dynamic_size() if collect else 0
     return (
         tau.new_empty(rows),
         tau.new_empty(3 if ref_hidden is None else 5, rows),
