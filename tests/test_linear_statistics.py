@@ -110,6 +110,29 @@ def test_narrow_dtypes(backend: str, device: str, interpreted: bool, kind: str, 
     check(kind, problem((2,) if interpreted else (33,), 131, 33, dtype=dtype, bias=True, softcap=8.0, device=device))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_dense_gradient_and_statistics_see_the_same_logits(backend: str, device: str, dtype: torch.dtype) -> None:
+    """Cold and narrow: a rounding that one of the two does not see shows up enlarged by the temperature."""
+    hidden = 2 * randn(12, 16, dtype=dtype, device=device)
+    lm_head, ref = (randn(50, 16, dtype=dtype, device=device, seed=seed) for seed in (1, 2))
+    gradients = []
+    for h, w, r, how in (
+        (hidden.double(), lm_head.double(), ref.double(), "exact"),
+        (hidden, lm_head, ref, "eager"),
+        (hidden, lm_head, ref, "ours"),
+    ):
+        x = leaf(h)
+        if how == "ours":
+            kl = gk.linear_kl(x, w, h, r, temperature=0.5, eps=0.0)
+        else:
+            wide = torch.float64 if how == "exact" else torch.float32
+            logp, logr = ((F.linear(a, b).to(wide) / 0.5).log_softmax(-1) for a, b in ((x, w), (h, r)))
+            kl = (logp.exp() * (logp - logr)).sum(-1)
+        gradients.append(torch.autograd.grad(kl.sum(), x)[0].double())
+    exact, plain, ours = gradients
+    assert (ours - exact).norm() <= 1.2 * (plain - exact).norm()
+
+
 @every_kind
 def test_only_what_is_asked_for(backend: str, device: str, kind: str) -> None:
     """Each of hidden, head and bias alone; the frozen get None; nothing asked for gives no graph."""

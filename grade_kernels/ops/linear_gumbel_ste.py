@@ -10,7 +10,7 @@ from typing_extensions import NamedTuple
 
 from grade_kernels import backends, reference
 from grade_kernels.backends import Head, Sample, Support
-from grade_kernels.backends.torch.head import empty_support, head_chunks, head_logits_at
+from grade_kernels.backends.torch.head import empty_support, head_chunks
 from grade_kernels.noise import GumbelNoise
 from grade_kernels.ops import checks
 from grade_kernels.ops.gumbel_ste_embedding import joint_dtype, scatter_rows
@@ -188,9 +188,7 @@ def _kernel(
         checks.check_head_rows((sample.ids < 0) | sample.score_max.isnan())
     ids = sample.ids if ids is None else ids.clone()
     rows = torch.arange(len(ids), device=ids.device)
-    # `soft` sums chunks of torch's product, whose rounding in 16 bits is not that of every backend's passes.
-    logits_at = head_logits_at if estimator == "soft" else implementation.head_logits_at
-    chosen = logits_at(head, rows, ids)
+    chosen = implementation.head_logits_at(head, rows, ids)
     if embedded is None:
         embedded = torch.cat([table[ids].to(joint_dtype(tables)) for table in tables], dim=1)
         if hidden.device.type != "cpu":  # a row without a distribution reads NaN

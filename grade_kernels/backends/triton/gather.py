@@ -98,6 +98,15 @@ def scatter_sum(
     return fallback.scatter_sum(values, x, rows, tokens, table, gather_sum)
 
 
+def product(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """See `grade_kernels.backends`. In 16 bits it is kept in float32, as the passes keep their logits."""
+    if x.dtype not in (torch.bfloat16, torch.float16):
+        return fallback.product(x, table)
+    if x.is_cuda and torch.version.hip is None:
+        return torch.mm(x, table.T, out_dtype=torch.float32)
+    return x.float() @ table.float().T
+
+
 def head_logits_at(head: Head, rows: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """See `grade_kernels.backends`. The passes keep logits in float32, so nothing is rounded here."""
     if head.hidden.dtype == torch.float64:
