@@ -14,7 +14,7 @@ from grade_kernels import _build
 __all__ = ["check", "run"]
 
 # Odd on purpose: more than one tile, and nothing that divides.
-ROWS, VOCAB, WIDTH, TAU = 5, 1031, 7, 0.7
+ROWS, VOCAB, WIDTH, HIDDEN, TAU = 11, 1031, 7, 33, 0.7
 TOLERANCE = 1e-4
 
 
@@ -69,7 +69,7 @@ def run() -> int:
 
 
 def check(backend: str, device: torch.device) -> str:
-    """Compare a backend with the reference: samples, values and gradients.
+    """Compare a backend with the reference: samples, values and gradients, of given logits and through a head.
 
     Returns:
         "ok (...)", "not served: why", or "FAILED: what differs".
@@ -85,9 +85,11 @@ def check(backend: str, device: torch.device) -> str:
     logits[:, 3] = -torch.inf
     table = torch.randn(VOCAB, WIDTH, generator=generator).to(device)
     weights = torch.randn(ROWS, VOCAB, generator=generator).to(device)
+    hidden = torch.randn(ROWS, HIDDEN, generator=generator).to(device)
+    heads = [(torch.randn(VOCAB, HIDDEN, generator=generator) / 2).to(device) for _ in range(2)]
     outcomes = []
     for functions in (gk.reference, gk):
-        x, e = logits.clone().requires_grad_(), table.clone().requires_grad_()
+        x, e, h, w = (start.clone().requires_grad_() for start in (logits, table, hidden, heads[0]))
         with gk.use_backend(backend):
             ids = functions.gumbel_sample(x, noise=noise)
             soft = functions.gumbel_softmax(x, TAU, noise=noise)
@@ -96,6 +98,11 @@ def check(backend: str, device: torch.device) -> str:
             soft_gradient, hard_gradient = (torch.autograd.grad((y * weights).sum(), x)[0] for y in (soft, hard))
             loss = (embedded * weights[:, :WIDTH]).sum() + logprobs.sum()
             logits_gradient, table_gradient = torch.autograd.grad(loss, (x, e))
+            # The reference is exact at every eps.
+            looked_up, head_ids, head_logprobs = functions.linear_gumbel_ste(h, w, e, TAU, noise=noise, eps=0.0)
+            kl = functions.linear_kl(h, w, hidden, heads[1], eps=0.0)
+            loss = (looked_up * weights[:, :WIDTH]).sum() + head_logprobs.sum() + kl.sum()
+            hidden_gradient, head_gradient = torch.autograd.grad(loss, (h, w))
         values = {
             "gumbel_sample": ids,
             "gumbel_softmax": soft,
@@ -107,6 +114,12 @@ def check(backend: str, device: torch.device) -> str:
             "gumbel_ste_embedding logprobs": logprobs,
             "gumbel_ste_embedding gradient of logits": logits_gradient,
             "gumbel_ste_embedding gradient of the table": table_gradient,
+            "linear_gumbel_ste": looked_up,
+            "linear_gumbel_ste ids": head_ids,
+            "linear_gumbel_ste logprobs": head_logprobs,
+            "linear_kl": kl,
+            "gradient of the hidden states": hidden_gradient,
+            "gradient of the head": head_gradient,
         }
         outcomes.append({what: value.detach() for what, value in values.items()})
     worst = 0.0
