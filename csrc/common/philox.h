@@ -6,7 +6,7 @@
 #if defined(__CUDACC__) || defined(__HIPCC__)
 #define GK_HOST_DEVICE __host__ __device__
 #else
-#define GK_HOST_DEVICE
+#define GK_HOST_DEVICE static  // what is compiled for one instruction set must never serve another
 #endif
 
 namespace gk {

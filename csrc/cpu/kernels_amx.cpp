@@ -7,7 +7,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <vector>
 
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,amx-tile,amx-bf16"))), \
@@ -239,21 +238,18 @@ class Multiplier {
       for (int64_t j = 0; j < rows; ++j) spoiled |= finite[j] && std::isnan(sums[j]);
       if (!spoiled) continue;
       const float* token = args_.table + (block * kTileBlock + i) * args_.stride;
-      bool nan = false, large = false;
-      std::vector<int64_t> columns;
+      bool nan = false, large = false, infinite = false;
       for (int64_t k = 0; k < args_.width; ++k) {
         nan |= std::isnan(token[k]);
         large |= std::abs(token[k]) >= kLargest;
-        if (std::isinf(token[k])) columns.push_back(k);
+        infinite |= std::isinf(token[k]);
       }
       if (nan || !large) continue;
-      const bool all = columns.empty();
       for (int64_t j = 0; j < rows; ++j) {
         if (!finite[j] || !std::isnan(sums[j])) continue;
         double sum = 0.0;
-        for (int64_t k = 0; k < (all ? args_.width : int64_t(columns.size())) && !std::isnan(sum); ++k) {
-          const int64_t column = all ? k : columns[size_t(k)];
-          sum += double(token[column]) * x_at(group, j, column);
+        for (int64_t k = 0; k < args_.width && !std::isnan(sum); ++k) {
+          if (!infinite || std::isinf(token[k])) sum += double(token[k]) * x_at(group, j, k);
         }
         sums[j] = float(sum);
       }
