@@ -169,17 +169,17 @@ def test_code_without_a_loop():
     assert found.bytes_per_logit is None
 
 
-def test_a_missing_disassembler_is_named(monkeypatch):
+@pytest.mark.parametrize("tool", ["cuobjdump", "nvdisasm"])
+def test_a_missing_disassembler_is_named(monkeypatch, tool):
     class Nothing:
-        @property
-        def cuobjdump(self):
-            raise RuntimeError("Cannot find cuobjdump")
+        def __getattr__(self, name):
+            raise RuntimeError(f"Cannot find {name}")
 
     monkeypatch.setattr(disassembly.knobs, "nvidia", Nothing())
     monkeypatch.setenv("PATH", "")
-    disassembly._cuobjdump.cache_clear()
-    with pytest.raises(FileNotFoundError, match="TRITON_CUOBJDUMP_PATH"):
-        disassembly._cuobjdump()
+    disassembly._tool.cache_clear()
+    with pytest.raises(FileNotFoundError, match=f"TRITON_{tool.upper()}_PATH"):
+        disassembly._tool(tool)
 
 
 # Limits and predictions
@@ -261,16 +261,18 @@ import json, warnings
 from grade_kernels.inspection import compilation, select
 warnings.simplefilter("ignore")
 tasks = select(["sm_90"], ["normalizer", "sum splits"])
-first = [compilation.inspect_build(*task) for task in tasks]
+builds = [build for build, _ in tasks]
+first = compilation.inspect_builds(builds, "sm_90")
 files = sorted(compilation.cache_folder().glob("*.json"))
 assert len(files) == 2
 files[0].write_text(json.dumps(json.loads(files[0].read_text()) | {"registers": 77}))
 files[1].write_text("{")  # cut short
-again = [compilation.inspect_build(*task) for task in tasks]
+again = compilation.inspect_builds(builds, "sm_90")
 assert sorted(f.registers == 77 for f in again) == [False, True]
 assert sum(f in first for f in again) == 1
-changed = tasks[0][0]._replace(options={"num_warps": 2})
-assert compilation.inspect_build(changed, "sm_90").warps == 2
+changed = builds[0]._replace(options={"num_warps": 2})
+(other,) = compilation.inspect_builds([changed], "sm_90")
+assert other.warps == 2
 assert len(list(compilation.cache_folder().glob("*.json"))) == 3
 """
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "TRITON_INTERPRET": "0"}

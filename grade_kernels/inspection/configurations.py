@@ -140,7 +140,6 @@ def _heads(dtype: str, target: str) -> list[Build]:
     """Kernels over the product with a head of a dtype with contiguous rows."""
     scores, softmax = f"{_BACKEND}.head_sampling:head_scores_kernel", f"{_BACKEND}.head_relaxation:head_softmax_kernel"
     no_slots = dict.fromkeys(("before_max", "before_sum", "slots", "counts", "places", "room"))
-    first = dict.fromkeys(("before_max", "before_sum"))
     sample_only = {**no_slots, **dict.fromkeys(("tau", "top", "total"))}
     no_ref = dict.fromkeys(("ref_hidden", "ref_weight", "ref_bias", "ref_softcap", "ref_top", "ref_total"))
     every = {"bias": "*fp32", "softcap": "fp32", "row_ids": "*i64", "EVEN_K": False, "SKEW": 3}
@@ -149,11 +148,9 @@ def _heads(dtype: str, target: str) -> list[Build]:
         "head sample": (scores, sample_only, 1),
         "head sample, all flags": (scores, {**sample_only, **every}, 1),
         "head scores": (scores, {}, 1),
-        "head scores, first launch": (scores, first, 1),
         "head scores, eps 0": (scores, no_slots, 1),
         "head scores, all flags": (scores, every, 1),
         "head softmax": (softmax, no_ref, 1),
-        "head softmax, first launch": (softmax, {**no_ref, **first}, 1),
         "head softmax, eps 0": (softmax, {**no_ref, **no_slots}, 1),
         "head softmax, all flags": (softmax, {**no_ref, **every}, 1),
         "head softmax, ref": (softmax, {}, 2),
