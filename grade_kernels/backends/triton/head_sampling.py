@@ -58,7 +58,7 @@ def _refined(n, w, group, row_lo, row_hi, k0, k1, TARGET: tl.constexpr):
     else:
         least = tl.minimum(tl.minimum(w[0], w[1]), tl.minimum(w[2], w[3]))
         if tl.max((least < REFINE_BELOW).to(tl.int32)) > 0:
-            f = philox(group, row_lo, row_hi, tl.full((), DOMAIN_REFINE, tl.uint32), k0, k1, False, RARE=True)
+            f = philox(group, row_lo, row_hi, tl.full((), DOMAIN_REFINE, tl.uint32), k0, k1, False)
             refined = ()
             for i in tl.static_range(4):
                 refined += (n[i] + _refinement(w[i], f[i]),)

@@ -64,15 +64,16 @@ def _round(c0, c1, c2, c3, k0, k1, FAST: tl.constexpr):
 def philox(c0, c1, c2, c3, k0, k1, FAST: tl.constexpr, RARE: tl.constexpr = False):
     """Philox4x32-10. Counter and key are uint32 and broadcast, so what is uniform stays scalar.
 
-    RARE: seldom reached, and not unrolled. Some of Triton's passes take the square of what they are given.
+    FAST: compiled for NVIDIA. RARE: seldom reached.
     """
-    if RARE:
+    if FAST and not RARE:
+        for _ in tl.static_range(10):
+            c0, c1, c2, c3, k0, k1 = _round(c0, c1, c2, c3, k0, k1, FAST)
+    else:
+        # The time of some of Triton's passes goes with the square of what they are given. For AMD LLVM unrolls this.
         none = tl.zeros((c0 ^ c1 ^ c2 ^ c3).shape, tl.uint32)
         c0, c1, c2, c3 = c0 | none, c1 | none, c2 | none, c3 | none
         for _ in range(10):
-            c0, c1, c2, c3, k0, k1 = _round(c0, c1, c2, c3, k0, k1, FAST)
-    else:
-        for _ in tl.static_range(10):
             c0, c1, c2, c3, k0, k1 = _round(c0, c1, c2, c3, k0, k1, FAST)
     return c0, c1, c2, c3
 

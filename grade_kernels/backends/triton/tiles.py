@@ -57,8 +57,15 @@ def is_aligned(*tensors: torch.Tensor) -> bool:
 
 def target_options(backend: str) -> dict[str, Any]:
     """Compiler options for a Triton backend."""
+    if backend != "hip":
+        return {}
+    from triton.backends.amd.compiler import HIPOptions
+
     # AMD logarithms and exponentials otherwise spend four instructions on denormal numbers, as NVIDIA's do not.
-    return {"allow_flush_denorm": True} if backend == "hip" else {}
+    options: dict[str, Any] = {"allow_flush_denorm": True}
+    if "llvm_fn_attrs" in HIPOptions.__dataclass_fields__:  # not in Triton's older versions
+        options["llvm_fn_attrs"] = "amdgpu-unroll-threshold=2000"  # by default LLVM would leave Philox in a loop
+    return options
 
 
 def launch_options(vocab_start: int, logits: torch.Tensor, *others: torch.Tensor) -> dict[str, Any]:
