@@ -117,7 +117,9 @@ def _rows(dtype: str, target: str, layout: str) -> list[Build]:
         "reinmax sums": (sums, reinmax),
         "reinmax apply": (apply, reinmax),
     }
-    logits = 0 if tiny else sizes["LANES"] * sizes["STRIPS"] // (gpu.warp_size * tiles.NUM_WARPS)
+    # A skewed shard is masked all over, strip by strip.
+    strips = 1 if skew else sizes["STRIPS"]
+    logits = 0 if tiny else sizes["LANES"] * strips // (gpu.warp_size * tiles.NUM_WARPS)
     found = [
         Build(name, dtype, layout, kernel, {**common, **changes}, options, logits)
         for name, (kernel, changes) in scans.items()
