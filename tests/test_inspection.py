@@ -6,6 +6,7 @@ Compiling needs no GPU. Figures are cached by source, configuration and Triton v
 import argparse
 import json
 import os
+import struct
 import subprocess
 import sys
 from dataclasses import replace
@@ -17,7 +18,7 @@ pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 
 from grade_kernels import cli
-from grade_kernels.inspection import command, disassembly, inspect, limits, machine_code, prediction, select
+from grade_kernels.inspection import command, disassembly, inspect, inspector, limits, machine_code, prediction, select
 from grade_kernels.inspection.configurations import TARGETS, Build, builds
 from grade_kernels.inspection.devices import DEVICES, programs
 from grade_kernels.inspection.disassembly import Instruction, Program
@@ -125,9 +126,11 @@ def code(*lines):
     return found
 
 
-def test_main_loop_is_the_shortest_that_scans():
+def test_main_loop_scans_whole_tiles():
+    """Others mask the same loads, which is longer, or a part of them, which may be shorter."""
     scan = ["FFMA"] * 6 + ["LOP3"] * 4 + ["LDG.E"] * 2
-    lines = ["MOV", *scan, "BRA ->1", *scan, "FSETP", "SEL", "BRA ->14", "LDS", "BRA ->29", "EXIT"]
+    part = ["FFMA"] * 6 + ["LOP3"] * 4 + ["LDG.E"]
+    lines = ["MOV", *scan, "BRA ->1", *scan, "FSETP", "SEL", "BRA ->14", *part, "BRA ->29", "LDS", "BRA ->41", "EXIT"]
     found = machine_code.figures(build(), "sm_90", Program(code(*lines), 40, 0, 0), 16)
     assert found.total == 13 / 2
     assert found.per_logit["fma"] == 3
@@ -135,6 +138,46 @@ def test_main_loop_is_the_shortest_that_scans():
     assert found.bytes_per_logit == 4
     assert found.instructions == len(lines)
     assert found.exchanges == 0
+
+
+def test_kernels_are_read_one_after_the_other():
+    """A branch in the second goes to the second's own instruction, wherever that lies."""
+    first = [(0x0, "MOV R1, R2"), (0x10, "@P0 BRA 0x0"), (0x20, "EXIT"), (0x30, "BRA 0x30")]
+    second = [(address, text.replace("BRA 0x", "BRA 0x4")) for address, text in first]
+    second[1] = (0x10, "@P0 BRA 0x40")
+    expected = code("MOV", "BRA ->0", "!EXIT")
+    assert disassembly._instructions(first, 0) == expected
+    assert disassembly._instructions(second, 0x40)[:3] == expected
+
+
+def test_machine_code_of_a_cubin_is_its_only_kernel():
+    names = b"\0.text.kernel\0.text.other\0.strtab\0"
+    text = bytes(range(32))
+
+    def cubin(*kernels):
+        """An ELF file with these sections, all holding the same, and the names of sections last."""
+        start = 64
+        sections = [(names.index(b".text." + kernel), start, len(text)) for kernel in kernels]
+        sections.append((names.index(b".strtab"), start + len(text), len(names)))
+        table = b"".join(struct.pack("<2I4Q24x", name, 1, 0, 0, at, size) for name, at, size in sections)
+        header = bytearray(64)
+        struct.pack_into("<Q", header, 0x28, start + len(text) + len(names))
+        struct.pack_into("<3H", header, 0x3A, 64, len(sections), len(sections) - 1)
+        return bytes(header) + text + names + table
+
+    assert disassembly._text(cubin(b"kernel")) == text
+    with pytest.raises(ValueError, match="one kernel in a cubin, got 2"):
+        disassembly._text(cubin(b"kernel", b"other"))
+
+
+def test_batches_hold_every_task_once_and_heads_first():
+    tasks = select(["sm_90", "gfx942"], ["head sample", "sample", "one hot"])
+    batches = inspector._batches(tasks, 2)
+    assert sorted(i for batch in batches for i in batch) == list(range(len(tasks)))
+    assert all(len({tasks[i][1] for i in batch}) == 1 for batch in batches)
+    heads = [all(tasks[i][0].sizes is not None for i in batch) for batch in batches]
+    assert heads == sorted(heads, reverse=True)
+    assert len(batches) >= 8
 
 
 def test_a_tile_is_counted_by_the_common_way_without_its_product():
@@ -169,17 +212,17 @@ def test_code_without_a_loop():
     assert found.bytes_per_logit is None
 
 
-def test_a_missing_disassembler_is_named(monkeypatch):
+@pytest.mark.parametrize("tool", ["cuobjdump", "nvdisasm"])
+def test_a_missing_disassembler_is_named(monkeypatch, tool):
     class Nothing:
-        @property
-        def cuobjdump(self):
-            raise RuntimeError("Cannot find cuobjdump")
+        def __getattr__(self, name):
+            raise RuntimeError(f"Cannot find {name}")
 
     monkeypatch.setattr(disassembly.knobs, "nvidia", Nothing())
     monkeypatch.setenv("PATH", "")
-    disassembly._cuobjdump.cache_clear()
-    with pytest.raises(FileNotFoundError, match="TRITON_CUOBJDUMP_PATH"):
-        disassembly._cuobjdump()
+    disassembly._tool.cache_clear()
+    with pytest.raises(FileNotFoundError, match=f"TRITON_{tool.upper()}_PATH"):
+        disassembly._tool(tool)
 
 
 # Limits and predictions
@@ -261,16 +304,18 @@ import json, warnings
 from grade_kernels.inspection import compilation, select
 warnings.simplefilter("ignore")
 tasks = select(["sm_90"], ["normalizer", "sum splits"])
-first = [compilation.inspect_build(*task) for task in tasks]
+builds = [build for build, _ in tasks]
+first = compilation.inspect_builds(builds, "sm_90")
 files = sorted(compilation.cache_folder().glob("*.json"))
 assert len(files) == 2
 files[0].write_text(json.dumps(json.loads(files[0].read_text()) | {"registers": 77}))
 files[1].write_text("{")  # cut short
-again = [compilation.inspect_build(*task) for task in tasks]
+again = compilation.inspect_builds(builds, "sm_90")
 assert sorted(f.registers == 77 for f in again) == [False, True]
 assert sum(f in first for f in again) == 1
-changed = tasks[0][0]._replace(options={"num_warps": 2})
-assert compilation.inspect_build(changed, "sm_90").warps == 2
+changed = builds[0]._replace(options={"num_warps": 2})
+(other,) = compilation.inspect_builds([changed], "sm_90")
+assert other.warps == 2
 assert len(list(compilation.cache_folder().glob("*.json"))) == 3
 """
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "TRITON_INTERPRET": "0"}

@@ -1,4 +1,4 @@
-"""Compiling one kernel ahead of time, with a cache on disk of what was found in its machine code.
+"""Compiling kernels ahead of time, with a cache on disk of what was found in their machine code.
 
 Runs in processes of its own: a kernel that was decorated for Triton's interpreter cannot be compiled.
 """
@@ -10,8 +10,8 @@ import hashlib
 import importlib
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import triton
 from triton.compiler import ASTSource
@@ -19,7 +19,7 @@ from triton.compiler import ASTSource
 from grade_kernels.inspection import disassembly, machine_code
 from grade_kernels.inspection.configurations import TARGETS, Build
 
-__all__ = ["cache_folder", "inspect_build"]
+__all__ = ["cache_folder", "inspect_builds"]
 
 _READER = hashlib.sha256(
     b"".join(Path(str(module.__file__)).read_bytes() for module in (disassembly, machine_code))
@@ -31,31 +31,46 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "grade-kernels" / "inspection"
 
 
-def inspect_build(build: Build, target: str) -> machine_code.Figures:
-    """Figures of one kernel, from the cache if nothing that they depend on has changed.
+def inspect_builds(builds: Sequence[Build], target: str) -> list[machine_code.Figures]:
+    """Figures of kernels for one target, from the cache if nothing that they depend on has changed.
 
-    They depend on the kernel's source with all that it calls, on its configuration and target, on Triton, and on the
+    They depend on a kernel's source with all that it calls, on its configuration and target, on Triton, and on the
     modules that read machine code.
     """
-    module, _, name = build.kernel.partition(":")
-    kernel = getattr(importlib.import_module(module), name)
-    source = _source(kernel, build)
+    sources = [_source(build) for build in builds]
+    paths = [_path(build, target, source) for build, source in zip(builds, sources, strict=True)]
+    found = {i: kept for i, path in enumerate(paths) if (kept := _kept(path)) is not None}
+    missing = [i for i in range(len(builds)) if i not in found]
+    compiled = [triton.compile(sources[i], target=TARGETS[target], options=builds[i].options) for i in missing]
+    programs = disassembly.disassemble(compiled) if compiled else []
+    for i, kernel, program in zip(missing, compiled, programs, strict=True):
+        found[i] = machine_code.figures(builds[i], target, program, kernel.metadata.shared)
+        _keep(paths[i], found[i])
+    return [found[i] for i in range(len(builds))]
+
+
+def _path(build: Build, target: str, source: ASTSource) -> Path:
     parts = (source.hash(), sorted(build.options.items()), str(TARGETS[target]), triton.__version__, _READER, build)
-    path = cache_folder() / f"{hashlib.sha256(repr(parts).encode()).hexdigest()}.json"
+    return cache_folder() / f"{hashlib.sha256(repr(parts).encode()).hexdigest()}.json"
+
+
+def _kept(path: Path) -> machine_code.Figures | None:
     try:
         return machine_code.Figures(**json.loads(path.read_text()))
     except (OSError, TypeError, ValueError):
-        pass  # not there, or cut short
-    compiled = triton.compile(source, target=TARGETS[target], options=build.options)
-    found = machine_code.figures(build, target, disassembly.disassemble(compiled), compiled.metadata.shared)
+        return None  # not there, or cut short
+
+
+def _keep(path: Path, found: machine_code.Figures) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(f".{os.getpid()}")
     temporary.write_text(json.dumps(dataclasses.asdict(found)))
     os.replace(temporary, path)
-    return found
 
 
-def _source(kernel: Any, build: Build) -> ASTSource:
+def _source(build: Build) -> ASTSource:
+    module, _, function = build.kernel.partition(":")
+    kernel = getattr(importlib.import_module(module), function)
     signature, constants, attributes = {}, {}, {}
     for i, name in enumerate(kernel.arg_names):
         value = build.arguments[name]

@@ -117,7 +117,9 @@ def _rows(dtype: str, target: str, layout: str) -> list[Build]:
         "reinmax sums": (sums, reinmax),
         "reinmax apply": (apply, reinmax),
     }
-    logits = 0 if tiny else sizes["LANES"] * sizes["STRIPS"] // (gpu.warp_size * tiles.NUM_WARPS)
+    # A skewed shard is masked all over, strip by strip.
+    strips = 1 if skew else sizes["STRIPS"]
+    logits = 0 if tiny else sizes["LANES"] * strips // (gpu.warp_size * tiles.NUM_WARPS)
     found = [
         Build(name, dtype, layout, kernel, {**common, **changes}, options, logits)
         for name, (kernel, changes) in scans.items()
@@ -140,7 +142,6 @@ def _heads(dtype: str, target: str) -> list[Build]:
     """Kernels over the product with a head of a dtype with contiguous rows."""
     scores, softmax = f"{_BACKEND}.head_sampling:head_scores_kernel", f"{_BACKEND}.head_relaxation:head_softmax_kernel"
     no_slots = dict.fromkeys(("before_max", "before_sum", "slots", "counts", "places", "room"))
-    first = dict.fromkeys(("before_max", "before_sum"))
     sample_only = {**no_slots, **dict.fromkeys(("tau", "top", "total"))}
     no_ref = dict.fromkeys(("ref_hidden", "ref_weight", "ref_bias", "ref_softcap", "ref_top", "ref_total"))
     every = {"bias": "*fp32", "softcap": "fp32", "row_ids": "*i64", "EVEN_K": False, "SKEW": 3}
@@ -149,11 +150,9 @@ def _heads(dtype: str, target: str) -> list[Build]:
         "head sample": (scores, sample_only, 1),
         "head sample, all flags": (scores, {**sample_only, **every}, 1),
         "head scores": (scores, {}, 1),
-        "head scores, first launch": (scores, first, 1),
         "head scores, eps 0": (scores, no_slots, 1),
         "head scores, all flags": (scores, every, 1),
         "head softmax": (softmax, no_ref, 1),
-        "head softmax, first launch": (softmax, {**no_ref, **first}, 1),
         "head softmax, eps 0": (softmax, {**no_ref, **no_slots}, 1),
         "head softmax, all flags": (softmax, {**no_ref, **every}, 1),
         "head softmax, ref": (softmax, {}, 2),

@@ -16,6 +16,8 @@ from grade_kernels.inspection.machine_code import Figures
 
 __all__ = ["inspect", "select"]
 
+_BATCH = 8
+
 
 def select(targets: Sequence[str] | None = None, kernels: Sequence[str] | None = None) -> list[tuple[Build, str]]:
     """Every build with its target, or those whose kernel's name, or "name dtype configuration", matches a pattern.
@@ -76,16 +78,33 @@ def inspect(
     results: dict[int, Figures] = {}
     context = multiprocessing.get_context("spawn")
     with _compiling(), ProcessPoolExecutor(processes, context, _quiet) as pool:
-        futures = {pool.submit(compilation.inspect_build, *task): i for i, task in enumerate(tasks)}
+        futures = {
+            pool.submit(compilation.inspect_builds, [tasks[i][0] for i in batch], tasks[batch[0]][1]): batch
+            for batch in _batches(tasks, processes)
+        }
         try:
             for future in as_completed(futures):
-                result = results[futures[future]] = future.result()
-                if done is not None:
-                    done(result)
+                for i, result in zip(futures[future], future.result(), strict=True):
+                    results[i] = result
+                    if done is not None:
+                        done(result)
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
     return [results[i] for i in range(len(tasks))]
+
+
+def _batches(tasks: Sequence[tuple[Build, str]], processes: int) -> list[list[int]]:
+    """Positions of tasks that one process takes at a time: of one target, since they are disassembled together.
+
+    Heads, which take the longest, come first; every process gets several batches, so that none waits long at the end.
+    """
+    size = max(1, min(_BATCH, len(tasks) // (4 * processes)))
+    groups: dict[tuple[bool, str], list[int]] = {}
+    for i, (build, target) in enumerate(tasks):
+        groups.setdefault((build.sizes is None, target), []).append(i)
+    ordered = [groups[key] for key in sorted(groups)]
+    return [group[i : i + size] for group in ordered for i in range(0, len(group), size)]
 
 
 @contextlib.contextmanager

@@ -225,10 +225,10 @@ def _scan_loop(code: list[Instruction], logits: int) -> list[Instruction] | None
     """One round of a row kernel's main loop, the loop over tiles that need no masks."""
     graph = _Graph(code)
     rounds = [graph.round(header, []) for header in graph.innermost()]
-    # The shortest of those that scan: the others mask or refine as well. AMD masks by the set of active threads.
+    # Masked loops take a part of a tile, or do more. AMD masks by the set of active threads.
     rounds = [r for r in rounds if len(r) > 5 * logits]
     full = [r for r in rounds if not any("saveexec" in i.opcode for i in r)]
-    return min(full or rounds, key=len, default=None)
+    return min(full or rounds, key=lambda r: (-sum(_bytes(i.opcode) for i in r), len(r)), default=None)
 
 
 def _tile_loop(code: list[Instruction], build: Build) -> tuple[list[Instruction], list[Instruction]] | None:

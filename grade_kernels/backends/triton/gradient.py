@@ -26,22 +26,22 @@ from grade_kernels.backends.triton.tiles import (
 
 @triton.jit
 def _sums(
-    p_l, p_dy, s_lv, s_dyv, V, group_start, row_lo, row_hi, k0, k1, pivot, rate, tile_lo, tile_hi, state,
+    p_l, p_dy, s_lv, s_dyv, V, group_start, row_lo, row_hi, k0, k1, pivot, rate, strip_lo, strip_hi, state,
     SKEW: tl.constexpr, LANES: tl.constexpr, STRIPS: tl.constexpr, DTYPE: tl.constexpr, FAST: tl.constexpr,
     ALIGNED: tl.constexpr, NOISY: tl.constexpr, REINMAX: tl.constexpr, MASKED: tl.constexpr, REFINE: tl.constexpr,
 ):  # fmt: skip
-    """Fold tiles into the lanes' state: sums of w, w * dy and, untempered, exp(l - max) * dy; least word."""
+    """Fold strips into the lanes' state: sums of w, w * dy and, untempered, exp(l - max) * dy; least word."""
     b_total, b_dot, b_plain, b_low = state
     o_group = (group_start + tl.arange(0, LANES // 4).to(tl.uint32)).to(tl.int32, bitcast=True)
-    for i_t in range(tile_lo, tile_hi):
+    for i_t in range(strip_lo, strip_hi, STRIPS):
         for i_r in tl.static_range(STRIPS):
-            first = (i_t * STRIPS + i_r) * LANES - SKEW
+            first = (i_t + i_r) * LANES - SKEW
             b_l = load_strip(p_l, s_lv, first, V, float("-inf"), LANES, DTYPE, ALIGNED, MASKED)
             b_dy = load_strip(p_dy, s_dyv, first, V, 0.0, LANES, DTYPE, ALIGNED, MASKED)
             b_dy = tl.where(b_l == float("-inf"), 0.0, b_dy)  # a masked token's may be infinite
             b_s = b_l
             if NOISY:
-                groups = (o_group + (i_t * STRIPS + i_r) * (LANES // 4)).to(tl.uint32, bitcast=True)
+                groups = (o_group + (i_t + i_r) * (LANES // 4)).to(tl.uint32, bitcast=True)
                 b_n, b_least = strip_noise(groups, row_lo, row_hi, k0, k1, DTYPE, FAST, REFINE)
                 b_low = tl.minimum(b_low, b_least)
                 b_s = tl.fma(b_n, -LN2, b_l)
@@ -76,7 +76,7 @@ def softmax_backward_sums_kernel(
     if NOISY:
         pivot -= SHIFT
     rate = LOG2E / tl.load(tau + i_n * s_tau)
-    lo, full, hi = split_bounds(i_s, V, SKEW, LANES * STRIPS, TILES)
+    lo, full, hi = split_bounds(i_s, V, SKEW, LANES, STRIPS, TILES)
     zeros = tl.zeros((LANES,), DTYPE)
     fresh = (zeros, zeros, zeros, tl.full((LANES // 4,), 0xFFFFFFFF, tl.uint32))
     state = _sums(
@@ -85,7 +85,7 @@ def softmax_backward_sums_kernel(
     )  # fmt: skip
     state = _sums(
         p_l, p_dy, s_lv, s_dyv, V, group_start, row_lo, row_hi, k0, k1, pivot, rate, full, hi, state,
-        SKEW, LANES, STRIPS, DTYPE, FAST, ALIGNED, NOISY, REINMAX, MASKED=True, REFINE=False,
+        SKEW, LANES, 1, DTYPE, FAST, ALIGNED, NOISY, REINMAX, MASKED=True, REFINE=False,
     )  # fmt: skip
     plane = N.to(tl.int64) * SPLITS
     if NOISY:
@@ -95,7 +95,7 @@ def softmax_backward_sums_kernel(
             # One split in two thousand holds such a word. It is done again; the others pay one minimum per word.
             state = _sums(
                 p_l, p_dy, s_lv, s_dyv, V, group_start, row_lo, row_hi, k0, k1, pivot, rate, lo, hi, fresh,
-                SKEW, LANES, STRIPS, DTYPE, FAST, ALIGNED, NOISY, REINMAX, MASKED=True, REFINE=True,
+                SKEW, LANES, 1, DTYPE, FAST, ALIGNED, NOISY, REINMAX, MASKED=True, REFINE=True,
             )  # fmt: skip
     tl.store(partial + i_p, tl.sum(state[0], 0))
     tl.store(partial + plane + i_p, tl.sum(state[1], 0))
@@ -108,27 +108,27 @@ def softmax_backward_sums_kernel(
 @triton.jit
 def _apply(
     p_l, p_dy, p_out, s_lv, s_dyv, s_outv, V, group_start, row_lo, row_hi, k0, k1, pivot, rate, i_id, dot, factor,
-    plain_dot, plain_factor, top, dlogprob, tile_lo, tile_hi, b_dtau,
+    plain_dot, plain_factor, top, dlogprob, strip_lo, strip_hi, b_dtau,
     SKEW: tl.constexpr, LANES: tl.constexpr, STRIPS: tl.constexpr, DTYPE: tl.constexpr, FAST: tl.constexpr,
     ALIGNED: tl.constexpr, NOISY: tl.constexpr, REINMAX: tl.constexpr, LOGPROB: tl.constexpr, DTAU: tl.constexpr,
     MASKED: tl.constexpr, REFINE: tl.constexpr,
 ):  # fmt: skip
-    """Write the gradient of some tiles, and fold its product with the scores' distance from the best into b_dtau."""
+    """Write the gradient of some strips, and fold its product with the scores' distance from the best into b_dtau."""
     o_group = (group_start + tl.arange(0, LANES // 4).to(tl.uint32)).to(tl.int32, bitcast=True)
-    for i_t in range(tile_lo, tile_hi):
+    for i_t in range(strip_lo, strip_hi, STRIPS):
         # All loads come first: out may be dy, so none could move above a store.
         strips_l = ()
         strips_dy = ()
         for i_r in tl.static_range(STRIPS):
-            first = (i_t * STRIPS + i_r) * LANES - SKEW
+            first = (i_t + i_r) * LANES - SKEW
             strips_l = strips_l + (load_strip(p_l, s_lv, first, V, float("-inf"), LANES, DTYPE, ALIGNED, MASKED),)
             strips_dy = strips_dy + (load_strip(p_dy, s_dyv, first, V, 0.0, LANES, DTYPE, ALIGNED, MASKED),)
         for i_r in tl.static_range(STRIPS):
-            first = (i_t * STRIPS + i_r) * LANES - SKEW
+            first = (i_t + i_r) * LANES - SKEW
             b_l = strips_l[i_r]
             b_s = b_l
             if NOISY:
-                groups = (o_group + (i_t * STRIPS + i_r) * (LANES // 4)).to(tl.uint32, bitcast=True)
+                groups = (o_group + (i_t + i_r) * (LANES // 4)).to(tl.uint32, bitcast=True)
                 b_n, _ = strip_noise(groups, row_lo, row_hi, k0, k1, DTYPE, FAST, REFINE)
                 b_s = tl.fma(b_n, -LN2, b_l)
             b_s -= pivot
@@ -201,7 +201,7 @@ def softmax_backward_apply_kernel(
     else:
         factor = factor / m_tau
 
-    lo, full, hi = split_bounds(i_s, V, SKEW, LANES * STRIPS, TILES)
+    lo, full, hi = split_bounds(i_s, V, SKEW, LANES, STRIPS, TILES)
     b_dtau = tl.zeros((LANES,), DTYPE)
     is_fine = False
     if NOISY:
@@ -209,7 +209,7 @@ def softmax_backward_apply_kernel(
     if is_fine:
         b_dtau = _apply(
             p_l, p_dy, p_out, s_lv, s_dyv, s_outv, V, group_start, row_lo, row_hi, k0, k1, pivot, rate, i_id, dot,
-            factor, plain_dot, plain_factor, top, dlogprob, lo, hi, b_dtau, SKEW, LANES, STRIPS, DTYPE, FAST, ALIGNED,
+            factor, plain_dot, plain_factor, top, dlogprob, lo, hi, b_dtau, SKEW, LANES, 1, DTYPE, FAST, ALIGNED,
             NOISY, REINMAX, LOGPROB, DTAU, MASKED=True, REFINE=True,
         )  # fmt: skip
     else:
@@ -220,7 +220,7 @@ def softmax_backward_apply_kernel(
         )  # fmt: skip
         b_dtau = _apply(
             p_l, p_dy, p_out, s_lv, s_dyv, s_outv, V, group_start, row_lo, row_hi, k0, k1, pivot, rate, i_id, dot,
-            factor, plain_dot, plain_factor, top, dlogprob, full, hi, b_dtau, SKEW, LANES, STRIPS, DTYPE, FAST, ALIGNED,
+            factor, plain_dot, plain_factor, top, dlogprob, full, hi, b_dtau, SKEW, LANES, 1, DTYPE, FAST, ALIGNED,
             NOISY, REINMAX, LOGPROB, DTAU, MASKED=True, REFINE=False,
         )  # fmt: skip
     if DTAU:

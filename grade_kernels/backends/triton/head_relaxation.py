@@ -84,7 +84,7 @@ def head_softmax_kernel(
     b_bound = tl.zeros((BM, THREADS), tl.float32)
     b_total = b_bound
     b_moment = b_bound
-    if before_max is not None:
+    if slots is not None:
         b_top = tl.broadcast_to(tl.load(before_max + o_n)[:, None], BM, THREADS)
         b_bound = tl.broadcast_to((eps * tl.load(before_sum + o_n))[:, None], BM, THREADS)
     if ref_hidden is not None:
@@ -207,20 +207,21 @@ def _run(
     shared = {"splits": splits, "BLOCK_S": triton.next_power_of_2(splits)}
     top, total, moment = torch.empty(3, rows, splits, device=device)
     ref_top, ref_total = (None, None) if ref is None else torch.empty(2, rows, splits, device=device)
-    before_max, before_sum = torch.empty(2, rows, device=device)
+    before_max, before_sum = None, None
     candidates = head_support.Candidates(rows, splits, eps, device) if eps > 0 else None
-    if candidates is not None:  # splits that have not run yet weigh nothing
+    if candidates is not None:
+        before_max, before_sum = torch.empty(2, rows, device=device)
+        # Splits that have not run yet weigh nothing.
         top.fill_(FLOOR.value)
         total.zero_()
     ref_tensors = (None, None, None) if ref is None else ref[:3]
     ref_strides = (0, 0, 0, 0) if ref is None else (*ref.hidden.stride(), *ref.weight.stride())
     width = 0 if ref is None else ref.hidden.shape[1]
     for launch in head_support.schedule(splits, eps):
-        if launch.first > 0:
+        if candidates is not None:
             head_support.normalizer_kernel[(rows,)](top, total, before_max, before_sum, **shared, num_warps=1)
         head_softmax_kernel[(triton.cdiv(rows, options["BM"]) * launch.number,)](
-            *head[:3], *ref_tensors, seed, row_ids, tau,
-            before_max if launch.first > 0 else None, before_sum if launch.first > 0 else None,
+            *head[:3], *ref_tensors, seed, row_ids, tau, before_max, before_sum,
             top, total, moment, ref_top, ref_total, *head_support.slot_arguments(candidates),
             *head.hidden.stride(), *head.weight.stride(), *ref_strides, R=width,
             ref_softcap=None if ref is None else ref.softcap, eps=eps * head_support.MARGIN * 2.0**-32,

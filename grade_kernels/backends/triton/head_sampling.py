@@ -84,8 +84,8 @@ def head_scores_kernel(
 ):  # fmt: skip
     """One split of BM rows: best score and its token, plain max and sum; with tau the tempered sum; with slots too.
 
-    before_max, before_sum: what earlier launches know of the rows' normaliser, a lower bound that candidates must beat.
-    The tempered sum is relative to `top`, the larger of before_max and the split's best score.
+    before_max, before_sum (with slots): what earlier launches know of the rows' normaliser, a lower bound that candidates
+    must beat. The tempered sum is relative to `top`, the larger of before_max and the split's best score.
     """
     FAST: tl.constexpr = TARGET == "cuda"
     blocks = tl.cdiv(N, BM)
@@ -109,7 +109,7 @@ def head_scores_kernel(
         rate = LOG2E / tl.load(tau + o_n)[:, None]
         b_top = b_max
         b_bound = b_sum
-        if before_max is not None:
+        if slots is not None:
             b_top = tl.broadcast_to(tl.load(before_max + o_n)[:, None], BM, THREADS)
             b_bound = tl.broadcast_to((eps * tl.load(before_sum + o_n))[:, None], BM, THREADS)
         b_total = tl.zeros((BM, THREADS), tl.float32)
@@ -188,17 +188,18 @@ def _run(
     shared = {"splits": splits, "BLOCK_S": triton.next_power_of_2(splits)}
     best, plain_max, plain_sum, top, total = torch.empty(5, rows, splits, device=device)
     index = torch.empty(rows, splits, dtype=torch.int32, device=device)
-    before_max, before_sum = torch.empty(2, rows, device=device)
+    before_max, before_sum = None, None
     candidates = head_support.Candidates(rows, splits, eps, device) if eps > 0 else None
-    if candidates is not None:  # splits that have not run yet weigh nothing
+    if candidates is not None:
+        before_max, before_sum = torch.empty(2, rows, device=device)
+        # Splits that have not run yet weigh nothing.
         top.fill_(FLOOR.value)
         total.zero_()
     for launch in head_support.schedule(splits, eps):
-        if launch.first > 0:
+        if candidates is not None:
             head_support.normalizer_kernel[(rows,)](top, total, before_max, before_sum, **shared, num_warps=1)
         head_scores_kernel[(triton.cdiv(rows, options["BM"]) * launch.number,)](
-            head.hidden, head.weight, head.bias, seed, row_ids, tau,
-            before_max if launch.first > 0 else None, before_sum if launch.first > 0 else None,
+            head.hidden, head.weight, head.bias, seed, row_ids, tau, before_max, before_sum,
             best, index, plain_max, plain_sum, top, total, *head_support.slot_arguments(candidates),
             *head.hidden.stride(), *head.weight.stride(), eps=eps * head_support.MARGIN * 2.0**-32,
             first_row=first_row, first_split=launch.first, splits=splits, step=head_support.stride(splits), **options,

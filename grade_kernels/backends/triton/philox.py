@@ -42,36 +42,52 @@ def split_row(row):
 
 
 @triton.jit
-def philox(c0, c1, c2, c3, k0, k1, FAST: tl.constexpr):
-    """Philox4x32-10. Counter and key are uint32 and broadcast, so what is uniform stays scalar."""
-    for _ in tl.static_range(10):
-        # A single wide multiply gives both words of a product; high and low separately would be two.
-        if FAST:
-            # Named in PTX: LLVM would widen what follows to 64 bits, and add up high words that are zero.
-            high0, low0 = tl.inline_asm_elementwise(
-                WIDE_PRODUCT, "=r,=r,r,r", [c0, 0xD2511F53], dtype=(tl.uint32, tl.uint32), is_pure=True, pack=1
-            )
-            high1, low1 = tl.inline_asm_elementwise(
-                WIDE_PRODUCT, "=r,=r,r,r", [c2, 0xCD9E8D57], dtype=(tl.uint32, tl.uint32), is_pure=True, pack=1
-            )
-        else:
-            p0, p1 = c0.to(tl.uint64) * 0xD2511F53, c2.to(tl.uint64) * 0xCD9E8D57
-            high0, low0 = (p0 >> 32).to(tl.uint32), p0.to(tl.uint32)
-            high1, low1 = (p1 >> 32).to(tl.uint32), p1.to(tl.uint32)
-        c0, c1, c2, c3 = high1 ^ (c1 ^ k0), low1, high0 ^ (c3 ^ k1), low0
-        k0 = tl.add(k0, 0x9E3779B9, sanitize_overflow=False)
-        k1 = tl.add(k1, 0xBB67AE85, sanitize_overflow=False)
+def _round(c0, c1, c2, c3, k0, k1, FAST: tl.constexpr):
+    """Counter and key after one round. A single wide multiply gives both words of a product; apart they would be two."""
+    if FAST:
+        # Named in PTX: LLVM would widen what follows to 64 bits, and add up high words that are zero.
+        high0, low0 = tl.inline_asm_elementwise(
+            WIDE_PRODUCT, "=r,=r,r,r", [c0, 0xD2511F53], dtype=(tl.uint32, tl.uint32), is_pure=True, pack=1
+        )
+        high1, low1 = tl.inline_asm_elementwise(
+            WIDE_PRODUCT, "=r,=r,r,r", [c2, 0xCD9E8D57], dtype=(tl.uint32, tl.uint32), is_pure=True, pack=1
+        )
+    else:
+        p0, p1 = c0.to(tl.uint64) * 0xD2511F53, c2.to(tl.uint64) * 0xCD9E8D57
+        high0, low0 = (p0 >> 32).to(tl.uint32), p0.to(tl.uint32)
+        high1, low1 = (p1 >> 32).to(tl.uint32), p1.to(tl.uint32)
+    k = tl.add(k0, 0x9E3779B9, sanitize_overflow=False), tl.add(k1, 0xBB67AE85, sanitize_overflow=False)
+    return high1 ^ (c1 ^ k0), low1, high0 ^ (c3 ^ k1), low0, k[0], k[1]
+
+
+@triton.jit
+def philox(c0, c1, c2, c3, k0, k1, FAST: tl.constexpr, RARE: tl.constexpr = False):
+    """Philox4x32-10. Counter and key are uint32 and broadcast, so what is uniform stays scalar.
+
+    FAST: compiled for NVIDIA. RARE: seldom reached.
+    """
+    if FAST and not RARE:
+        for _ in tl.static_range(10):
+            c0, c1, c2, c3, k0, k1 = _round(c0, c1, c2, c3, k0, k1, FAST)
+    else:
+        # The time of some of Triton's passes goes with the square of what they are given. For AMD LLVM unrolls this.
+        none = tl.zeros((c0 ^ c1 ^ c2 ^ c3).shape, tl.uint32)
+        c0, c1, c2, c3 = c0 | none, c1 | none, c2 | none, c3 | none
+        for _ in range(10):
+            c0, c1, c2, c3, k0, k1 = _round(c0, c1, c2, c3, k0, k1, FAST)
     return c0, c1, c2, c3
 
 
 @triton.jit
-def words(groups, row_lo, row_hi, k0, k1, DOMAIN: tl.constexpr, FAST: tl.constexpr):
+def words(
+    groups, row_lo, row_hi, k0, k1, DOMAIN: tl.constexpr, FAST: tl.constexpr, RARE: tl.constexpr = False
+):  # fmt: skip
     """Words `[..., 4 * G]` of token groups `[..., G]` (uint32), and the least word of each group.
 
     Row counters and key broadcast to the groups. Whether refinement is needed is decided on the least words: they live
     in the layout of the groups, so asking moves nothing between threads.
     """
-    w0, w1, w2, w3 = philox(groups, row_lo, row_hi, tl.full((), DOMAIN, tl.uint32), k0, k1, FAST)
+    w0, w1, w2, w3 = philox(groups, row_lo, row_hi, tl.full((), DOMAIN, tl.uint32), k0, k1, FAST, RARE)
     quads = tl.join(tl.join(w0, w2), tl.join(w1, w3))
     least = tl.minimum(tl.minimum(w0, w1), tl.minimum(w2, w3))
     return tl.reshape(quads, w0.shape[:-1] + [4 * w0.shape[-1]]), least
@@ -133,5 +149,5 @@ def strip_noise(groups, row_lo, row_hi, k0, k1, DTYPE: tl.constexpr, FAST: tl.co
     w, least = words(groups, row_lo, row_hi, k0, k1, DOMAIN_GUMBEL, FAST)
     fine = w
     if REFINE:
-        fine, _ = words(groups, row_lo, row_hi, k0, k1, DOMAIN_REFINE, FAST)
+        fine, _ = words(groups, row_lo, row_hi, k0, k1, DOMAIN_REFINE, FAST, RARE=True)
     return scaled_noise(w, fine, DTYPE, FAST, REFINE), least

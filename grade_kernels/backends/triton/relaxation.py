@@ -24,21 +24,21 @@ from grade_kernels.backends.triton.tiles import (
 
 @triton.jit
 def _sweep(
-    p_l, p_w, s_lv, s_wv, V, group_start, row_lo, row_hi, k0, k1, pivot, rate, factor, tile_lo, tile_hi, state,
+    p_l, p_w, s_lv, s_wv, V, group_start, row_lo, row_hi, k0, k1, pivot, rate, factor, strip_lo, strip_hi, state,
     SKEW: tl.constexpr, LANES: tl.constexpr, STRIPS: tl.constexpr, DTYPE: tl.constexpr, FAST: tl.constexpr,
     ALIGNED: tl.constexpr, WRITE: tl.constexpr, MASKED: tl.constexpr, REFINE: tl.constexpr,
 ):  # fmt: skip
-    """Weights of some tiles: written times factor (WRITE), and folded into the lanes' state (sum, least word)."""
+    """Weights of some strips: written times factor (WRITE), and folded into the lanes' state (sum, least word)."""
     b_sum, b_low = state
     o_group = (group_start + tl.arange(0, LANES // 4).to(tl.uint32)).to(tl.int32, bitcast=True)
-    for i_t in range(tile_lo, tile_hi):
+    for i_t in range(strip_lo, strip_hi, STRIPS):
         strips = ()
         for i_r in tl.static_range(STRIPS):
-            first = (i_t * STRIPS + i_r) * LANES - SKEW
+            first = (i_t + i_r) * LANES - SKEW
             strips = strips + (load_strip(p_l, s_lv, first, V, float("-inf"), LANES, DTYPE, ALIGNED, MASKED),)
         for i_r in tl.static_range(STRIPS):
-            first = (i_t * STRIPS + i_r) * LANES - SKEW
-            groups = (o_group + (i_t * STRIPS + i_r) * (LANES // 4)).to(tl.uint32, bitcast=True)
+            first = (i_t + i_r) * LANES - SKEW
+            groups = (o_group + (i_t + i_r) * (LANES // 4)).to(tl.uint32, bitcast=True)
             b_n, b_least = strip_noise(groups, row_lo, row_hi, k0, k1, DTYPE, FAST, REFINE)
             b_low = tl.minimum(b_low, b_least)
             # The difference comes first: scaled scores could overflow, and would cancel worse.
@@ -78,7 +78,7 @@ def softmax_kernel(
         m_total = tl.sum(tl.load(partial + i_n * SPLITS + o_s, mask=o_s < SPLITS, other=0.0), 0)
         factor = 1.0 / m_total
         tl.store(total + i_n, m_total, mask=i_s == 0)
-    lo, full, hi = split_bounds(i_s, V, SKEW, LANES * STRIPS, TILES)
+    lo, full, hi = split_bounds(i_s, V, SKEW, LANES, STRIPS, TILES)
     fresh = (tl.zeros((LANES,), DTYPE), tl.full((LANES // 4,), 0xFFFFFFFF, tl.uint32))
     state = _sweep(
         p_l, p_w, s_lv, s_wv, V, group_start, row_lo, row_hi, k0, k1, pivot, rate, factor, lo, full, fresh,
@@ -86,14 +86,14 @@ def softmax_kernel(
     )  # fmt: skip
     state = _sweep(
         p_l, p_w, s_lv, s_wv, V, group_start, row_lo, row_hi, k0, k1, pivot, rate, factor, full, hi, state,
-        SKEW, LANES, STRIPS, DTYPE, FAST, ALIGNED, WRITE, MASKED=True, REFINE=False,
+        SKEW, LANES, 1, DTYPE, FAST, ALIGNED, WRITE, MASKED=True, REFINE=False,
     )  # fmt: skip
     if tl.min(state[1].to(tl.int64), 0) < REFINE_BELOW:
         # One split in two thousand holds such a word. It is done again; the others pay one minimum per word.
         tl.debug_barrier()  # the same addresses are written again, maybe by other threads
         state = _sweep(
             p_l, p_w, s_lv, s_wv, V, group_start, row_lo, row_hi, k0, k1, pivot, rate, factor, lo, hi, fresh,
-            SKEW, LANES, STRIPS, DTYPE, FAST, ALIGNED, WRITE, MASKED=True, REFINE=True,
+            SKEW, LANES, 1, DTYPE, FAST, ALIGNED, WRITE, MASKED=True, REFINE=True,
         )  # fmt: skip
     if total is None:
         tl.store(partial + i_p, tl.sum(state[0], 0))

@@ -24,18 +24,21 @@ from grade_kernels.backends.triton.tiles import (
 
 @triton.jit
 def _scan(
-    p_row, s_v, V, group_start, row_lo, row_hi, k0, k1, tile_lo, tile_hi, state,
+    p_row, s_v, V, group_start, row_lo, row_hi, k0, k1, strip_lo, strip_hi, state,
     SKEW: tl.constexpr, LANES: tl.constexpr, STRIPS: tl.constexpr, DTYPE: tl.constexpr, FAST: tl.constexpr,
     ALIGNED: tl.constexpr, LSE: tl.constexpr, MASKED: tl.constexpr, REFINE: tl.constexpr,
 ):  # fmt: skip
-    """Fold tiles into the lanes' state: best score, the tile that holds it, least word, and max and sum of logits."""
+    """Fold strips, STRIPS at a time, into the lanes' state: best score, its tile, least word, max and sum of logits.
+
+    A tile is known by its first strip.
+    """
     b_best, b_tile, b_low, b_max, b_sum = state
     o_group = (group_start + tl.arange(0, LANES // 4).to(tl.uint32)).to(tl.int32, bitcast=True)
-    for i_t in range(tile_lo, tile_hi):
+    for i_t in range(strip_lo, strip_hi, STRIPS):
         strips = ()
         b_top = b_max
         for i_r in tl.static_range(STRIPS):
-            first = (i_t * STRIPS + i_r) * LANES - SKEW
+            first = (i_t + i_r) * LANES - SKEW
             strips = strips + (load_strip(p_row, s_v, first, V, float("-inf"), LANES, DTYPE, ALIGNED, MASKED),)
             if LSE:
                 b_top = tl.maximum(b_top, strips[i_r])
@@ -44,7 +47,7 @@ def _scan(
             b_max = b_top
         b_peak = tl.full((LANES,), float("-inf"), DTYPE)
         for i_r in tl.static_range(STRIPS):
-            groups = (o_group + (i_t * STRIPS + i_r) * (LANES // 4)).to(tl.uint32, bitcast=True)
+            groups = (o_group + (i_t + i_r) * (LANES // 4)).to(tl.uint32, bitcast=True)
             b_n, b_least = strip_noise(groups, row_lo, row_hi, k0, k1, DTYPE, FAST, REFINE)
             b_low = tl.minimum(b_low, b_least)
             b_s = tl.fma(b_n, -LN2, strips[i_r])
@@ -72,7 +75,7 @@ def sample_scan_kernel(
     row_lo, row_hi = split_row(i_n if row_ids is None else tl.load(row_ids + i_n))
     group_start = group_start.to(tl.uint32)
     p_row = logits + i_n * s_n
-    lo, full, hi = split_bounds(i_s, V, SKEW, LANES * STRIPS, TILES)
+    lo, full, hi = split_bounds(i_s, V, SKEW, LANES, STRIPS, TILES)
     fresh = (
         tl.full((LANES,), float("-inf"), DTYPE),
         tl.full((LANES,), 0, tl.int32) + lo,
@@ -86,13 +89,13 @@ def sample_scan_kernel(
     )  # fmt: skip
     state = _scan(
         p_row, s_v, V, group_start, row_lo, row_hi, k0, k1, full, hi, state,
-        SKEW, LANES, STRIPS, DTYPE, FAST, ALIGNED, LSE, MASKED=True, REFINE=False,
+        SKEW, LANES, 1, DTYPE, FAST, ALIGNED, LSE, MASKED=True, REFINE=False,
     )  # fmt: skip
     if tl.min(state[2].to(tl.int64), 0) < REFINE_BELOW:
         # One split in two thousand holds such a word. It is scanned again; the others pay one minimum per word.
         state = _scan(
             p_row, s_v, V, group_start, row_lo, row_hi, k0, k1, lo, hi, fresh,
-            SKEW, LANES, STRIPS, DTYPE, FAST, ALIGNED, LSE, MASKED=True, REFINE=True,
+            SKEW, LANES, 1, DTYPE, FAST, ALIGNED, LSE, MASKED=True, REFINE=True,
         )  # fmt: skip
     b_best, b_tile, _, b_max, b_sum = state
     m_best = tl.max(b_best, 0)
@@ -127,10 +130,10 @@ def sample_pick_kernel(
     k0, k1 = load_key(seed)
     row_lo, row_hi = split_row(i_n if row_ids is None else tl.load(row_ids + i_n))
     p_row = logits + i_n * s_n
-    o_tile = i_t * (STRIPS * LANES) - SKEW
+    o_tile = i_t * LANES - SKEW
     o_v = o_tile + tl.arange(0, STRIPS * LANES)
     o_g = tl.arange(0, STRIPS * LANES // 4).to(tl.uint32)
-    groups = group_start.to(tl.uint32) + (i_t * (STRIPS * LANES // 4)).to(tl.uint32) + o_g
+    groups = group_start.to(tl.uint32) + (i_t * (LANES // 4)).to(tl.uint32) + o_g
     b_l = load_strip(p_row, s_v, o_tile, V, float("-inf"), STRIPS * LANES, DTYPE, ALIGNED, MASKED=True)
     b_n, b_least = strip_noise(groups, row_lo, row_hi, k0, k1, DTYPE, FAST, REFINE=False)
     if tl.min(b_least.to(tl.int64), 0) < REFINE_BELOW:

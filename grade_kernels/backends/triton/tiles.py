@@ -57,8 +57,15 @@ def is_aligned(*tensors: torch.Tensor) -> bool:
 
 def target_options(backend: str) -> dict[str, Any]:
     """Compiler options for a Triton backend."""
+    if backend != "hip":
+        return {}
+    from triton.backends.amd.compiler import HIPOptions
+
     # AMD logarithms and exponentials otherwise spend four instructions on denormal numbers, as NVIDIA's do not.
-    return {"allow_flush_denorm": True} if backend == "hip" else {}
+    options: dict[str, Any] = {"allow_flush_denorm": True}
+    if "llvm_fn_attrs" in HIPOptions.__dataclass_fields__:  # not in Triton's older versions
+        options["llvm_fn_attrs"] = "amdgpu-unroll-threshold=2000"  # by default LLVM would leave Philox in a loop
+    return options
 
 
 def launch_options(vocab_start: int, logits: torch.Tensor, *others: torch.Tensor) -> dict[str, Any]:
@@ -90,12 +97,15 @@ def launching(tensor: torch.Tensor) -> AbstractContextManager[Any]:
 
 
 @triton.jit
-def split_bounds(i_s, V, SKEW: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr):
-    """First tile of a split, the first that needs masks, and the end."""
-    lo = i_s * TILES
-    hi = tl.minimum(lo + TILES, tl.cdiv(V + SKEW, TILE))
-    # With a skew the first tile needs masks as well; shards that start there are rare enough to mask them all.
-    full = lo if SKEW else tl.minimum(hi, V // TILE)
+def split_bounds(i_s, V, SKEW: tl.constexpr, LANES: tl.constexpr, STRIPS: tl.constexpr, TILES: tl.constexpr):
+    """In strips: where a split begins, where its whole tiles end, and where it ends.
+
+    What is left of a row's last tile needs masks. It is taken strip by strip: that is a fourth of the code.
+    """
+    lo = i_s * (TILES * STRIPS)
+    hi = tl.minimum(lo + TILES * STRIPS, tl.cdiv(V + SKEW, LANES))
+    # With a skew the first strip needs masks as well; shards that start there are rare enough to mask them all.
+    full = lo if SKEW else tl.minimum(hi, V // (LANES * STRIPS) * STRIPS)
     return lo, full, hi
 
 
