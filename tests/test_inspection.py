@@ -27,7 +27,7 @@ from grade_kernels.inspection.machine_code import PIPES, Figures
 # What the interpreter does not see: types of scalars that are specialised, strides that are not, every flag at once.
 HOPPER = (
     *("sample fp32 aligned", "sample+lse fp32 aligned", "ste apply fp32 aligned", "ste apply+logprob+dtau bf16 odd"),
-    *("reinmax sums fp32 general", "sample+lse fp32 tiny", "support write fp32 *"),
+    *("reinmax sums fp32 shard", "sample fp32 strided", "sample+lse fp32 tiny", "support write fp32 *"),
     *("head sample bf16 128*", "head scores bf16 128*", "baseline sample fp32 aligned"),
 )
 OTHERS = {

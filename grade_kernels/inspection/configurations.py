@@ -28,12 +28,13 @@ TARGETS = {
 VOCAB = 151936
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 _BACKEND = "grade_kernels.backends.triton"
-# Of the row kernels: rows aligned to 16 bytes; rows that are not; any strides, row ids and a shard at an odd offset;
-# one row of one token, which Triton specialises on. float64 is never read 16 bytes at a time.
+# Of the row kernels: rows aligned to 16 bytes; rows that are not; any strides and row ids; the same and a shard at an
+# odd offset; one row of one token, which Triton specialises on. float64 is never read 16 bytes at a time.
 _LAYOUTS = {
     "aligned": ("fp32", "bf16", "fp16"),
     "odd": ("bf16", "fp64"),
-    "general": ("fp32",),
+    "strided": ("fp32",),
+    "shard": ("fp32",),
     "tiny": ("fp32",),
 }
 # No launcher passes these as anything but 32-bit integers, or float32 arrays.
@@ -82,19 +83,19 @@ def _rows(dtype: str, target: str, layout: str) -> list[Build]:
     """Kernels over given logits of a dtype, in one of `_LAYOUTS`."""
     compute = tiles.compute_dtype(_DTYPES[dtype])
     data, stat = f"*{dtype}", "*fp64" if compute == torch.float64 else "*fp32"
-    aligned, general, tiny = (layout == name for name in ("aligned", "general", "tiny"))
-    skew = 3 if general else 0
+    aligned, shard, tiny = (layout == name for name in ("aligned", "shard", "tiny"))
+    strided, skew = shard or layout == "strided", 3 if shard else 0
     gpu = TARGETS[target]
     sizes = tiles.strip_sizes(1 if tiny else VOCAB + skew, _DTYPES[dtype], gpu.warp_size)
-    row_stride = 1 if tiny else "i64 aligned" if aligned else "i32" if general else "i64"
+    row_stride = 1 if tiny else "i64 aligned" if aligned else "i32" if strided else "i64"
     options = {"num_warps": tiles.NUM_WARPS, **tiles.target_options(gpu.backend)}
     common = {
-        "V": 1 if tiny else "i32 aligned" if aligned else "i32", "N": "i32", "group_start": "i32" if general else "i64",
-        "logits": data, "seed": "*i64", "row_ids": "*i64" if general else None, "SKEW": skew, **sizes,
+        "V": 1 if tiny else "i32 aligned" if aligned else "i32", "N": "i32", "group_start": "i32" if strided else "i64",
+        "logits": data, "seed": "*i64", "row_ids": "*i64" if strided else None, "SKEW": skew, **sizes,
         "BLOCK_S": triton.next_power_of_2(sizes["SPLITS"]), "DTYPE": tiles.TRITON_DTYPE[compute],
         "FAST": gpu.backend == "cuda", "ALIGNED": aligned, "LOWEST": torch.finfo(compute).min,
         **dict.fromkeys(("s_n", "s_ln", "s_wn", "s_dyn", "s_outn"), row_stride),
-        **dict.fromkeys(("s_v", "s_lv", "s_wv", "s_dyv", "s_outv", "s_tau"), "i64" if general else 1),
+        **dict.fromkeys(("s_v", "s_lv", "s_wv", "s_dyv", "s_outv", "s_tau"), "i64" if strided else 1),
         **dict.fromkeys(("best", "top", "total", "score_max", "logit_max", "logit_sum"), stat),
         **dict.fromkeys(("partial", "pivots", "tau"), stat),
         "tile": "*i32", "ids": "*i64", "weights": data, "dy": data, "out": data,
@@ -127,7 +128,7 @@ def _rows(dtype: str, target: str, layout: str) -> list[Build]:
     found.append(
         Build("sample pick", dtype, layout, f"{_BACKEND}.sampling:sample_pick_kernel", common, options)
     )  # fmt: skip
-    if layout != "general":  # it writes what it makes itself, so strides and offsets do not come in
+    if not strided:  # it writes what it makes itself, so strides and offsets do not come in
         one_hot = {**common, "BLOCKS": "i32", "BLOCK": onehot.BLOCK}
         found.append(Build("one hot", dtype, layout, f"{_BACKEND}.onehot:one_hot_kernel", one_hot, options))
     if aligned and dtype != "fp16":
