@@ -50,6 +50,11 @@ def test_by_row_it_is_the_same(tiles, rows, vocab):
     generator = torch.Generator().manual_seed(rows * vocab)
     x, table = torch.randn(rows, 70, generator=generator), torch.randn(vocab, 70, generator=generator)
     assert torch.equal(cpu_head.product(x, table), _product(x, table).T)
+    wide = torch.full((rows, vocab + 5), 7.0)
+    assert cpu_head.product(x, table, wide[:, 2:-3]).data_ptr() == wide[:, 2:].data_ptr()
+    assert torch.equal(wide[:, 2:-3], _product(x, table).T)
+    assert (wide[:, :2] == 7).all()
+    assert (wide[:, -3:] == 7).all()
     assert torch.equal(cpu_head.product(x.T.contiguous().T, table.T.contiguous().T), _product(x, table).T)
 
 

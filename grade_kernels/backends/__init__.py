@@ -37,7 +37,8 @@ head_logits_at(head, rows, tokens) -> [K]
     Single logits, rounded as those that the passes above saw.
 gather_dot(x, table, rows, tokens) -> [K]           x[rows] . table[tokens], in compute precision
 gather_sum(values, table, offsets, tokens) -> [N, H]  sum over a row's entries of value * table[token]
-product(x, table) -> [N, C]                         x @ table.T, rounded as those that the passes above saw
+product(x, table, out=None) -> [N, C]               x @ table.T, rounded as those that the passes above saw; written to
+                                                    out (rows apart, tokens side by side) where it is given
 scatter_sum(values, x, rows, tokens, table) -> [V, H]  sum over entries of value * x[row] at row `token`, table's dtype
 ```
 

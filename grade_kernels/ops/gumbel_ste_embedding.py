@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from grade_kernels import backends, reference
+from grade_kernels.backends.torch.head import PRODUCT_ELEMENTS
 from grade_kernels.backends.torch.rows import column_chunks
 from grade_kernels.noise import GumbelNoise
 from grade_kernels.ops import checks
@@ -14,8 +15,6 @@ from grade_kernels.ops.registry import define, once_differentiable
 from grade_kernels.reference import Embedding, GumbelSTEEmbedding
 
 __all__ = ["GumbelSTEEmbedding", "gumbel_ste_embedding"]
-
-PRODUCT_ELEMENTS = 2**18  # of `de @ E.T` at a time: what backward holds beside the gradient
 
 
 def gumbel_ste_embedding(
@@ -199,13 +198,10 @@ def _backward_kernel(
     if needs_dlogits or needs_dtau:
         # dY is written where its product, the gradient of the logits, belongs.
         dlogits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-        for i, (part, table) in enumerate(zip(upstream, tables, strict=True)):
+        implementation.product(upstream[0], tables[0], dlogits)
+        for part, table in zip(upstream[1:], tables[1:], strict=True):
             for columns in column_chunks(logits.shape[0], logits.shape[1], PRODUCT_ELEMENTS):
-                product = implementation.product(part, table[columns])
-                if i == 0:
-                    dlogits[:, columns] = product
-                else:
-                    dlogits[:, columns] += product
+                dlogits[:, columns] += implementation.product(part, table[columns])
         sample = backends.Sample(ids, score_max, logit_max, logit_sum)
         dtau = implementation.softmax_backward(
             dlogits, logits, tau, seed, row_ids, vocab_start, estimator, sample, dlogprobs, needs_dtau, dlogits

@@ -18,6 +18,7 @@ from grade_kernels.noise import (
 )
 
 GATHER_ELEMENTS = 2**22  # gathered elements that are held at once
+PRODUCT_ELEMENTS = 2**18  # of a product that is written where it belongs: what is taken, and if need be held, at a time
 
 
 def support_capacity(eps: float, vocab_size: int) -> int:
@@ -32,9 +33,16 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def product(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+def product(x: torch.Tensor, table: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
     """See `grade_kernels.backends`."""
-    return x @ table.T
+    if out is None:
+        return x @ table.T
+    for columns in column_chunks(len(x), len(table), PRODUCT_ELEMENTS):
+        if out.dtype == x.dtype:
+            torch.mm(x, table[columns].T, out=out[:, columns])
+        else:
+            out[:, columns] = x @ table[columns].T
+    return out
 
 
 def head_chunks(

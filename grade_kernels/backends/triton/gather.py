@@ -98,10 +98,10 @@ def scatter_sum(
     return fallback.scatter_sum(values, x, rows, tokens, table, gather_sum)
 
 
-def product(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+def product(x: torch.Tensor, table: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
     """See `grade_kernels.backends`. In 16 bits it is kept in float32, as the passes keep their logits."""
-    if x.dtype not in (torch.bfloat16, torch.float16):
-        return fallback.product(x, table)
+    if out is not None or x.dtype not in (torch.bfloat16, torch.float16):
+        return fallback.product(x, table, out)
     if x.is_cuda and torch.version.hip is None:
         return torch.mm(x, table.T, out_dtype=torch.float32)
     return x.float() @ table.float().T
