@@ -258,8 +258,6 @@ void few_product(Tensor x, Tensor table, Tensor out) {
 
 bool has_tiles() { return machine_isa() == Isa::kAmx; }
 
-int64_t tile_blocks(int64_t rows) { return (rows + kTileBlock - 1) / kTileBlock; }
-
 // x as tiles, float32: `packed` has kTileParts numbers for each of x's, padded to whole tiles, and one for each row.
 void tile_pack(Tensor x, Tensor packed) {
   const TilePacking args{data<float>(x), x.size(0), x.size(1), x.stride(0),

@@ -60,15 +60,8 @@ constexpr TileShapes kShapes;
   split(_mm512_maskz_loadu_ps(__mmask16(mask), x), _mm512_maskz_loadu_ps(__mmask16(mask >> 16), x + 16), out);
 }
 
-int64_t steps_of(int64_t width) { return (width + kTileStep - 1) / kTileStep; }
-int64_t blocks_of(int64_t rows) { return (rows + kTileBlock - 1) / kTileBlock; }
-// Behind the tiles: whether each row of x can be split.
-uint16_t* finite_rows(uint16_t* packed, int64_t rows, int64_t width) {
-  return packed + blocks_of(rows) * steps_of(width) * kStepTiles * kTile;
-}
-const uint16_t* finite_rows(const uint16_t* packed, int64_t rows, int64_t width) {
-  return finite_rows(const_cast<uint16_t*>(packed), rows, width);
-}
+// Numbers of x's tiles. Behind them stands for each row of x whether it can be split.
+int64_t packed_numbers(int64_t rows, int64_t width) { return tile_blocks(rows) * tile_steps(width) * kStepTiles * kTile; }
 uint32_t mask_of(int64_t columns) { return columns >= kTileStep ? ~0u : (1u << columns) - 1; }
 
 // Tiles 0 to 3 are sums: of the table's first and last sixteen rows with x's first and, if kWide, last sixteen.
@@ -110,7 +103,7 @@ template <bool kWide>
 
 class Multiplier {
  public:
-  explicit Multiplier(const TileProduct& args) : args_(args), steps_(steps_of(args.width)) {}
+  explicit Multiplier(const TileProduct& args) : args_(args), steps_(tile_steps(args.width)) {}
 
   // Blocks [begin, end) of the table with blocks [first, last) of x.
   void run(int64_t begin, int64_t end, int64_t first, int64_t last) {
@@ -231,7 +224,7 @@ class Multiplier {
   // of the table spoiled is taken from them alone; a row of x that holds one stays NaN, as do sums that overflow.
   [[gnu::noinline, gnu::cold]] void mend(int64_t block, int64_t tokens, int64_t group, float* out, int64_t out_stride) const {
     const int64_t rows = std::min(kTileBlock, args_.rows - group * kTileBlock);
-    const uint16_t* finite = finite_rows(args_.packed, args_.rows, args_.width) + group * kTileBlock;
+    const uint16_t* finite = args_.packed + packed_numbers(args_.rows, args_.width) + group * kTileBlock;
     for (int64_t i = 0; i < tokens; ++i) {
       float* sums = out + i * out_stride;
       bool spoiled = false;
@@ -279,15 +272,15 @@ class Multiplier {
 }  // namespace
 
 void pack_tiles(const TilePacking& args, int64_t begin, int64_t end) {
-  uint16_t* finite = finite_rows(args.packed, args.rows, args.width);
+  uint16_t* finite = args.packed + packed_numbers(args.rows, args.width);
   for (int64_t block = begin; block < end; ++block) {
     for (int64_t row = block * kTileBlock; row < (block + 1) * kTileBlock; ++row) {
       const float* x = args.x + std::min(row, args.rows - 1) * args.stride;
       finite[row] = std::all_of(x, x + args.width, [](float number) { return std::abs(number) < kLargest; });
     }
-    for (int64_t step = 0; step < steps_of(args.width); ++step) {
+    for (int64_t step = 0; step < tile_steps(args.width); ++step) {
       // A tile's row is a pair of columns, so that x's rows lie side by side.
-      uint16_t* tiles = args.packed + (block * steps_of(args.width) + step) * kStepTiles * kTile;
+      uint16_t* tiles = args.packed + (block * tile_steps(args.width) + step) * kStepTiles * kTile;
       for (int64_t i = 0; i < kTileBlock; ++i) {
         const int64_t row = block * kTileBlock + i;
         const float* x = args.x + std::min(row, args.rows - 1) * args.stride + step * kTileStep;
@@ -305,7 +298,7 @@ void pack_tiles(const TilePacking& args, int64_t begin, int64_t end) {
 }
 
 void multiply_tiles(const TileProduct& args, int64_t begin, int64_t end) {
-  const int64_t groups = blocks_of(args.rows), bytes = steps_of(args.width) * kStepTiles * kTile * 2;
+  const int64_t groups = tile_blocks(args.rows), bytes = tile_steps(args.width) * kStepTiles * kTile * 2;
   const int64_t at_a_time = std::max<int64_t>(1, kPackedAtATime / std::max<int64_t>(1, bytes));
   GK_MEMORY;
   _tile_loadconfig(&kShapes);

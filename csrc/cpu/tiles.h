@@ -13,6 +13,9 @@ constexpr int64_t kTileBlock = 32;  // rows of the table, and of x, that one rou
 constexpr int64_t kTileStep = 32;   // columns that one tile covers
 constexpr int kTileParts = 3;       // bfloat16 numbers that one of float32 is the sum of
 
+static constexpr int64_t tile_blocks(int64_t rows) { return (rows + kTileBlock - 1) / kTileBlock; }
+static constexpr int64_t tile_steps(int64_t width) { return (width + kTileStep - 1) / kTileStep; }
+
 struct TilePacking {
   const float* x;  // [rows, width]
   int64_t rows, width, stride;

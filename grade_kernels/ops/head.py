@@ -11,7 +11,7 @@ import torch
 
 from grade_kernels import reference
 from grade_kernels.backends import Head, Support
-from grade_kernels.backends.torch.head import head_chunks
+from grade_kernels.backends.torch.head import head_chunks, offsets_of
 from grade_kernels.ops import checks
 
 
@@ -157,8 +157,7 @@ class Entries(NamedTuple):
             return self
         order = self.rows.argsort(stable=True)
         counts = torch.bincount(self.rows, minlength=num_rows)
-        offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-        return Entries(self.rows[order], self.tokens[order], self.values[order], offsets)
+        return Entries(self.rows[order], self.tokens[order], self.values[order], offsets_of(counts))
 
 
 class HeadGradients:

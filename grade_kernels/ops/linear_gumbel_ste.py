@@ -10,7 +10,7 @@ from typing_extensions import NamedTuple
 
 from grade_kernels import backends, reference
 from grade_kernels.backends import Head, Sample, Support
-from grade_kernels.backends.torch.head import empty_support, head_chunks
+from grade_kernels.backends.torch.head import empty_support, head_chunks, offsets_of
 from grade_kernels.noise import GumbelNoise
 from grade_kernels.ops import checks
 from grade_kernels.ops.gumbel_ste_embedding import joint_dtype, scatter_rows
@@ -536,8 +536,7 @@ def _without(support: Support, rows: torch.Tensor) -> Support:
     """A support without the entries of the marked rows."""
     kept = ~rows[row_of_entries(support)]
     counts = torch.where(rows, 0, support.offsets.diff())
-    offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-    return Support(offsets, support.tokens[kept], support.p[kept], rows)
+    return Support(offsets_of(counts), support.tokens[kept], support.p[kept], rows)
 
 
 def _backward_fake(

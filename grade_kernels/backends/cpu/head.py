@@ -257,8 +257,7 @@ def _token_order(tokens: torch.Tensor, vocab: int) -> tuple[torch.Tensor, torch.
     order, counts = torch.empty_like(tokens), torch.zeros(vocab, dtype=torch.int64)
     _kernels().token_order(tokens.contiguous(), order, counts)
     distinct = counts.nonzero()[:, 0]
-    counts = counts[distinct]
-    return order, distinct, torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    return order, distinct, fallback.offsets_of(counts[distinct])
 
 
 def scatter_sum(

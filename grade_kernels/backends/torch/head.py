@@ -28,6 +28,11 @@ def support_capacity(eps: float, vocab_size: int) -> int:
     return int(min(vocab_size + 64, (1.0 / eps + 10.0 / eps**0.5) * 8 / 7 + 64))
 
 
+def offsets_of(counts: torch.Tensor) -> torch.Tensor:
+    """`[len(counts) + 1]`: where runs of so many entries begin, and where the last ends."""
+    return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+
+
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The arithmetic that serves a dtype: float64 for itself, float32 for everything narrower."""
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -124,8 +129,7 @@ class _Candidates:
         p, rows, tokens = p[fits], rows[fits], tokens[fits]
         order = rows.argsort(stable=True)  # chunks came in token order
         counts = torch.bincount(rows, minlength=len(self.sums.max))
-        offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-        return Support(offsets, tokens[order], p[order], overflow)
+        return Support(offsets_of(counts), tokens[order], p[order], overflow)
 
 
 def empty_support(rows: int, like: torch.Tensor) -> Support:
@@ -257,7 +261,7 @@ def token_order(tokens: torch.Tensor, vocab: int) -> tuple[torch.Tensor, torch.T
     """A stable order of entries by token, the tokens that occur, and `[distinct + 1]` where the entries of each begin."""
     order = tokens.argsort(stable=True)
     distinct, counts = torch.unique_consecutive(tokens[order], return_counts=True)
-    return order, distinct, torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    return order, distinct, offsets_of(counts)
 
 
 def scatter_sum(
