@@ -243,10 +243,7 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch, elements: int = 1, gather: int
 
 def tiny_capacity(monkeypatch: pytest.MonkeyPatch, capacity: int) -> None:
     """A support buffer that holds `capacity` entries a row."""
-    homes = {"torch": "torch.head", "cpu": "torch.head", "triton": "triton.head_support"}  # where each looks it up
-    for name, home in homes.items():
-        if gk.backends.status()[name] is None:
-            monkeypatch.setattr(f"grade_kernels.backends.{home}.support_capacity", lambda eps, vocab_size: capacity)
+    monkeypatch.setattr(torch_head, "support_capacity", lambda eps, vocab_size: capacity)
 
 
 @contextmanager

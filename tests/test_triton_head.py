@@ -31,17 +31,23 @@ REFINED = [(-34359738340, 166090), (-34359738048, 196101)]
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     """Tiles that the interpreter gets through, and several splits and launches in a small vocabulary."""
-    if REASON is None and DEVICE == "cpu":
-        from grade_kernels.backends.triton import head, head_support
+    if REASON is not None or DEVICE != "cpu":
+        yield
+        return
+    from grade_kernels.backends.triton import head, head_support
 
-        tile = head.Config(16, 32, 32, 4, 2)
-        monkeypatch.setattr(head, "NARROW", tile)
-        monkeypatch.setattr(head, "WIDE", tile)
-        monkeypatch.setattr(head, "PAIR", tile)
-        monkeypatch.setattr(head, "SPLIT", 64)
-        monkeypatch.setattr(head_support, "SPLIT", 64)
-        for cached in (head_support.schedule, head_support.layout, head_support.stride):
-            cached.cache_clear()
+    cached = (head_support.schedule, head_support.layout, head_support.stride)
+    tile = head.Config(16, 32, 32, 4, 2)
+    with monkeypatch.context() as patch:
+        for name in ("NARROW", "WIDE", "PAIR"):
+            patch.setattr(head, name, tile)
+        for module in (head, head_support):
+            patch.setattr(module, "SPLIT", 64)
+        for function in cached:  # they know nothing of SPLIT
+            function.cache_clear()
+        yield
+    for function in cached:
+        function.cache_clear()
 
 
 @pytest.fixture(autouse=True)

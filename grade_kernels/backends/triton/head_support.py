@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from grade_kernels.backends import Support
-from grade_kernels.backends.torch.head import support_capacity
+from grade_kernels.backends.torch import head as fallback
 from grade_kernels.backends.triton.head import FLOOR, NOWHERE, SPLIT, nan_max
 from grade_kernels.backends.triton.philox import LN2, LOG2E, load_key, philox, split_row
 
@@ -224,7 +224,7 @@ class Candidates:
             )  # fmt: skip
 
         launch(None, None, None)
-        overflow = (self.counts > self.room).any(dim=1) | (kept.sum(dim=1) > support_capacity(self.eps, vocab))
+        overflow = (self.counts > self.room).any(dim=1) | (kept.sum(dim=1) > fallback.support_capacity(self.eps, vocab))
         kept = kept.masked_fill(overflow[:, None], 0)
         offsets = torch.zeros(rows * splits + 1, dtype=torch.int64, device=device)
         torch.cumsum(kept.view(-1), 0, out=offsets[1:])
