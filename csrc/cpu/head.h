@@ -15,7 +15,6 @@ constexpr int kHeadLanes = 16;
 struct HeadChunk {
   const void* logits;  // [tokens, stride], stride a multiple of kHeadLanes that covers the hidden rows
   Dtype dtype;
-  int64_t first_logit;  // the chunk's token whose logits come first
   int64_t tokens, stride, rows;
   int64_t first_token;  // local id of the chunk's first token; the noise's vocab_start counts from before it
   const float* bias;    // of the chunk's tokens, or null
@@ -30,12 +29,11 @@ struct Candidate {
   float score;
 };
 
-// What one piece of a chunk (some tokens, kHeadLanes hidden rows) found so far.
+// What one piece of a chunk (some tokens, kHeadLanes hidden rows) found. Sums are relative to their own maxima.
 struct HeadPiece {
-  float score_max[kHeadLanes];                         // the greatest score, or -inf
-  float sum_max[kHeadLanes], score_sum[kHeadLanes];    // sum of exp((score - sum_max) / tau)
-  float logit_max[kHeadLanes], logit_sum[kHeadLanes];  // of exp(logit - logit_max); in head_softmax, a reference's
-  float moment[kHeadLanes];                            // sum of weight * (l - sum_max) / tau, or * (l - r) / tau
+  float score_max[kHeadLanes], score_sum[kHeadLanes];  // sum of exp((score - score_max) / tau)
+  float logit_max[kHeadLanes], logit_sum[kHeadLanes];  // of a reference's logits in head_softmax
+  float moment[kHeadLanes];                            // sum of weight * (l - score_max) / tau, or * (l - r) / tau
   int32_t id[kHeadLanes];
   int32_t bad[kHeadLanes];    // 1: a logit is NaN or +inf; 2: one of the reference is
   int32_t count[kHeadLanes];  // candidates
@@ -51,7 +49,6 @@ struct HeadArgs {
   int64_t candidates;     // room for each lane's candidates: the tokens of a piece
 };
 
-// Each adds tokens [begin, end) to what `out` holds; nothing so far is HeadPiece::empty.
 struct HeadKernels {
   // argmax of the scores and the logits' log-sum-exp.
   void (*sample)(const HeadArgs& args, int64_t group, int64_t begin, int64_t end, HeadPiece& out, Candidate* found);

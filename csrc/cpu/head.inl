@@ -16,11 +16,11 @@ struct LaneKey {
       k0[i] = uint32_t(seed) + uint32_t(i) * kPhiloxW0;
       k1[i] = uint32_t(seed >> 32) + uint32_t(i) * kPhiloxW1;
     }
-    for (int i = 0; i < kLanes; ++i) row[i] = first_row + i < rows ? noise.row(first_row + i) : 0;
-    for (int place = 0; place < kLanes; ++place) {
-      const uint64_t of = uint64_t(row[place % (kLanes / 2) * 2 + place / (kLanes / 2)]);
-      const uint64_t p1 = uint64_t(kPhiloxM1) * uint32_t(of >> 32);
-      const uint32_t c0 = uint32_t(p1 >> 32) ^ uint32_t(of) ^ k0[0];
+    for (int i = 0; i < kLanes; ++i) {
+      row[i] = first_row + i < rows ? noise.row(first_row + i) : 0;
+      const int place = (i & 1) * (kLanes / 2) + i / 2;
+      const uint64_t p1 = uint64_t(kPhiloxM1) * uint32_t(uint64_t(row[i]) >> 32);
+      const uint32_t c0 = uint32_t(p1 >> 32) ^ uint32_t(uint64_t(row[i])) ^ k0[0];
       const uint64_t p0 = uint64_t(kPhiloxM0) * c0;
       round1_c1[place] = uint32_t(p1) ^ k0[1];
       round1_high[place] = uint32_t(p0 >> 32) ^ k1[1];
@@ -133,7 +133,7 @@ GK_STEP void load_call(const HeadChunk& in, const void* logits, const float* bia
       out[j] = splat(-__builtin_inff());
       continue;
     }
-    out[j] = load(x + (t - in.first_logit) * in.stride);
+    out[j] = load(x + t * in.stride);
     if (bias) out[j] += bias[t];
   }
   if (in.softcap > 0.0f) {
@@ -181,7 +181,8 @@ struct LaneSum {
   }
 };
 
-GK_INLINE LaneSum load_sum(const float* max, const float* sum) { return {*(const f32u*)max, *(const f32u*)sum}; }
+// Starts at the most negative number: from -inf, -inf - -inf would make NaN.
+GK_INLINE LaneSum empty_sum() { return {splat(-3.402823466e38f), f32{}}; }
 
 GK_INLINE f32 load_lanes(const float* x, int64_t group, int64_t rows, float fill) {
   f32 out = splat(fill);
@@ -228,16 +229,13 @@ GK_INLINE void for_each_call(const HeadChunk& in, int64_t begin, int64_t end, Vi
   for (; token < end; token += kCall) visit(token, uint32_t((global + token) >> 2));
 }
 
-// With room for the rounding of a bound and of a score.
-GK_INLINE f32 below_best(f32 best) { return best - ((best < 0.0f ? -best : best) * 0x1p-21f + 1e-4f); }
-
 template <typename T>
 static void sample_piece(const HeadArgs& args, int64_t group, int64_t begin, int64_t end, HeadPiece& out) {
   const HeadChunk& in = args.in;
   const LaneKey key(in.noise, group * kLanes, in.rows, kDomainGumbel);
-  f32 best = *(const f32u*)out.score_max, threshold = below_best(best);
-  i32 id = *(const i32u*)out.id;
-  LaneSum plain = load_sum(out.logit_max, out.logit_sum);
+  f32 best = splat(-__builtin_inff()), threshold = best;
+  i32 id = splat_i(0);
+  LaneSum plain = empty_sum();
   for_each_call(in, begin, end, [&](int64_t token, uint32_t counter) __attribute__((always_inline)) {
     f32 l[kCall], weight[kCall];
     u32 w[kCall];
@@ -257,25 +255,18 @@ static void sample_piece(const HeadArgs& args, int64_t group, int64_t begin, int
         best = select(better, s, best);
         id = better ? splat_i(int32_t(token + j)) : id;
       }
-      threshold = below_best(best);
+      // Room for the bound's and the score's rounding.
+      const f32 magnitude = best < 0.0f ? -best : best;
+      threshold = best - (magnitude * 0x1p-21f + 1e-4f);
     }
     f32 factor;
     plain.raise(l, splat(kLog2E), factor);
     plain.weigh(l, splat(kLog2E), weight);
   });
   *(f32u*)out.score_max = best;
-  *(i32u*)out.id = id;
   *(f32u*)out.logit_max = plain.max;
   *(f32u*)out.logit_sum = plain.sum;
-}
-
-// Raises a sum's maximum to that of the chunks before; returns their normaliser, counted from it.
-GK_INLINE f32 normaliser_before(const HeadArgs& args, int64_t group, f32 scale, LaneSum& sum) {
-  const f32 max = load_lanes(args.max, group, args.in.rows, 0.0f);
-  const f32 raised = vmax(max, sum.max);
-  sum.sum *= vexp2_one((sum.max - raised) * scale);
-  sum.max = raised;
-  return load_lanes(args.sum, group, args.in.rows, 0.0f) * vexp2_one((max - raised) * scale);
+  for (int i = 0; i < kLanes; ++i) out.id[i] = id[i];
 }
 
 template <typename T>
@@ -285,10 +276,10 @@ static void scores_piece(const HeadArgs& args, int64_t group, int64_t begin, int
   const LaneKey key(in.noise, group * kLanes, in.rows, kDomainGumbel);
   const f32 scale = kLog2E / load_lanes(args.tau, group, in.rows, 1.0f);
   const f32 eps = splat(args.eps);
-  LaneSum plain = load_sum(out.logit_max, out.logit_sum), noisy = load_sum(out.sum_max, out.score_sum);
-  f32 before = normaliser_before(args, group, scale, noisy);
-  f32 leader = *(const f32u*)out.score_max;
-  i32 id = *(const i32u*)out.id;
+  LaneSum noisy = empty_sum(), plain = empty_sum();
+  noisy.max = vmax(load_lanes(args.max, group, in.rows, 0.0f), noisy.max);
+  f32 before = load_lanes(args.sum, group, in.rows, 0.0f), leader = splat(-__builtin_inff());
+  i32 id = splat_i(0);
   for_each_call(in, begin, end, [&](int64_t token, uint32_t counter) __attribute__((always_inline)) {
     f32 l[kCall], e[kCall], s[kCall], weight[kCall], unused[kCall], factor;
     u32 w[kCall];
@@ -313,12 +304,11 @@ static void scores_piece(const HeadArgs& args, int64_t group, int64_t begin, int
     plain.raise(l, splat(kLog2E), factor);
     plain.weigh(l, splat(kLog2E), unused);
   });
-  *(f32u*)out.score_max = leader;
-  *(i32u*)out.id = id;
-  *(f32u*)out.sum_max = noisy.max;
+  *(f32u*)out.score_max = noisy.max;
   *(f32u*)out.score_sum = noisy.sum;
   *(f32u*)out.logit_max = plain.max;
   *(f32u*)out.logit_sum = plain.sum;
+  for (int i = 0; i < kLanes; ++i) out.id[i] = leader[i] > -__builtin_inff() ? id[i] : -1;
 }
 
 // The same at tau = 1, where exp(l + g) is exp(l) / E: one exponential serves both sums, and the noise itself is wanted
@@ -326,22 +316,14 @@ static void scores_piece(const HeadArgs& args, int64_t group, int64_t begin, int
 template <typename T>
 static void scores_piece_at_one(const HeadArgs& args, int64_t group, int64_t begin, int64_t end, HeadPiece& out,
                                 Candidate* found) {
-  constexpr float kRounding = 1.0f - 0x1p-15f;  // room for that of the weights
   const HeadChunk& in = args.in;
   const LaneKey key(in.noise, group * kLanes, in.rows, kDomainGumbel);
   const f32 eps = splat(args.eps);
   const f32 max_before = load_lanes(args.max, group, in.rows, 0.0f), sum_before = load_lanes(args.sum, group, in.rows, 0.0f);
-  LaneSum plain = load_sum(out.logit_max, out.logit_sum);
-  f32 leader = *(const f32u*)out.score_max;
-  i32 id = *(const i32u*)out.id;
+  LaneSum plain = empty_sum();
   // Sums of exp(score - plain.max), and what a weight must exceed for its token to be looked at as a winner.
-  f32 noisy = *(const f32u*)out.score_sum, hurdle = vexp2_one((leader - plain.max) * kLog2E) * kRounding;
-  // Where the row is far beyond this piece, any large number is bound enough.
-  const auto counted = [&] {
-    const f32 ahead = (max_before - plain.max) * kLog2E;
-    return sum_before * vexp2_one(ahead < 100.0f ? ahead : splat(100.0f));
-  };
-  f32 before = counted();
+  f32 before = {}, noisy = {}, hurdle = splat(-1.0f), leader = splat(-__builtin_inff());
+  i32 id = splat_i(0);
   for_each_call(in, begin, end, [&](int64_t token, uint32_t counter) __attribute__((always_inline)) {
     f32 l[kCall], e[kCall], weight[kCall], factor;
     u32 w[kCall];
@@ -352,7 +334,9 @@ static void scores_piece_at_one(const HeadArgs& args, int64_t group, int64_t beg
     if (plain.raise(l, splat(kLog2E), factor)) {
       noisy *= factor;
       hurdle *= factor;
-      before = counted();
+      // Where the row is far beyond this piece, any large number is bound enough.
+      const f32 ahead = (max_before - plain.max) * kLog2E;
+      before = sum_before * vexp2_one(ahead < 100.0f ? ahead : splat(100.0f));
     }
     plain.weigh(l, splat(kLog2E), weight);
     for (int j = 0; j < kCall; ++j) weight[j] *= reciprocal(e[j]);
@@ -367,19 +351,19 @@ static void scores_piece_at_one(const HeadArgs& args, int64_t group, int64_t beg
         leader = select(better, s, leader);
         id = better ? splat_i(int32_t(token + j)) : id;
       }
-      hurdle = vmax(top * kRounding, hurdle);
+      hurdle = vmax(top * (1.0f - 0x1p-15f), hurdle);  // with room for the weights' rounding
     }
     if (args.eps > 0.0f) {
       collect(weight, w, eps * (before + noisy), token, args, out, found,
               [&](int j, int lane) { return l[j][lane] - std::log(e[j][lane]); });
     }
   });
-  *(f32u*)out.score_max = leader;
-  *(i32u*)out.id = id;
-  *(f32u*)out.sum_max = plain.max;
-  *(f32u*)out.score_sum = noisy;
+  const i32 any_token = leader > -__builtin_inff();
+  *(f32u*)out.score_max = select(any_token, leader, empty_sum().max);
+  *(f32u*)out.score_sum = select(any_token, noisy * vexp2_one((plain.max - leader) * kLog2E), f32{});
   *(f32u*)out.logit_max = plain.max;
   *(f32u*)out.logit_sum = plain.sum;
+  for (int i = 0; i < kLanes; ++i) out.id[i] = any_token[i] ? id[i] : -1;
 }
 
 template <typename T, bool kRef>
@@ -389,8 +373,9 @@ static void softmax_piece(const HeadArgs& args, int64_t group, int64_t begin, in
   const LaneKey key(in.noise, group * kLanes, in.rows, kDomainSupport);
   const f32 inverse_tau = 1.0f / load_lanes(args.tau, group, in.rows, 1.0f), scale = kLog2E * inverse_tau;
   const f32 eps = splat(args.eps);
-  LaneSum sum = load_sum(out.sum_max, out.score_sum), ref_sum = load_sum(out.logit_max, out.logit_sum);
-  f32 before = normaliser_before(args, group, scale, sum), moment = *(const f32u*)out.moment;
+  LaneSum sum = empty_sum(), ref_sum = empty_sum();
+  sum.max = vmax(load_lanes(args.max, group, in.rows, 0.0f), sum.max);
+  f32 before = load_lanes(args.sum, group, in.rows, 0.0f), moment = {};
   for_each_call(in, begin, end, [&](int64_t token, uint32_t counter) __attribute__((always_inline)) {
     f32 l[kCall], r[kCall], weight[kCall], unused[kCall], factor;
     load_call<T>(in, in.logits, in.bias, group, token, begin, end, l);
@@ -425,7 +410,7 @@ static void softmax_piece(const HeadArgs& args, int64_t group, int64_t begin, in
       collect(weight, w, eps * (before + sum.sum), token, args, out, found, [&](int j, int lane) { return l[j][lane]; });
     }
   });
-  *(f32u*)out.sum_max = sum.max;
+  *(f32u*)out.score_max = sum.max;
   *(f32u*)out.score_sum = sum.sum;
   *(f32u*)out.moment = moment;
   *(f32u*)out.logit_max = ref_sum.max;

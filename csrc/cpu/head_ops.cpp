@@ -6,9 +6,6 @@
 #include <algorithm>
 #include <bit>
 #include <cmath>
-#include <cstddef>
-#include <limits>
-#include <utility>
 #include <vector>
 
 #include "cpu/gather.h"
@@ -24,11 +21,7 @@ namespace {
 enum Kind { kSample, kScores, kSoftmax };
 
 // A chunk is cut into this many pieces whatever the number of threads, so that results do not depend on it.
-constexpr int64_t kPieces = 16;
-
-// Tokens whose logits a piece makes at a time, and bytes of weights between those that are multiplied and those that are
-// asked for: all of it is to fit the second-level cache.
-constexpr int64_t kBlockTokens = 128, kBytesAhead = 1 << 17;
+constexpr int64_t kPieces = 8;
 
 // Statistics of all chunks so far; rows of the float tensor `state`.
 struct State {
@@ -41,20 +34,11 @@ struct State {
 
 float merged_scale(float from, float to, float tau) { return from == to ? 1.0f : std::exp((from - to) / tau); }
 
-// Adds a piece's sum, which counts from `from`, to one that counts from a maximum; `piece_max` joins that.
-void merge_sum(float& max, float& sum, float piece_max, float from, float piece_sum, float tau) {
+// Adds a piece's sum that counts from its own maximum.
+void merge_sum(float& max, float& sum, float piece_max, float piece_sum, float tau) {
   const float top = std::max(max, piece_max);
-  sum = (sum > 0 ? sum * merged_scale(max, top, tau) : 0.0f) + (piece_sum > 0 ? piece_sum * merged_scale(from, top, tau) : 0.0f);
+  sum = (sum > 0 ? sum * merged_scale(max, top, tau) : 0.0f) + (piece_sum > 0 ? piece_sum * merged_scale(piece_max, top, tau) : 0.0f);
   max = top;
-}
-
-HeadPiece empty_piece() {
-  HeadPiece piece{};
-  std::fill(std::begin(piece.score_max), std::end(piece.score_max), -INFINITY);
-  for (auto* max : {&piece.sum_max, &piece.logit_max}) {  // from -inf, -inf - -inf would make NaN
-    std::fill(std::begin(*max), std::end(*max), std::numeric_limits<float>::lowest());
-  }
-  return piece;
 }
 
 float uniform(uint32_t word) { return (float(word * 0x9E3779B1u) + 0.5f) * 0x1p-32f; }
@@ -110,36 +94,35 @@ void append(State& state, int64_t row, const Candidate* found, int32_t count, in
   }
 }
 
-void merge_row(Kind kind, const HeadArgs& args, bool has_ref, int64_t row, const HeadPiece* pieces, int64_t piece_stride,
+void merge_row(Kind kind, const HeadArgs& args, int64_t row, const HeadPiece* pieces, int64_t piece_stride,
                const Candidate* found, int64_t found_stride, State& state) {
   const int64_t lane = row % kHeadLanes;
   const float tau = args.tau[row];
   for (int64_t i = 0; i < kPieces; ++i) {
     const HeadPiece& piece = pieces[i * piece_stride];
     state.bad[row] |= piece.bad[lane];
-    const float piece_max = kind == kSoftmax ? piece.sum_max[lane] : piece.score_max[lane];
-    if (kind != kSoftmax && piece_max > state.score_max[row]) state.id[row] = args.in.first_token + piece.id[lane];
+    if (kind != kSoftmax && piece.score_max[lane] > state.score_max[row]) state.id[row] = args.in.first_token + piece.id[lane];
     if (kind == kSample) {
-      state.score_max[row] = std::max(state.score_max[row], piece_max);
+      state.score_max[row] = std::max(state.score_max[row], piece.score_max[lane]);
     } else {
       const float old_max = state.score_max[row], old_sum = state.score_sum[row], old_ref = state.logit_max[row];
-      merge_sum(state.score_max[row], state.score_sum[row], piece_max, piece.sum_max[lane], piece.score_sum[lane], tau);
+      merge_sum(state.score_max[row], state.score_sum[row], piece.score_max[lane], piece.score_sum[lane], tau);
       if (kind == kSoftmax) {
         // A moment counts from its maxima.
         const float top = state.score_max[row], ref_top = std::max(old_ref, piece.logit_max[lane]);
         const auto moved = [&](float moment, float max, float ref_max, float sum) {
           const float scale = merged_scale(max, top, tau);
           if (!(sum > 0 && scale > 0)) return 0.0f;
-          return scale * (moment + sum * (((max - top) - (has_ref ? ref_max - ref_top : 0.0f)) / tau));
+          return scale * (moment + sum * (((max - top) - (args.ref ? ref_max - ref_top : 0.0f)) / tau));
         };
         state.moment[row] =
             moved(state.moment[row], old_max, old_ref, old_sum) +
-            moved(piece.moment[lane], piece_max, piece.logit_max[lane], piece.score_sum[lane]);
+            moved(piece.moment[lane], piece.score_max[lane], piece.logit_max[lane], piece.score_sum[lane]);
       }
     }
-    if (kind != kSoftmax || has_ref) {
-      merge_sum(state.logit_max[row], state.logit_sum[row], piece.logit_max[lane], piece.logit_max[lane],
-                piece.logit_sum[lane], kind == kSoftmax ? tau : 1.0f);
+    if (kind != kSoftmax || args.ref) {
+      merge_sum(state.logit_max[row], state.logit_sum[row], piece.logit_max[lane], piece.logit_sum[lane],
+                kind == kSoftmax ? tau : 1.0f);
     }
   }
   if (args.eps > 0.0f) {
@@ -150,116 +133,45 @@ void merge_row(Kind kind, const HeadArgs& args, bool has_ref, int64_t row, const
   }
 }
 
-// A head's weights for a chunk, and hidden states as tiles.
-struct TileHead {
-  Tensor packed, weight;
-
-  Dtype dtype() const { return dtype_of(weight); }
-  int64_t row_stride() const { return weight.stride(0) * bytes_of(dtype()); }
-  const char* row(int64_t token) const { return static_cast<const char*>(weight.const_data_ptr()) + token * row_stride(); }
-  // Logits of tokens [begin, end) for all rows.
-  void multiply(int64_t rows, int64_t begin, int64_t end, int64_t following, void* out, int64_t out_stride) const {
-    const int64_t distance = std::clamp(kBytesAhead / row_stride() / kTileBlock * kTileBlock, kTileBlock, kBlockTokens);
-    const TileProduct product{static_cast<const uint16_t*>(packed.const_data_ptr()), rows, row(begin), dtype(), end - begin,
-                              weight.size(1), weight.stride(0), out, dtype(), out_stride, false, distance, following};
-    multiply_tiles(product, 0, tile_blocks(end - begin));
-  }
-};
-
-// The pieces of a chunk whose logits are still to be made. Each makes those of a block of tokens, reads them while they
-// are in its cache.
-class TilePieces {
- public:
-  TilePieces(const HeadArgs& args, std::vector<TileHead> heads, int64_t groups)
-      : args_(args), heads_(std::move(heads)), groups_(groups) {}
-
-  // A piece, of all rows.
-  template <typename Kernel>
-  void run(const Kernel& kernel, int64_t begin, int64_t end, HeadPiece* pieces, Candidate* found, int64_t found_stride) const {
-    HeadArgs args = args_;
-    const int64_t stride = args.in.stride, size = kBlockTokens * stride * bytes_of(args.in.dtype);
-    struct alignas(64) Line {
-      char bytes[64];
-    };
-    std::vector<Line> scratch(size_t(size) / sizeof(Line) * heads_.size());
-    args.in.logits = scratch.data();
-    if (heads_.size() > 1) args.ref = scratch[size_t(size) / sizeof(Line)].bytes;
-    for (int64_t first = begin; first < end; first += kBlockTokens) {
-      const int64_t last = std::min(end, first + kBlockTokens), next = std::min(end, last + kBlockTokens);
-      args.in.first_logit = first;
-      for (size_t i = 0; i < heads_.size(); ++i) {
-        heads_[i].multiply(args.in.rows, first, last, next - last, scratch[i * size_t(size) / sizeof(Line)].bytes, stride);
-      }
-      for (int64_t group = 0; group < groups_; ++group) {
-        kernel(args, group, first, last, pieces[group], found ? found + group * found_stride : nullptr);
-      }
-    }
-  }
-
- private:
-  HeadArgs args_;
-  std::vector<TileHead> heads_;
-  int64_t groups_;
-};
-
-// Adds a chunk's tokens to the statistics. `logits` (and `ref`) are the chunk's logits, or, where weights are given, hidden
-// states packed as tiles, to be multiplied with them.
-void head_chunk(int64_t kind_, Tensor logits, std::optional<Tensor> weight, std::optional<Tensor> ref,
-                std::optional<Tensor> ref_weight, std::optional<Tensor> bias, std::optional<Tensor> ref_bias, double softcap,
-                int64_t rows, Tensor tau, Tensor seed, std::optional<Tensor> row_ids, int64_t vocab_start,
-                int64_t first_token, double eps, Tensor state_, Tensor ids, Tensor flags, Tensor candidates,
-                Tensor scratch) {
+void head_chunk(int64_t kind_, Tensor logits, std::optional<Tensor> ref, std::optional<Tensor> bias,
+                std::optional<Tensor> ref_bias, double softcap, int64_t rows, Tensor tau, Tensor seed,
+                std::optional<Tensor> row_ids, int64_t vocab_start, int64_t first_token, double eps, Tensor state_,
+                Tensor ids, Tensor flags, Tensor candidates, Tensor scratch) {
   const Kind kind = static_cast<Kind>(kind_);
-  const int64_t tokens = (weight ? *weight : logits).size(0), groups = (rows + kHeadLanes - 1) / kHeadLanes;
-  STD_TORCH_CHECK(weight || (logits.stride(1) == 1 && logits.size(1) >= groups * kHeadLanes), "grade_kernels: chunk layout");
+  const int64_t tokens = logits.size(0), groups = (rows + kHeadLanes - 1) / kHeadLanes;
+  STD_TORCH_CHECK(logits.stride(1) == 1 && logits.size(1) >= groups * kHeadLanes, "grade_kernels: chunk layout");
   float* values = mutable_data<float>(state_);
   int32_t* marks = mutable_data<int32_t>(flags);
   State state{values, values + rows, values + 2 * rows, values + 3 * rows, values + 4 * rows, mutable_data<int64_t>(ids),
               marks, marks + rows, marks + 2 * rows, mutable_data<Candidate>(candidates),
               eps > 0 ? candidates.size(1) / 3 : 0};
-  const int64_t piece_tokens = tile_blocks((tokens + kPieces - 1) / kPieces) * kTileBlock;
-  const HeadArgs args{{weight ? nullptr : logits.const_data_ptr(), dtype_of(weight ? *weight : logits), 0, tokens,
-                       weight ? groups * kHeadLanes : logits.stride(0), rows, first_token, data<float>(bias),
-                       float(softcap), noise_of(seed, row_ids, vocab_start)},
-                      ref && !weight ? ref->const_data_ptr() : nullptr,
+  const HeadArgs args{{logits.const_data_ptr(), dtype_of(logits), tokens, logits.stride(0), rows, first_token,
+                       data<float>(bias), float(softcap), noise_of(seed, row_ids, vocab_start)},
+                      ref ? ref->const_data_ptr() : nullptr,
                       data<float>(ref_bias),
                       data<float>(tau),
                       state.score_max,
                       state.score_sum,
                       float(eps),
-                      piece_tokens};
+                      (tokens + kPieces - 1) / kPieces};
   const HeadKernels& kernels = GK_KERNELS_OF(kHead);
   const auto kernel = kind == kSample ? kernels.sample : kind == kScores ? kernels.scores : kernels.softmax;
-  std::vector<HeadPiece> pieces(size_t(kPieces * groups), empty_piece());
+  std::vector<HeadPiece> pieces(size_t(kPieces * groups));
   Candidate* found = mutable_data<Candidate>(scratch);
-  const int64_t group_room = piece_tokens * kHeadLanes, piece_room = group_room * groups;
-  const auto tokens_of = [&](int64_t piece) {
-    return std::pair{std::min(tokens, piece * piece_tokens), std::min(tokens, (piece + 1) * piece_tokens)};
-  };
-  if (weight) {
-    std::vector<TileHead> heads{{logits, *weight}};
-    if (ref) heads.push_back({*ref, *ref_weight});
-    const TilePieces making(args, heads, groups);
-    parallel_rows(kPieces, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const auto [first, last] = tokens_of(i);
-        making.run(kernel, first, last, &pieces[size_t(i * groups)], found ? found + i * piece_room : nullptr, group_room);
-      }
-    });
-  } else {
-    parallel_rows(kPieces * groups, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const auto [first, last] = tokens_of(i / groups);
-        kernel(args, i % groups, first, last, pieces[size_t(i)], found ? found + i * group_room : nullptr);
-      }
-    });
-  }
-  const bool has_ref = bool(ref);
+  const int64_t lane_room = args.candidates, piece_room = lane_room * kHeadLanes;
+  parallel_rows(kPieces * groups, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t group = i % groups, first = std::min(tokens, i / groups * lane_room);
+      HeadPiece& piece = pieces[size_t(i)];
+      piece = HeadPiece{};
+      kernel(args, group, first, std::min(tokens, first + lane_room), piece, found ? found + i * piece_room : nullptr);
+    }
+  });
   parallel_rows(rows, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       const int64_t group = row / kHeadLanes;
-      const Candidate* of_row = found ? found + group * group_room + row % kHeadLanes * piece_tokens : nullptr;
-      merge_row(kind, args, has_ref, row, pieces.data() + group, groups, of_row, piece_room, state);
+      const Candidate* of_row = found ? found + group * piece_room + row % kHeadLanes * lane_room : nullptr;
+      merge_row(kind, args, row, pieces.data() + group, groups, of_row, groups * piece_room, state);
     }
   });
 }
@@ -346,19 +258,18 @@ void few_product(Tensor x, Tensor table, Tensor out) {
 
 bool has_tiles() { return machine_isa() == Isa::kAmx; }
 
-// x as tiles: `packed` has kTileParts numbers for each of x's in float32 and one in bfloat16, padded to whole tiles, and
-// one for each row.
+// x as tiles, float32: `packed` has kTileParts numbers for each of x's, padded to whole tiles, and one for each row.
 void tile_pack(Tensor x, Tensor packed) {
-  const TilePacking args{x.const_data_ptr(), dtype_of(x), x.size(0), x.size(1), x.stride(0),
+  const TilePacking args{data<float>(x), x.size(0), x.size(1), x.stride(0),
                          static_cast<uint16_t*>(packed.mutable_data_ptr())};
   parallel_rows(tile_blocks(args.rows), [&](int64_t begin, int64_t end) { pack_tiles(args, begin, end); });
 }
 
-// table @ x.T in `out`, with x's rows, padded to a multiple of 16, along its second dimension; or, if by_row, x @ table.T.
+// table @ x.T, float32, in `out` with x's rows, padded to a multiple of 16, along its second dimension; or, if by_row,
+// x @ table.T.
 void tile_product(Tensor packed, int64_t rows, Tensor table, bool by_row, Tensor out) {
-  const TileProduct args{static_cast<const uint16_t*>(packed.const_data_ptr()), rows, table.const_data_ptr(), dtype_of(table),
-                         table.size(0), table.size(1), table.stride(0), out.mutable_data_ptr(), dtype_of(out), out.stride(0),
-                         by_row, kTileBlock, 0};
+  const TileProduct args{static_cast<const uint16_t*>(packed.const_data_ptr()), rows, data<float>(table), table.size(0),
+                         table.size(1), table.stride(0), mutable_data<float>(out), out.stride(0), by_row};
   parallel_rows(tile_blocks(args.tokens), [&](int64_t begin, int64_t end) { multiply_tiles(args, begin, end); });
 }
 
@@ -367,10 +278,9 @@ void tile_product(Tensor packed, int64_t rows, Tensor table, bool by_row, Tensor
 
 STABLE_TORCH_LIBRARY_FRAGMENT(grade_kernels_cpu, m) {
   m.def(
-      "head_chunk(int kind, Tensor logits, Tensor? weight, Tensor? ref, Tensor? ref_weight, Tensor? bias, "
-      "Tensor? ref_bias, float softcap, int rows, Tensor tau, Tensor seed, Tensor? row_ids, int vocab_start, "
-      "int first_token, float eps, Tensor(a!) state, Tensor(b!) ids, Tensor(c!) flags, Tensor(d!) candidates, "
-      "Tensor(e!) scratch) -> ()");
+      "head_chunk(int kind, Tensor logits, Tensor? ref, Tensor? bias, Tensor? ref_bias, float softcap, int rows, "
+      "Tensor tau, Tensor seed, Tensor? row_ids, int vocab_start, int first_token, float eps, Tensor(a!) state, "
+      "Tensor(b!) ids, Tensor(c!) flags, Tensor(d!) candidates, Tensor(e!) scratch) -> ()");
   m.def("head_finish(Tensor tau, float eps, Tensor state, Tensor(a!) flags, Tensor(b!) candidates) -> ()");
   m.def("head_support(Tensor candidates, Tensor offsets, Tensor(a!) tokens, Tensor(b!) p) -> ()");
   m.def("token_order(Tensor tokens, Tensor(a!) order, Tensor(b!) counts) -> ()");

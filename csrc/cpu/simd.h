@@ -19,7 +19,6 @@ using u32 = uint32_t __attribute__((vector_size(64)));
 using u16 = uint16_t __attribute__((vector_size(32)));
 using f32u = float __attribute__((vector_size(64), aligned(4)));
 using u16u = uint16_t __attribute__((vector_size(32), aligned(2)));
-using i32u = int32_t __attribute__((vector_size(64), aligned(4)));
 
 constexpr int kLanes = 16;
 

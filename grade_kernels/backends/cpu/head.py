@@ -1,8 +1,7 @@
-"""A head's statistics and support: matrix products of pieces of the vocabulary, each read by the kernels of csrc/cpu.
+"""A head's statistics and support: a matrix product per chunk of the vocabulary, then the kernels of csrc/cpu/head.inl.
 
-A product is taken as `weight[chunk] @ hidden.T`: faster than its transpose, and it puts hidden rows into the lanes of the
-kernels, so that no statistic is reduced across lanes. On AMX products and kernels take turns, a block of some 64 tokens at
-a time, while the weights of the next block are on their way from memory.
+The product is taken as `weight[chunk] @ hidden.T`: faster than its transpose, and it puts hidden rows into the lanes of
+the kernels, so that no statistic is reduced across lanes.
 """
 
 from __future__ import annotations
@@ -18,11 +17,9 @@ from grade_kernels.backends.native import unit_stride
 from grade_kernels.backends.torch import head as fallback
 
 CHUNK_ELEMENTS = 2**20  # logits that exist at a time
-_LANES, _PIECES = 16, 16  # kHeadLanes and kPieces of csrc/cpu
-_ROWS_AT_A_TIME = 512
+_LANES, _PIECES = 16, 8  # kHeadLanes and kPieces of csrc/cpu
 _FEW_ROWS = 8  # hidden rows up to which padding them to whole lanes is most of the work
-_TILE = 32  # kTileBlock and kTileStep of csrc/cpu/tiles.h
-_TILE_PARTS = {torch.float32: 3, torch.bfloat16: 1}  # numbers in a tile for one of a tensor's
+_TILE, _TILE_PARTS = 32, 3  # kTileBlock and kTileStep, and kTileParts of csrc/cpu/tiles.h
 _CANDIDATE_WORDS = 3  # int32 words of csrc/cpu/head.h's Candidate
 _SAMPLE, _SCORES, _SOFTMAX = range(3)
 
@@ -31,17 +28,14 @@ def _kernels() -> Any:
     return torch.ops.grade_kernels_cpu
 
 
-def _has_tiles(*tensors: torch.Tensor) -> bool:
-    """Whether products of these go to csrc/cpu/kernels_amx.cpp."""
-    dtype = tensors[0].dtype
-    fit = dtype in _TILE_PARTS and all(x.dtype == dtype and x.numel() > 0 for x in tensors)
-    return fit and bool(_kernels().has_tiles())
+def _has_tiles(x: torch.Tensor) -> bool:
+    return x.dtype == torch.float32 and x.numel() > 0 and bool(_kernels().has_tiles())
 
 
 def _packed(x: torch.Tensor) -> torch.Tensor:
     """x as csrc/cpu/tiles.h wants it."""
     rows, width = (-(-size // _TILE) * _TILE for size in x.shape)
-    packed = torch.empty(rows * width * _TILE_PARTS[x.dtype] + rows, dtype=torch.int16)
+    packed = torch.empty(rows * width * _TILE_PARTS + rows, dtype=torch.int16)
     _kernels().tile_pack(unit_stride(x), packed)
     return packed
 
@@ -49,7 +43,7 @@ def _packed(x: torch.Tensor) -> torch.Tensor:
 def product(x: torch.Tensor, table: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
     """See `grade_kernels.backends`. Few rows are padded to sixteen in tiles, where torch's product is as fast."""
     wanted = x if out is None else out
-    if len(x) <= _FEW_ROWS or not _has_tiles(x, table, wanted) or x.dtype != torch.float32:
+    if len(x) <= _FEW_ROWS or not _has_tiles(x) or not x.dtype == table.dtype == wanted.dtype:
         return fallback.product(x, table, out)
     if out is None:
         out = x.new_empty(len(x), len(table))
@@ -57,28 +51,29 @@ def product(x: torch.Tensor, table: torch.Tensor, out: torch.Tensor | None = Non
     return out
 
 
-class _Logits:
-    """Logits of a head, some tokens at a time: `weight @ hidden.T`, its columns padded to a whole number of lanes."""
+class _Product:
+    """`weight @ hidden.T` of a head, some rows of the weight at a time, in a buffer of `width` rows.
+
+    Its columns are padded to a whole number of lanes. In float32 it is taken by csrc/cpu/kernels_amx.cpp where the
+    processor has AMX, otherwise by torch.
+    """
 
     def __init__(self, head: Head, width: int) -> None:
-        lanes = _padded(len(head.hidden))
-        self.weight = head.weight
-        self.hidden = head.hidden.new_zeros(head.hidden.shape[1], lanes)
-        self.hidden[:, : len(head.hidden)] = head.hidden.T
-        self.buffer = head.hidden.new_empty(min(width, len(head.weight)), lanes)
+        self.weight, self.rows = head.weight, len(head.hidden)
+        self.buffer = head.hidden.new_empty(min(width, len(head.weight)), _padded(self.rows))
+        self.tiles = _has_tiles(head.hidden)
+        if self.tiles:
+            self.hidden = _packed(head.hidden)
+        else:
+            self.hidden = head.hidden.new_zeros(head.hidden.shape[1], _padded(self.rows))
+            self.hidden[:, : self.rows] = head.hidden.T
 
-    def __call__(self, chunk: slice) -> tuple[torch.Tensor, None]:
-        return torch.mm(self.weight[chunk], self.hidden, out=self.buffer[: chunk.stop - chunk.start]), None
-
-
-class _TileLogits:
-    """The same left to csrc/cpu/head_ops.cpp: hidden states as tiles, and the weights they are to be multiplied with."""
-
-    def __init__(self, head: Head, width: int) -> None:
-        self.hidden, self.weight = _packed(head.hidden), unit_stride(head.weight)
-
-    def __call__(self, chunk: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.hidden, self.weight[chunk]
+    def __call__(self, chunk: slice) -> torch.Tensor:
+        out = self.buffer[: chunk.stop - chunk.start]
+        if not self.tiles:
+            return torch.mm(self.weight[chunk], self.hidden, out=out)
+        _kernels().tile_product(self.hidden, self.rows, unit_stride(self.weight[chunk]), False, out)
+        return out
 
 
 def _padded(rows: int) -> int:
@@ -155,26 +150,22 @@ class _Pass:
         head, rows = self.head, self.head.hidden.shape[0]
         lanes, vocab = _padded(rows), head.weight.shape[0]
         width = max(256, CHUNK_ELEMENTS // lanes // 64 * 64)
-        heads = [head] if ref is None else [head, ref]
-        tiles = _has_tiles(*(x for h in heads for x in (h.hidden, h.weight)))
-        logits = [(_TileLogits if tiles else _Logits)(h, width) for h in heads]
+        product, ref_product = _Product(head, width), None if ref is None else _Product(ref, width)
         # Candidates of a chunk before they are filtered: room for all, touched where there are any.
-        piece = -(-width // _PIECES // _TILE) * _TILE
-        room = _PIECES * lanes * piece * _CANDIDATE_WORDS if self.eps > 0 else 0
+        room = _PIECES * lanes * -(-width // _PIECES) * _CANDIDATE_WORDS if self.eps > 0 else 0
         scratch = torch.empty(room, dtype=torch.int32)
         row_ids = None if row_ids is None else row_ids.contiguous()
         for chunk in _chunks(vocab, width):
-            out, weight = logits[0](chunk)
-            bias = None if head.bias is None else head.bias[chunk]
-            ref_out = ref_weight = ref_bias = None
-            if ref is not None:
-                ref_out, ref_weight = logits[1](chunk)
-                if not tiles and ref_out.dtype != out.dtype:
+            out = product(chunk)
+            bias, ref_out, ref_bias = None if head.bias is None else head.bias[chunk], None, None
+            if ref is not None and ref_product is not None:
+                ref_out = ref_product(chunk)
+                if ref_out.dtype != out.dtype:
                     out, ref_out = out.float(), ref_out.float()
                 ref_bias = None if ref.bias is None else ref.bias[chunk].float()
             _kernels().head_chunk(
-                self.kind, out, weight, ref_out, ref_weight, bias, ref_bias, head.softcap or 0.0, rows, self.tau, seed,
-                row_ids, vocab_start, chunk.start, self.eps, self.state, self.ids, self.flags, self.candidates, scratch,
+                self.kind, out, ref_out, bias, ref_bias, head.softcap or 0.0, rows, self.tau, seed, row_ids,
+                vocab_start, chunk.start, self.eps, self.state, self.ids, self.flags, self.candidates, scratch,
             )  # fmt: skip
 
     def bad(self) -> torch.Tensor:
@@ -185,15 +176,6 @@ class _Pass:
         bad = self.bad()
         score_max = torch.where(bad, torch.nan, self.state[0])
         return Sample(torch.where(bad, -1, self.ids), score_max, self.state[2], self.state[3])
-
-    def softmax(self, has_ref: bool) -> Softmax:
-        largest, total, ref_max, ref_total, moment = self.state
-        largest = torch.where(self.bad(), torch.nan, largest)
-        if has_ref:
-            ref_max = torch.where(self.flags[0] & 2 != 0, torch.nan, ref_max)
-        else:
-            ref_max = ref_total = moment.new_empty(0)
-        return Softmax(largest, total, moment / total, ref_max, ref_total)
 
     def support(self) -> Support:
         rows = self.head.hidden.shape[0]
@@ -208,43 +190,22 @@ class _Pass:
         return Support(offsets, tokens, p, self.flags[2] != 0)
 
 
-def _passes(
-    kind: int,
-    head: Head,
-    tau: torch.Tensor,
-    seed: torch.Tensor,
-    row_ids: torch.Tensor | None,
-    vocab_start: int,
-    eps: float,
-    ref: Head | None = None,
-) -> Iterator[_Pass]:
-    """A pass for every so many rows: with more, a chunk would have too few tokens for its pieces."""
-    rows = len(head.hidden)
-    if row_ids is None and rows > _ROWS_AT_A_TIME:
-        row_ids = torch.arange(rows)
-    for start in range(0, max(1, rows), _ROWS_AT_A_TIME):
-        batch = slice(start, min(rows, start + _ROWS_AT_A_TIME))
-        step = _Pass(kind, head._replace(hidden=head.hidden[batch]), tau[batch], eps)
-        ids = None if row_ids is None else row_ids[batch]
-        step.run(seed, ids, vocab_start, None if ref is None else ref._replace(hidden=ref.hidden[batch]))
-        yield step
-
-
 def head_sample(head: Head, seed: torch.Tensor, row_ids: torch.Tensor | None, vocab_start: int) -> Sample:
     """See `grade_kernels.backends`."""
     if head.hidden.dtype == torch.float32 and 0 < head.hidden.shape[0] <= _FEW_ROWS:
         return _few_sample(head, seed, row_ids, vocab_start)
-    passes = _passes(_SAMPLE, head, torch.ones(len(head.hidden)), seed, row_ids, vocab_start, 0.0)
-    return fallback.stacked(tuple(step.sample() for step in passes))
+    step = _Pass(_SAMPLE, head, torch.ones(head.hidden.shape[0]), 0.0)
+    step.run(seed, row_ids, vocab_start)
+    return step.sample()
 
 
 def head_scores(
     head: Head, tau: torch.Tensor, seed: torch.Tensor, row_ids: torch.Tensor | None, vocab_start: int, eps: float
 ) -> tuple[Sample, torch.Tensor, Support]:
     """See `grade_kernels.backends`."""
-    passes = _passes(_SCORES, head, tau, seed, row_ids, vocab_start, eps)
-    samples, totals, supports = zip(*((step.sample(), step.state[1], step.support()) for step in passes), strict=True)
-    return fallback.stacked(samples), torch.cat(totals), fallback.joined(supports)
+    step = _Pass(_SCORES, head, tau, eps)
+    step.run(seed, row_ids, vocab_start)
+    return step.sample(), step.state[1], step.support()
 
 
 def head_softmax(
@@ -257,9 +218,15 @@ def head_softmax(
     ref: Head | None,
 ) -> tuple[Softmax, Support]:
     """See `grade_kernels.backends`."""
-    passes = _passes(_SOFTMAX, head, tau, seed, row_ids, vocab_start, eps, ref)
-    sums, supports = zip(*((step.softmax(ref is not None), step.support()) for step in passes), strict=True)
-    return fallback.stacked(sums), fallback.joined(supports)
+    step = _Pass(_SOFTMAX, head, tau, eps)
+    step.run(seed, row_ids, vocab_start, ref)
+    largest, total, ref_max, ref_total, moment = step.state
+    largest = torch.where(step.bad(), torch.nan, largest)
+    if ref is None:
+        ref_max = ref_total = moment.new_empty(0)
+    else:
+        ref_max = torch.where(step.flags[0] & 2 != 0, torch.nan, ref_max)
+    return Softmax(largest, total, moment / total, ref_max, ref_total), step.support()
 
 
 def head_logits_at(head: Head, rows: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -17,8 +16,6 @@ from grade_kernels.noise import (
     gumbel_from_words,
     uniform_from_words,
 )
-
-Columns = TypeVar("Columns", Sample, Softmax)
 
 GATHER_ELEMENTS = 2**22  # gathered elements that are held at once
 PRODUCT_ELEMENTS = 2**18  # of a product that is written where it belongs: what is taken, and if need be held, at a time
@@ -133,28 +130,6 @@ class _Candidates:
         order = rows.argsort(stable=True)  # chunks came in token order
         counts = torch.bincount(rows, minlength=len(self.sums.max))
         return Support(offsets_of(counts), tokens[order], p[order], overflow)
-
-
-def stacked(parts: Sequence[Columns]) -> Columns:
-    """Named tuples of columns, of batches of rows, as one."""
-    return type(parts[0])(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
-
-
-def joined(parts: Sequence[Support]) -> Support:
-    """The supports of batches of rows as one."""
-    if len(parts) == 1:
-        return parts[0]
-    starts = [0]
-    for part in parts:
-        starts.append(starts[-1] + len(part.tokens))
-    offsets = [part.offsets[:-1] + start for part, start in zip(parts, starts, strict=False)]
-    offsets.append(parts[-1].offsets[-1:] + starts[-2])
-    return Support(
-        torch.cat(offsets),
-        torch.cat([part.tokens for part in parts]),
-        torch.cat([part.p for part in parts]),
-        torch.cat([part.overflow for part in parts]),
-    )
 
 
 def empty_support(rows: int, like: torch.Tensor) -> Support:

@@ -271,6 +271,6 @@ def head_softmax(
                     None if ref is None else ref._replace(hidden=ref.hidden[batch]),
                 )
             )  # fmt: skip
-    sums = fallback.stacked([part[0] for part in parts])
+    sums = Softmax(*(torch.cat(columns) for columns in zip(*(part[0] for part in parts), strict=True)))
     supports = [part[1] for part in parts if part[1] is not None]
-    return sums, fallback.joined(supports) if supports else fallback.empty_support(rows, head.hidden)
+    return sums, head_support.joined(supports) if supports else fallback.empty_support(rows, head.hidden)

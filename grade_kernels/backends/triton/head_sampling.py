@@ -245,7 +245,7 @@ def head_scores(
                     None if row_ids is None else row_ids[batch], batch.start, vocab_start, eps,
                 )
             )  # fmt: skip
-    sample = fallback.stacked([part[0] for part in parts])
+    sample = Sample(*(torch.cat(columns) for columns in zip(*(part[0] for part in parts), strict=True)))
     supports = [part[2] for part in parts if part[2] is not None]
-    support = fallback.joined(supports) if supports else fallback.empty_support(rows, head.hidden)
+    support = head_support.joined(supports) if supports else fallback.empty_support(rows, head.hidden)
     return sample, torch.cat([part[1] for part in parts]), support

@@ -233,3 +233,20 @@ class Candidates:
         p = torch.empty(count, dtype=torch.float32, device=device)
         launch(offsets, tokens, p)
         return Support(offsets[::splits].contiguous(), tokens, p, overflow)
+
+
+def joined(parts: list[Support]) -> Support:
+    """The supports of batches of rows as one."""
+    if len(parts) == 1:
+        return parts[0]
+    starts = [0]
+    for part in parts:
+        starts.append(starts[-1] + len(part.tokens))
+    offsets = [part.offsets[:-1] + start for part, start in zip(parts, starts, strict=False)]
+    offsets.append(parts[-1].offsets[-1:] + starts[-2])
+    return Support(
+        torch.cat(offsets),
+        torch.cat([part.tokens for part in parts]),
+        torch.cat([part.p for part in parts]),
+        torch.cat([part.overflow for part in parts]),
+    )
