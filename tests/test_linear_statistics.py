@@ -233,6 +233,24 @@ def test_kl_against_closed_forms(backend: str, device: str) -> None:
     assert value.item() == pytest.approx(expected, abs=2e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("eps", [0.0, 2**-6])
+def test_kl_through_one_head(backend: str, device: str, interpreted: bool, dtype: torch.dtype, eps: float) -> None:
+    """An adapter's policy and its reference share a head, which may then be read once for both."""
+    for n in (1, 3) if interpreted else (1, 9, 16, 33):
+        p = problem((n,), 301, 7, bias=True, dtype=dtype, device=device)
+        ref = randn(n, 7, dtype=dtype, device=device, seed=9)
+        found = []
+        for head in (p.lm_head, p.lm_head.clone()):
+            hidden = leaf(p.hidden)
+            torch.manual_seed(0)  # of the support
+            value = call("kl", p, (hidden, p.lm_head, p.bias), 0.8, eps, (ref, head, p.bias))
+            value.sum().backward()
+            found.append((value.detach(), hidden.grad))
+        for one, two in zip(*found, strict=True):
+            torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-5)
+
+
 def test_kl_is_never_negative(backend: str, device: str, interpreted: bool) -> None:
     """Beyond rounding: models that differ in their last bits, and ones that differ a lot."""
     n = 3 if interpreted else 400

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from grade_kernels import backends
-from grade_kernels.backends import Head
 from grade_kernels.backends.cpu import head as cpu_head
 
 pytestmark = pytest.mark.skipif("cpu" not in backends.available_backends(), reason="the C++ library was not built")
@@ -24,7 +23,7 @@ def tiles():
 
 
 def _product(hidden, weight):
-    product = cpu_head._Product(Head(hidden, weight, None, None), weight.shape[0])
+    product = cpu_head._Product(hidden, weight, weight.shape[0])
     product.buffer.fill_(torch.nan)
     out = product(slice(0, weight.shape[0]))
     assert out.shape[1] % 16 == 0

@@ -6,7 +6,7 @@ the kernels, so that no statistic is reduced across lanes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -52,21 +52,21 @@ def product(x: torch.Tensor, table: torch.Tensor, out: torch.Tensor | None = Non
 
 
 class _Product:
-    """`weight @ hidden.T` of a head, some rows of the weight at a time, in a buffer of `width` rows.
+    """`weight @ hidden.T`, some rows of the weight at a time, in a buffer of `width` rows.
 
     Its columns are padded to a whole number of lanes. In float32 it is taken by csrc/cpu/kernels_amx.cpp where the
     processor has AMX, otherwise by torch.
     """
 
-    def __init__(self, head: Head, width: int) -> None:
-        self.weight, self.rows = head.weight, len(head.hidden)
-        self.buffer = head.hidden.new_empty(min(width, len(head.weight)), _padded(self.rows))
-        self.tiles = _has_tiles(head.hidden)
+    def __init__(self, hidden: torch.Tensor, weight: torch.Tensor, width: int) -> None:
+        self.weight, self.rows = weight, len(hidden)
+        self.buffer = hidden.new_empty(min(width, len(weight)), _padded(self.rows))
+        self.tiles = _has_tiles(hidden)
         if self.tiles:
-            self.hidden = _packed(head.hidden)
+            self.hidden = _packed(hidden)
         else:
-            self.hidden = head.hidden.new_zeros(head.hidden.shape[1], _padded(self.rows))
-            self.hidden[:, : self.rows] = head.hidden.T
+            self.hidden = hidden.new_zeros(hidden.shape[1], _padded(self.rows))
+            self.hidden[:, : self.rows] = hidden.T
 
     def __call__(self, chunk: slice) -> torch.Tensor:
         out = self.buffer[: chunk.stop - chunk.start]
@@ -74,6 +74,32 @@ class _Product:
             return torch.mm(self.weight[chunk], self.hidden, out=out)
         _kernels().tile_product(self.hidden, self.rows, unit_stride(self.weight[chunk]), False, out)
         return out
+
+
+def _logits(head: Head, ref: Head | None, width: int) -> Callable[[slice], tuple[torch.Tensor, torch.Tensor | None]]:
+    """Logits of a chunk, and the reference's in the same dtype and layout. Weights that both share are read once."""
+    if ref is None:
+        product = _Product(head.hidden, head.weight, width)
+        return lambda chunk: (product(chunk), None)
+    lanes = _padded(len(head.hidden))
+    if _same(head.weight, ref.weight):
+        apart = head.hidden.new_zeros(lanes - len(head.hidden), head.hidden.shape[1])
+        both = _Product(torch.cat([head.hidden, apart, ref.hidden, apart]), head.weight, width)
+
+        def split(chunk: slice) -> tuple[torch.Tensor, torch.Tensor]:
+            out = both(chunk)
+            return out[:, :lanes], out[:, lanes:]
+
+        return split
+    products = [_Product(h.hidden, h.weight, width) for h in (head, ref)]
+    dtype = torch.float32 if head.hidden.dtype != ref.hidden.dtype else head.hidden.dtype
+    return lambda chunk: (products[0](chunk).to(dtype), products[1](chunk).to(dtype))
+
+
+def _same(x: torch.Tensor, y: torch.Tensor) -> bool:
+    """Whether two tensors are the same memory seen in the same way."""
+    alike = x.dtype == y.dtype and x.shape == y.shape and x.stride() == y.stride()
+    return alike and x.data_ptr() == y.data_ptr()
 
 
 def _padded(rows: int) -> int:
@@ -150,19 +176,15 @@ class _Pass:
         head, rows = self.head, self.head.hidden.shape[0]
         lanes, vocab = _padded(rows), head.weight.shape[0]
         width = max(256, CHUNK_ELEMENTS // lanes // 64 * 64)
-        product, ref_product = _Product(head, width), None if ref is None else _Product(ref, width)
+        logits = _logits(head, ref, width)
         # Candidates of a chunk before they are filtered: room for all, touched where there are any.
         room = _PIECES * lanes * -(-width // _PIECES) * _CANDIDATE_WORDS if self.eps > 0 else 0
         scratch = torch.empty(room, dtype=torch.int32)
         row_ids = None if row_ids is None else row_ids.contiguous()
         for chunk in _chunks(vocab, width):
-            out = product(chunk)
-            bias, ref_out, ref_bias = None if head.bias is None else head.bias[chunk], None, None
-            if ref is not None and ref_product is not None:
-                ref_out = ref_product(chunk)
-                if ref_out.dtype != out.dtype:
-                    out, ref_out = out.float(), ref_out.float()
-                ref_bias = None if ref.bias is None else ref.bias[chunk].float()
+            out, ref_out = logits(chunk)
+            bias = None if head.bias is None else head.bias[chunk]
+            ref_bias = None if ref is None or ref.bias is None else ref.bias[chunk].float()
             _kernels().head_chunk(
                 self.kind, out, ref_out, bias, ref_bias, head.softcap or 0.0, rows, self.tau, seed, row_ids,
                 vocab_start, chunk.start, self.eps, self.state, self.ids, self.flags, self.candidates, scratch,
