@@ -110,7 +110,7 @@ def read_language_model(model: nn.Module, *, name: str = "model") -> LanguageMod
         raise TypeError(f"{name} must be a causal language model, got {type(model).__name__}")
     inner: Any = unwrap(model)
     kind = type(inner).__name__
-    if hasattr(inner, "peft_config"):
+    if hasattr(inner, "get_base_model"):  # PEFT's wrapper
         if any(getattr(config, "is_prompt_learning", False) for config in inner.peft_config.values()):
             raise ValueError(f"{name} is tuned by learned prompts, which its replay can not see; use LoRA or the like")
         inner = inner.get_base_model()
@@ -190,7 +190,7 @@ class Capture:
             if torch.is_grad_enabled() and not output.requires_grad:
                 output.requires_grad_()
             self.embedded = output
-            return output
+            return output.clone()  # CTRL scales it in place, behind which its gradient would be another
 
         def see_hidden(module: nn.Module, arguments: Any, output: Any) -> None:
             self.hidden = last_hidden_state(output)
