@@ -96,6 +96,10 @@ def test_decoders_inside_a_shell_are_exact(family):
     check_exact(policy(family), reward_of("bag"), 1e-7, reference=policy(family, seed=1), beta=0.1)
 
 
+def test_a_state_that_counts_padding_is_exact():
+    check_exact(policy("minimax"), reward_of("bag"), 1e-6, reference=policy("minimax", seed=1), beta=0.1)
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_tied_and_untied_tables_are_exact(tied):
     check_exact(policy("gpt2", tie_word_embeddings=tied), reward_of("bag"), 1e-10)
@@ -423,6 +427,9 @@ def test_models_that_can_not_be_replayed_are_refused():
     narrow = tf.ElectraForCausalLM(tf.ElectraConfig(**sizes, embedding_size=8, is_decoder=True))
     with pytest.raises(ValueError, match="its LM head reads 8 features, but its ElectraModel returns 16"):
         ours(narrow, reward)
+    stateful = tf.RecurrentGemmaConfig(**(SIZES | {"num_hidden_layers": 3}), lru_width=16, attention_window_size=8)
+    with pytest.raises(ValueError, match="decodes without a key-value cache"):
+        ours(tf.RecurrentGemmaForCausalLM(stateful), reward)
     bypassed = policy("gpt2")
     bypassed.forward = lambda **arguments: (
         bypassed.transformer.h and tf.modeling_outputs.CausalLMOutput(logits=torch.zeros(1, 4, VOCAB))

@@ -46,7 +46,8 @@ class LanguageModel:
         logit_scale: factor on the hidden states before the head.
         softcap: c in `c * tanh(l / c)`, or None.
         reads_left_padding: whether a row that is padded on the left has the hidden states of the row alone. Not so
-            where positions are counted from the row's start whatever the mask says (Bart).
+            where positions are counted from the row's start whatever the mask says (Bart), or where a state that stands
+            for a cache counts padding (MiniMax).
     """
 
     model: Any
@@ -332,12 +333,30 @@ def _probe(parts: LanguageModel, name: str) -> bool:
         ours = ours if bias is None else ours + bias
         ours = ours if parts.softcap is None else parts.softcap * torch.tanh(ours / parts.softcap)
         _close(ours, logits, f"{name}: its logits are not `softcap(scale * hidden @ weight.T + bias)` of its LM head")
-        mask = torch.tensor([[0, 0, 1, 1, 1, 1]], device=device)
-        padded = parts.backbone(
-            input_ids=torch.cat([ids[:, :2], ids], dim=1), attention_mask=mask, use_cache=False,
-            **position_arguments(parts.backbone, position_ids(mask)),
+        last = states[:, -1:]
+        _close(
+            _behind_cache(parts, ids, torch.ones_like(ids), name), last, f"{name}: it reads a token otherwise behind a "
+            "key-value cache, so the rollout would sample from another model than the replay differentiates"
         )  # fmt: skip
-        return _difference(last_hidden_state(padded)[:, 2:], states) < _ROUNDING
+        mask = torch.tensor([[0, 0, 1, 1, 1, 1]], device=device)
+        padded = _behind_cache(parts, torch.cat([ids[:, :2], ids], dim=1), mask, name)
+        return _difference(padded, last) < _ROUNDING
+
+
+def _behind_cache(parts: LanguageModel, ids: torch.Tensor, mask: torch.Tensor, name: str) -> torch.Tensor:
+    """The last token's hidden state `[1, 1, H]`, read as a rollout reads it; ValueError where there is no cache."""
+    backbone, positions = parts.backbone, position_ids(mask)
+    before = backbone(
+        input_ids=ids[:, :-1], attention_mask=mask[:, :-1], use_cache=True,
+        **position_arguments(backbone, positions[:, :-1]),
+    )  # fmt: skip
+    if getattr(before, "past_key_values", None) is None:
+        raise ValueError(f"{name} decodes without a key-value cache, which the rollout needs")
+    output = backbone(
+        input_ids=ids[:, -1:], attention_mask=mask, past_key_values=before.past_key_values, use_cache=True,
+        **position_arguments(backbone, positions[:, -1:]),
+    )  # fmt: skip
+    return last_hidden_state(output)
 
 
 def _difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
