@@ -58,6 +58,11 @@ def build(path, model=None, reward=None, dataset=None, **changes):
     )
 
 
+def stream():
+    """The prompts without a length, with a column of strings."""
+    return Dataset.from_dict({"prompt": PROMPTS, "topic": PROMPTS}).to_iterable_dataset()
+
+
 def weights(trainer):
     return {name: value.clone() for name, value in trainer.model.state_dict().items()}
 
@@ -511,6 +516,13 @@ def test_a_reward_on_another_device_is_named(tmp_path):
     reward.embedding = reward.embedding.to("meta")
     with pytest.raises(ValueError, match=r"BagReward has its embedding table on device 'meta', .* on 'cpu'"):
         build(tmp_path, reward=reward)
+
+
+def test_a_reward_with_too_few_positions_is_named(tmp_path):
+    sizes = {"vocab_size": VOCAB, "hidden_size": 12, "intermediate_size": 24, "num_hidden_layers": 1}
+    judge = tf.BertConfig(**sizes, num_attention_heads=2, max_position_embeddings=8)
+    with pytest.raises(ValueError, match="BertForSequenceClassification fails on prompts with completions, 12 tokens"):
+        build(tmp_path, reward=tf.BertForSequenceClassification(judge), max_completion_length=8)
 
 
 def test_a_reward_that_is_always_nan_names_its_prompts(tmp_path):

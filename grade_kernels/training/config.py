@@ -115,6 +115,10 @@ class GRADEConfig(TrainingArguments):
             raise ValueError(
                 f"label_smoothing_factor must be 0, got {self.label_smoothing_factor}: there are no labels"
             )
+        accelerator: Any = self.accelerator_config
+        if accelerator.dispatch_batches is None:
+            # One process can not deal out batches of strings and of prompts of unequal length: each reads its own.
+            accelerator.dispatch_batches = False
         checkpointing = self.activation_checkpointing_kwargs
         if isinstance(checkpointing, dict) and checkpointing.get("use_reentrant"):
             raise ValueError(

@@ -556,15 +556,22 @@ class GRADETrainer(Trainer):
         if not examples:
             return
         inputs: Any = self._prepare_input(self._collator(examples))
-        check_prompts(self._policy(), inputs["input_ids"], inputs["attention_mask"], self.args.max_completion_length)
+        ids, mask, time = inputs["input_ids"], inputs["attention_mask"], self.args.max_completion_length
+        check_prompts(self._policy(), ids, mask, time)
+        # Completions of some token as long as they may become: a reward may have fewer positions than the policy.
+        ids, mask = torch.cat([ids, ids[:, -1:].expand(-1, time)], dim=1), F.pad(mask, (0, time), value=1)
         for objective in self.objectives:
-            check_reward_device(objective, inputs["input_ids"].device)
+            check_reward_device(objective, ids.device)
             with torch.enable_grad(), self.accelerator.autocast():
-                embeds = objective.table[inputs["input_ids"]].requires_grad_()
+                embeds = objective.table[ids].requires_grad_()
                 try:
-                    value, _ = objective(embeds, inputs["attention_mask"], inputs["columns"])
+                    value, _ = objective(embeds, mask, inputs["columns"])
                 except NonFiniteRewardError:
                     continue  # the step that meets it names its prompts
+                except (IndexError, RuntimeError) as error:
+                    raise ValueError(
+                        f"{objective.name} fails on prompts with completions, {ids.shape[1]} tokens: {error}"
+                    ) from error
                 gradient = None
                 if value.requires_grad:
                     (gradient,) = torch.autograd.grad(value.sum(), embeds, allow_unused=True)
