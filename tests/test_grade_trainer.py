@@ -458,6 +458,8 @@ def test_arguments_that_can_not_work_are_refused(tmp_path):
                 tf.T5Config(vocab_size=VOCAB, d_model=16, d_kv=8, d_ff=16, num_layers=1)
             ),
         )
+    with pytest.raises(ValueError, match="processing_class must be the policy's tokenizer"):
+        GRADETrainer(policy("gpt2", dtype=torch.float32), BagReward(dtype=torch.float32), config(tmp_path))
     with pytest.raises(ValueError, match="must have a parameter that requires a gradient, but all are frozen"):
         build(tmp_path, model=policy("gpt2", dtype=torch.float32).requires_grad_(False))
     other = copy.deepcopy(word_tokenizer())
@@ -509,6 +511,18 @@ def test_columns_of_a_tokenized_data_set_do_not_hide_the_trainers_own(tmp_path):
     build(tmp_path, reward=[BagReward(dtype=torch.float32), text], dataset=dataset, max_steps=1).train()
     assert seen.keys() == {"prompts", "input_ids"}
     assert isinstance(seen["prompts"][0], str)
+
+
+def test_a_reward_is_a_constant_and_may_write_to_what_it_reads(tmp_path):
+    class Noisy(BagReward):
+        def forward(self, inputs_embeds, attention_mask, **columns):
+            scaled = inputs_embeds.mul_(2.0)
+            return super().forward(torch.nn.functional.dropout(scaled, training=self.training), attention_mask)
+
+    held_out = Dataset.from_dict({"prompt": PROMPTS})
+    trainer = build(tmp_path, reward=Noisy(dtype=torch.float32), eval_dataset=held_out, max_steps=1)
+    trainer.train()
+    assert trainer.evaluate()["eval_reward"] == trainer.evaluate()["eval_reward"]
 
 
 def test_a_reward_on_another_device_is_named(tmp_path):

@@ -71,10 +71,10 @@ class GRADETrainer(Trainer):
         model: a causal language model, plain or PEFT's, or the name of one.
         reward_funcs: one or several of: a sequence classifier of transformers or the name of one (see
             `SequenceClassificationReward` for its label and output), any differentiable
-            `reward(inputs_embeds, attention_mask, **columns) -> [B]` with its table as `reward.embedding`, or a
-            function of text `f(prompts, completions, completion_ids, **columns) -> [B numbers]`, which is logged and
-            not optimised; in conversations a completion is a list of one message. At least one must be differentiable.
-            Columns are the data set's, as lists.
+            `reward(inputs_embeds, attention_mask, **columns) -> [B]` with its table as `reward.embedding` (a module is
+            put in eval mode), or a function of text `f(prompts, completions, completion_ids, **columns) -> [B numbers]`,
+            which is logged and not optimised; in conversations a completion is a list of one message. At least one must
+            be differentiable. Columns are the data set's, as lists.
         args: settings. Default: `GRADEConfig` with an output directory named after the model.
         train_dataset: with a column `prompt`, strings or lists of messages.
         eval_dataset: the same, or a dict of such.
@@ -136,7 +136,10 @@ class GRADETrainer(Trainer):
                 "positions"
             )
         if processing_class is None:
-            processing_class = load_by_name("the tokenizer of model", AutoTokenizer, parts.model.config._name_or_path)
+            name = parts.model.config._name_or_path
+            if not name:
+                raise ValueError("processing_class must be the policy's tokenizer: the model has no name to find it by")
+            processing_class = load_by_name("the tokenizer of model", AutoTokenizer, name)
         self._end_ids = _end_of_sequence(parts, processing_class)
         pad = getattr(processing_class, "pad_token_id", None)
         self._pad_id = int(pad) if pad is not None else (self._end_ids or (0,))[0]
@@ -183,7 +186,7 @@ class GRADETrainer(Trainer):
         device = self.accelerator.device
         for objective in self.objectives:
             if isinstance(objective.reward, nn.Module):
-                objective.reward.to(device)
+                objective.reward.to(device).eval()
         if self.ref_model is not None:
             self.ref_model.to(device)
         if train_dataset is not None:
@@ -565,7 +568,7 @@ class GRADETrainer(Trainer):
             with torch.enable_grad(), self.accelerator.autocast():
                 embeds = objective.table[ids].requires_grad_()
                 try:
-                    value, _ = objective(embeds, mask, inputs["columns"])
+                    value, _ = objective(embeds.clone(), mask, inputs["columns"])
                 except NonFiniteRewardError:
                     continue  # the step that meets it names its prompts
                 except (IndexError, RuntimeError) as error:
