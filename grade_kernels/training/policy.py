@@ -333,30 +333,20 @@ def _probe(parts: LanguageModel, name: str) -> bool:
         ours = ours if bias is None else ours + bias
         ours = ours if parts.softcap is None else parts.softcap * torch.tanh(ours / parts.softcap)
         _close(ours, logits, f"{name}: its logits are not `softcap(scale * hidden @ weight.T + bias)` of its LM head")
-        last = states[:, -1:]
-        _close(
-            _behind_cache(parts, ids, torch.ones_like(ids), name), last, f"{name}: it reads a token otherwise behind a "
-            "key-value cache, so the rollout would sample from another model than the replay differentiates"
-        )  # fmt: skip
+        # The last token as a rollout reads it: behind padding and a key-value cache.
         mask = torch.tensor([[0, 0, 1, 1, 1, 1]], device=device)
-        padded = _behind_cache(parts, torch.cat([ids[:, :2], ids], dim=1), mask, name)
-        return _difference(padded, last) < _ROUNDING
-
-
-def _behind_cache(parts: LanguageModel, ids: torch.Tensor, mask: torch.Tensor, name: str) -> torch.Tensor:
-    """The last token's hidden state `[1, 1, H]`, read as a rollout reads it; ValueError where there is no cache."""
-    backbone, positions = parts.backbone, position_ids(mask)
-    before = backbone(
-        input_ids=ids[:, :-1], attention_mask=mask[:, :-1], use_cache=True,
-        **position_arguments(backbone, positions[:, :-1]),
-    )  # fmt: skip
-    if getattr(before, "past_key_values", None) is None:
-        raise ValueError(f"{name} decodes without a key-value cache, which the rollout needs")
-    output = backbone(
-        input_ids=ids[:, -1:], attention_mask=mask, past_key_values=before.past_key_values, use_cache=True,
-        **position_arguments(backbone, positions[:, -1:]),
-    )  # fmt: skip
-    return last_hidden_state(output)
+        padded, positions = torch.cat([ids[:, :2], ids], dim=1), position_ids(mask)
+        before = parts.backbone(
+            input_ids=padded[:, :-1], attention_mask=mask[:, :-1], use_cache=True,
+            **position_arguments(parts.backbone, positions[:, :-1]),
+        )  # fmt: skip
+        if getattr(before, "past_key_values", None) is None:
+            raise ValueError(f"{name} decodes without a key-value cache, which the rollout needs")
+        last = parts.backbone(
+            input_ids=padded[:, -1:], attention_mask=mask, past_key_values=before.past_key_values, use_cache=True,
+            **position_arguments(parts.backbone, positions[:, -1:]),
+        )  # fmt: skip
+        return _difference(last_hidden_state(last), states[:, -1:]) < _ROUNDING
 
 
 def _difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
