@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 
 import accelerate.accelerator
@@ -18,11 +19,12 @@ from tests.training_models import BagReward, policy, prompts, worst_difference
 SETTINGS = {"eps": 0.0, "max_steps": 2, "optim": "sgd", "learning_rate": 0.5}
 
 
-def trainer_run(path: Path) -> None:
+def trainer_run(path: Path, streaming: bool = False) -> None:
     """Train under DDP, each process with half of the batch; the first one saves the weights and what was logged."""
-    from tests.test_grade_trainer import build, weights
+    from tests.test_grade_trainer import build, stream, weights
 
-    trainer = build(path, per_device_train_batch_size=2, **SETTINGS)
+    dataset = stream() if streaming else None
+    trainer = build(path, per_device_train_batch_size=2, dataset=dataset, **SETTINGS)
     trainer.train()
     if trainer.is_world_process_zero():
         torch.save({"weights": weights(trainer), "log": trainer.state.log_history[0]}, path / "result.pt")
@@ -94,4 +96,10 @@ def fsdp_step(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    {"ddp": trainer_run, "fsdp": fsdp_step, "fsdp-trainer": sharded_trainer_run}[sys.argv[1]](Path(sys.argv[2]))
+    modes = {
+        "ddp": trainer_run,
+        "ddp-stream": partial(trainer_run, streaming=True),
+        "fsdp": fsdp_step,
+        "fsdp-trainer": sharded_trainer_run,
+    }
+    modes[sys.argv[1]](Path(sys.argv[2]))

@@ -12,6 +12,7 @@ import transformers as tf
 
 from grade_kernels import GumbelNoise, use_backend
 from grade_kernels.training import NonFiniteRewardError, SequenceClassificationReward, grade_loss, right_padded
+from grade_kernels.training.rewards import Objective
 from tests.training_models import (
     SIZES,
     VOCAB,
@@ -93,6 +94,10 @@ def test_decoders_inside_a_shell_are_exact(family):
     """Their models run the decoder below the backbone of their name, and never that backbone itself."""
     # The bias of keys has no gradient but rounding.
     check_exact(policy(family), reward_of("bag"), 1e-7, reference=policy(family, seed=1), beta=0.1)
+
+
+def test_a_state_that_counts_padding_is_exact():
+    check_exact(policy("minimax"), reward_of("bag"), 1e-6, reference=policy("minimax", seed=1), beta=0.1)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -221,6 +226,14 @@ def test_masks_of_any_dtype(dtype):
     assert grade_loss(model, reward, ids, mask.to(dtype), **options).loss == expected
 
 
+def test_a_model_that_scales_its_embeddings_in_place_is_exact():
+    torch.manual_seed(0)
+    sizes = {"vocab_size": VOCAB, "n_embd": 16, "n_layer": 2, "n_head": 2, "dff": 24, "n_positions": 64}
+    model = tf.CTRLLMHeadModel(tf.CTRLConfig(**sizes, initializer_range=0.3)).double().eval()
+    # The bias of keys has no gradient but rounding.
+    check_exact(model, reward_of("bag"), 1e-7)
+
+
 def test_a_compiled_model_is_replayed_as_it_is():
     model, reward = policy("gpt2"), reward_of("bag")
     truth = gradients(ours(model, reward).loss, model)
@@ -281,6 +294,24 @@ def test_a_classifier_offers_probability_log_odds_and_raw_score():
         SequenceClassificationReward(model, label=0, output="odds")
     with pytest.raises(TypeError, match="sequence classifier, got str"):
         SequenceClassificationReward("bert")
+
+
+def test_labels_that_do_not_exclude_each_other_have_odds_of_their_own():
+    model = classifier("bert", labels=3)
+    model.config.problem_type = "multi_label_classification"
+    ids, mask = prompts((4, 4))
+    reward = SequenceClassificationReward(model, label=1)
+    logits = model(input_ids=ids, attention_mask=mask).logits
+    torch.testing.assert_close(reward(reward.embedding[ids], mask), logits[:, 1].sigmoid())
+
+
+def test_an_infinite_logit_is_not_said_to_be_the_reward(monkeypatch):
+    objective = Objective(BagReward(), transform="logit")
+    monkeypatch.setattr(
+        BagReward, "forward", lambda self, inputs_embeds, attention_mask: inputs_embeds[:, 0, 0] * 0 + 1
+    )
+    with pytest.raises(NonFiniteRewardError, match="the logit of reward is not finite"):
+        objective(torch.zeros(2, 3, 6), torch.ones(2, 3), {})
 
 
 def test_a_classifier_that_reads_more_than_embeddings_is_refused():
@@ -396,6 +427,9 @@ def test_models_that_can_not_be_replayed_are_refused():
     narrow = tf.ElectraForCausalLM(tf.ElectraConfig(**sizes, embedding_size=8, is_decoder=True))
     with pytest.raises(ValueError, match="its LM head reads 8 features, but its ElectraModel returns 16"):
         ours(narrow, reward)
+    stateful = tf.RecurrentGemmaConfig(**(SIZES | {"num_hidden_layers": 3}), lru_width=16, attention_window_size=8)
+    with pytest.raises(ValueError, match="decodes without a key-value cache"):
+        ours(tf.RecurrentGemmaForCausalLM(stateful), reward)
     bypassed = policy("gpt2")
     bypassed.forward = lambda **arguments: (
         bypassed.transformer.h and tf.modeling_outputs.CausalLMOutput(logits=torch.zeros(1, 4, VOCAB))

@@ -19,7 +19,7 @@ pytest.importorskip("datasets")
 pytest.importorskip("accelerate")
 
 import transformers as tf
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 
 from grade_kernels.training import (
     GRADEConfig,
@@ -31,7 +31,7 @@ from grade_kernels.training import (
     checkpoints,
 )
 from grade_kernels.training.schedules import tau_at
-from tests.training_models import VOCAB, BagReward, classifier, policy, word_tokenizer
+from tests.training_models import SIZES, VOCAB, BagReward, classifier, policy, word_tokenizer
 
 PROMPTS = [f"w{3 + i} w{7 + 3 * i}" + " w9" * (i % 3) for i in range(12)]
 
@@ -56,6 +56,11 @@ def build(path, model=None, reward=None, dataset=None, **changes):
         processing_class=word_tokenizer(),
         **arguments,
     )
+
+
+def stream():
+    """The prompts without a length, with a column of strings."""
+    return Dataset.from_dict({"prompt": PROMPTS, "topic": PROMPTS}).to_iterable_dataset()
 
 
 def weights(trainer):
@@ -114,6 +119,49 @@ def test_accumulated_steps_are_one_large_step(tmp_path):
         torch.testing.assert_close(first[name], second[name], atol=1e-6, rtol=1e-5)
     for name in ("loss", "reward", "kl"):
         assert whole.state.log_history[0][name] == pytest.approx(parts.state.log_history[0][name], abs=1e-4)
+
+
+def test_a_smaller_batch_of_a_step_has_noise_of_its_own(tmp_path, monkeypatch):
+    drawn = []
+    noise = GRADETrainer._training_noise
+    monkeypatch.setattr(
+        GRADETrainer, "_training_noise", lambda self, batch: drawn.append(noise(self, batch)) or drawn[-1]
+    )
+    six = Dataset.from_dict({"prompt": PROMPTS[:6]})
+    trainer = build(tmp_path, dataset=six, gradient_accumulation_steps=2, max_steps=1)
+    trainer.train()
+    assert [n.row_ids.tolist() for n in drawn] == [[0, 1, 2, 3], [4, 5]]
+    drawn.clear()
+    trainer.train()
+    assert [n.row_ids.tolist() for n in drawn] == [[0, 1, 2, 3], [4, 5]], "a second run begins anew"
+
+
+def test_a_step_is_timed_and_its_tokens_are_counted_as_a_whole(tmp_path, monkeypatch):
+    clock = iter(range(100))
+    monkeypatch.setattr("grade_kernels.training.trainer.time.perf_counter", lambda: next(clock))
+    options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 2}
+    counting = build(tmp_path, include_num_input_tokens_seen="all", **options)
+    counting.train()
+    logs = [entry for entry in counting.state.log_history if "reward" in entry]
+    assert [entry["step_time"] for entry in logs] == [2.0, 2.0]
+    plain = build(tmp_path, **options)
+    plain.train()
+    assert [entry["num_tokens"] for entry in logs] == [
+        entry["num_tokens"] for entry in plain.state.log_history if "reward" in entry
+    ]
+
+
+@pytest.mark.parametrize("family", ["bart", "mixtral"])
+def test_nothing_is_random_in_training_unless_asked_for(tmp_path, family):
+    if family == "mixtral":
+        model = tf.MixtralForCausalLM(tf.MixtralConfig(**SIZES, num_local_experts=2, router_jitter_noise=0.5))
+    else:
+        model = policy(family, dtype=torch.float32, activation_dropout=0.5, decoder_layerdrop=0.5)
+    ids = torch.arange(3, 12)[None]
+    expected = model.eval()(ids).logits
+    assert not torch.allclose(model.train()(ids).logits, expected, atol=1e-3)
+    build(tmp_path, model=model)
+    assert torch.allclose(model.train()(ids).logits, expected, atol=1e-6)
 
 
 def test_tau_moves_along_its_schedule(tmp_path):
@@ -211,7 +259,7 @@ def test_completions_are_shown_as_a_table(tmp_path, capsys):
 
 def test_evaluation_is_repeatable_and_predicts_completions(tmp_path):
     held_out = Dataset.from_dict({"prompt": PROMPTS[:6]})
-    trainer = build(tmp_path, eval_dataset={"a": held_out, "b": held_out}, eval_strategy="steps", eval_steps=2)
+    trainer = build(tmp_path, eval_dataset=DatasetDict(a=held_out, b=held_out), eval_strategy="steps", eval_steps=2)
     trainer.train()
     first, second = trainer.evaluate(held_out), trainer.evaluate(held_out)
     for name in (
@@ -224,8 +272,13 @@ def test_evaluation_is_repeatable_and_predicts_completions(tmp_path):
     ):
         assert first[name] == second[name]
     assert any("eval_a_reward" in entry for entry in trainer.state.log_history)
+    trainer._end_ids = (2, 47)  # ends batches of one at different lengths
+    trainer.args.per_device_eval_batch_size = 1
+    assert trainer.predict(held_out).predictions.min() == 0, "padding, which a tokenizer decodes"
+    trainer.args.per_device_eval_batch_size = 4
+    trainer._end_ids = (2,)
     prediction = trainer.predict(held_out)
-    assert prediction.predictions.shape[0] == 6
+    assert prediction.predictions.shape == (6, 6)
     assert prediction.predictions.max() < VOCAB
     assert prediction.metrics["test_reward"] == first["eval_reward"]
     trainer.args.per_device_eval_batch_size = 3
@@ -284,6 +337,27 @@ def test_lora_trains_the_adapter_alone_and_refers_to_the_model_without_it(tmp_pa
         build(tmp_path, peft_config=bad)
 
 
+def test_adapters_of_transformers_own_and_adapters_of_rewards(tmp_path):
+    peft = pytest.importorskip("peft")
+    model = policy("llama", dtype=torch.float32)
+    model.add_adapter(peft.LoraConfig(r=4, target_modules=["q_proj"]))
+    trainer = build(tmp_path, model=model, max_steps=2)
+    before = weights(trainer)
+    trainer.train()
+    after = weights(trainer)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed
+    assert all("lora_" in name for name in changed)
+    for family, layer in (("bert", "query"), ("llama", "q_proj")):
+        adapter = peft.LoraConfig(r=4, target_modules=[layer], task_type="SEQ_CLS", init_lora_weights=False)
+        judge = peft.get_peft_model(classifier(family, dtype=torch.float32), adapter).eval()
+        trainer = build(tmp_path, reward=judge)
+        ids = torch.arange(3, 8)[None]
+        reward = trainer.objectives[0].reward
+        expected = judge(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.softmax(-1)[:, 1]
+        torch.testing.assert_close(reward(reward.embedding[ids], torch.ones_like(ids)), expected)
+
+
 def test_a_compiled_model_trains_as_it_is(tmp_path, caplog):
     plain = build(tmp_path / "plain", max_steps=1)
     plain.train()
@@ -335,6 +409,8 @@ def test_bfloat16_autocast_runs(tmp_path):
         ({"reward_weights": [1.0, "2"]}, TypeError, r"reward_weights\[1\] must be a number"),
         ({"reward_weights": [float("nan")]}, ValueError, r"reward_weights\[0\] must be finite"),
         ({"activation_checkpointing_kwargs": {"use_reentrant": True}}, ValueError, "must not be reentrant"),
+        ({"neftune_noise_alpha": 5.0}, ValueError, "neftune_noise_alpha must be None"),
+        ({"label_smoothing_factor": 0.1}, ValueError, "label_smoothing_factor must be 0"),
     ],
 )
 def test_settings_that_can_not_work_are_refused(tmp_path, changes, error, message):
@@ -382,10 +458,37 @@ def test_arguments_that_can_not_work_are_refused(tmp_path):
                 tf.T5Config(vocab_size=VOCAB, d_model=16, d_kv=8, d_ff=16, num_layers=1)
             ),
         )
+    with pytest.raises(ValueError, match="processing_class must be the policy's tokenizer"):
+        GRADETrainer(policy("gpt2", dtype=torch.float32), BagReward(dtype=torch.float32), config(tmp_path))
+    with pytest.raises(ValueError, match="must have a parameter that requires a gradient, but all are frozen"):
+        build(tmp_path, model=policy("gpt2", dtype=torch.float32).requires_grad_(False))
     other = copy.deepcopy(word_tokenizer())
     other.add_tokens(["new"])
     with pytest.raises(ValueError, match=r"1 of 61 tokens .* such as \['new'\]"):
         build(tmp_path, reward_processing_classes=other)
+
+
+@pytest.mark.parametrize(
+    ("added", "message"),
+    [
+        ({"pad_token": "[NEW]"}, r"pad_token_id must lie in \[0, 61\), got 61"),
+        ({"eos_token": "[NEW]"}, r"eos_token_id must lie in \[0, 61\), got 61"),
+        ({"additional_special_tokens": ["w9"]}, None),
+        ({"additional_special_tokens": ["new"]}, r"input_ids must lie in \[0, 61\), got values in \[0, 61\]"),
+    ],
+)
+def test_tokens_that_the_model_does_not_have_are_named(tmp_path, added, message):
+    tokenizer = word_tokenizer()
+    tokenizer.add_special_tokens(added)
+    arguments = (
+        policy("gpt2", dtype=torch.float32), BagReward(dtype=torch.float32), config(tmp_path),
+        Dataset.from_dict({"prompt": ["w9 new", "w4"]}),
+    )  # fmt: skip
+    if message is None:
+        GRADETrainer(*arguments, processing_class=tokenizer)
+        return
+    with pytest.raises(ValueError, match=message):
+        GRADETrainer(*arguments, processing_class=tokenizer)
 
 
 def test_text_functions_return_a_number_per_completion(tmp_path):
@@ -410,11 +513,30 @@ def test_columns_of_a_tokenized_data_set_do_not_hide_the_trainers_own(tmp_path):
     assert isinstance(seen["prompts"][0], str)
 
 
+def test_a_reward_is_a_constant_and_may_write_to_what_it_reads(tmp_path):
+    class Noisy(BagReward):
+        def forward(self, inputs_embeds, attention_mask, **columns):
+            scaled = inputs_embeds.mul_(2.0)
+            return super().forward(torch.nn.functional.dropout(scaled, training=self.training), attention_mask)
+
+    held_out = Dataset.from_dict({"prompt": PROMPTS})
+    trainer = build(tmp_path, reward=Noisy(dtype=torch.float32), eval_dataset=held_out, max_steps=1)
+    trainer.train()
+    assert trainer.evaluate()["eval_reward"] == trainer.evaluate()["eval_reward"]
+
+
 def test_a_reward_on_another_device_is_named(tmp_path):
     reward = BagReward(dtype=torch.float32)
     reward.embedding = reward.embedding.to("meta")
     with pytest.raises(ValueError, match=r"BagReward has its embedding table on device 'meta', .* on 'cpu'"):
         build(tmp_path, reward=reward)
+
+
+def test_a_reward_with_too_few_positions_is_named(tmp_path):
+    sizes = {"vocab_size": VOCAB, "hidden_size": 12, "intermediate_size": 24, "num_hidden_layers": 1}
+    judge = tf.BertConfig(**sizes, num_attention_heads=2, max_position_embeddings=8)
+    with pytest.raises(ValueError, match="BertForSequenceClassification fails on prompts with completions, 12 tokens"):
+        build(tmp_path, reward=tf.BertForSequenceClassification(judge), max_completion_length=8)
 
 
 def test_a_reward_that_is_always_nan_names_its_prompts(tmp_path):
@@ -628,8 +750,32 @@ def test_nothing_to_resume_from_is_an_error(tmp_path):
         build(tmp_path).train(resume_from_checkpoint=True)
 
 
+def test_a_checkpoint_is_uploaded_only_when_it_stays(tmp_path, monkeypatch):
+    pushed = []
+
+    def push(self, folder):
+        pushed.append((folder, checkpoints.damage(Path(folder)), [path.name for path in tmp_path.glob(".*")]))
+
+    monkeypatch.setattr(tf.Trainer, "_push_from_checkpoint", push)
+    monkeypatch.setattr(tf.Trainer, "init_hf_repo", lambda self, token=None: None)
+    trainer = build(tmp_path, save_strategy="steps", save_steps=2, push_to_hub=True)
+    trainer.push_in_progress = None
+    trainer.train()
+    assert pushed == [(str(tmp_path / f"checkpoint-{step}"), None, []) for step in (2, 4)]
+
+
 def test_a_model_card_says_what_was_done(uninterrupted):
     card = (uninterrupted[0] / "README.md").read_text()
     for words in ("grade-kernels", "| tau | 0.5 |", "| feedback_hops | 2 |", "`BagReward`", "arxiv.org/abs/2601.11574"):
         assert words in card
     assert "base_model" not in card
+
+
+def test_a_model_card_leaves_out_a_directory_of_this_machine(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    trainer = build(tmp_path / "out")
+    for name, named in (("models/mine", False), ("someone/theirs", True)):
+        trainer.model.config._name_or_path = name
+        (tmp_path / "models" / "mine").mkdir(parents=True, exist_ok=True)
+        trainer.create_model_card()
+        assert (f"base_model: {name}" in (tmp_path / "out" / "README.md").read_text()) == named

@@ -89,6 +89,44 @@ def test_bad_settings_are_named(models, tmp_path, capsys):
         command.read_dataset(str(tmp_path / "prompts.txt"), arguments, "train")
 
 
+def test_the_file_means_what_the_command_line_does(models, tmp_path):
+    changes = {
+        "disable_dropout": False, "save_strategy": False, "max_steps": 3, "lora_target_modules": "c_attn",
+        "reward_weights": 2, "feedback_hops": 1, "reward_label": 0, "logging_nan_inf_filter": False,
+    }  # fmt: skip
+    arguments, config = command.parse(settings(models, tmp_path, **changes)[1:])
+    assert (config.disable_dropout, config.logging_nan_inf_filter, config.save_strategy) == (False, False, "no")
+    assert (config.max_steps, config.feedback_hops) == (3, 1)
+    assert (arguments.lora_target_modules, arguments.reward_label) == (["c_attn"], "0")
+    assert command.parse([*settings(models, tmp_path, **changes)[1:], "--disable_dropout"])[1].disable_dropout
+    with pytest.raises(SystemExit):
+        command.parse(settings(models, tmp_path, max_steps=1.5)[1:])
+
+
+def test_parts_of_a_file_and_files_that_can_not_be_read(models, tmp_path):
+    arguments, _ = command.parse(settings(models, tmp_path)[1:])
+    assert len(command.read_dataset(arguments.dataset, arguments, "train[:25%]")) == 4
+    (tmp_path / "broken.jsonl").write_text('{"prompt": "w3"}\n{"prompt": \n')
+    (tmp_path / "empty.jsonl").write_text("")
+    for source, split, reason in (
+        (arguments.dataset, "test", 'Unknown split "test"'),
+        (str(tmp_path / "broken.jsonl"), "train", "JSON parse error"),
+        (str(tmp_path / "empty.jsonl"), "train", "it holds nothing"),
+    ):
+        with pytest.raises(ValueError, match=f"can not be loaded: .*{reason}"):
+            command.read_dataset(source, arguments, split)
+
+
+def test_a_checkpoint_by_name_is_resumed_from(models, tmp_path):
+    arguments = settings(models, tmp_path)
+    assert main(arguments) == 0
+    first = str(tmp_path / "out" / "checkpoint-1")
+    assert main([*arguments, "--resume_from_checkpoint", first, "--output_dir", str(tmp_path / "more")]) == 0
+    assert not (tmp_path / "more" / "checkpoint-1").exists()
+    weights = [(tmp_path / run / "checkpoint-2" / "model.safetensors").read_bytes() for run in ("out", "more")]
+    assert weights[0] == weights[1]
+
+
 def test_what_can_not_be_loaded_is_named_in_one_line(models, tmp_path):
     cases = [
         (

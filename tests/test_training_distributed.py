@@ -16,7 +16,7 @@ pytest.importorskip("datasets")
 from datasets import Dataset
 
 from tests.distributed_training import SETTINGS
-from tests.test_grade_trainer import PROMPTS, build, same, weights
+from tests.test_grade_trainer import PROMPTS, build, same, stream, weights
 from tests.training_models import policy
 
 HERE = Path(__file__).parent
@@ -34,10 +34,11 @@ def launch(mode: str, path: Path) -> None:
     assert run.returncode == 0, run.stderr
 
 
-def test_two_processes_give_the_result_of_one(tmp_path):
-    launch("ddp", tmp_path)
+@pytest.mark.parametrize("mode", ["ddp", "ddp-stream"])
+def test_two_processes_give_the_result_of_one(tmp_path, mode):
+    launch(mode, tmp_path)
     result = torch.load(tmp_path / "result.pt")
-    alone = build(tmp_path / "alone", **SETTINGS)
+    alone = build(tmp_path / "alone", dataset=stream() if mode == "ddp-stream" else None, **SETTINGS)
     alone.train()
     for name, value in weights(alone).items():
         torch.testing.assert_close(result["weights"][name], value, atol=1e-6, rtol=1e-5)

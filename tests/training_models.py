@@ -45,6 +45,10 @@ def policy(family: str, seed: int = 0, dtype: torch.dtype = torch.float64, **cha
         "phi": lambda: tf.PhiConfig(**SIZES, partial_rotary_factor=0.5, **changes),
         "cohere": lambda: tf.CohereConfig(**SIZES, logit_scale=0.3, **changes),
         "granite": lambda: tf.GraniteConfig(**SIZES, logits_scaling=2.0, embedding_multiplier=3.0, **changes),
+        "minimax": lambda: tf.MiniMaxConfig(
+            **SIZES, layer_types=["linear_attention", "full_attention"], num_local_experts=2,
+            experts_implementation="eager", **changes,
+        ),
         "opt": lambda: tf.OPTConfig(
             **(shell | {"ffn_dim": 24, "word_embed_proj_dim": 12}), **changes
         ),
@@ -190,10 +194,10 @@ def sequential_loss(
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """`sequential_batch`, row by row where the model itself can not read padded rows.
 
-    Eager attention can not in float64, and Bart counts positions from the row's start.
+    Eager attention can not in float64, Bart counts positions from the row's start, and MiniMax's state counts padding.
     """
     batch = len(ids)
-    if model.config._attn_implementation != "eager" and model.config.model_type != "bart":
+    if model.config._attn_implementation != "eager" and model.config.model_type not in ("bart", "minimax"):
         return sequential_batch(model, reward, ids, mask, sequences=torch.arange(batch), **options)
     rows = []
     for row in range(batch):

@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 from datasets import Dataset, load_dataset
+from datasets.exceptions import DatasetsError
 from rich.console import Console
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, HfArgumentParser
 
@@ -33,7 +34,9 @@ class RunArguments:
     dataset: str = field(metadata={"help": "Prompts: a csv, json, jsonl or parquet file, or a name on the hub."})
     reward: list[str] = field(metadata={"help": "Sequence classifiers: directories or names on the hub."})
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a data set on the hub."})
-    dataset_split: str = field(default="train", metadata={"help": "Split to train on."})
+    dataset_split: str = field(
+        default="train", metadata={"help": "Split to train on, or a part such as train[:90%%]; a file is all `train`."}
+    )
     eval_dataset: str | None = field(default=None, metadata={"help": "Held-out prompts, as for --dataset."})
     eval_split: str | None = field(default=None, metadata={"help": "Split of held-out prompts."})
     prompt_column: str = field(default="prompt", metadata={"help": "The column that holds the prompts."})
@@ -61,7 +64,7 @@ def run(argv: Sequence[str]) -> int:
         return 1
     found = arguments.resume and complete_checkpoints(Path(str(config.output_dir)))
     try:
-        trainer.train(resume_from_checkpoint=bool(found))
+        trainer.train(resume_from_checkpoint=config.resume_from_checkpoint or bool(found))
     except TrainingInterrupted as stop:
         sys.stderr.write(f"\n{stop}. The same command with --resume continues.\n")
         return 128 + stop.signum
@@ -105,16 +108,16 @@ def parse(argv: Sequence[str]) -> tuple[RunArguments, GRADEConfig]:
     classes: Any = [RunArguments, GRADEConfig]
     parser = HfArgumentParser(classes, prog="grade-kernels train")
     parser.add_argument("--config", help="A YAML file of settings by these names; the command line overrides it.")
-    actions = {action.dest: action for action in parser._actions}
-    actions["feedback_hops"].type = str  # an int or "exact"; the config reads either
-    if file.config is not None:
-        settings = _read_yaml(Path(file.config))
-        unknown = sorted(settings.keys() - actions.keys())
-        if unknown:
-            raise ValueError(f"{file.config} has settings that do not exist: {unknown}")
-        for name, value in settings.items():
-            actions[name].default = value
-            actions[name].required = False
+    settings = {} if file.config is None else _read_yaml(Path(file.config))
+    unknown = sorted(settings.keys() - {action.dest for action in parser._actions})
+    if unknown:
+        raise ValueError(f"{file.config} has settings that do not exist: {unknown}")
+    for action in parser._actions:  # one setting has two of them, such as --disable_dropout and --no_disable_dropout
+        if action.dest == "feedback_hops":
+            action.type = str  # an int or "exact"; the config reads either
+        if action.dest in settings:
+            action.default = _as_typed(settings[action.dest], action)
+            action.required = False
     arguments, config, *_ = parser.parse_args_into_dataclasses(rest, return_remaining_strings=False)
     return arguments, config
 
@@ -132,12 +135,15 @@ def read_dataset(source: str, arguments: RunArguments, split: str) -> Dataset:
     if path.is_file():
         if path.suffix not in _FORMATS:
             raise ValueError(f"dataset must be one of {sorted(_FORMATS)} files, got {path.name}")
-        dataset = load_dataset(_FORMATS[path.suffix], data_files=str(path), split="train")
+        # All of a file is its split `train`.
+        where: dict[str, Any] = {"path": _FORMATS[path.suffix], "data_files": str(path)}
     else:
-        try:
-            dataset = load_dataset(source, arguments.dataset_config, split=split)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"dataset {source!r} (split {split!r}) can not be loaded: {error}") from error
+        where = {"path": source, "name": arguments.dataset_config}
+    try:
+        dataset = load_dataset(**where, split=split)
+    except (OSError, ValueError, StopIteration, DatasetsError) as error:  # an empty file has no next row
+        reason = str(error.__cause__ or error) or "it holds nothing"
+        raise ValueError(f"dataset {source!r} (split {split!r}) can not be loaded: {reason}") from error
     if arguments.prompt_column not in dataset.column_names:
         raise ValueError(f"prompt_column {arguments.prompt_column!r} is not among the columns {dataset.column_names}")
     return dataset if arguments.prompt_column == "prompt" else dataset.rename_column(arguments.prompt_column, "prompt")
@@ -150,8 +156,16 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is no YAML: {error}") from error
     if not isinstance(settings, dict):
         raise ValueError(f"{path} must hold settings by name, got {type(settings).__name__}")
-    reward = settings.get("reward")
-    return settings | ({"reward": [reward]} if isinstance(reward, str) else {})
+    return settings
+
+
+def _as_typed(value: Any, action: argparse.Action) -> Any:
+    """A setting of the file as the command line would have it, whose checks then apply to it."""
+    if value is False and "no" in (action.choices or ()):
+        return "no"  # which YAML reads as false
+    if action.nargs == "+" and value is not None and not isinstance(value, list):
+        return [value]
+    return str(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else value
 
 
 def _reward(name: str, arguments: RunArguments) -> SequenceClassificationReward:
@@ -166,9 +180,11 @@ def _adapter(arguments: RunArguments) -> Any:
         return None
     from peft import LoraConfig
 
+    modules = arguments.lora_target_modules
     return LoraConfig(
         r=arguments.lora_r,
         lora_alpha=arguments.lora_alpha,
-        target_modules=arguments.lora_target_modules,
+        # PEFT's word for every linear layer is one in place of a list.
+        target_modules="all-linear" if modules == ["all-linear"] else modules,
         task_type="CAUSAL_LM",
     )

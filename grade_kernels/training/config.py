@@ -107,6 +107,18 @@ class GRADEConfig(TrainingArguments):
                 f"train_sampling_strategy must be 'random' or 'sequential', got {self.sampling_strategy!r}: prompts are "
                 "tokenized when they are drawn, so their lengths are not known before"
             )
+        if self.neftune_noise_alpha is not None:
+            raise ValueError(
+                "neftune_noise_alpha must be None: the replay would read other embeddings than the tokens were drawn from"
+            )
+        if self.label_smoothing_factor:
+            raise ValueError(
+                f"label_smoothing_factor must be 0, got {self.label_smoothing_factor}: there are no labels"
+            )
+        accelerator: Any = self.accelerator_config
+        if accelerator.dispatch_batches is None:
+            # One process can not deal out batches of strings and of prompts of unequal length: each reads its own.
+            accelerator.dispatch_batches = False
         checkpointing = self.activation_checkpointing_kwargs
         if isinstance(checkpointing, dict) and checkpointing.get("use_reentrant"):
             raise ValueError(

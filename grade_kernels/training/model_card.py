@@ -56,7 +56,7 @@ def write(
         rewards: their names.
     """
     # A local path says nothing to a reader of the card.
-    base = None if base_model is None or Path(base_model).is_absolute() else base_model
+    base = None if base_model is None or Path(base_model).is_absolute() or Path(base_model).exists() else base_model
     front = f"base_model: {base}\n" if base else ""
     front += f"datasets:\n- {dataset_name}\n" if dataset_name else ""
     text = _TEXT.format(

@@ -46,7 +46,8 @@ class LanguageModel:
         logit_scale: factor on the hidden states before the head.
         softcap: c in `c * tanh(l / c)`, or None.
         reads_left_padding: whether a row that is padded on the left has the hidden states of the row alone. Not so
-            where positions are counted from the row's start whatever the mask says (Bart).
+            where positions are counted from the row's start whatever the mask says (Bart), or where a state that stands
+            for a cache counts padding (MiniMax).
     """
 
     model: Any
@@ -110,7 +111,7 @@ def read_language_model(model: nn.Module, *, name: str = "model") -> LanguageMod
         raise TypeError(f"{name} must be a causal language model, got {type(model).__name__}")
     inner: Any = unwrap(model)
     kind = type(inner).__name__
-    if hasattr(inner, "peft_config"):
+    if hasattr(inner, "get_base_model"):  # PEFT's wrapper
         if any(getattr(config, "is_prompt_learning", False) for config in inner.peft_config.values()):
             raise ValueError(f"{name} is tuned by learned prompts, which its replay can not see; use LoRA or the like")
         inner = inner.get_base_model()
@@ -190,7 +191,7 @@ class Capture:
             if torch.is_grad_enabled() and not output.requires_grad:
                 output.requires_grad_()
             self.embedded = output
-            return output
+            return output.clone()  # CTRL scales it in place, behind which its gradient would be another
 
         def see_hidden(module: nn.Module, arguments: Any, output: Any) -> None:
             self.hidden = last_hidden_state(output)
@@ -332,12 +333,20 @@ def _probe(parts: LanguageModel, name: str) -> bool:
         ours = ours if bias is None else ours + bias
         ours = ours if parts.softcap is None else parts.softcap * torch.tanh(ours / parts.softcap)
         _close(ours, logits, f"{name}: its logits are not `softcap(scale * hidden @ weight.T + bias)` of its LM head")
+        # The last token as a rollout reads it: behind padding and a key-value cache.
         mask = torch.tensor([[0, 0, 1, 1, 1, 1]], device=device)
-        padded = parts.backbone(
-            input_ids=torch.cat([ids[:, :2], ids], dim=1), attention_mask=mask, use_cache=False,
-            **position_arguments(parts.backbone, position_ids(mask)),
+        padded, positions = torch.cat([ids[:, :2], ids], dim=1), position_ids(mask)
+        before = parts.backbone(
+            input_ids=padded[:, :-1], attention_mask=mask[:, :-1], use_cache=True,
+            **position_arguments(parts.backbone, positions[:, :-1]),
         )  # fmt: skip
-        return _difference(last_hidden_state(padded)[:, 2:], states) < _ROUNDING
+        if getattr(before, "past_key_values", None) is None:
+            raise ValueError(f"{name} decodes without a key-value cache, which the rollout needs")
+        last = parts.backbone(
+            input_ids=padded[:, -1:], attention_mask=mask, past_key_values=before.past_key_values, use_cache=True,
+            **position_arguments(parts.backbone, positions[:, -1:]),
+        )  # fmt: skip
+        return _difference(last_hidden_state(last), states[:, -1:]) < _ROUNDING
 
 
 def _difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:

@@ -99,7 +99,7 @@ class SequenceClassificationReward(nn.Module):
     Encoder families pool by themselves.
 
     Args:
-        model: for sequence classification. It is put in eval mode and frozen.
+        model: for sequence classification, plain or PEFT's. It is put in eval mode and frozen.
         label: index or name of the label that is rewarded. Default: the only one, or the second of two.
         output: `probability` of the label, its `log_odds`, or the `raw` score.
         name: what metrics and errors call it.
@@ -117,7 +117,7 @@ class SequenceClassificationReward(nn.Module):
         config = getattr(model, "config", None)
         if config is None or not hasattr(model, "get_input_embeddings"):
             raise TypeError(f"model must be a transformers sequence classifier, got {type(model).__name__}")
-        kind = type(model).__name__
+        kind = type(_inner(model)).__name__
         if getattr(config, "is_encoder_decoder", False):
             raise ValueError(f"model must be an encoder or a decoder, but {kind} is an encoder-decoder")
         if not kind.endswith("ForSequenceClassification"):
@@ -128,7 +128,7 @@ class SequenceClassificationReward(nn.Module):
         self.output = output
         self.__name__ = name or (getattr(config, "_name_or_path", "") or kind).rstrip("/").split("/")[-1]
         self.model: Any = model.eval().requires_grad_(False)
-        self._decoder = isinstance(getattr(model, "score", None), nn.Module)
+        self._decoder = isinstance(getattr(_inner(model), "score", None), nn.Module)
         self._verify()
 
     def train(self, mode: bool = True) -> SequenceClassificationReward:
@@ -150,20 +150,23 @@ class SequenceClassificationReward(nn.Module):
         scale = getattr(self._lookup, "embed_scale", 1.0)
         embeds = embeds * (scale.to(embeds.dtype) if isinstance(scale, torch.Tensor) else scale)
         if self._decoder:
-            backbone = getattr(self.model, self.model.base_model_prefix)
+            inner = _inner(self.model)
+            backbone = getattr(inner, inner.base_model_prefix)
             hidden = backbone(inputs_embeds=embeds, attention_mask=mask, use_cache=False)[0]
             last = mask.sum(dim=1).long() - 1
-            scores = self.model.score(hidden[torch.arange(len(last), device=last.device), last])
+            scores = inner.score(hidden[torch.arange(len(last), device=last.device), last])
         else:
             scores = self.model(inputs_embeds=embeds, attention_mask=mask).logits
         return scores if scores.dtype == torch.float64 else scores.float()
 
     def log_odds(self, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor, **columns: Any) -> torch.Tensor:
-        """Log-odds of the rewarded label, `[B]`; the score itself where it is the only one."""
+        """Log-odds of the rewarded label, `[B]`; the score itself where labels do not exclude each other."""
         scores = self.scores(inputs_embeds, attention_mask)
         chosen = scores[:, self.label]
         others = torch.cat([scores[:, : self.label], scores[:, self.label + 1 :]], dim=1)
-        return chosen - others.logsumexp(dim=1) if others.shape[1] else chosen
+        if others.shape[1] == 0 or self.model.config.problem_type == "multi_label_classification":
+            return chosen
+        return chosen - others.logsumexp(dim=1)
 
     def forward(self, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor, **columns: Any) -> torch.Tensor:
         """The reward of each row, `[B]`.
@@ -184,7 +187,7 @@ class SequenceClassificationReward(nn.Module):
         device, vocab = self.embedding.device, self.embedding.shape[0]
         if device.type == "meta":
             return
-        kind = type(self.model).__name__
+        kind = type(_inner(self.model)).__name__
         pad = getattr(self.model.config, "pad_token_id", None)
         ids = torch.tensor([token for token in range(vocab // 2, vocab) if token != pad][:5], device=device)
         mask = torch.ones(1, len(ids), dtype=torch.int64, device=device)
@@ -203,6 +206,11 @@ class SequenceClassificationReward(nn.Module):
                 f"{kind} can not be read through its embeddings: its scores of ids and of their embeddings differ by "
                 f"{worst.item():.3g} (scaled embeddings, or pooling that depends on ids or padding)"
             )
+
+
+def _inner(model: Any) -> Any:
+    """A classifier out of PEFT's wrapper; the adapter is in its layers and stays at work."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _label_index(config: Any, label: int | str | None) -> int:
@@ -274,8 +282,8 @@ class Objective:
                     f"[{detached.min().item():.4g}, {detached.max().item():.4g}]"
                 )
             objective = value.log() if self.transform == "log_probability" else value.logit()
-        bad = ~(value.detach().isfinite() & objective.detach().isfinite())
-        if bool(bad.any()):
-            rows = bad.nonzero().flatten().tolist()
-            raise NonFiniteRewardError(f"{self.name} is not finite in row(s) {rows} of the batch", rows)
+        for named, result in ((self.name, value), (f"the {self.transform} of {self.name}", objective)):
+            rows = (~result.detach().isfinite()).nonzero().flatten().tolist()
+            if rows:
+                raise NonFiniteRewardError(f"{named} is not finite in row(s) {rows} of the batch", rows)
         return objective, value.detach()

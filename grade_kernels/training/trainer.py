@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -36,6 +37,7 @@ from grade_kernels.training.callbacks import (
 from grade_kernels.training.config import GRADEConfig
 from grade_kernels.training.loss import (
     GradeLoss,
+    check_prompts,
     check_reward_device,
     check_vocabulary,
     objectives_loss,
@@ -69,10 +71,10 @@ class GRADETrainer(Trainer):
         model: a causal language model, plain or PEFT's, or the name of one.
         reward_funcs: one or several of: a sequence classifier of transformers or the name of one (see
             `SequenceClassificationReward` for its label and output), any differentiable
-            `reward(inputs_embeds, attention_mask, **columns) -> [B]` with its table as `reward.embedding`, or a
-            function of text `f(prompts, completions, completion_ids, **columns) -> [B numbers]`, which is logged and
-            not optimised; in conversations a completion is a list of one message. At least one must be differentiable.
-            Columns are the data set's, as lists.
+            `reward(inputs_embeds, attention_mask, **columns) -> [B]` with its table as `reward.embedding` (a module is
+            put in eval mode), or a function of text `f(prompts, completions, completion_ids, **columns) -> [B numbers]`,
+            which is logged and not optimised; in conversations a completion is a list of one message. At least one must
+            be differentiable. Columns are the data set's, as lists.
         args: settings. Default: `GRADEConfig` with an output directory named after the model.
         train_dataset: with a column `prompt`, strings or lists of messages.
         eval_dataset: the same, or a dict of such.
@@ -134,13 +136,22 @@ class GRADETrainer(Trainer):
                 "positions"
             )
         if processing_class is None:
-            processing_class = load_by_name("the tokenizer of model", AutoTokenizer, parts.model.config._name_or_path)
+            name = parts.model.config._name_or_path
+            if not name:
+                raise ValueError("processing_class must be the policy's tokenizer: the model has no name to find it by")
+            processing_class = load_by_name("the tokenizer of model", AutoTokenizer, name)
         self._end_ids = _end_of_sequence(parts, processing_class)
         pad = getattr(processing_class, "pad_token_id", None)
         self._pad_id = int(pad) if pad is not None else (self._end_ids or (0,))[0]
         if args.mask_truncated_completions and not self._end_ids:
             raise ValueError(
                 "mask_truncated_completions needs an end of sequence, but neither tokenizer nor model has one"
+            )
+        token_ids("pad_token_id", self._pad_id, parts.vocab_size)
+        if train_dataset is not None and not any(parameter.requires_grad for parameter in policy.parameters()):
+            raise ValueError(
+                "model must have a parameter that requires a gradient, but all are frozen (load PEFT's with "
+                "is_trainable=True)"
             )
         if args.disable_dropout:
             _switch_off_dropout(policy)
@@ -157,6 +168,7 @@ class GRADETrainer(Trainer):
         self._eval_rows: dict[str, list[torch.Tensor]] = defaultdict(list)
         self._eval_batches = self._micro_step = 0
         self._micro_of = -1
+        self._seconds = 0.0
         self._table: dict[str, Any] | None = None
         self._signals = StopOnSignal()
         super().__init__(
@@ -174,7 +186,7 @@ class GRADETrainer(Trainer):
         device = self.accelerator.device
         for objective in self.objectives:
             if isinstance(objective.reward, nn.Module):
-                objective.reward.to(device)
+                objective.reward.to(device).eval()
         if self.ref_model is not None:
             self.ref_model.to(device)
         if train_dataset is not None:
@@ -223,7 +235,8 @@ class GRADETrainer(Trainer):
         step = self.state.global_step
         self._micro_step = self._micro_step + 1 if self._micro_of == step else 0
         self._micro_of = step
-        place = (self._micro_step * self.args.world_size + self.args.process_index) * batch
+        # By the full size: the last batch of an epoch may be a smaller one, beside full ones in the same step.
+        place = (self._micro_step * self.args.world_size + self.args.process_index) * self._train_batch_size
         return GumbelNoise(_mix(self.args.seed, step), self._sequences(place, batch))
 
     def _evaluation_noise(self, batch: int) -> GumbelNoise:
@@ -244,7 +257,11 @@ class GRADETrainer(Trainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-        """Complete a batch of held-out prompts and judge it; the prediction is the completions' ids, `[B, T]`."""
+        """Complete a batch of held-out prompts and judge it.
+
+        The prediction is the completions' ids, `[B, max_completion_length]` for every batch, since the library would
+        fill shorter ones up with -100, which no tokenizer decodes.
+        """
         inputs = self._prepare_inputs(inputs)
         ids, mask, args = inputs["input_ids"], inputs["attention_mask"], self.args
         with torch.no_grad(), self.accelerator.autocast():
@@ -267,7 +284,8 @@ class GRADETrainer(Trainer):
         for name, value in rows.items():
             self._eval_rows[name].append(self.accelerator.gather_for_metrics(value).cpu())
         loss = (args.beta * kl.float() - rows["reward"]).mean()
-        return loss, None if prediction_loss_only else sample.ids, None
+        missing = args.max_completion_length - sample.ids.shape[1]
+        return loss, None if prediction_loss_only else F.pad(sample.ids, (0, missing), value=self._pad_id), None
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """The library's, with the completions' metrics added."""
@@ -352,15 +370,21 @@ class GRADETrainer(Trainer):
         if self.args.log_completions:
             self._table = {"prompts": inputs["prompts"], "sample": out, "rows": rows}
 
+    def _track_num_input_tokens(self, inputs: Any) -> None:
+        """Nothing: completions are counted with their prompts, once they are there."""
+
     def _texts(self, ids: torch.Tensor, mask: torch.Tensor) -> list[str]:
         rows = [row[m.bool()] for row, m in zip(ids, mask, strict=True)]
         return self.processing_class.batch_decode(rows, skip_special_tokens=True)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """The library's, timed."""
+        """The library's, timed; `step_time` is that of an optimizer step, with all batches that it accumulates."""
         start = time.perf_counter()
         loss = super().training_step(*args, **kwargs)
-        self._metrics["step_time"].append(time.perf_counter() - start)
+        self._seconds += time.perf_counter() - start
+        if self.accelerator.sync_gradients:
+            self._metrics["step_time"].append(self._seconds)
+            self._seconds = 0.0
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -417,6 +441,7 @@ class GRADETrainer(Trainer):
             ValueError: no checkpoint to resume from that is sound.
         """
         resume = self._sound_checkpoint(resume_from_checkpoint)
+        self._micro_of = -1
         try:
             output = super().train(resume, *args, **kwargs)
         finally:
@@ -472,7 +497,14 @@ class GRADETrainer(Trainer):
         if main:
             self._rotate(run)
             self.create_model_card()
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(run / name))
         self.accelerator.wait_for_everyone()
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Upload a checkpoint, which goes on in the background, only when it has its name and stays."""
+        if self._staging is None:
+            super()._push_from_checkpoint(checkpoint_folder)
 
     def _rotate(self, run: Path) -> None:
         """Drop the oldest checkpoints beyond `save_total_limit`, never the best one."""
@@ -527,14 +559,22 @@ class GRADETrainer(Trainer):
         if not examples:
             return
         inputs: Any = self._prepare_input(self._collator(examples))
+        ids, mask, time = inputs["input_ids"], inputs["attention_mask"], self.args.max_completion_length
+        check_prompts(self._policy(), ids, mask, time)
+        # Completions of some token as long as they may become: a reward may have fewer positions than the policy.
+        ids, mask = torch.cat([ids, ids[:, -1:].expand(-1, time)], dim=1), F.pad(mask, (0, time), value=1)
         for objective in self.objectives:
-            check_reward_device(objective, inputs["input_ids"].device)
+            check_reward_device(objective, ids.device)
             with torch.enable_grad(), self.accelerator.autocast():
-                embeds = objective.table[inputs["input_ids"]].requires_grad_()
+                embeds = objective.table[ids].requires_grad_()
                 try:
-                    value, _ = objective(embeds, inputs["attention_mask"], inputs["columns"])
+                    value, _ = objective(embeds.clone(), mask, inputs["columns"])
                 except NonFiniteRewardError:
                     continue  # the step that meets it names its prompts
+                except (IndexError, RuntimeError) as error:
+                    raise ValueError(
+                        f"{objective.name} fails on prompts with completions, {ids.shape[1]} tokens: {error}"
+                    ) from error
                 gradient = None
                 if value.requires_grad:
                     (gradient,) = torch.autograd.grad(value.sum(), embeds, allow_unused=True)
@@ -564,7 +604,7 @@ def _mix(seed: int, step: int) -> int:
 
 
 def _named_datasets(dataset: Any) -> list[tuple[str, Any]]:
-    if type(dataset) is dict or (isinstance(dataset, dict) and not hasattr(dataset, "column_names")):
+    if isinstance(dataset, dict):
         return [(f"eval_dataset[{name!r}]", part) for name, part in dataset.items()]
     return [("eval_dataset", dataset)]
 
@@ -598,21 +638,19 @@ def _load_policy(model: Any, args: GRADEConfig, peft_config: Any) -> nn.Module:
 
 def _end_of_sequence(parts: LanguageModel, tokenizer: Any) -> tuple[int, ...]:
     """Every token that ends a completion, by tokenizer and generation config."""
-    ids: list[int] = []
-    generation = getattr(parts.model, "generation_config", None)
-    for value in (getattr(tokenizer, "eos_token_id", None), getattr(generation, "eos_token_id", None)):
-        for token in [value] if isinstance(value, int) else value or []:
-            if token not in ids and 0 <= token < parts.vocab_size:
-                ids.append(token)
-    return token_ids("eos_token_id", ids, parts.vocab_size)
+    own = getattr(tokenizer, "eos_token_id", None)
+    more = getattr(getattr(parts.model, "generation_config", None), "eos_token_id", None)
+    # A small model of one's own may have kept the end of sequence that is its configuration's default.
+    known = [token for token in ([more] if isinstance(more, int) else more or []) if 0 <= token < parts.vocab_size]
+    return token_ids("eos_token_id", list(dict.fromkeys([*([] if own is None else [own]), *known])), parts.vocab_size)
 
 
 def _switch_off_dropout(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        for name in ("attention_dropout", "attn_dropout", "dropout"):  # numbers that attention passes on
-            if isinstance(getattr(module, name, None), float):
+        for name, value in vars(module).items():  # rates that a module passes on, and the noise of an expert's router
+            if isinstance(value, float) and ("drop" in name or "jitter" in name):
                 setattr(module, name, 0.0)
 
 
@@ -633,7 +671,7 @@ def _read_rewards(
         if isinstance(function, str):
             path = function
             function = SequenceClassificationReward(load_by_name("reward", AutoModelForSequenceClassification, path))
-        elif isinstance(function, PreTrainedModel):
+        elif isinstance(function, PreTrainedModel) or hasattr(function, "get_base_model"):  # PEFT's wrapper of one
             function = SequenceClassificationReward(function)
         elif not callable(function):
             raise TypeError(f"reward_funcs[{i}] must be a model, a name or callable, got {type(function).__name__}")
