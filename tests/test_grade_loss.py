@@ -193,6 +193,18 @@ def test_a_completion_does_not_depend_on_its_batch():
         torch.testing.assert_close(alone.rewards[0], together.rewards[row])
 
 
+def test_a_long_completion_is_drawn_as_a_short_one(monkeypatch):
+    """Once a screen of the head pays, tokens are those that were drawn without it."""
+    model, reward = policy("llama", dtype=torch.float32), BagReward(dtype=torch.float32)
+    ids, mask = prompts()
+    drawn = []
+    for plain_steps in (4, 1000):
+        monkeypatch.setattr("grade_kernels.ops.repeated_sampler._PLAIN_STEPS", plain_steps)
+        drawn.append(grade_loss(model, reward, ids, mask, noise=GumbelNoise(SEED), max_new_tokens=20, feedback_hops=0))
+    assert drawn[0].completion_ids.shape[1] == 20
+    assert torch.equal(drawn[0].completion_ids, drawn[1].completion_ids)
+
+
 def test_a_batch_stops_when_every_sequence_has_ended():
     model, reward = policy("gpt2"), reward_of("bag")
     ids, mask = prompts()

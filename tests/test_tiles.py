@@ -142,6 +142,11 @@ found = results(torch.float32)
 assert gk.backends.select(hidden.device, hidden.dtype) == "cpu"
 for x, y in zip(found, results(torch.float64)):
     torch.testing.assert_close(x.double(), y.double(), rtol=2e-4, atol=2e-5)
+from grade_kernels.backends import cpu
+halves = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.float16).reshape(-1, 16)
+halves = halves[halves.isfinite().all(dim=1)]  # all that there are, subnormal ones too
+places = torch.arange(16).repeat(len(halves)), torch.arange(len(halves)).repeat_interleave(16)
+assert torch.equal(cpu.gather_dot(torch.eye(16), halves, *places), halves.float().flatten())
 print(torch.ops.grade_kernels_cpu.has_tiles())
 """
 

@@ -24,14 +24,16 @@ struct GatherArgs {
 
 constexpr int64_t kProductBlock = 64;  // table rows of one piece of work
 
-struct ProductArgs {
+template <typename T>
+struct FewRows {
   const float* x;  // [rows, width]
   int64_t rows, x_stride;
-  const float* table;  // [V, width]
+  const T* table;  // [V, width]
   int64_t table_stride, width;
   float* out;  // [rows, V]
   int64_t out_stride;
 };
+using ProductArgs = FewRows<float>;
 
 struct GatherKernels {
   void (*dot)(const GatherArgs& args, int64_t begin, int64_t end);             // entries [begin, end)

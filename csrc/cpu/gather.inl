@@ -117,10 +117,11 @@ GK_STEP f32 lane_sums(const f32 v[kLanes]) {
 
 // x[r] . table[v] for kRows rows of x and table rows [begin, end). The table is read once for all of these rows, several
 // of its own at a time, and asked for well ahead: with few rows of x, that reading is nearly all the time there is.
-template <int kRows>
-static void product_rows(const ProductArgs& args, int64_t first_row, int64_t begin, int64_t end) {
-  constexpr int kTokens = kLanes / kRows, kAhead = 2048;
-  const float *x = args.x + first_row * args.x_stride, *w[kTokens];
+template <int kRows, typename T>
+GK_INLINE void product_rows(const FewRows<T>& args, int64_t first_row, int64_t begin, int64_t end) {
+  constexpr int kTokens = kLanes / kRows, kAhead = 8192 / int(sizeof(T));
+  const float* x = args.x + first_row * args.x_stride;
+  const T* w[kTokens];
   float* out = args.out + first_row * args.out_stride;
   for (int64_t v = begin; v < end; v += kTokens) {
     for (int j = 0; j < kTokens; ++j) w[j] = args.table + (v + j < end ? v + j : end - 1) * args.table_stride;
@@ -137,7 +138,7 @@ static void product_rows(const ProductArgs& args, int64_t first_row, int64_t beg
     }
     f32 total = lane_sums(sums);
     for (; i < args.width; ++i) {
-      for (int j = 0; j < kLanes; ++j) total[j] += x[j / kTokens * args.x_stride + i] * w[j % kTokens][i];
+      for (int j = 0; j < kLanes; ++j) total[j] += x[j / kTokens * args.x_stride + i] * float(w[j % kTokens][i]);
     }
     for (int j = 0; j < kLanes; ++j) {
       if (v + j % kTokens < end) out[j / kTokens * args.out_stride + v + j % kTokens] = total[j];
@@ -145,8 +146,11 @@ static void product_rows(const ProductArgs& args, int64_t first_row, int64_t beg
   }
 }
 
-static void few_product(const ProductArgs& args, int64_t begin, int64_t end) {
+template <typename T>
+GK_INLINE void multiply_few(const FewRows<T>& args, int64_t begin, int64_t end) {
   int64_t row = 0;
   for (; row + 4 <= args.rows; row += 4) product_rows<4>(args, row, begin, end);
   for (; row < args.rows; ++row) product_rows<1>(args, row, begin, end);
 }
+
+static void few_product(const ProductArgs& args, int64_t begin, int64_t end) { multiply_few(args, begin, end); }

@@ -122,6 +122,19 @@ GK_STEP void lane_gumbel(const f32 e[kCall], f32 out[kCall]) {
   for (int j = 0; j < kCall; j += kPack) unpack(vlog(pack(e + j)) * -1.0f, out + j);
 }
 
+// c tanh(x / c). What is masked stays so, and NaN is NaN.
+GK_INLINE f32 softcapped(f32 x, float softcap) {
+  // tanh(y) = sign(y) (1 - t) / (1 + t) with t = exp(-2 |y|).
+  const f32 y = x * (1.0f / softcap), magnitude = y < 0.0f ? -y : y;
+  const f32 t = vexp2_one(magnitude * (-2.0f * kLog2E));
+  // Small arguments cancel in 1 - t, where the odd series is exact enough.
+  const f32 square = y * y;
+  const f32 series = y * (1.0f + square * (-0.333333333f + square * (0.133333333f - square * 0.053968254f)));
+  const f32 ratio = (1.0f - t) / (1.0f + t);
+  const f32 value = select(magnitude < 0.1f, series, y < 0.0f ? -ratio : ratio) * softcap;
+  return select((y == y) & (y > -__builtin_inff()), value, y);
+}
+
 // The logits of up to four tokens; those outside [begin, end) are masked.
 template <typename T>
 GK_STEP void load_call(const HeadChunk& in, const void* logits, const float* bias, int64_t group, int64_t token,
@@ -137,19 +150,7 @@ GK_STEP void load_call(const HeadChunk& in, const void* logits, const float* bia
     if (bias) out[j] += bias[t];
   }
   if (in.softcap > 0.0f) {
-    const float inverse = 1.0f / in.softcap;
-    for (int j = 0; j < kCall; ++j) {
-      // tanh(y) = sign(y) (1 - t) / (1 + t) with t = exp(-2 |y|); a token outside the range stays masked.
-      const f32 y = out[j] * inverse, magnitude = y < 0.0f ? -y : y;
-      const f32 t = vexp2_one(magnitude * (-2.0f * kLog2E));
-      // Small arguments cancel in 1 - t, where the odd series is exact enough.
-      const f32 square = y * y;
-      const f32 series = y * (1.0f + square * (-0.333333333f + square * (0.133333333f - square * 0.053968254f)));
-      const f32 ratio = (1.0f - t) / (1.0f + t);
-      const f32 value = select(magnitude < 0.1f, series, y < 0.0f ? -ratio : ratio) * in.softcap;
-      const int64_t token_j = token + j;
-      if (token_j >= begin && token_j < end) out[j] = select((y == y) & (y > -__builtin_inff()), value, y);
-    }
+    for (int j = 0; j < kCall; ++j) out[j] = softcapped(out[j], in.softcap);
   }
 }
 

@@ -11,6 +11,7 @@
 #include "common/gumbel.h"
 #include "cpu/gather.h"
 #include "cpu/head.h"
+#include "cpu/screen.h"
 
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
@@ -28,6 +29,7 @@ using c10::Half;
 #include "cpu/rows.inl"
 #include "cpu/head.inl"
 #include "cpu/gather.inl"
+#include "cpu/screen.inl"
 }  // namespace
 }  // namespace gk::avx2
 #if defined(__clang__)
@@ -38,4 +40,5 @@ const gk::RowKernels<float> gk::kRowsAvx2 = {"avx2", gk::avx2::sample, gk::avx2:
                                                  gk::avx2::softmax_backward};
 const gk::HeadKernels gk::kHeadAvx2 = {gk::avx2::head_sample, gk::avx2::head_scores, gk::avx2::head_softmax};
 const gk::GatherKernels gk::kGatherAvx2 = {gk::avx2::gather_dot, gk::avx2::gather_sum, gk::avx2::few_product};
+const gk::ScreenKernels gk::kScreenAvx2 = {gk::avx2::screen_encode, gk::avx2::screen_tokens};
 #endif

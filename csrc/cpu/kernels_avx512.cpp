@@ -11,6 +11,7 @@
 #include "common/gumbel.h"
 #include "cpu/gather.h"
 #include "cpu/head.h"
+#include "cpu/screen.h"
 
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c"))), apply_to = function)
@@ -28,6 +29,7 @@ using c10::Half;
 #include "cpu/rows.inl"
 #include "cpu/head.inl"
 #include "cpu/gather.inl"
+#include "cpu/screen.inl"
 }  // namespace
 }  // namespace gk::avx512
 #if defined(__clang__)
@@ -38,4 +40,5 @@ const gk::RowKernels<float> gk::kRowsAvx512 = {"avx512", gk::avx512::sample, gk:
                                                  gk::avx512::softmax_backward};
 const gk::HeadKernels gk::kHeadAvx512 = {gk::avx512::head_sample, gk::avx512::head_scores, gk::avx512::head_softmax};
 const gk::GatherKernels gk::kGatherAvx512 = {gk::avx512::gather_dot, gk::avx512::gather_sum, gk::avx512::few_product};
+const gk::ScreenKernels gk::kScreenAvx512 = {gk::avx512::screen_encode, gk::avx512::screen_tokens};
 #endif

@@ -8,6 +8,7 @@
 #include "common/gumbel.h"
 #include "cpu/gather.h"
 #include "cpu/head.h"
+#include "cpu/screen.h"
 
 namespace gk::generic {
 namespace {
@@ -18,6 +19,7 @@ using c10::Half;
 #include "cpu/rows.inl"
 #include "cpu/head.inl"
 #include "cpu/gather.inl"
+#include "cpu/screen.inl"
 }  // namespace
 }  // namespace gk::generic
 
@@ -25,3 +27,4 @@ const gk::RowKernels<float> gk::kRowsGeneric = {"generic", gk::generic::sample, 
                                                  gk::generic::softmax_backward};
 const gk::HeadKernels gk::kHeadGeneric = {gk::generic::head_sample, gk::generic::head_scores, gk::generic::head_softmax};
 const gk::GatherKernels gk::kGatherGeneric = {gk::generic::gather_dot, gk::generic::gather_sum, gk::generic::few_product};
+const gk::ScreenKernels gk::kScreenGeneric = {gk::generic::screen_encode, gk::generic::screen_tokens};

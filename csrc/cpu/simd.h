@@ -18,6 +18,7 @@ using i32 = int32_t __attribute__((vector_size(64)));
 using u32 = uint32_t __attribute__((vector_size(64)));
 using u16 = uint16_t __attribute__((vector_size(32)));
 using f32u = float __attribute__((vector_size(64), aligned(4)));
+using i8u = int8_t __attribute__((vector_size(16), aligned(1)));
 using u16u = uint16_t __attribute__((vector_size(32), aligned(2)));
 
 constexpr int kLanes = 16;
@@ -99,6 +100,20 @@ GK_INLINE float reduce_max(f32 x) {
 // ---- Loads and stores, with conversion from and to the two narrow types -------------------------------------------
 
 GK_INLINE f32 load(const float* p) { return *(const f32u*)p; }
+GK_INLINE f32 load(const int8_t* p) {
+#ifdef GK_AVX512
+  return (f32)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+#else
+  return __builtin_convertvector(__builtin_convertvector(*(const i8u*)p, i32), f32);
+#endif
+}
+GK_INLINE void store(int8_t* p, f32 x) {  // whole numbers
+#ifdef GK_AVX512
+  _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32((__m512)x)));
+#else
+  *(i8u*)p = __builtin_convertvector(__builtin_convertvector(x, i32), i8u);
+#endif
+}
 GK_INLINE f32 load(const BFloat16* p) {
   const u16 x = *(const u16u*)p;
   return (f32)(__builtin_convertvector(x, u32) << 16);
@@ -109,11 +124,12 @@ GK_STEP f32 load(const Half* p) {
   return (f32)_mm512_cvtph_ps((__m256i)x);
 #else
   const u32 h = __builtin_convertvector(x, u32);
-  const u32 magnitude = (h & 0x7FFFu) << 13, sign = (h & 0x8000u) << 16;
-  // Scaling by 2^112 rebiases the exponent and makes subnormals exact; infinities and NaN keep a full exponent.
-  const f32 scaled = (f32)magnitude * 0x1p112f;
-  const u32 special = (u32)(magnitude >= (0x7C00u << 13)) & 0x7F800000u;
-  return (f32)((u32)scaled | special | sign);
+  const u32 magnitude = h & 0x7FFFu, sign = (h & 0x8000u) << 16;
+  // Subnormals are whole numbers of 2^-24: as float32's own they would be flushed to zero. Infinities and NaN keep a full
+  // exponent.
+  const u32 small = (u32)(__builtin_convertvector((i32)magnitude, f32) * 0x1p-24f);
+  const u32 rebiased = (magnitude << 13) + ((u32)(magnitude >= 0x7C00u) & (112u << 23)) + (112u << 23);
+  return (f32)(((magnitude < 0x400u) ? small : rebiased) | sign);
 #endif
 }
 

@@ -168,7 +168,7 @@ def objectives_loss(
         completion_mask=sample.mask,
         kl=result.kl,
         row_ids=sample.row_ids,
-        logprobs=sample.logprobs,
+        logprobs=result.logprobs,
         values=result.values,
     )
 

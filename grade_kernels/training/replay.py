@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from grade_kernels.noise import GumbelNoise
-from grade_kernels.ops import linear_gumbel_ste, linear_kl
+from grade_kernels.ops import linear_gumbel_ste, linear_kl, linear_logprobs
 from grade_kernels.training.policy import (
     Capture,
     LanguageModel,
@@ -33,7 +33,16 @@ from grade_kernels.training.policy import (
 from grade_kernels.training.rewards import Objective
 from grade_kernels.training.rollout import Rollout
 
-__all__ = ["Layout", "Referred", "Replay", "completion_kl", "refer", "replay", "score_completions"]
+__all__ = [
+    "Layout",
+    "Referred",
+    "Replay",
+    "completion_kl",
+    "completion_logprobs",
+    "refer",
+    "replay",
+    "score_completions",
+]
 
 
 @dataclass(frozen=True)
@@ -43,6 +52,7 @@ class Replay:
     loss: torch.Tensor
     values: torch.Tensor  # [rewards, B], each reward as it is logged, without weight
     kl: torch.Tensor  # [B], nats per completion; 0 without a reference
+    logprobs: torch.Tensor  # [B, T] of the tokens; 0 behind the end
 
 
 def replay(
@@ -95,10 +105,11 @@ def replay(
     head_input, weight = policy.head_input(hidden)
     # The lookup of a fed-back token belongs to the forward pass above; here its table is a constant.
     fed_back = (policy.table.detach(),) if hops else ()
-    embeddings: Any = linear_gumbel_ste(
+    drawn = linear_gumbel_ste(
         head_input, weight, (*reward_tables, *fed_back), tau, estimator=estimator, noise=token_noise, ids=sample.ids,
         eps=eps, **policy.head_options(),
-    ).embedding  # fmt: skip
+    )  # fmt: skip
+    embeddings: Any = drawn.embedding
     sampled = embeddings[: len(reward_tables)]
     values, d_sampled = _reward_gradients(
         objectives, reward_tables, sampled, input_ids, attention_mask, sample.mask, row_weights, columns
@@ -125,7 +136,7 @@ def replay(
     value = ((beta * kl.detach() - weights @ values) * row_weights).sum()
     # The number is the loss, the gradient is the surrogate's.
     loss = value + (surrogate - surrogate.detach()).to(value.dtype)  # type: ignore[union-attr]
-    return Replay(loss, values, kl.detach())
+    return Replay(loss, values, kl.detach(), _of_completions(drawn.logprobs.detach(), sample))
 
 
 def _sweep(
@@ -310,6 +321,17 @@ def score_completions(
     ids = torch.cat([input_ids, sample.ids], dim=1)
     values = [objective(objective.table[ids], mask, columns)[1] for objective in objectives]
     return torch.stack([value.to(torch.promote_types(value.dtype, torch.float32)) for value in values])
+
+
+def completion_logprobs(policy: LanguageModel, sample: Rollout) -> torch.Tensor:
+    """The policy's log-probability of each token of completions that kept their hidden states, `[B, T]`; 0 behind the end."""
+    assert sample.hidden is not None
+    head_input, weight = policy.head_input(sample.hidden)
+    return _of_completions(linear_logprobs(head_input, weight, sample.ids, **policy.head_options()), sample)
+
+
+def _of_completions(values: torch.Tensor, sample: Rollout) -> torch.Tensor:
+    return torch.where(sample.mask.bool(), values, 0.0)
 
 
 def completion_kl(

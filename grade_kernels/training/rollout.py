@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from grade_kernels.noise import GumbelNoise
-from grade_kernels.ops import linear_gumbel_sample, linear_gumbel_ste
+from grade_kernels.ops import linear_gumbel_ste
+from grade_kernels.ops.repeated_sampler import RepeatedSampler
 from grade_kernels.training.policy import (
     LanguageModel,
     evaluating,
@@ -33,14 +34,12 @@ class Rollout:
     Attributes:
         ids: int64 `[B, T]`, the tokens; padding behind the end of a sequence.
         mask: int64 `[B, T]`, 1 up to and including the first end of sequence.
-        logprobs: `[B, T]`, log-probability of each token where it was drawn; 0 behind the end.
         row_ids: int64 `[B, T]`, the rows of noise the tokens were drawn with.
         hidden: `[B, T, H]`, the hidden states they were drawn from; None unless asked for.
     """
 
     ids: torch.Tensor
     mask: torch.Tensor
-    logprobs: torch.Tensor
     row_ids: torch.Tensor
     hidden: torch.Tensor | None
 
@@ -108,7 +107,8 @@ def rollout(
     ends = torch.tensor(list(eos_token_ids), dtype=torch.int64, device=device)
     mask, positions = attention_mask, position_ids(attention_mask)
     inputs: dict[str, torch.Tensor] = {"input_ids": input_ids}
-    cache, ids, masks, logprobs, hiddens = None, [], [], [], []
+    cache, ids, masks, hiddens = None, [], [], []
+    sampler: RepeatedSampler | None = None
     with evaluating(policy.model):
         for time in range(max_new_tokens):
             output = policy.backbone(
@@ -123,15 +123,16 @@ def rollout(
             head_input, weight = policy.head_input(hidden)
             drawn = GumbelNoise(noise.seed, rows[:, time].contiguous())
             if soft_tau is None:
-                token, logprob = linear_gumbel_sample(head_input, weight, noise=drawn, **policy.head_options())
+                if sampler is None or sampler.lm_head is not weight:
+                    sampler = RepeatedSampler(weight, **policy.head_options())
+                token = sampler(head_input, drawn)
             else:
-                mixture, token, logprob = linear_gumbel_ste(
+                mixture, token, _ = linear_gumbel_ste(
                     head_input, weight, policy.table, soft_tau, estimator="soft", noise=drawn, **policy.head_options()
                 )
             token = torch.where(alive, token, pad_token_id)
             ids.append(token)
             masks.append(alive)
-            logprobs.append(torch.where(alive, logprob, 0.0))
             if keep_hidden:
                 hiddens.append(hidden)
             mask = torch.cat([mask, alive[:, None].to(mask.dtype)], dim=1)
@@ -147,7 +148,6 @@ def rollout(
     return Rollout(
         torch.stack(ids, 1),
         torch.stack(masks, 1).long(),
-        torch.stack(logprobs, 1),
         rows[:, : len(ids)],
         torch.stack(hiddens, 1) if keep_hidden else None,
     )
@@ -209,7 +209,6 @@ def _by_length(
     return Rollout(
         ids=joined([part.ids for part in parts], options["pad_token_id"]),
         mask=joined([part.mask for part in parts]),
-        logprobs=joined([part.logprobs for part in parts]),
         row_ids=noise_rows(GumbelNoise(noise.seed, sequences), len(input_ids), time, input_ids.device),
         hidden=joined(hidden) if hidden else None,
     )

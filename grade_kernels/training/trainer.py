@@ -52,9 +52,9 @@ from grade_kernels.training.prompts import (
     is_conversation,
     prompt_text,
 )
-from grade_kernels.training.replay import Layout, completion_kl, refer, score_completions
+from grade_kernels.training.replay import Layout, completion_kl, completion_logprobs, refer, score_completions
 from grade_kernels.training.rewards import NonFiniteRewardError, Objective, SequenceClassificationReward, reward_table
-from grade_kernels.training.rollout import Rollout, rollout
+from grade_kernels.training.rollout import rollout
 from grade_kernels.training.schedules import tau_at
 
 __all__ = ["GRADETrainer", "load_by_name"]
@@ -280,7 +280,8 @@ class GRADETrainer(Trainer):
                     referred = refer(reference, Layout.of(ids, mask, sample))
                 assert sample.hidden is not None
                 kl = completion_kl(policy, referred, sample.hidden, sample.mask, args.eps)
-        rows = self._rows(inputs, sample, values, weights @ values, kl)
+            logprobs = completion_logprobs(policy, sample)
+        rows = self._rows(inputs, sample.ids, sample.mask, logprobs, values, weights @ values, kl)
         for name, value in rows.items():
             self._eval_rows[name].append(self.accelerator.gather_for_metrics(value).cpu())
         loss = (args.beta * kl.float() - rows["reward"]).mean()
@@ -300,20 +301,16 @@ class GRADETrainer(Trainer):
     # -------------------------------------------------------------------------------------------------------- metrics
 
     def _rows(
-        self, inputs: dict[str, Any], sample: Rollout | GradeLoss, values: torch.Tensor, rewards: torch.Tensor,
-        kl: torch.Tensor,
+        self, inputs: dict[str, Any], ids: torch.Tensor, mask: torch.Tensor, logprobs: torch.Tensor,
+        values: torch.Tensor, rewards: torch.Tensor, kl: torch.Tensor,
     ) -> dict[str, torch.Tensor]:  # fmt: skip
         """What is known of each completion of this process, `[B]` each."""
-        if isinstance(sample, GradeLoss):
-            ids, mask = sample.completion_ids, sample.completion_mask
-        else:
-            ids, mask = sample.ids, sample.mask
         lengths = mask.sum(dim=1)
         last = ids.gather(1, (lengths - 1)[:, None])[:, 0]
         ended = torch.isin(last, torch.tensor(self._end_ids, dtype=torch.int64, device=ids.device))
         rows = {
             "reward": rewards,
-            "entropy": -sample.logprobs.sum(dim=1) / lengths,
+            "entropy": -logprobs.sum(dim=1) / lengths,
             "completions/length": lengths,
             "completions/clipped_ratio": ~ended,
             "tokens": lengths + inputs["attention_mask"].sum(dim=1),
@@ -361,7 +358,9 @@ class GRADETrainer(Trainer):
         return metrics
 
     def _note_training(self, inputs: dict[str, Any], out: GradeLoss) -> None:
-        rows = self._rows(inputs, out, out.values, out.rewards, out.kl)
+        rows = self._rows(
+            inputs, out.completion_ids, out.completion_mask, out.logprobs, out.values, out.rewards, out.kl
+        )
         gathered = {name: self.accelerator.gather(value) for name, value in rows.items()}
         for name, value in self._summary(gathered).items():
             self._metrics[name].append(value)

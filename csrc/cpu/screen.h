@@ -1,0 +1,61 @@
+// Sampling through a head that stands in eight bits beside itself: a quarter of float32's bytes to read.
+//
+// Codes give each logit within a bound, by Cauchy and Schwarz, of the head's error. Noise is known, so a token whose upper
+// bound with its noise stays below the best lower bound cannot win; the few others are looked at in full.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/rows.h"
+
+namespace gk {
+
+constexpr int kScreenRows = 8;
+constexpr int64_t kScreenRoom = 2048;  // contenders of a piece
+
+struct ScreenCodes {
+  const void* weight;  // [tokens, width]
+  Dtype dtype;
+  int64_t width, stride;
+  const float* columns;  // [padded], what a column is divided by, inverted; zeros up to a multiple of sixteen
+  int64_t padded;
+  // Token's weights in units of their columns are scale * codes within `slack` (a length, with room for float32's rounding).
+  int8_t* codes;  // [tokens, padded]
+  float *scale, *slack;
+};
+
+// A token that may win a row, and an upper bound of its score.
+struct Contender {
+  int32_t row, token;
+  float upper;
+};
+
+struct ScreenArgs {
+  const float* x;  // [rows, padded], in units of the columns
+  const float* norm;  // [rows], its length
+  int64_t rows, padded;
+  const int8_t* codes;
+  const float *scale, *slack;
+  float rounding;  // of a product to the head's dtype, relative
+  const float* bias;
+  float softcap;  // 0: none
+  Noise noise;
+};
+
+struct ScreenPiece {
+  float lower[kScreenRows];  // bound of the best score
+  int64_t count;             // contenders
+  bool bad;                  // a NaN, +inf, or more contenders than there is room for
+};
+
+struct ScreenKernels {
+  void (*encode)(const ScreenCodes& args, int64_t begin, int64_t end);
+  void (*screen)(const ScreenArgs& args, int64_t begin, int64_t end, ScreenPiece& out, Contender* found);
+};
+
+extern const ScreenKernels kScreenGeneric;
+#if defined(__x86_64__)
+extern const ScreenKernels kScreenAvx2, kScreenAvx512;
+#endif
+
+}  // namespace gk
