@@ -1,4 +1,4 @@
-"""float32 products of the cpu backend: on AMX's matrix unit, and the same operations on lesser processors."""
+"""Products of the cpu backend: on AMX's matrix unit, and the same operations on lesser processors."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 
 from grade_kernels import backends
 from grade_kernels.backends.cpu import head as cpu_head
+from grade_kernels.backends.native import unit_stride
 
 pytestmark = pytest.mark.skipif("cpu" not in backends.available_backends(), reason="the C++ library was not built")
 
@@ -22,25 +23,42 @@ def tiles():
         pytest.skip("this processor has no AMX, or the system does not lend it")
 
 
-def _product(hidden, weight):
-    product = cpu_head._Product(hidden, weight, weight.shape[0])
-    product.buffer.fill_(torch.nan)
-    out = product(slice(0, weight.shape[0]))
-    assert out.shape[1] % 16 == 0
-    return out[:, : hidden.shape[0]]
+def _product(hidden, weight, dtype=None):
+    out = torch.full((len(weight), -(-len(hidden) // 16) * 16), torch.nan, dtype=dtype or hidden.dtype)
+    torch.ops.grade_kernels_cpu.tile_product(cpu_head._packed(hidden), len(hidden), unit_stride(weight), False, out)
+    return out[:, : len(hidden)]
 
 
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+
+
+@DTYPES
 @pytest.mark.parametrize("rows", [1, 16, 17, 31, 32, 33, 100])
 @pytest.mark.parametrize("vocab", [1, 31, 32, 33, 95, 300])
 @pytest.mark.parametrize("width", [1, 31, 32, 33, 257, 1030])
-def test_a_product_is_at_least_as_exact_as_torchs(tiles, rows, vocab, width):
+def test_a_product_is_at_least_as_exact_as_torchs(tiles, rows, vocab, width, dtype):
     generator = torch.Generator().manual_seed(rows * vocab * width)
-    hidden = torch.randn(rows, width, generator=generator)
-    weight = torch.randn(vocab, width, generator=generator)
+    hidden = torch.randn(rows, width, generator=generator).to(dtype)
+    weight = torch.randn(vocab, width, generator=generator).to(dtype)
     exact = weight.double() @ hidden.double().T
     size = weight.double().abs() @ hidden.double().abs().T
     error, torchs = (((x - exact).abs() / size).max().item() for x in (_product(hidden, weight), weight @ hidden.T))
     assert error <= torchs + 2.0**-23  # of the sum of magnitudes: two roundings' worth of slack where sums are short
+
+
+@pytest.mark.parametrize("by_row", [False, True])
+def test_bfloat16_sums_are_rounded_only_if_asked(tiles, by_row):
+    generator = torch.Generator().manual_seed(0)
+    x, table = (torch.randn(rows, 257, generator=generator).bfloat16() for rows in (50, 99))
+    exact = table.double() @ x.double().T
+    plain, rounded = (
+        torch.full((50, 99) if by_row else (99, 64), torch.nan, dtype=d) for d in (torch.float32, torch.bfloat16)
+    )
+    for out in (plain, rounded):
+        torch.ops.grade_kernels_cpu.tile_product(cpu_head._packed(x), 50, table, by_row, out)
+    plain, rounded = ((out if by_row else out[:, :50].T) for out in (plain, rounded))
+    assert ((plain - exact.T).abs() <= 2e-5 * exact.abs().max()).all()
+    assert torch.equal(rounded, plain.bfloat16())
 
 
 @pytest.mark.parametrize("rows", [9, 16, 17, 33, 100])
@@ -75,14 +93,23 @@ def test_numbers_of_all_sizes(tiles):
     assert torch.equal(_product(torch.eye(40), torch.full((50, 40), 1e38)), torch.full((50, 40), 1e38))
 
 
-def test_rows_apart_and_columns_of_a_wider_table(tiles):
+@DTYPES
+def test_rows_apart_and_columns_of_a_wider_table(tiles, dtype):
     generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(40, 96, generator=generator)[::2, :50]
-    table = torch.full((120, 96), torch.nan)
-    table[::2, :50] = torch.randn(60, 50, generator=generator)
+    hidden = torch.randn(40, 96, generator=generator).to(dtype)[::2, :50]
+    table = torch.full((120, 96), torch.nan, dtype=dtype)
+    table[::2, :50] = torch.randn(60, 50, generator=generator).to(dtype)
     weight = table[::2, :50]  # what lies beside it is NaN, and must not be seen
-    assert torch.allclose(_product(hidden, weight), weight @ hidden.T, rtol=1e-5, atol=1e-5)
-    assert torch.allclose(_product(hidden, weight.T.contiguous().T), weight @ hidden.T, rtol=1e-5, atol=1e-5)
+    exact, close = weight.double() @ hidden.double().T, 2 * torch.finfo(dtype).eps
+    for table in (weight, weight.T.contiguous().T):
+        torch.testing.assert_close(_product(hidden, table).double(), exact, rtol=close, atol=10 * 2.0**-23)
+
+
+def test_bfloat16_infinities_and_nan_are_torchs(tiles):
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(rows, 40, generator=generator).bfloat16() for rows in (33, 64))
+    weight[3, 7], weight[9, 0], hidden[4, 2], hidden[5, 3] = torch.inf, torch.nan, -torch.inf, torch.nan
+    assert torch.allclose(_product(hidden, weight), weight @ hidden.T, rtol=1e-2, atol=1e-2, equal_nan=True)
 
 
 def test_infinities_and_nan_of_the_table(tiles):
@@ -119,9 +146,10 @@ def test_a_row_of_hidden_that_is_not_finite_stays_alone(tiles):
     assert not found[:, ~good].isfinite().any()
 
 
-def test_a_logit_does_not_depend_on_its_neighbours(tiles):
+@DTYPES
+def test_a_logit_does_not_depend_on_its_neighbours(tiles, dtype):
     generator = torch.Generator().manual_seed(0)
-    hidden, weight = torch.randn(50, 300, generator=generator), torch.randn(90, 300, generator=generator)
+    hidden, weight = (torch.randn(rows, 300, generator=generator).to(dtype) for rows in (50, 90))
     whole = _product(hidden, weight).clone()
     assert torch.equal(_product(hidden[13:40], weight[5:77]), whole[5:77, 13:40])
 

@@ -258,18 +258,19 @@ void few_product(Tensor x, Tensor table, Tensor out) {
 
 bool has_tiles() { return machine_isa() == Isa::kAmx; }
 
-// x as tiles, float32: `packed` has kTileParts numbers for each of x's, padded to whole tiles, and one for each row.
+// x as tiles: `packed` has kTileParts numbers for each of x's in float32 and one in bfloat16, padded to whole tiles, and
+// one for each row.
 void tile_pack(Tensor x, Tensor packed) {
-  const TilePacking args{data<float>(x), x.size(0), x.size(1), x.stride(0),
+  const TilePacking args{x.const_data_ptr(), dtype_of(x), x.size(0), x.size(1), x.stride(0),
                          static_cast<uint16_t*>(packed.mutable_data_ptr())};
   parallel_rows(tile_blocks(args.rows), [&](int64_t begin, int64_t end) { pack_tiles(args, begin, end); });
 }
 
-// table @ x.T, float32, in `out` with x's rows, padded to a multiple of 16, along its second dimension; or, if by_row,
-// x @ table.T.
+// table @ x.T in `out`, with x's rows, padded to a multiple of 16, along its second dimension; or, if by_row, x @ table.T.
 void tile_product(Tensor packed, int64_t rows, Tensor table, bool by_row, Tensor out) {
-  const TileProduct args{static_cast<const uint16_t*>(packed.const_data_ptr()), rows, data<float>(table), table.size(0),
-                         table.size(1), table.stride(0), mutable_data<float>(out), out.stride(0), by_row};
+  const TileProduct args{static_cast<const uint16_t*>(packed.const_data_ptr()), rows, table.const_data_ptr(), dtype_of(table),
+                         table.size(0), table.size(1), table.stride(0), out.mutable_data_ptr(), dtype_of(out), out.stride(0),
+                         by_row};
   parallel_rows(tile_blocks(args.tokens), [&](int64_t begin, int64_t end) { multiply_tiles(args, begin, end); });
 }
 

@@ -20,6 +20,8 @@ inline bool lends_tiles() {
   unsigned a = 0, b = 0, c = 0, d = 0;
   constexpr unsigned kBFloat16 = 1u << 22, kTiles = 1u << 24;  // of leaf 7
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & (kBFloat16 | kTiles)) != (kBFloat16 | kTiles)) return false;
+  constexpr unsigned kRounding = 1u << 5;  // of leaf 7, 1: AVX-512's conversion to bfloat16
+  if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a & kRounding)) return false;
   constexpr long kRequestPermission = 0x1023, kTileData = 18;  // asm/prctl.h, and the state component of tiles
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 #else

@@ -1,4 +1,4 @@
-// All kernels for AMX.
+// Products of float32 and bfloat16 for AMX.
 #include "cpu/tiles.h"
 
 #if defined(__x86_64__) && defined(__linux__)
@@ -7,22 +7,21 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,amx-tile,amx-bf16"))), \
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,avx512bf16,amx-tile,amx-bf16"))), \
                              apply_to = function)
 #else
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma,amx-tile,amx-bf16,prefer-vector-width=512")
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma,avx512bf16,amx-tile,amx-bf16,prefer-vector-width=512")
 #endif
 
 namespace gk {
 namespace {
 
 constexpr int kTile = 512;                      // bfloat16 numbers of a tile: 16 rows of 32
-constexpr int kStepTiles = 2 * kTileParts;      // of 32 rows: part by part, the first sixteen and the others
 constexpr int64_t kPackedAtATime = 1 << 20;     // bytes of packed x that stay in the second-level cache
 constexpr float kLargest = 0x1.ffp127f;          // and beyond: rounds to an infinity in bfloat16
-constexpr int64_t kSegment = 8;                 // steps summed in tiles before they join the sum so far
 
 // GCC's tile intrinsics do not say that they read or write memory.
 #define GK_MEMORY asm volatile("" ::: "memory")
@@ -60,8 +59,14 @@ constexpr TileShapes kShapes;
   split(_mm512_maskz_loadu_ps(__mmask16(mask), x), _mm512_maskz_loadu_ps(__mmask16(mask >> 16), x + 16), out);
 }
 
-// Numbers of x's tiles. Behind them stands for each row of x whether it can be split.
-int64_t packed_numbers(int64_t rows, int64_t width) { return tile_blocks(rows) * tile_steps(width) * kStepTiles * kTile; }
+// Bfloat16 numbers of each of a table's or x's, and tiles of 32 of its rows: part by part, the first sixteen and the others.
+constexpr int parts_of(Dtype dtype) { return dtype == Dtype::kFloat ? kTileParts : 1; }
+constexpr int step_tiles(Dtype dtype) { return 2 * parts_of(dtype); }
+
+// Numbers of x's tiles. In float32 stands behind them for each row of x whether it can be split.
+int64_t packed_numbers(Dtype dtype, int64_t rows, int64_t width) {
+  return tile_blocks(rows) * tile_steps(width) * step_tiles(dtype) * kTile;
+}
 uint32_t mask_of(int64_t columns) { return columns >= kTileStep ? ~0u : (1u << columns) - 1; }
 
 // Tiles 0 to 3 are sums: of the table's first and last sixteen rows with x's first and, if kWide, last sixteen.
@@ -74,9 +79,9 @@ template <bool kWide>
     _tile_zero(3);
   }
 }
-[[gnu::always_inline]] inline void load_table(const uint16_t* tiles) {
-  _tile_loadd(4, tiles, 64);
-  _tile_loadd(5, tiles + kTile, 64);
+[[gnu::always_inline]] inline void load_table(const uint16_t* tiles, const uint16_t* below, int64_t stride) {
+  _tile_loadd(4, tiles, stride * 2);
+  _tile_loadd(5, below, stride * 2);
 }
 template <bool kWide>
 [[gnu::always_inline]] inline void load_x(const uint16_t* tiles) {
@@ -91,16 +96,21 @@ template <bool kWide>
   if constexpr (kWide) _tile_dpbf16ps(3, 5, 7);
 }
 template <bool kWide>
-[[gnu::always_inline]] inline void store(float* out, int64_t stride) {
-  _tile_stored(0, out, stride * 4);
-  _tile_stored(2, out + 16 * stride, stride * 4);
+[[gnu::always_inline]] inline void store(float* sums) {
+  _tile_stored(0, sums, 128);
+  _tile_stored(2, sums + 16 * 32, 128);
   if constexpr (kWide) {
-    _tile_stored(1, out + 16, stride * 4);
-    _tile_stored(3, out + 16 * stride + 16, stride * 4);
+    _tile_stored(1, sums + 16, 128);
+    _tile_stored(3, sums + 16 * 32 + 16, 128);
   }
   GK_MEMORY;
 }
 
+[[gnu::always_inline]] inline void store_rounded(uint16_t* out, __mmask16 mask, __m512 x) {
+  _mm256_mask_storeu_epi16(out, mask, reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x)));
+}
+
+template <Dtype kDtype>
 class Multiplier {
  public:
   explicit Multiplier(const TileProduct& args) : args_(args), steps_(tile_steps(args.width)) {}
@@ -113,105 +123,147 @@ class Multiplier {
   }
 
  private:
+  static constexpr bool kSplit = kDtype == Dtype::kFloat;
+  static constexpr int kStepTiles = step_tiles(kDtype);
+  static constexpr int64_t kSegment = kSplit ? 8 : INT64_MAX;  // steps summed in tiles before they join the sum so far
+  using Number = std::conditional_t<kSplit, float, uint16_t>;
+
+  const Number* table(int64_t token) const { return static_cast<const Number*>(args_.table) + token * args_.stride; }
+
   template <bool kFull>
   void blocks(int64_t begin, int64_t end, int64_t first, int64_t last) {
-    fill<kFull>(panels_[current_], begin, 0, 0, 0, kTileBlock);
+    if constexpr (kSplit) fill<kFull>(panels_[current_], begin, 0, 0, kTileBlock);
     for (int64_t block = begin; block < end; ++block) {
+      const int64_t behind = std::clamp<int64_t>(args_.tokens - (block + 1) * kTileBlock, 0, block + 1 < end ? kTileBlock : 0);
       for (int64_t group = first; group < last; ++group) {
-        const int64_t next = group + 1 < last ? block : std::min(block + 1, end - 1);
-        // While a block is visited for the first time, the one behind it is asked for.
-        const int64_t ahead = group == first && block + 1 < end ? kTileBlock * args_.stride : 0;
-        if (args_.rows - group * kTileBlock > 16) {
-          multiply_block<kFull, true>(block, group, next, ahead);
+        // The next block is asked for meanwhile: in float32 all of it while the first block of x is multiplied.
+        if constexpr (kSplit) {
+          far_ = group == first && behind == kTileBlock ? kTileBlock * args_.stride : 0;
         } else {
-          multiply_block<kFull, false>(block, group, next, ahead);
+          far_ = kTileBlock * args_.stride;
+          ask_from_ = behind * (group - first) / (last - first);
+          ask_to_ = behind * (group - first + 1) / (last - first);
+        }
+        const int64_t after = group + 1 < last ? block : std::min(block + 1, end - 1);
+        if (args_.rows - group * kTileBlock > 16) {
+          multiply_block<kFull, true>(block, group, after);
+        } else {
+          multiply_block<kFull, false>(block, group, after);
         }
       }
     }
   }
 
   template <bool kFull, bool kWide>
-  [[gnu::always_inline]] void multiply_block(int64_t block, int64_t group, int64_t next, int64_t ahead) {
+  [[gnu::always_inline]] void multiply_block(int64_t block, int64_t group, int64_t next) {
     constexpr int64_t kColumns = kWide ? 32 : 16;
-    alignas(64) float edge[kTileBlock * 32];
-    const bool in_place = kFull && !args_.by_row;
-    float* out = in_place ? args_.out + block * kTileBlock * args_.out_stride + group * kTileBlock : edge;
-    const int64_t out_stride = in_place ? args_.out_stride : 32;
+    alignas(64) float sums[kTileBlock * 32];
     const uint16_t* x = args_.packed + group * steps_ * kStepTiles * kTile;
     for (int64_t step = 0; step < steps_; ++step, x += kStepTiles * kTile) {
       if (step % kSegment == 0) clear<kWide>();
       const bool more = step + 1 < steps_;
-      multiply_step<kFull, kWide>(x, more ? block : next, more ? step + 1 : 0, ahead);
+      if constexpr (kSplit) {
+        multiply_split<kFull, kWide>(x, more ? block : next, more ? step + 1 : 0);
+      } else {
+        multiply_step<kFull, kWide>(x, block, step);
+      }
       if (more && (step + 1) % kSegment) continue;
       if (step < kSegment) {
-        store<kWide>(out, out_stride);
+        store<kWide>(sums);
       } else {  // short sums of short sums keep the rounding small
-        alignas(64) float sums[kTileBlock * 32];
-        store<kWide>(sums, 32);
-        for (int64_t i = 0; i < kTileBlock; ++i) {
-          for (int64_t j = 0; j < kColumns; j += 16) {
-            float* to = out + i * out_stride + j;
-            _mm512_storeu_ps(to, _mm512_add_ps(_mm512_loadu_ps(to), _mm512_load_ps(sums + i * 32 + j)));
-          }
+        alignas(64) float latest[kTileBlock * 32];
+        store<kWide>(latest);
+        for (int64_t i = 0; i < kTileBlock * 32; i += kWide ? 16 : 32) {
+          _mm512_store_ps(sums + i, _mm512_add_ps(_mm512_load_ps(sums + i), _mm512_load_ps(latest + i)));
         }
       }
     }
-    __mmask16 unordered = 0;
-    for (int64_t i = 0; i < kTileBlock; ++i) {
-      for (int64_t j = 0; j < kColumns; j += 16) {
-        const __m512 sums = _mm512_loadu_ps(out + i * out_stride + j);
-        unordered |= _mm512_cmp_ps_mask(sums, sums, _CMP_UNORD_Q);
-      }
-    }
     const int64_t tokens = std::min(kTileBlock, args_.tokens - block * kTileBlock);
-    if (__builtin_expect(unordered != 0, 0)) mend(block, tokens, group, out, out_stride);
-    if (!in_place) copy(edge, block * kTileBlock, tokens, group * kTileBlock, kColumns);
+    if constexpr (kSplit) {
+      __mmask16 unordered = 0;
+      for (int64_t i = 0; i < kTileBlock * 32; i += kWide ? 16 : 32) {
+        const __m512 found = _mm512_load_ps(sums + i);
+        unordered |= _mm512_cmp_ps_mask(found, found, _CMP_UNORD_Q);
+      }
+      if (__builtin_expect(unordered != 0, 0)) mend(block, tokens, group, sums);
+    }
+    put(sums, block * kTileBlock, tokens, group * kTileBlock, kColumns);
   }
 
-  // A block of sums, 32 wide, to where they belong.
-  void copy(const float* sums, int64_t token, int64_t tokens, int64_t row, int64_t columns) const {
+  // A block of sums to where they belong.
+  [[gnu::always_inline]] void put(const float* sums, int64_t token, int64_t tokens, int64_t row, int64_t columns) const {
+    const auto write = [&](int64_t place, __mmask16 mask, __m512 x) {
+      if (args_.out_dtype == Dtype::kFloat) {
+        _mm512_mask_storeu_ps(static_cast<float*>(args_.out) + place, mask, x);
+      } else {
+        store_rounded(static_cast<uint16_t*>(args_.out) + place, mask, x);
+      }
+    };
     if (!args_.by_row) {
       for (int64_t i = 0; i < tokens; ++i) {
-        std::memcpy(args_.out + (token + i) * args_.out_stride + row, sums + i * 32, size_t(columns) * sizeof(float));
+        for (int64_t j = 0; j < columns; j += 16) {
+          write((token + i) * args_.out_stride + row + j, 0xFFFF, _mm512_load_ps(sums + i * 32 + j));
+        }
       }
       return;
     }
     const __m512i down = _mm512_mullo_epi32(_mm512_set1_epi32(32), _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
     for (int64_t j = 0; j < std::min(columns, args_.rows - row); ++j) {
       for (int64_t i = 0; i < tokens; i += 16) {
-        const __mmask16 mask = __mmask16(mask_of(tokens - i));
-        const __m512 column = _mm512_i32gather_ps(down, sums + i * 32 + j, 4);
-        _mm512_mask_storeu_ps(args_.out + (row + j) * args_.out_stride + token + i, mask, column);
+        write((row + j) * args_.out_stride + token + i, __mmask16(mask_of(tokens - i)), _mm512_i32gather_ps(down, sums + i * 32 + j, 4));
       }
     }
   }
 
-  // The products of one step, and between them the panel of the next: the matrix unit and the vector units overlap.
+  // The products of one step. What a block or a step lacks to be whole is zero.
   template <bool kFull, bool kWide>
-  [[gnu::always_inline]] void multiply_step(const uint16_t* x, int64_t block, int64_t step, int64_t ahead) {
+  [[gnu::always_inline]] void multiply_step(const uint16_t* x, int64_t block, int64_t step) {
+    const Number* tiles = table(block * kTileBlock) + step * kTileStep;
+    const int64_t columns = args_.width - step * kTileStep;
+    load_x<kWide>(x);
+    if (__builtin_expect(kFull && columns >= kTileStep, 1)) {
+      load_table(tiles, tiles + 16 * args_.stride, args_.stride);
+    } else {
+      uint16_t* panel = panels_[0];
+      for (int64_t i = 0; i < kTileBlock; ++i) {
+        const uint32_t mask = i < args_.tokens - block * kTileBlock ? mask_of(columns) : 0;
+        _mm512_store_si512(panel + i * 32, _mm512_maskz_loadu_epi16(mask, tiles + i * args_.stride));
+      }
+      GK_MEMORY;
+      load_table(panel, panel + kTile, 32);
+    }
+    multiply<kWide>();
+    for (int64_t i = ask_from_; i < ask_to_; ++i) _mm_prefetch(reinterpret_cast<const char*>(tiles + far_ + i * args_.stride), _MM_HINT_T1);
+  }
+
+  // The same in float32, and between the products the panel of the next step: the matrix unit and the vector units overlap.
+  template <bool kFull, bool kWide>
+  [[gnu::always_inline]] void multiply_split(const uint16_t* x, int64_t block, int64_t step) {
     const uint16_t* panel = panels_[current_];
     current_ ^= 1;
     GK_MEMORY;
 #pragma GCC unroll 6
     for (int i = 0; i < kFactorCount; ++i) {
-      if (i == 0 || kFactors[i].table != kFactors[i - 1].table) load_table(panel + kFactors[i].table * 2 * kTile);
+      if (i == 0 || kFactors[i].table != kFactors[i - 1].table) {
+        const uint16_t* tiles = panel + kFactors[i].table * 2 * kTile;
+        load_table(tiles, tiles + kTile, 32);
+      }
       if (i == 0 || kFactors[i].x != kFactors[i - 1].x) load_x<kWide>(x + kFactors[i].x * 2 * kTile);
       multiply<kWide>();
-      fill<kFull>(panels_[current_], block, step, ahead, kTileBlock * i / kFactorCount, kTileBlock * (i + 1) / kFactorCount);
+      fill<kFull>(panels_[current_], block, step, kTileBlock * i / kFactorCount, kTileBlock * (i + 1) / kFactorCount);
     }
   }
 
   // Rows [first, last) of a block's columns as tiles.
   template <bool kFull>
-  [[gnu::always_inline]] void fill(uint16_t* panel, int64_t block, int64_t step, int64_t ahead, int64_t first, int64_t last) {
-    const float* table = args_.table + block * kTileBlock * args_.stride + step * kTileStep;
+  [[gnu::always_inline]] void fill(uint16_t* panel, int64_t block, int64_t step, int64_t first, int64_t last) {
     const uint32_t mask = mask_of(args_.width - step * kTileStep);
     const int64_t tokens = args_.tokens - block * kTileBlock;
 #pragma GCC unroll 6
     for (int64_t i = first; i < last; ++i) {
-      const float* row = table + (kFull ? i : std::min(i, tokens - 1)) * args_.stride;
-      _mm_prefetch(reinterpret_cast<const char*>(row + ahead), _MM_HINT_T1);
-      _mm_prefetch(reinterpret_cast<const char*>(row + ahead + 16), _MM_HINT_T1);
+      const float* row = table(block * kTileBlock + (kFull ? i : std::min(i, tokens - 1))) + step * kTileStep;
+      _mm_prefetch(reinterpret_cast<const char*>(row + far_), _MM_HINT_T1);
+      _mm_prefetch(reinterpret_cast<const char*>(row + far_ + 16), _MM_HINT_T1);
       __m512i pairs[kTileParts];
       load_pairs(row, mask, pairs);
       for (int part = 0; part < kTileParts; ++part) {
@@ -222,15 +274,15 @@ class Multiplier {
 
   // Parts of an infinity are an infinity and NaN, and numbers next to the largest round to an infinity. What such numbers
   // of the table spoiled is taken from them alone; a row of x that holds one stays NaN, as do sums that overflow.
-  [[gnu::noinline, gnu::cold]] void mend(int64_t block, int64_t tokens, int64_t group, float* out, int64_t out_stride) const {
+  [[gnu::noinline, gnu::cold]] void mend(int64_t block, int64_t tokens, int64_t group, float* all) const {
     const int64_t rows = std::min(kTileBlock, args_.rows - group * kTileBlock);
-    const uint16_t* finite = args_.packed + packed_numbers(args_.rows, args_.width) + group * kTileBlock;
+    const uint16_t* finite = args_.packed + packed_numbers(kDtype, args_.rows, args_.width) + group * kTileBlock;
     for (int64_t i = 0; i < tokens; ++i) {
-      float* sums = out + i * out_stride;
+      float* sums = all + i * 32;
       bool spoiled = false;
       for (int64_t j = 0; j < rows; ++j) spoiled |= finite[j] && std::isnan(sums[j]);
       if (!spoiled) continue;
-      const float* token = args_.table + (block * kTileBlock + i) * args_.stride;
+      const float* token = table(block * kTileBlock + i);
       bool nan = false, large = false, infinite = false;
       for (int64_t k = 0; k < args_.width; ++k) {
         nan |= std::isnan(token[k]);
@@ -267,43 +319,68 @@ class Multiplier {
   const int64_t steps_;
   alignas(64) uint16_t panels_[2][kStepTiles * kTile];
   int current_ = 0;
+  int64_t far_ = 0, ask_from_ = 0, ask_to_ = 0;
 };
 
-}  // namespace
-
-void pack_tiles(const TilePacking& args, int64_t begin, int64_t end) {
-  uint16_t* finite = args.packed + packed_numbers(args.rows, args.width);
-  for (int64_t block = begin; block < end; ++block) {
-    for (int64_t row = block * kTileBlock; row < (block + 1) * kTileBlock; ++row) {
-      const float* x = args.x + std::min(row, args.rows - 1) * args.stride;
-      finite[row] = std::all_of(x, x + args.width, [](float number) { return std::abs(number) < kLargest; });
-    }
-    for (int64_t step = 0; step < tile_steps(args.width); ++step) {
-      // A tile's row is a pair of columns, so that x's rows lie side by side.
-      uint16_t* tiles = args.packed + (block * tile_steps(args.width) + step) * kStepTiles * kTile;
-      for (int64_t i = 0; i < kTileBlock; ++i) {
-        const int64_t row = block * kTileBlock + i;
-        const float* x = args.x + std::min(row, args.rows - 1) * args.stride + step * kTileStep;
-        __m512i pairs[kTileParts];
-        load_pairs(x, row < args.rows ? mask_of(args.width - step * kTileStep) : 0, pairs);
-        for (int part = 0; part < kTileParts; ++part) {
-          alignas(64) uint32_t values[16];
-          _mm512_store_si512(values, pairs[part]);
-          uint16_t* column = tiles + (part * 2 + i / 16) * kTile + i % 16 * 2;
-          for (int j = 0; j < 16; ++j) std::memcpy(column + j * 32, values + j, sizeof *values);
-        }
+// A tile's row is a pair of columns, so that x's rows lie side by side.
+void pack_split(const TilePacking& args, int64_t block) {
+  constexpr int kStepTiles = step_tiles(Dtype::kFloat);
+  const float* all = static_cast<const float*>(args.x);
+  uint16_t* finite = args.packed + packed_numbers(args.dtype, args.rows, args.width);
+  for (int64_t row = block * kTileBlock; row < (block + 1) * kTileBlock; ++row) {
+    const float* x = all + std::min(row, args.rows - 1) * args.stride;
+    finite[row] = std::all_of(x, x + args.width, [](float number) { return std::abs(number) < kLargest; });
+  }
+  for (int64_t step = 0; step < tile_steps(args.width); ++step) {
+    uint16_t* tiles = args.packed + (block * tile_steps(args.width) + step) * kStepTiles * kTile;
+    for (int64_t i = 0; i < kTileBlock; ++i) {
+      const int64_t row = block * kTileBlock + i;
+      const float* x = all + std::min(row, args.rows - 1) * args.stride + step * kTileStep;
+      __m512i pairs[kTileParts];
+      load_pairs(x, row < args.rows ? mask_of(args.width - step * kTileStep) : 0, pairs);
+      for (int part = 0; part < kTileParts; ++part) {
+        alignas(64) uint32_t values[16];
+        _mm512_store_si512(values, pairs[part]);
+        uint16_t* column = tiles + (part * 2 + i / 16) * kTile + i % 16 * 2;
+        for (int j = 0; j < 16; ++j) std::memcpy(column + j * 32, values + j, sizeof *values);
       }
     }
   }
 }
 
+void pack_plain(const TilePacking& args, int64_t block) {
+  constexpr int kStepTiles = step_tiles(Dtype::kBFloat16);
+  for (int64_t step = 0; step < tile_steps(args.width); ++step) {
+    uint16_t* tiles = args.packed + (block * tile_steps(args.width) + step) * kStepTiles * kTile;
+    for (int64_t i = 0; i < kTileBlock; ++i) {
+      const int64_t row = block * kTileBlock + i;
+      const uint16_t* x = static_cast<const uint16_t*>(args.x) + std::min(row, args.rows - 1) * args.stride + step * kTileStep;
+      alignas(64) uint32_t values[16];
+      _mm512_store_si512(values, _mm512_maskz_loadu_epi16(row < args.rows ? mask_of(args.width - step * kTileStep) : 0, x));
+      uint16_t* column = tiles + i / 16 * kTile + i % 16 * 2;
+      for (int j = 0; j < 16; ++j) std::memcpy(column + j * 32, values + j, sizeof *values);
+    }
+  }
+}
+
+}  // namespace
+
+void pack_tiles(const TilePacking& args, int64_t begin, int64_t end) {
+  for (int64_t block = begin; block < end; ++block) args.dtype == Dtype::kFloat ? pack_split(args, block) : pack_plain(args, block);
+}
+
 void multiply_tiles(const TileProduct& args, int64_t begin, int64_t end) {
-  const int64_t groups = tile_blocks(args.rows), bytes = tile_steps(args.width) * kStepTiles * kTile * 2;
+  const int64_t groups = tile_blocks(args.rows), bytes = tile_steps(args.width) * step_tiles(args.dtype) * kTile * 2;
   const int64_t at_a_time = std::max<int64_t>(1, kPackedAtATime / std::max<int64_t>(1, bytes));
   GK_MEMORY;
   _tile_loadconfig(&kShapes);
   for (int64_t first = 0; first < groups; first += at_a_time) {
-    Multiplier(args).run(begin, end, first, std::min(groups, first + at_a_time));
+    const int64_t last = std::min(groups, first + at_a_time);
+    if (args.dtype == Dtype::kFloat) {
+      Multiplier<Dtype::kFloat>(args).run(begin, end, first, last);
+    } else {
+      Multiplier<Dtype::kBFloat16>(args).run(begin, end, first, last);
+    }
   }
   _tile_release();
 }

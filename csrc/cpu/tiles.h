@@ -1,4 +1,4 @@
-// float32 products on AMX's matrix unit, which multiplies tiles of bfloat16 and adds in float32.
+// Products on AMX's matrix unit, which multiplies tiles of bfloat16 and adds in float32.
 //
 // A float32 number is the exact sum of three bfloat16 ones, so a product of two is the sum of nine such products, of
 // which the three least are below float32's rounding and left out. Sums come out closer than those of as many float32
@@ -6,6 +6,8 @@
 #pragma once
 
 #include <cstdint>
+
+#include "common/dtype.h"
 
 namespace gk {
 
@@ -17,19 +19,23 @@ static constexpr int64_t tile_blocks(int64_t rows) { return (rows + kTileBlock -
 static constexpr int64_t tile_steps(int64_t width) { return (width + kTileStep - 1) / kTileStep; }
 
 struct TilePacking {
-  const float* x;  // [rows, width]
+  const void* x;  // [rows, width]
+  Dtype dtype;    // kFloat or kBFloat16
   int64_t rows, width, stride;
-  uint16_t* packed;  // kTileParts numbers for each of x, zeros up to whole blocks and steps; then one for each row
+  // Three numbers (kFloat) or one for each of x, zeros up to whole blocks and steps; then, if kFloat, one for each row.
+  uint16_t* packed;
 };
 
 struct TileProduct {
   const uint16_t* packed;  // x
   int64_t rows;
-  const float* table;  // [tokens, width]
+  const void* table;  // [tokens, width], of x's dtype
+  Dtype dtype;
   int64_t tokens, width, stride;
   // table @ x.T, [tokens, out_stride], of which columns up to the next multiple of 16 are written; or, if by_row,
-  // x @ table.T, [rows, out_stride].
-  float* out;
+  // x @ table.T, [rows, out_stride]. Rounded to kBFloat16 only if that is its dtype.
+  void* out;
+  Dtype out_dtype;
   int64_t out_stride;
   bool by_row;
 };

@@ -19,7 +19,9 @@ from grade_kernels.backends.torch import head as fallback
 CHUNK_ELEMENTS = 2**20  # logits that exist at a time
 _LANES, _PIECES = 16, 8  # kHeadLanes and kPieces of csrc/cpu
 _FEW_ROWS = 8  # hidden rows up to which padding them to whole lanes is most of the work
-_TILE, _TILE_PARTS = 32, 3  # kTileBlock and kTileStep, and kTileParts of csrc/cpu/tiles.h
+_TILE = 32  # kTileBlock and kTileStep of csrc/cpu/tiles.h
+_TILE_PARTS = {torch.float32: 3, torch.bfloat16: 1}  # numbers in a tile for one of a tensor's
+_TILE_ROWS = {torch.float32: 2**62, torch.bfloat16: 128}  # beyond, torch's product with these as columns is faster
 _CANDIDATE_WORDS = 3  # int32 words of csrc/cpu/head.h's Candidate
 _SAMPLE, _SCORES, _SOFTMAX = range(3)
 
@@ -29,21 +31,22 @@ def _kernels() -> Any:
 
 
 def _has_tiles(x: torch.Tensor) -> bool:
-    return x.dtype == torch.float32 and x.numel() > 0 and bool(_kernels().has_tiles())
+    """Whether products of x go to csrc/cpu/kernels_amx.cpp."""
+    return x.dtype in _TILE_PARTS and x.numel() > 0 and bool(_kernels().has_tiles())
 
 
 def _packed(x: torch.Tensor) -> torch.Tensor:
     """x as csrc/cpu/tiles.h wants it."""
     rows, width = (-(-size // _TILE) * _TILE for size in x.shape)
-    packed = torch.empty(rows * width * _TILE_PARTS + rows, dtype=torch.int16)
+    packed = torch.empty(rows * width * _TILE_PARTS[x.dtype] + rows, dtype=torch.int16)
     _kernels().tile_pack(unit_stride(x), packed)
     return packed
 
 
 def product(x: torch.Tensor, table: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
     """See `grade_kernels.backends`. Few rows are padded to sixteen in tiles, where torch's product is as fast."""
-    wanted = x if out is None else out
-    if len(x) <= _FEW_ROWS or not _has_tiles(x) or not x.dtype == table.dtype == wanted.dtype:
+    dtypes = (x.dtype, torch.float32)
+    if len(x) <= _FEW_ROWS or not _has_tiles(x) or table.dtype != x.dtype or (out is not None and out.dtype not in dtypes):
         return fallback.product(x, table, out)
     if out is None:
         out = x.new_empty(len(x), len(table))
@@ -54,14 +57,13 @@ def product(x: torch.Tensor, table: torch.Tensor, out: torch.Tensor | None = Non
 class _Product:
     """`weight @ hidden.T`, some rows of the weight at a time, in a buffer of `width` rows.
 
-    Its columns are padded to a whole number of lanes. In float32 it is taken by csrc/cpu/kernels_amx.cpp where the
-    processor has AMX, otherwise by torch.
+    Its columns are padded to a whole number of lanes.
     """
 
     def __init__(self, hidden: torch.Tensor, weight: torch.Tensor, width: int) -> None:
         self.weight, self.rows = weight, len(hidden)
         self.buffer = hidden.new_empty(min(width, len(weight)), _padded(self.rows))
-        self.tiles = _has_tiles(hidden)
+        self.tiles = _has_tiles(hidden) and self.rows <= _TILE_ROWS[hidden.dtype]
         if self.tiles:
             self.hidden = _packed(hidden)
         else:
