@@ -45,8 +45,8 @@ def _packed(x: torch.Tensor) -> torch.Tensor:
 
 def product(x: torch.Tensor, table: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
     """See `grade_kernels.backends`. Few rows are padded to sixteen in tiles, where torch's product is as fast."""
-    dtypes = (x.dtype, torch.float32)
-    if len(x) <= _FEW_ROWS or not _has_tiles(x) or table.dtype != x.dtype or (out is not None and out.dtype not in dtypes):
+    fits = table.dtype == x.dtype and (out is None or out.dtype in (x.dtype, torch.float32))
+    if len(x) <= _FEW_ROWS or not fits or not _has_tiles(x):
         return fallback.product(x, table, out)
     if out is None:
         out = x.new_empty(len(x), len(table))
