@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, Generic
 
@@ -295,11 +296,12 @@ class _Backward:
         ids: torch.Tensor,
         statistics: _Statistics,
         eps: float,
+        wants_dtau: bool,
     ) -> None:
         self.implementation, self.gradients, self.head = implementation, gradients, gradients.head
         self.tables, self.upstream, self.tau, self.noise = tables, upstream, tau, noise
         self.ids, self.statistics, self.eps = ids, statistics, eps
-        self.dtau = torch.zeros_like(tau)
+        self.wants_dtau, self.dtau = wants_dtau, torch.zeros_like(tau)
 
     def dy(self, rows: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         """`dY` at single places."""
@@ -368,12 +370,12 @@ class _Backward:
             return (logits - statistics.logit_max).exp() / statistics.logit_sum
 
         def dy_chunk(columns: slice, like: torch.Tensor) -> torch.Tensor:
-            out = torch.zeros_like(like)
+            parts = []
             for d, table in zip(upstream, self.tables, strict=True):
                 # A table narrower than the head would round dY to its own dtype.
                 dtype = d.dtype if d.dtype == self.head.hidden.dtype else like.dtype
-                out += self.implementation.product(d.to(dtype), table[columns].to(dtype))
-            return out
+                parts.append(self.implementation.product(d.to(dtype), table[columns].to(dtype)).to(like.dtype))
+            return functools.reduce(torch.Tensor.add_, parts)
 
         wide = self.head.hidden.dtype in (torch.float32, torch.float64)  # narrower, the difference at the end cancels
         if wide and not (reinmax or self.gradients.needs[1] or self.gradients.needs[2]):
@@ -395,11 +397,13 @@ class _Backward:
 
         def rule(columns: slice, logits: torch.Tensor) -> torch.Tensor:
             p, dy = weights(columns, logits) / total, dy_chunk(columns, logits)
-            hit = ids == torch.arange(columns.start, columns.stop, device=ids.device)
+            if reinmax or dlogprobs is not None:
+                hit = ids == torch.arange(columns.start, columns.stop, device=ids.device)
             if reinmax:
                 dl = (p + hit) * (dy - mean) - 0.5 * plain(logits) * (dy - plain_dot)
             else:
-                dl = p * (dy - mean) / tau
+                dl = dy.sub_(mean).mul_(p).div_(tau)
+            if self.wants_dtau and not reinmax:
                 dtau.sub_(torch.where(p > 0, dl * p.log(), 0.0).sum(dim=1, keepdim=True))
             if dlogprobs is not None:
                 dl = dl + dlogprobs[rows, None] * (hit.to(dl.dtype) - plain(logits))
@@ -434,9 +438,10 @@ class _Backward:
             terms = [part * dy, part] if dlogprobs is None else [part * dy, part, plain(logits)]
             total += part.sum(dim=1, keepdim=True)
             dot += terms[0].sum(dim=1, keepdim=True)
-            logp = torch.where(part > 0, part.log(), 0.0)
-            moment += (part * logp).sum(dim=1, keepdim=True)
-            moment_dot += (terms[0] * logp).sum(dim=1, keepdim=True)
+            if self.wants_dtau:
+                logp = torch.where(part > 0, part.log(), 0.0)
+                moment += (part * logp).sum(dim=1, keepdim=True)
+                moment_dot += (terms[0] * logp).sum(dim=1, keepdim=True)
             if self.gradients.hidden is not None:
                 stacked = torch.cat(terms)
                 if head.softcap is not None:
@@ -487,7 +492,7 @@ def _backward_kernel(
     gradients = HeadGradients(implementation, head, (needs_head[0], needs_head[1], needs_head[2]))
     saved = _Statistics(*statistics.unbind())
     noise = (seed, row_ids, vocab_start)
-    step = _Backward(implementation, gradients, tables, upstream, tau, noise, ids, saved, eps)
+    step = _Backward(implementation, gradients, tables, upstream, tau, noise, ids, saved, eps, needs_dtau)
     support = Support(supports[0], supports[1], supports[2], overflow)
     plain = Support(supports[3], supports[4], supports[5], overflow)
     soft = estimator == "soft"
