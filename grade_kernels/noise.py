@@ -128,7 +128,7 @@ class GumbelNoise:
             seed = seed if isinstance(seed, int) else seed.__index__()
             if not -(2**63) <= seed < 2**64:
                 raise ValueError(f"seed must lie in [-2^63, 2^64), got {seed}")
-            self.seed = torch.full((), seed - 2**64 if seed >= 2**63 else seed, dtype=torch.int64)
+            self.seed = torch.full((), seed - 2**64 if seed >= 2**63 else seed, dtype=torch.int64, device="cpu")
         if row_ids is not None:
             if not isinstance(row_ids, torch.Tensor):
                 raise TypeError(f"row_ids must be an int64 tensor, got {type(row_ids).__name__}")
