@@ -41,9 +41,9 @@ def _packed(x: torch.Tensor) -> torch.Tensor:
 
 
 def product(x: torch.Tensor, table: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-    """See `grade_kernels.backends`. Few rows are padded to sixteen in tiles, where torch's product is as fast."""
+    """See `grade_kernels.backends`."""
     wanted = x if out is None else out
-    if len(x) <= _FEW_ROWS or not _has_tiles(x) or not x.dtype == table.dtype == wanted.dtype:
+    if not _has_tiles(x) or not x.dtype == table.dtype == wanted.dtype:
         return fallback.product(x, table, out)
     if out is None:
         out = x.new_empty(len(x), len(table))
