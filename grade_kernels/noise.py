@@ -105,7 +105,7 @@ class GumbelNoise:
 
     Raises:
         TypeError: seed, row_ids or vocab_start of a wrong type.
-        ValueError: seed out of range or not 0-d, row_ids not one-dimensional, vocab_start negative.
+        ValueError: seed out of range or not 0-d, row_ids not one-dimensional, vocab_start outside [0, 2^62).
     """
 
     __slots__ = ("row_ids", "seed", "vocab_start")
@@ -128,7 +128,7 @@ class GumbelNoise:
             seed = seed if isinstance(seed, int) else seed.__index__()
             if not -(2**63) <= seed < 2**64:
                 raise ValueError(f"seed must lie in [-2^63, 2^64), got {seed}")
-            self.seed = torch.full((), seed - 2**64 if seed >= 2**63 else seed, dtype=torch.int64)
+            self.seed = torch.full((), seed - 2**64 if seed >= 2**63 else seed, dtype=torch.int64, device="cpu")
         if row_ids is not None:
             if not isinstance(row_ids, torch.Tensor):
                 raise TypeError(f"row_ids must be an int64 tensor, got {type(row_ids).__name__}")
@@ -139,8 +139,8 @@ class GumbelNoise:
         self.row_ids = row_ids
         if isinstance(vocab_start, bool) or not isinstance(vocab_start, (int, torch.SymInt)):
             raise TypeError(f"vocab_start must be an int, got {type(vocab_start).__name__}")
-        if vocab_start < 0:
-            raise ValueError(f"vocab_start must not be negative, got {vocab_start}")
+        if not 0 <= vocab_start < 2**62:  # so that no token's id leaves 64 bits
+            raise ValueError(f"vocab_start must lie in [0, 2^62), got {vocab_start}")
         self.vocab_start = vocab_start
 
     def __repr__(self) -> str:

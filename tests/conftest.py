@@ -7,7 +7,7 @@ on; `device` is that device. Cases on a GPU are the same tests: marked `gpu`, an
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -111,6 +111,21 @@ def interpreted(place: Place) -> bool:
 def rows(interpreted: bool) -> int:
     """A number of rows for tests whose subject is not the number of rows."""
     return 2 if interpreted else 5
+
+
+@pytest.fixture
+def defaults() -> Iterator[Callable[[torch.dtype | torch.device], None]]:
+    """Sets the dtype or the device that tensors have by default, for the rest of the test."""
+
+    def set_default(default: torch.dtype | torch.device) -> None:
+        if isinstance(default, torch.dtype):
+            torch.set_default_dtype(default)
+        else:
+            torch.set_default_device(default)
+
+    yield set_default
+    torch.set_default_dtype(torch.float32)
+    torch.set_default_device(None)
 
 
 @pytest.fixture

@@ -51,7 +51,7 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 def randn(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0) -> torch.Tensor:
     """Normal numbers that are the same on every device, exactly representable in `dtype`."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype).to(device)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64, device="cpu").to(dtype).to(device)
 
 
 def masked(logits: torch.Tensor, seed: int = 99, share: float = 0.3) -> torch.Tensor:

@@ -460,8 +460,9 @@ def test_bad_vocab_start() -> None:
     for wrong in (1.0, "1", None, True):
         with raises(TypeError, "vocab_start", type(wrong).__name__):
             gk.GumbelNoise(1, vocab_start=wrong)  # type: ignore[arg-type]
-    with raises(ValueError, "vocab_start", -1):
-        gk.GumbelNoise(1, vocab_start=-1)
+    for outside in (-1, 2**62, 2**63 - 10, 2**64):
+        with raises(ValueError, "vocab_start", outside):
+            gk.GumbelNoise(1, vocab_start=outside)
 
 
 def test_bad_dense() -> None:

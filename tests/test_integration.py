@@ -55,7 +55,8 @@ def results(call: Callable[..., tuple[torch.Tensor, ...]], device: str, tau: Any
     if floating:
         loss = sum(((y.double() ** 2) * (1 + i)).sum() for i, y in enumerate(floating))
         inputs = [x for x in (logits, table, t) if isinstance(x, torch.Tensor)]
-        found += [torch.zeros(()) if g is None else g for g in torch.autograd.grad(loss, inputs, allow_unused=True)]
+        gradients = torch.autograd.grad(loss, inputs, allow_unused=True)
+        found += [x.new_zeros(()) if g is None else g for x, g in zip(inputs, gradients, strict=True)]
     return found
 
 
@@ -267,6 +268,23 @@ def test_autocast_through_a_head(backend: str, device: str) -> None:
     dweight, dtable = torch.autograd.grad(loss, (weight, table))
     assert out.embedding.dtype == dweight.dtype == dtable.dtype == torch.float32
     assert dweight.abs().sum() > 0
+
+
+# --- PyTorch's defaults
+
+
+@pytest.mark.thin(3)
+@every_call
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16, torch.device("meta")], ids=str)
+def test_defaults_change_nothing(
+    backend: str, device: str, call: Callable[..., tuple[torch.Tensor, ...]], default: Any, defaults: Any
+) -> None:
+    """What a call makes has the dtype and the device of its arguments, not the ones that tensors have by default."""
+    arguments = (device, torch.tensor(0.5, device=device), 1)
+    expected = results(with_seed(call), *arguments)
+    defaults(default)
+    for a, b in zip(results(with_seed(call), *arguments), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
 # --- checkpoint

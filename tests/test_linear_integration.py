@@ -72,7 +72,8 @@ def results(call: Callable[..., Any], device: str, tau: torch.Tensor, noise: Any
     found = list(outputs)
     if floating:
         loss = sum(((y.double() ** 2) * (1 + i)).sum() for i, y in enumerate(floating))
-        found += [torch.zeros(()) if g is None else g for g in torch.autograd.grad(loss, inputs, allow_unused=True)]
+        gradients = torch.autograd.grad(loss, inputs, allow_unused=True)
+        found += [x.new_zeros(()) if g is None else g for x, g in zip(inputs, gradients, strict=True)]
     return found
 
 
@@ -272,6 +273,21 @@ def test_autocast_with_mixed_dtypes(backend: str, device: str) -> None:
         gk.linear_entropy(hidden, head)
 
 
+# --- PyTorch's defaults
+
+
+@every_call
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16, torch.device("meta")], ids=str)
+def test_defaults_change_nothing(
+    backend: str, device: str, call: Callable[..., Any], default: Any, defaults: Any
+) -> None:
+    """What a call makes has the dtype and the device of its arguments, not the ones that tensors have by default."""
+    arguments = (device, torch.tensor(0.5, device=device), 1, 2 * N)
+    expected = results(seeded(call), *arguments)
+    defaults(default)
+    assert_all_close(results(seeded(call), *arguments), expected, 1e-6)
+
+
 # --- checkpoint
 
 
@@ -381,6 +397,23 @@ def test_second_derivatives_are_refused(backend: str, device: str) -> None:
     (first,) = torch.autograd.grad(value, hidden, create_graph=True)
     with pytest.raises((RuntimeError, NotImplementedError)):
         torch.autograd.grad(first.square().sum(), hidden)
+
+
+def test_forward_mode_is_refused(backend: str, device: str) -> None:
+    """It is not implemented: an error, never silent zeros. A sample has no derivative, which is no error."""
+    if backend == "reference":
+        pytest.skip("plain autograd has it")
+    x, table = randn(N, V, device=device), randn(V, V, device=device, seed=1)
+    calls: tuple[Callable[[torch.Tensor], torch.Tensor], ...] = (
+        lambda x: gk.gumbel_softmax(x, noise=noise_of()),
+        lambda x: gk.gumbel_ste_embedding(x, (table, x.T), noise=noise_of()).embedding[1],
+        lambda x: gk.linear_gumbel_ste(x, table, table, noise=noise_of()).embedding,
+        lambda x: gk.linear_entropy(x, table),
+    )
+    for call in calls:
+        with pytest.raises(NotImplementedError, match="forward-mode"):
+            torch.func.jvp(call, (x,), (x,))
+    torch.func.jvp(lambda x: gk.linear_gumbel_sample(x, table, noise=noise_of())[1], (x,), (x,))
 
 
 def test_row_ids_identify_rows(backend: str, device: str) -> None:

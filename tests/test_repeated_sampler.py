@@ -134,3 +134,14 @@ def test_under_autocast() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         ours, theirs = _steps(sampler, hidden)
     assert torch.equal(ours, theirs)
+
+
+def test_the_default_dtype_changes_nothing() -> None:
+    weight, hidden = randn(997, 64), randn(STEPS, 4, 64, seed=1)
+    sampler = RepeatedSampler(weight, bias=None, logit_softcap=None)
+    torch.set_default_dtype(torch.float64)
+    try:
+        ours, theirs = _steps(sampler, hidden)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(ours, theirs)

@@ -99,7 +99,7 @@ class Head(NamedTuple):
 
     hidden: torch.Tensor  # [N, H]
     weight: torch.Tensor  # [V, H], same dtype
-    bias: torch.Tensor | None  # [V] compute
+    bias: torch.Tensor | None  # [V] compute, contiguous
     softcap: float | None
 
 

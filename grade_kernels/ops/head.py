@@ -116,8 +116,9 @@ def select_backend(choice: str, dtype: torch.dtype) -> str:
 
 
 def make_head(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, softcap: float | None) -> Head:
-    """A head with its bias in compute precision."""
-    return Head(hidden, weight, None if bias is None else bias.to(checks.compute_dtype(hidden.dtype)), softcap)
+    """A head with its bias in compute precision and in plain layout, which kernels read it in."""
+    bias = None if bias is None else bias.to(checks.compute_dtype(hidden.dtype)).contiguous()
+    return Head(hidden, weight, bias, softcap)
 
 
 def row_of_entries(support: Support) -> torch.Tensor:

@@ -176,7 +176,8 @@ def _kernel(
     if estimator == "soft":
         # The support that backward needs costs a pass of its own, which only backward pays.
         sample, relaxed_sum, embedded = _soft_lookup(implementation, head, tables, tau, *noise)
-    elif estimator == "ste" and sparse:
+    elif collect and (estimator == "ste" or eps == 0):
+        # For the dense backward, too, which takes this pass's product again; head_sample may round otherwise.
         sample, relaxed_sum, support = implementation.head_scores(head, tau, *noise, eps)
     else:
         sample = implementation.head_sample(head, *noise)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 library = torch.library.Library("grade_kernels", "DEF")
 
@@ -18,7 +19,7 @@ def define(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) ->
     is its own.
 
     Returns:
-        The operation's overload, to call.
+        The operation, to call. Forward-mode derivatives raise NotImplementedError.
     """
     name = schema.split("(", 1)[0]
 
@@ -32,7 +33,21 @@ def define(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) ->
     library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     library.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"grade_kernels::{name}", fake, lib=library)
-    return getattr(torch.ops.grade_kernels, name).default
+    op = getattr(torch.ops.grade_kernels, name).default
+
+    def call(*args: Any) -> Any:
+        # An operation without a rule for them would drop tangents, which then pass for zeros.
+        if forward_ad._current_level >= 0 and any(_has_tangent(x) for x in args):
+            raise NotImplementedError(f"grade_kernels::{name} has no forward-mode derivative")
+        return op(*args)
+
+    return call
+
+
+def _has_tangent(x: Any) -> bool:
+    if isinstance(x, (tuple, list)):
+        return any(_has_tangent(y) for y in x)
+    return isinstance(x, torch.Tensor) and forward_ad.unpack_dual(x).tangent is not None
 
 
 def once_differentiable(name: str) -> None:

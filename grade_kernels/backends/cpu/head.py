@@ -21,7 +21,6 @@ _LANES, _PIECES = 16, 8  # kHeadLanes and kPieces of csrc/cpu
 _FEW_ROWS = 8  # hidden rows up to which padding them to whole lanes is most of the work
 _TILE = 32  # kTileBlock and kTileStep of csrc/cpu/tiles.h
 _TILE_PARTS = {torch.float32: 3, torch.bfloat16: 1}  # numbers in a tile for one of a tensor's
-_TILE_ROWS = {torch.float32: 2**62, torch.bfloat16: 128}  # beyond, torch's product with these as columns is faster
 _CANDIDATE_WORDS = 3  # int32 words of csrc/cpu/head.h's Candidate
 _SAMPLE, _SCORES, _SOFTMAX = range(3)
 
@@ -38,15 +37,15 @@ def _has_tiles(x: torch.Tensor) -> bool:
 def _packed(x: torch.Tensor) -> torch.Tensor:
     """x as csrc/cpu/tiles.h wants it."""
     rows, width = (-(-size // _TILE) * _TILE for size in x.shape)
-    packed = torch.empty(rows * width * _TILE_PARTS[x.dtype] + rows, dtype=torch.int16)
+    packed = x.new_empty(rows * width * _TILE_PARTS[x.dtype] + rows, dtype=torch.int16)
     _kernels().tile_pack(unit_stride(x), packed)
     return packed
 
 
 def product(x: torch.Tensor, table: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-    """See `grade_kernels.backends`. Few rows are padded to sixteen in tiles, where torch's product is as fast."""
+    """See `grade_kernels.backends`."""
     fits = table.dtype == x.dtype and (out is None or out.dtype in (x.dtype, torch.float32))
-    if len(x) <= _FEW_ROWS or not fits or not _has_tiles(x):
+    if not fits or not _has_tiles(x):
         return fallback.product(x, table, out)
     if out is None:
         out = x.new_empty(len(x), len(table))
@@ -63,7 +62,7 @@ class _Product:
     def __init__(self, hidden: torch.Tensor, weight: torch.Tensor, width: int) -> None:
         self.weight, self.rows = weight, len(hidden)
         self.buffer = hidden.new_empty(min(width, len(weight)), _padded(self.rows))
-        self.tiles = _has_tiles(hidden) and self.rows <= _TILE_ROWS[hidden.dtype]
+        self.tiles = _has_tiles(hidden)
         if self.tiles:
             self.hidden = _packed(hidden)
         else:
@@ -127,7 +126,7 @@ def _few_chunks(head: Head) -> Iterator[tuple[slice, torch.Tensor]]:
     hidden, weight = unit_stride(head.hidden), unit_stride(head.weight)
     rows, vocab = hidden.shape[0], weight.shape[0]
     width = max(64, CHUNK_ELEMENTS // 2 // rows // 64 * 64)
-    buffer = torch.empty(rows, min(width, vocab))
+    buffer = hidden.new_empty(rows, min(width, vocab))
     for start in range(0, vocab, width):
         columns = slice(start, min(start + width, vocab))
         logits = buffer[:, : columns.stop - start]
@@ -139,7 +138,7 @@ def _few_chunks(head: Head) -> Iterator[tuple[slice, torch.Tensor]]:
 
 def _few_sample(head: Head, seed: torch.Tensor, row_ids: torch.Tensor | None, vocab_start: int) -> Sample:
     """`head_sample` of a few rows: samples of chunks, the best of which wins."""
-    parts, bad = [], torch.zeros(head.hidden.shape[0], dtype=torch.bool)
+    parts, bad = [], head.hidden.new_zeros(head.hidden.shape[0], dtype=torch.bool)
     for columns, logits in _few_chunks(head):
         part = rows_backend.sample(logits, seed, row_ids, vocab_start + columns.start, True)
         none = part.ids < 0  # NaN, +inf or only -inf; a chunk may well be masked throughout
@@ -167,12 +166,12 @@ class _Pass:
     def __init__(self, kind: int, head: Head, tau: torch.Tensor, eps: float) -> None:
         rows, vocab = head.hidden.shape[0], head.weight.shape[0]
         self.kind, self.head, self.tau, self.eps = kind, head, tau.contiguous(), eps
-        self.state = torch.zeros(5, rows)  # csrc/cpu/head_ops.cpp's State: two maxima, two sums, a moment
+        self.state = tau.new_zeros(5, rows)  # csrc/cpu/head_ops.cpp's State: two maxima, two sums, a moment
         self.state[0::2][:2] = torch.finfo(torch.float32).min
-        self.ids = torch.full((rows,), -1)
-        self.flags = torch.zeros(3, rows, dtype=torch.int32)  # bad, entries, overflow
+        self.ids = tau.new_full((rows,), -1, dtype=torch.int64)
+        self.flags = tau.new_zeros(3, rows, dtype=torch.int32)  # bad, entries, overflow
         self.capacity = fallback.support_capacity(eps, vocab) if eps > 0 else 0
-        self.candidates = torch.empty(rows, self.capacity * _CANDIDATE_WORDS, dtype=torch.int32)
+        self.candidates = tau.new_empty(rows, self.capacity * _CANDIDATE_WORDS, dtype=torch.int32)
 
     def run(self, seed: torch.Tensor, row_ids: torch.Tensor | None, vocab_start: int, ref: Head | None = None) -> None:
         head, rows = self.head, self.head.hidden.shape[0]
@@ -181,7 +180,7 @@ class _Pass:
         logits = _logits(head, ref, width)
         # Candidates of a chunk before they are filtered: room for all, touched where there are any.
         room = _PIECES * lanes * -(-width // _PIECES) * _CANDIDATE_WORDS if self.eps > 0 else 0
-        scratch = torch.empty(room, dtype=torch.int32)
+        scratch = self.flags.new_empty(room)
         row_ids = None if row_ids is None else row_ids.contiguous()
         for chunk in _chunks(vocab, width):
             out, ref_out = logits(chunk)
@@ -206,10 +205,10 @@ class _Pass:
         if self.eps == 0:
             return fallback.empty_support(rows, self.head.hidden)
         _kernels().head_finish(self.tau, self.eps, self.state, self.flags, self.candidates)
-        offsets = torch.zeros(rows + 1, dtype=torch.int64)
+        offsets = self.ids.new_zeros(rows + 1)
         torch.cumsum(self.flags[1], 0, out=offsets[1:])
         count = int(offsets[-1])
-        tokens, p = torch.empty(count, dtype=torch.int64), torch.empty(count)
+        tokens, p = self.ids.new_empty(count), self.state.new_empty(count)
         _kernels().head_support(self.candidates, offsets, tokens, p)
         return Support(offsets, tokens, p, self.flags[2] != 0)
 
@@ -218,7 +217,7 @@ def head_sample(head: Head, seed: torch.Tensor, row_ids: torch.Tensor | None, vo
     """See `grade_kernels.backends`."""
     if head.hidden.dtype == torch.float32 and 0 < head.hidden.shape[0] <= _FEW_ROWS:
         return _few_sample(head, seed, row_ids, vocab_start)
-    step = _Pass(_SAMPLE, head, torch.ones(head.hidden.shape[0]), 0.0)
+    step = _Pass(_SAMPLE, head, head.hidden.new_ones(head.hidden.shape[0], dtype=torch.float32), 0.0)
     step.run(seed, row_ids, vocab_start)
     return step.sample()
 
@@ -262,7 +261,7 @@ def gather_dot(x: torch.Tensor, table: torch.Tensor, rows: torch.Tensor, tokens:
     """See `grade_kernels.backends`."""
     if torch.float64 in (x.dtype, table.dtype):
         return fallback.gather_dot(x, table, rows, tokens)
-    out = torch.empty(len(tokens))
+    out = x.new_empty(len(tokens), dtype=torch.float32)
     _kernels().gather_dot(unit_stride(x), unit_stride(table), rows.contiguous(), tokens.contiguous(), out)
     return out
 
@@ -271,14 +270,14 @@ def gather_sum(values: torch.Tensor, table: torch.Tensor, offsets: torch.Tensor,
     """See `grade_kernels.backends`."""
     if torch.float64 in (values.dtype, table.dtype):
         return fallback.gather_sum(values, table, offsets, tokens)
-    out = torch.empty(len(offsets) - 1, table.shape[1])
+    out = values.new_empty(len(offsets) - 1, table.shape[1])
     _kernels().gather_sum(values.contiguous(), unit_stride(table), offsets, tokens.contiguous(), out)
     return out
 
 
 def _token_order(tokens: torch.Tensor, vocab: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """As the torch backend's, by counting."""
-    order, counts = torch.empty_like(tokens), torch.zeros(vocab, dtype=torch.int64)
+    order, counts = torch.empty_like(tokens), tokens.new_zeros(vocab)
     _kernels().token_order(tokens.contiguous(), order, counts)
     distinct = counts.nonzero()[:, 0]
     return order, distinct, fallback.offsets_of(counts[distinct])

@@ -23,8 +23,8 @@ def sample(
     """See `grade_kernels.backends`."""
     compute = torch.float64 if logits.dtype == torch.float64 else torch.float32
     rows = logits.shape[0]
-    ids, score_max = torch.empty(rows, dtype=torch.int64), torch.empty(rows, dtype=compute)
-    logit_max, logit_sum = (torch.empty(rows if logsumexp else 0, dtype=compute) for _ in range(2))
+    ids, score_max = logits.new_empty(rows, dtype=torch.int64), logits.new_empty(rows, dtype=compute)
+    logit_max, logit_sum = (logits.new_empty(rows if logsumexp else 0, dtype=compute) for _ in range(2))
     _kernels().sample(
         unit_stride(logits), seed, contiguous(row_ids), vocab_start, logsumexp, ids, score_max, logit_max, logit_sum
     )
@@ -40,10 +40,10 @@ def one_hot(sample: Sample, vocab_size: int, dtype: torch.dtype) -> torch.Tensor
     rows = sample.ids.shape[0]
     size = rows * vocab_size * dtype.itemsize
     if size < _FRESH_MEMORY:
-        out = torch.zeros(rows, vocab_size, dtype=dtype)
+        out = sample.ids.new_zeros(rows, vocab_size, dtype=dtype)
     else:
         out = torch.frombuffer(mmap.mmap(-1, size), dtype=dtype).view(rows, vocab_size)
-    out[torch.arange(rows), sample.ids] = 1.0  # in 16 bits scatter_ would pass over all of it
+    out[torch.arange(rows, device=out.device), sample.ids] = 1.0  # in 16 bits scatter_ would pass over all of it
     return out
 
 
@@ -58,7 +58,7 @@ def softmax(
     out_dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `grade_kernels.backends`."""
-    out, total = torch.empty(logits.shape, dtype=out_dtype), torch.empty_like(score_max)
+    out, total = logits.new_empty(logits.shape, dtype=out_dtype), torch.empty_like(score_max)
     _kernels().softmax(
         unit_stride(logits), tau.contiguous(), seed, contiguous(row_ids), vocab_start, score_max, normalize, out, total
     )
@@ -79,7 +79,7 @@ def softmax_backward(
     out: torch.Tensor,
 ) -> torch.Tensor:
     """See `grade_kernels.backends`."""
-    dtau = torch.zeros(logits.shape[0], dtype=tau.dtype)
+    dtau = tau.new_zeros(logits.shape[0])
     _kernels().softmax_backward(
         unit_stride(dy),
         unit_stride(logits),

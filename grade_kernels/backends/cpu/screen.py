@@ -33,10 +33,10 @@ class Screen:
         size = torch.nan_to_num(some.square().mean(dim=0).sqrt(), posinf=0.0)
         self._columns = torch.where(size > 0, size, 1.0)
         padded = -(-width // _LANES) * _LANES
-        inverse = torch.zeros(padded)
+        inverse = size.new_zeros(padded)
         inverse[:width] = 1.0 / self._columns
-        self._codes = torch.empty(vocab, padded, dtype=torch.int8)
-        self._scale, self._slack = torch.empty(vocab), torch.empty(vocab)
+        self._codes = size.new_empty(vocab, padded, dtype=torch.int8)
+        self._scale, self._slack = size.new_empty(vocab), size.new_empty(vocab)
         _kernels().screen_encode(self._weight, inverse, self._codes, self._scale, self._slack)
         self.usable = bool(self._slack.isfinite().all())
 
@@ -48,9 +48,9 @@ class Screen:
         So it is if a row has no distribution, or if too many tokens stay in question.
         """
         rows, width = head.hidden.shape
-        x = torch.zeros(rows, self._codes.shape[1])
+        x = self._scale.new_zeros(rows, self._codes.shape[1])
         x[:, :width] = head.hidden.float() * self._columns
-        ids = torch.empty(rows, dtype=torch.int64)
+        ids = x.new_empty(rows, dtype=torch.int64)
         looked_at = _kernels().screen_sample(
             unit_stride(head.hidden), self._weight, x, torch.linalg.vector_norm(x, dim=1), self._codes, self._scale,
             self._slack, head.bias, head.softcap or 0.0, seed, contiguous(row_ids), vocab_start, ids,
