@@ -317,17 +317,22 @@ def test_gradient_checkpointing_gives_the_same_run(tmp_path):
     assert all(torch.allclose(first[name], second[name], atol=1e-5) for name in first)
 
 
-def test_lora_trains_the_adapter_alone_and_refers_to_the_model_without_it(tmp_path):
-    peft = pytest.importorskip("peft")
-    adapter = peft.LoraConfig(r=4, target_modules=["c_attn"], lora_dropout=0.1, task_type="CAUSAL_LM")
-    trainer = build(tmp_path, peft_config=adapter, max_steps=6, feedback_hops="exact")
-    assert trainer.ref_model is None
+def train_adapter_alone(trainer):
+    """Train, and see that the adapter has changed and nothing else has."""
     before = weights(trainer)
     trainer.train()
     after = weights(trainer)
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed
     assert all("lora_" in name for name in changed)
+
+
+def test_lora_trains_the_adapter_alone_and_refers_to_the_model_without_it(tmp_path):
+    peft = pytest.importorskip("peft")
+    adapter = peft.LoraConfig(r=4, target_modules=["c_attn"], lora_dropout=0.1, task_type="CAUSAL_LM")
+    trainer = build(tmp_path, peft_config=adapter, max_steps=6, feedback_hops="exact")
+    assert trainer.ref_model is None
+    train_adapter_alone(trainer)
     logs = [entry for entry in trainer.state.log_history if "kl" in entry]
     assert abs(logs[0]["kl"]) < 1e-4 < logs[-1]["kl"]
     with pytest.raises(ValueError, match="has an adapter already"):
@@ -342,12 +347,7 @@ def test_adapters_of_transformers_own_and_adapters_of_rewards(tmp_path):
     model = policy("llama", dtype=torch.float32)
     model.add_adapter(peft.LoraConfig(r=4, target_modules=["q_proj"]))
     trainer = build(tmp_path, model=model, max_steps=2)
-    before = weights(trainer)
-    trainer.train()
-    after = weights(trainer)
-    changed = {name for name in before if not torch.equal(before[name], after[name])}
-    assert changed
-    assert all("lora_" in name for name in changed)
+    train_adapter_alone(trainer)
     for family, layer in (("bert", "query"), ("llama", "q_proj")):
         adapter = peft.LoraConfig(r=4, target_modules=[layer], task_type="SEQ_CLS", init_lora_weights=False)
         judge = peft.get_peft_model(classifier(family, dtype=torch.float32), adapter).eval()

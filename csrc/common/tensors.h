@@ -27,7 +27,10 @@ inline Dtype dtype_of(const Tensor& x) {
   }
 }
 
-inline size_t element_size(const Tensor& x) { return size_t(bytes_of(dtype_of(x))); }
+inline size_t element_size(const Tensor& x) {
+  const Dtype dtype = dtype_of(x);
+  return dtype == Dtype::kDouble ? 8 : dtype == Dtype::kFloat ? 4 : 2;
+}
 
 // Null for an empty tensor, which stands for an argument that is not used.
 template <typename Real>

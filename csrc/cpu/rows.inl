@@ -90,12 +90,17 @@ struct Sum {
 
 // ---- Sampling -----------------------------------------------------------------------------------------------------
 
-// The exact scores of sixteen tokens, taken only where the bound says that one of them may win.
-[[gnu::noinline]] static void contest(const RowKey& key, int64_t token, int64_t column, f32 l, u32 w, SamplePart<float>& best) {
+// Gumbel noise of sixteen tokens.
+GK_STEP f32 gumbel_one(const RowKey& key, int64_t token, u32 w) {
   u32p words;
   for (int i = 0; i < kPack; ++i) words.v[i] = splat_u(0x80000000u);
   words.v[0] = w;
-  const f32 s = l + gumbel(key, token, words).v[0];
+  return gumbel(key, token, words).v[0];
+}
+
+// The exact scores of sixteen tokens, taken only where the bound says that one of them may win.
+[[gnu::noinline]] static void contest(const RowKey& key, int64_t token, int64_t column, f32 l, u32 w, SamplePart<float>& best) {
+  const f32 s = l + gumbel_one(key, token, w);
   for (int i = 0; i < kLanes; ++i) {
     if (s[i] <= best.score_max) continue;
     if (!(s[i] < __builtin_inff())) {  // NaN or +inf

@@ -47,10 +47,7 @@ static void screen_encode(const ScreenCodes& args, int64_t begin, int64_t end) {
 // Of sixteen tokens with upper bounds u of their logits and twice as wide an error, those that may win.
 [[gnu::noinline]] static void consider(const RowKey& key, int64_t token, int32_t column, f32 u, f32 width, u32 w, int32_t row,
                                        ScreenPiece& out, Contender* found) {
-  u32p words;
-  for (int i = 0; i < kPack; ++i) words.v[i] = splat_u(0x80000000u);
-  words.v[0] = w;
-  const f32 s = u + gumbel(key, token, words).v[0], low = s - width;
+  const f32 s = u + gumbel_one(key, token, w), low = s - width;
   for (int i = 0; i < kLanes; ++i) {
     if (!(s[i] < __builtin_inff()) || out.count == kScreenRoom) {
       out.bad = true;

@@ -404,8 +404,8 @@ class _Backward:
                 dl = (p + hit) * (dy - mean) - 0.5 * plain(logits) * (dy - plain_dot)
             else:
                 dl = dy.sub_(mean).mul_(p).div_(tau)
-            if self.wants_dtau and not reinmax:
-                dtau.sub_(torch.where(p > 0, dl * p.log(), 0.0).sum(dim=1, keepdim=True))
+                if self.wants_dtau:
+                    dtau.sub_(torch.where(p > 0, dl * p.log(), 0.0).sum(dim=1, keepdim=True))
             if dlogprobs is not None:
                 dl = dl + dlogprobs[rows, None] * (hit.to(dl.dtype) - plain(logits))
             if estimator == "soft":
