@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <atomic>
 #include <bit>
 #include <cmath>
 #include <vector>
@@ -274,6 +275,17 @@ void tile_product(Tensor packed, int64_t rows, Tensor table, bool by_row, Tensor
   parallel_rows(tile_blocks(args.tokens), [&](int64_t begin, int64_t end) { multiply_tiles(args, begin, end); });
 }
 
+// values @ table in `out`. False if a sum is not finite: parts of an infinity are none, and what it stands for is lost.
+bool tile_sum(Tensor values, Tensor table, Tensor out) {
+  const TileSum args{values.const_data_ptr(), dtype_of(values), values.size(0), values.stride(0), table.const_data_ptr(), dtype_of(table),
+                     table.size(0), table.size(1), table.stride(0), mutable_data<float>(out), out.stride(0)};
+  std::atomic<bool> finite = true;
+  parallel_rows(tile_blocks(args.width), [&](int64_t begin, int64_t end) {
+    if (!sum_tiles(args, begin, end)) finite = false;
+  });
+  return finite;
+}
+
 }  // namespace
 }  // namespace gk
 
@@ -290,6 +302,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(grade_kernels_cpu, m) {
   m.def("has_tiles() -> bool");
   m.def("tile_pack(Tensor x, Tensor(a!) packed) -> ()");
   m.def("tile_product(Tensor packed, int rows, Tensor table, bool by_row, Tensor(a!) out) -> ()");
+  m.def("tile_sum(Tensor values, Tensor table, Tensor(a!) out) -> bool");
   m.def("gather_sum(Tensor values, Tensor table, Tensor offsets, Tensor tokens, Tensor(a!) out) -> ()");
 }
 
@@ -303,5 +316,6 @@ STABLE_TORCH_LIBRARY_IMPL(grade_kernels_cpu, CompositeExplicitAutograd, m) {
   m.impl("has_tiles", TORCH_BOX(&gk::has_tiles));
   m.impl("tile_pack", TORCH_BOX(&gk::tile_pack));
   m.impl("tile_product", TORCH_BOX(&gk::tile_product));
+  m.impl("tile_sum", TORCH_BOX(&gk::tile_sum));
   m.impl("gather_sum", TORCH_BOX(&gk::gather_sum));
 }

@@ -7,7 +7,9 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <memory>
 #include <type_traits>
+#include <vector>
 
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,avx512bf16,amx-tile,amx-bf16"))), \
@@ -363,6 +365,257 @@ void pack_plain(const TilePacking& args, int64_t block) {
   }
 }
 
+// values @ table. Values are tiles as they are, so that tokens are what is summed over; a tile of the table takes its rows
+// in pairs, which its own rows give side by side.
+template <Dtype kDtype>
+class Summer {
+ public:
+  // Of blocks [begin, end) of the table's columns.
+  Summer(const TileSum& args, int64_t begin, int64_t end)
+      : args_(args), begin_(begin), end_(end), groups_(tile_blocks(args.rows)), parts_(size_t(groups_), kParts),
+        memory_(new char[size_t(64 + kPanelTiles * kTile * 2 + groups_ * kSteps * kParts * 2 * kTile * 2 +
+                                groups_ * (end - begin) * kSums * 4)]) {
+    panel_ = reinterpret_cast<uint16_t*>(memory_.get() + -reinterpret_cast<uintptr_t>(memory_.get()) % 64);
+    values_ = panel_ + kPanelTiles * kTile;
+    sums_ = reinterpret_cast<float*>(values_ + groups_ * kSteps * kParts * 2 * kTile);
+  }
+
+  bool run() {
+    for (int64_t token = 0; token < args_.tokens; token += kSteps * kTileStep) {
+      const int64_t tokens = std::min(kSteps * kTileStep, args_.tokens - token);
+      pack(token, tokens);
+      for (int64_t first = begin_; first < end_; first += kPanelBlocks) {
+        const int64_t last = std::min(end_, first + kPanelBlocks);
+        fill(token, tokens, first, last);
+        // Asked for meanwhile: the same tokens' next columns, or the next tokens' first ones.
+        if (last < end_) {
+          ask(token, tokens, last, std::min(end_, last + kPanelBlocks), (last - first) * groups_ * tile_steps(tokens));
+        } else {
+          ask(token + tokens, std::min(kSteps * kTileStep, args_.tokens - token - tokens), begin_,
+              std::min(end_, begin_ + kPanelBlocks), (last - first) * groups_ * tile_steps(tokens));
+        }
+        for (int64_t group = 0; group < groups_; ++group) {
+          for (int64_t block = first; block < last; ++block) {
+            const uint16_t* tiles = panel_ + (block - first) * kSteps * kTableParts * 2 * kTile;
+            float* sums = sums_ + ((block - begin_) * groups_ + group) * kSums;
+            if (args_.rows - group * kTileBlock > 16) {
+              multiply_block<true>(sums, tiles, token == 0, tile_steps(tokens), group);
+            } else {
+              multiply_block<false>(sums, tiles, token == 0, tile_steps(tokens), group);
+            }
+          }
+        }
+      }
+    }
+    bool finite = true;
+    for (int64_t block = begin_; block < end_; ++block) finite &= put(block);
+    return finite;
+  }
+
+ private:
+  static constexpr bool kSplit = kDtype == Dtype::kFloat;
+  static constexpr int kParts = kSplit ? kTileParts : 2;  // bfloat16 numbers for one of the values'
+  static constexpr int kTableParts = parts_of(kDtype);
+  static constexpr int64_t kSteps = 8;  // summed in tiles before they join the sum so far
+  static constexpr int64_t kSums = kTileBlock * kTileBlock;
+  static constexpr int64_t kPanelBlocks = kSplit ? 8 : 16;  // of columns; a KiB of a row
+  static constexpr int64_t kPanelTiles = kPanelBlocks * kSteps * kTableParts * 2;
+  using Number = std::conditional_t<kSplit, float, uint16_t>;
+  static constexpr int64_t kLine = 64 / sizeof(Number);
+
+  const Number* table(int64_t token) const { return static_cast<const Number*>(args_.table) + token * args_.stride; }
+
+  // Values of some tokens, by rows of tiles, steps and parts. In float32 tokens i and i + 16 are a pair, else neighbours.
+  void pack(int64_t token, int64_t tokens) {
+    const int64_t steps = tile_steps(tokens);
+    const bool narrow = args_.values_dtype != Dtype::kFloat;
+    __m512i rests = _mm512_setzero_si512();
+    for (int64_t row = 0; row < groups_ * kTileBlock; ++row) {
+      const int64_t place = std::min(row, args_.rows - 1) * args_.values_stride + token;
+      uint16_t* tiles = values_ + row / kTileBlock * kSteps * kParts * 2 * kTile + row % kTileBlock * 32;
+      for (int64_t step = 0; step < steps; ++step, tiles += kParts * 2 * kTile) {
+        const uint32_t mask = row < args_.rows ? mask_of(tokens - step * kTileStep) : 0;
+        const float* x = static_cast<const float*>(args_.values) + place + step * kTileStep;
+        if constexpr (kSplit) {
+          __m512i pairs[kTileParts];
+          load_pairs(x, mask, pairs);
+          for (int part = 0; part < kParts; ++part) _mm512_store_si512(tiles + part * 2 * kTile, pairs[part]);
+        } else if (narrow) {
+          const uint16_t* numbers = static_cast<const uint16_t*>(args_.values) + place + step * kTileStep;
+          _mm512_store_si512(tiles, _mm512_maskz_loadu_epi16(mask, numbers));
+        } else {
+          const __m512 low = _mm512_maskz_loadu_ps(__mmask16(mask), x), high = _mm512_maskz_loadu_ps(__mmask16(mask >> 16), x + 16);
+          const __m512i first = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low));
+          const auto left = [](__m512 from, __m256i part) {
+            return _mm512_sub_ps(from, _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(part), 16)));
+          };
+          const __m512 low_left = left(low, _mm512_castsi512_si256(first)), high_left = left(high, _mm512_extracti64x4_epi64(first, 1));
+          const __m512i second = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high_left, low_left));
+          _mm512_store_si512(tiles, first);
+          _mm512_store_si512(tiles + 2 * kTile, second);
+          rests = _mm512_or_si512(rests, second);
+        }
+      }
+      if constexpr (!kSplit) {
+        if (row % kTileBlock + 1 < kTileBlock) continue;
+        parts_[size_t(row / kTileBlock)] = _mm512_test_epi32_mask(rests, rests) ? kParts : 1;
+        rests = _mm512_setzero_si512();
+      }
+    }
+  }
+
+  // Some tokens' columns as tiles, row by row, as they lie in memory. Neighbours in bfloat16 meet in each quarter of a
+  // vector, which parts their columns: the first tile has the first four of every eight, the second the others.
+  void fill(int64_t token, int64_t tokens, int64_t first, int64_t last) {
+    for (int64_t i = 0; i < tile_steps(tokens) * 16; ++i) {
+      const int64_t a = i / 16 * kTileStep + (kSplit ? i % 16 : 2 * (i % 16)), b = kSplit ? a + 16 : a + 1;
+      const Number *x = table(token + std::min(a, tokens - 1)), *y = table(token + std::min(b, tokens - 1));
+      for (int64_t block = first; block < last; ++block) {
+        const int64_t column = block * kTileBlock;
+        const uint32_t mask = mask_of(args_.width - column), of_x = a < tokens ? mask : 0, of_y = b < tokens ? mask : 0;
+        uint16_t* tiles = panel_ + ((block - first) * kSteps + i / 16) * kTableParts * 2 * kTile + i % 16 * 32;
+        if constexpr (kSplit) {
+          for (int half = 0; half < 2; ++half) {
+            __m512i pairs[kTileParts];
+            split(_mm512_maskz_loadu_ps(__mmask16(of_x >> 16 * half), x + column + 16 * half),
+                  _mm512_maskz_loadu_ps(__mmask16(of_y >> 16 * half), y + column + 16 * half), pairs);
+            for (int part = 0; part < kTableParts; ++part) {
+              _mm512_store_si512(tiles + (part * 2 + half) * kTile, pairs[part]);
+            }
+          }
+        } else {
+          const __m512i u = _mm512_maskz_loadu_epi16(of_x, x + column), v = _mm512_maskz_loadu_epi16(of_y, y + column);
+          _mm512_store_si512(tiles, _mm512_unpacklo_epi16(u, v));
+          _mm512_store_si512(tiles + kTile, _mm512_unpackhi_epi16(u, v));
+        }
+      }
+    }
+  }
+
+  // From now on the lines of some tokens' columns are asked for, within so many steps.
+  void ask(int64_t token, int64_t tokens, int64_t first, int64_t last, int64_t steps) {
+    ask_row_ = token, ask_rows_ = token + tokens;
+    ask_line_ = ask_first_ = first * kTileBlock;
+    ask_last_ = std::min(args_.width, last * kTileBlock);
+    const int64_t lines = tokens * ((ask_last_ - ask_first_ + kLine - 1) / kLine);
+    at_a_time_ = (lines + 8 * steps - 1) / (8 * steps);
+  }
+  [[gnu::always_inline]] void ask_more() {
+    for (int64_t i = 0; i < at_a_time_ && ask_row_ < ask_rows_; ++i) {
+      _mm_prefetch(reinterpret_cast<const char*>(table(ask_row_) + ask_line_), _MM_HINT_T1);
+      ask_line_ += kLine;
+      if (ask_line_ >= ask_last_) ask_line_ = ask_first_, ++ask_row_;
+    }
+  }
+
+  template <bool kWide>
+  [[gnu::always_inline]] void multiply_block(float* sums, const uint16_t* tiles, bool fresh, int64_t steps, int64_t group) {
+    const uint16_t* x = values_ + group * kSteps * kParts * 2 * kTile;
+    GK_MEMORY;
+    clear<kWide>();
+    for (int64_t step = 0; step < steps; ++step, x += kParts * 2 * kTile, tiles += kTableParts * 2 * kTile) {
+      if constexpr (kSplit) {
+#pragma GCC unroll 6
+        for (int i = 0; i < kFactorCount; ++i) {
+          if (i == 0 || kFactors[i].table != kFactors[i - 1].table) load_columns(tiles + kFactors[i].table * 2 * kTile);
+          if (i == 0 || kFactors[i].x != kFactors[i - 1].x) load_values<kWide>(x + kFactors[i].x * 2 * kTile);
+          multiply_values<kWide>();
+        }
+      } else {
+        load_columns(tiles);
+        for (int part = parts_[size_t(group)] - 1; part >= 0; --part) {
+          load_values<kWide>(x + part * 2 * kTile);
+          multiply_values<kWide>();
+        }
+      }
+    }
+    if (fresh) {
+      store<kWide>(sums);
+      return;
+    }
+    alignas(64) float latest[kSums];
+    store<kWide>(latest);
+    for (int64_t i = 0; i < (kWide ? kSums : kSums / 2); i += 16) {
+      _mm512_store_ps(sums + i, _mm512_add_ps(_mm512_load_ps(sums + i), _mm512_load_ps(latest + i)));
+    }
+  }
+
+  // Rows apart by 32.
+  template <bool kWide>
+  [[gnu::always_inline]] static void store(float* sums) {
+    _tile_stored(0, sums, 128);
+    _tile_stored(1, sums + 16, 128);
+    if constexpr (kWide) {
+      _tile_stored(2, sums + 16 * 32, 128);
+      _tile_stored(3, sums + 16 * 32 + 16, 128);
+    }
+    GK_MEMORY;
+  }
+
+  // Tiles 0 to 3 are sums: of the first sixteen rows of values with both halves of the columns, then of the others.
+  template <bool kWide>
+  [[gnu::always_inline]] static void clear() {
+    _tile_zero(0);
+    _tile_zero(1);
+    if constexpr (kWide) {
+      _tile_zero(2);
+      _tile_zero(3);
+    }
+  }
+  [[gnu::always_inline]] static void load_columns(const uint16_t* tiles) {
+    _tile_loadd(4, tiles, 64);
+    _tile_loadd(5, tiles + kTile, 64);
+  }
+  template <bool kWide>
+  [[gnu::always_inline]] static void load_values(const uint16_t* tiles) {
+    _tile_loadd(6, tiles, 64);
+    if constexpr (kWide) _tile_loadd(7, tiles + kTile, 64);
+  }
+  template <bool kWide>
+  [[gnu::always_inline]] void multiply_values() {
+    _tile_dpbf16ps(0, 6, 4);
+    ask_more();
+    _tile_dpbf16ps(1, 6, 5);
+    ask_more();
+    if constexpr (kWide) {
+      _tile_dpbf16ps(2, 7, 4);
+      ask_more();
+      _tile_dpbf16ps(3, 7, 5);
+      ask_more();
+    }
+  }
+
+  // A block of columns to where it belongs. Returns whether it is finite.
+  bool put(int64_t block) const {
+    __m512 unlike = _mm512_setzero_ps();  // x - x is 0 or NaN
+    const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+    const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
+    const uint32_t mask = mask_of(args_.width - block * kTileBlock);
+    const float* sums = sums_ + (block - begin_) * groups_ * kSums;
+    for (int64_t row = 0; row < args_.rows; ++row) {
+      __m512 low = _mm512_load_ps(sums + row * 32), high = _mm512_load_ps(sums + row * 32 + 16);
+      if constexpr (!kSplit) {
+        const __m512 of_first = low;
+        low = _mm512_permutex2var_ps(of_first, first, high);
+        high = _mm512_permutex2var_ps(of_first, second, high);
+      }
+      float* out = args_.out + row * args_.out_stride + block * kTileBlock;
+      _mm512_mask_storeu_ps(out, __mmask16(mask), low);
+      _mm512_mask_storeu_ps(out + 16, __mmask16(mask >> 16), high);
+      unlike = _mm512_add_ps(unlike, _mm512_add_ps(_mm512_sub_ps(low, low), _mm512_sub_ps(high, high)));
+    }
+    return _mm512_cmp_ps_mask(unlike, unlike, _CMP_UNORD_Q) == 0;
+  }
+
+  const TileSum& args_;
+  const int64_t begin_, end_, groups_;
+  std::vector<int> parts_;  // of values, by rows of tiles: numbers that are bfloat16 already have but one
+  std::unique_ptr<char[]> memory_;
+  uint16_t *panel_, *values_;  // of kSteps steps
+  float* sums_;                // by blocks of columns and of rows, for tiles to be side by side
+  int64_t ask_row_ = 0, ask_rows_ = 0, ask_line_ = 0, ask_first_ = 0, ask_last_ = 0, at_a_time_ = 0;
+};
+
 }  // namespace
 
 void pack_tiles(const TilePacking& args, int64_t begin, int64_t end) {
@@ -385,6 +638,15 @@ void multiply_tiles(const TileProduct& args, int64_t begin, int64_t end) {
   _tile_release();
 }
 
+bool sum_tiles(const TileSum& args, int64_t begin, int64_t end) {
+  GK_MEMORY;
+  _tile_loadconfig(&kShapes);
+  const bool finite = args.dtype == Dtype::kFloat ? Summer<Dtype::kFloat>(args, begin, end).run()
+                                                  : Summer<Dtype::kBFloat16>(args, begin, end).run();
+  _tile_release();
+  return finite;
+}
+
 }  // namespace gk
 #if defined(__clang__)
 #pragma clang attribute pop
@@ -393,5 +655,6 @@ void multiply_tiles(const TileProduct& args, int64_t begin, int64_t end) {
 namespace gk {
 void pack_tiles(const TilePacking&, int64_t, int64_t) {}
 void multiply_tiles(const TileProduct&, int64_t, int64_t) {}
+bool sum_tiles(const TileSum&, int64_t, int64_t) { return false; }
 }  // namespace gk
 #endif

@@ -40,8 +40,22 @@ struct TileProduct {
   bool by_row;
 };
 
+struct TileSum {
+  const void* values;  // [rows, tokens]
+  Dtype values_dtype;  // kFloat or the table's
+  int64_t rows, values_stride;
+  const void* table;  // [tokens, width]
+  Dtype dtype;        // the table's: kFloat or kBFloat16
+  int64_t tokens, width, stride;
+  // values @ table, [rows, out_stride]. Values are not rounded to kBFloat16 but split into two such numbers.
+  float* out;
+  int64_t out_stride;
+};
+
 // Where machine_isa() is kAmx. Blocks [begin, end) of kTileBlock rows: of x, and of the table.
 void pack_tiles(const TilePacking& args, int64_t begin, int64_t end);
 void multiply_tiles(const TileProduct& args, int64_t begin, int64_t end);
+// Blocks [begin, end) of kTileBlock columns of the table. Returns whether all sums are finite.
+bool sum_tiles(const TileSum& args, int64_t begin, int64_t end);
 
 }  // namespace gk

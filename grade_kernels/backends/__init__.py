@@ -39,6 +39,9 @@ gather_dot(x, table, rows, tokens) -> [K]           x[rows] . table[tokens], in 
 gather_sum(values, table, offsets, tokens) -> [N, H]  sum over a row's entries of value * table[token]
 product(x, table, out=None) -> [N, C]               x @ table.T, rounded as those that the passes above saw; written to
                                                     out (rows apart, tokens side by side) where it is given
+weighted_sum(values, table) -> [N, H]               values [N, C] @ table [C, H], in compute precision; values are rounded to
+                                                    the table's dtype first unless exact_weights(table.dtype)
+exact_weights(dtype) -> bool
 scatter_sum(values, x, rows, tokens, table) -> [V, H]  sum over entries of value * x[row] at row `token`, table's dtype
 ```
 

@@ -204,11 +204,10 @@ class HeadGradients:
             dlogits = rule(columns, logits)
             if head.softcap is not None:
                 dlogits = dlogits * softcap_slope(logits, head.softcap)
-            narrow = dlogits.to(head.hidden.dtype)
             if self.hidden is not None:
-                hidden += narrow @ head.weight[columns]
+                hidden += self.implementation.weighted_sum(dlogits, head.weight[columns])
             if self.weight is not None:
-                self.weight[columns] += narrow.T @ head.hidden
+                self.weight[columns] += dlogits.to(head.hidden.dtype).T @ head.hidden
             if self.bias is not None:
                 self.bias[columns] += dlogits.sum(dim=0)
         if self.hidden is not None:

@@ -218,23 +218,25 @@ def _soft_lookup(
     total, logit_sum = torch.zeros_like(tau), torch.zeros_like(tau)
     ids = torch.full((rows,), -1, dtype=torch.int64, device=tau.device)
     sums = [torch.zeros(rows, table.shape[1], dtype=tau.dtype, device=tau.device) for table in tables]
+    narrow = joint_dtype(tables)
+    weights_dtype = narrow if narrow.itemsize < tau.dtype.itemsize else tau.dtype
     for columns, logits in head_chunks(head, implementation.product):
         part = implementation.sample(logits, seed, row_ids, vocab_start + columns.start, True)
+        chunk_max = logits.amax(dim=1)
         # A chunk may be masked throughout; only a NaN or +inf in it makes the row bad.
-        bad = (logits.amax(dim=1).isnan()) | (logits == torch.inf).any(dim=1)
-        best = torch.where(bad, torch.nan, torch.where(logits.amax(dim=1) == -torch.inf, -torch.inf, part.score_max))
+        bad = chunk_max.isnan() | (chunk_max == torch.inf)
+        best = torch.where(bad, torch.nan, torch.where(chunk_max == -torch.inf, -torch.inf, part.score_max))
         ids = torch.where(best > score_max, part.ids + columns.start, ids)
         raised = torch.where(best.isnan() | score_max.isnan(), torch.nan, torch.maximum(best, score_max))
         pivot = torch.where(raised == -torch.inf, 0.0, raised)
         scale = ((score_max - pivot) / tau).exp()
         score_max = raised
         weights, mass = implementation.softmax(
-            logits, tau, seed, row_ids, vocab_start + columns.start, pivot, False, tau.dtype
+            logits, tau, seed, row_ids, vocab_start + columns.start, pivot, False, weights_dtype
         )
         total = total * scale + mass
         for acc, table in zip(sums, tables, strict=True):
-            acc.mul_(scale[:, None]).add_(weights.to(table.dtype) @ table[columns])
-        chunk_max = logits.amax(dim=1)
+            acc.mul_(scale[:, None]).add_(implementation.weighted_sum(weights, table[columns]))
         plain_max = torch.maximum(logit_max, chunk_max)
         pivot = torch.where(plain_max == -torch.inf, 0.0, plain_max)
         logit_sum = logit_sum * (logit_max - pivot).exp() + torch.where(
@@ -357,15 +359,13 @@ class _Backward:
         row_ids = rows if row_ids is None else row_ids[rows]
         noisy, reinmax = estimator in ("ste", "soft"), estimator == "reinmax"
 
-        def weights(columns: slice, logits: torch.Tensor) -> torch.Tensor:
+        def weights(columns: slice, logits: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
             """Unnormalised probabilities of the relaxation."""
             if noisy:
                 start = vocab_start + columns.start
                 pivot = statistics.score_max.squeeze(1)
-                return self.implementation.softmax(
-                    logits, tau.squeeze(1), seed, row_ids, start, pivot, False, logits.dtype
-                )[0]
-            return ((logits - statistics.logit_max) / tau).exp()
+                return self.implementation.softmax(logits, tau.squeeze(1), seed, row_ids, start, pivot, False, dtype)[0]
+            return ((logits - statistics.logit_max) / tau).exp_().to(dtype)
 
         def plain(logits: torch.Tensor) -> torch.Tensor:
             return (logits - statistics.logit_max).exp() / statistics.logit_sum
@@ -375,18 +375,20 @@ class _Backward:
             for d, table in zip(upstream, self.tables, strict=True):
                 # A table narrower than the head would round dY to its own dtype.
                 dtype = d.dtype if d.dtype == self.head.hidden.dtype else like.dtype
-                parts.append(self.implementation.product(d.to(dtype), table[columns].to(dtype)).to(like.dtype))
+                parts.append(torch.empty_like(like))
+                self.implementation.product(d.to(dtype), table[columns].to(dtype), parts[-1])
             return functools.reduce(torch.Tensor.add_, parts)
 
-        wide = self.head.hidden.dtype in (torch.float32, torch.float64)  # narrower, the difference at the end cancels
-        if wide and not (reinmax or self.gradients.needs[1] or self.gradients.needs[2]):
+        # With weights rounded to less, the difference at the end would lose what is left of it.
+        exact = self.implementation.exact_weights(self.head.weight.dtype)
+        if exact and not (reinmax or self.gradients.needs[1] or self.gradients.needs[2]):
             self._dense_hidden(rows, estimator, dlogprobs, dtables, weights, plain, dy_chunk)
             return
         total, dot, plain_dot = (torch.zeros_like(tau) for _ in range(3))
         for columns, logits in head_chunks(
             self.head._replace(hidden=self.head.hidden[rows]), self.implementation.product
         ):
-            part, dy = weights(columns, logits), dy_chunk(columns, logits)
+            part, dy = weights(columns, logits, logits.dtype), dy_chunk(columns, logits)
             total += part.sum(dim=1, keepdim=True)
             dot += (part * dy).sum(dim=1, keepdim=True)
             if reinmax:
@@ -397,7 +399,7 @@ class _Backward:
         dtau = torch.zeros_like(tau)
 
         def rule(columns: slice, logits: torch.Tensor) -> torch.Tensor:
-            p, dy = weights(columns, logits) / total, dy_chunk(columns, logits)
+            p, dy = weights(columns, logits, logits.dtype).div_(total), dy_chunk(columns, logits)
             if reinmax or dlogprobs is not None:
                 hit = ids == torch.arange(columns.start, columns.stop, device=ids.device)
             if reinmax:
@@ -423,7 +425,7 @@ class _Backward:
         estimator: str,
         dlogprobs: torch.Tensor | None,
         dtables: list[torch.Tensor | None],
-        weights: Callable[[slice, torch.Tensor], torch.Tensor],
+        weights: Callable[[slice, torch.Tensor, torch.dtype], torch.Tensor],
         plain: Callable[[torch.Tensor], torch.Tensor],
         dy_chunk: Callable[[slice, torch.Tensor], torch.Tensor],
     ) -> None:
@@ -434,25 +436,33 @@ class _Backward:
         total, dot, moment, moment_dot = (torch.zeros_like(tau) for _ in range(4))
         kinds = 2 if dlogprobs is None else 3
         sums = torch.zeros(kinds * len(rows), head.hidden.shape[1], dtype=tau.dtype, device=tau.device)
+        buffer: torch.Tensor | None = None
         for columns, logits in head_chunks(head, self.implementation.product):
-            part, dy = weights(columns, logits), dy_chunk(columns, logits).sub_(origin)
-            terms = [part * dy, part] if dlogprobs is None else [part * dy, part, plain(logits)]
+            if buffer is None:  # no chunk is wider than the first
+                buffer = logits.new_empty(kinds, *logits.shape)
+            terms = buffer[:, :, : logits.shape[1]]
+            # Weights of the table's dtype are cheap to multiply it by; as long as all sums take the same ones, they are
+            # those of a distribution, and nothing is lost in the difference.
+            weighted, part = terms[0], terms[1].copy_(weights(columns, logits, head.weight.dtype))
+            torch.mul(part, dy_chunk(columns, logits).sub_(origin), out=weighted)
             total += part.sum(dim=1, keepdim=True)
-            dot += terms[0].sum(dim=1, keepdim=True)
+            dot += weighted.sum(dim=1, keepdim=True)
             if self.wants_dtau:
                 logp = torch.where(part > 0, part.log(), 0.0)
                 moment += (part * logp).sum(dim=1, keepdim=True)
-                moment_dot += (terms[0] * logp).sum(dim=1, keepdim=True)
-            if self.gradients.hidden is not None:
-                stacked = torch.cat(terms)
-                if head.softcap is not None:
-                    stacked *= softcap_slope(logits, head.softcap).repeat(kinds, 1)
-                sums += stacked.to(head.weight.dtype) @ head.weight[columns]
+                moment_dot += (weighted * logp).sum(dim=1, keepdim=True)
             if estimator == "soft":
                 p = part / self.statistics.relaxed_sum[rows, None]
                 for upstream, dtable in zip(self.upstream, dtables, strict=True):
                     if dtable is not None:
                         dtable[columns] += p.to(upstream.dtype).T @ upstream[rows]
+            if self.gradients.hidden is None:
+                continue
+            if dlogprobs is not None:
+                terms[2].copy_(plain(logits).to(head.weight.dtype))
+            if head.softcap is not None:
+                terms *= softcap_slope(logits, head.softcap)
+            sums += self.implementation.weighted_sum(terms.flatten(0, 1), head.weight[columns])
         mean = dot / total
         self.dtau[rows] -= ((moment_dot - mean * moment) / (total * tau)).squeeze(1)
         if self.gradients.hidden is not None:

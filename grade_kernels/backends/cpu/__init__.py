@@ -8,6 +8,7 @@ import torch
 
 from grade_kernels import _build
 from grade_kernels.backends.cpu.head import (
+    exact_weights,
     gather_dot,
     gather_sum,
     head_logits_at,
@@ -16,10 +17,12 @@ from grade_kernels.backends.cpu.head import (
     head_softmax,
     product,
     scatter_sum,
+    weighted_sum,
 )
 from grade_kernels.backends.cpu.rows import one_hot, sample, softmax, softmax_backward
 
 __all__ = [
+    "exact_weights",
     "gather_dot",
     "gather_sum",
     "head_logits_at",
@@ -32,6 +35,7 @@ __all__ = [
     "scatter_sum",
     "softmax",
     "softmax_backward",
+    "weighted_sum",
     "why_not_device",
     "why_unavailable",
 ]

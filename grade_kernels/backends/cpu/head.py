@@ -53,6 +53,20 @@ def product(x: torch.Tensor, table: torch.Tensor, out: torch.Tensor | None = Non
     return out
 
 
+def weighted_sum(values: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """See `grade_kernels.backends`."""
+    if values.dtype in (torch.float32, table.dtype) and values.numel() > 0 and _has_tiles(table):
+        out = values.new_empty(len(values), table.shape[1], dtype=torch.float32)
+        if _kernels().tile_sum(unit_stride(values), unit_stride(table), out):
+            return out
+    return fallback.weighted_sum(values, table)
+
+
+def exact_weights(dtype: torch.dtype) -> bool:
+    """See `grade_kernels.backends`."""
+    return fallback.exact_weights(dtype) or (dtype == torch.bfloat16 and bool(_kernels().has_tiles()))
+
+
 class _Product:
     """`weight @ hidden.T`, some rows of the weight at a time, in a buffer of `width` rows.
 

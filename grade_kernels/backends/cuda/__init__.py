@@ -15,6 +15,7 @@ from grade_kernels import _build, backends
 from grade_kernels.backends.cuda.rows import one_hot, sample, softmax, softmax_backward
 
 _HEAD = (
+    "exact_weights",
     "gather_dot",
     "gather_sum",
     "head_logits_at",
@@ -23,6 +24,7 @@ _HEAD = (
     "head_softmax",
     "product",
     "scatter_sum",
+    "weighted_sum",
 )
 
 __all__ = [*_HEAD, "one_hot", "sample", "softmax", "softmax_backward", "why_not_device", "why_unavailable"]

@@ -1,6 +1,7 @@
 """The fallback: plain PyTorch operations on any device, chunked over the vocabulary."""
 
 from grade_kernels.backends.torch.head import (
+    exact_weights,
     gather_dot,
     gather_sum,
     head_logits_at,
@@ -9,10 +10,12 @@ from grade_kernels.backends.torch.head import (
     head_softmax,
     product,
     scatter_sum,
+    weighted_sum,
 )
 from grade_kernels.backends.torch.rows import one_hot, sample, softmax, softmax_backward
 
 __all__ = [
+    "exact_weights",
     "gather_dot",
     "gather_sum",
     "head_logits_at",
@@ -25,4 +28,5 @@ __all__ = [
     "scatter_sum",
     "softmax",
     "softmax_backward",
+    "weighted_sum",
 ]

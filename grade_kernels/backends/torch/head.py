@@ -50,6 +50,16 @@ def product(x: torch.Tensor, table: torch.Tensor, out: torch.Tensor | None = Non
     return out
 
 
+def weighted_sum(values: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """See `grade_kernels.backends`."""
+    return (values.to(table.dtype) @ table).to(compute_dtype(values.dtype))
+
+
+def exact_weights(dtype: torch.dtype) -> bool:
+    """See `grade_kernels.backends`."""
+    return dtype == compute_dtype(dtype)
+
+
 def head_chunks(
     head: Head, product: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = product
 ) -> Iterator[tuple[slice, torch.Tensor]]:

@@ -29,6 +29,8 @@ _HOME = {
     "gather_sum": f"{__name__}.gather",
     "product": f"{__name__}.gather",
     "scatter_sum": f"{__name__}.gather",
+    "exact_weights": f"{__name__}.gather",
+    "weighted_sum": f"{__name__}.gather",
 }
 
 __all__ = [*_HOME, "why_not_device", "why_unavailable"]

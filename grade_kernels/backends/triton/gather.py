@@ -107,6 +107,9 @@ def product(x: torch.Tensor, table: torch.Tensor, out: torch.Tensor | None = Non
     return x.float() @ table.float().T
 
 
+weighted_sum, exact_weights = fallback.weighted_sum, fallback.exact_weights
+
+
 def head_logits_at(head: Head, rows: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """See `grade_kernels.backends`. The passes keep logits in float32, so nothing is rounded here."""
     if head.hidden.dtype == torch.float64:
