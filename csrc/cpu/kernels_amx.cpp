@@ -112,6 +112,31 @@ template <bool kWide>
   _mm256_mask_storeu_epi16(out, mask, reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x)));
 }
 
+// Sixteen rows of sixteen: numbers, then pairs of them, then quarters of a vector change places.
+[[gnu::always_inline]] inline void transpose(__m512 x[16]) {
+  __m512 y[16];
+  for (int i = 0; i < 16; i += 2) {
+    y[i] = _mm512_unpacklo_ps(x[i], x[i + 1]);
+    y[i + 1] = _mm512_unpackhi_ps(x[i], x[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {  // x[i + k]: number k of each quarter, of rows i to i + 3
+    for (int k = 0; k < 2; ++k) {
+      const __m512d a = _mm512_castps_pd(y[i + k]), b = _mm512_castps_pd(y[i + k + 2]);
+      x[i + 2 * k] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
+      x[i + 2 * k + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
+    }
+  }
+  for (int k = 0; k < 4; ++k) {
+    const __m512 a = _mm512_shuffle_f32x4(x[k], x[k + 4], 0x88), b = _mm512_shuffle_f32x4(x[k], x[k + 4], 0xDD);
+    const __m512 c = _mm512_shuffle_f32x4(x[k + 8], x[k + 12], 0x88), d = _mm512_shuffle_f32x4(x[k + 8], x[k + 12], 0xDD);
+    y[k] = _mm512_shuffle_f32x4(a, c, 0x88);
+    y[k + 8] = _mm512_shuffle_f32x4(a, c, 0xDD);
+    y[k + 4] = _mm512_shuffle_f32x4(b, d, 0x88);
+    y[k + 12] = _mm512_shuffle_f32x4(b, d, 0xDD);
+  }
+  for (int i = 0; i < 16; ++i) x[i] = y[i];
+}
+
 template <Dtype kDtype>
 class Multiplier {
  public:
@@ -209,10 +234,14 @@ class Multiplier {
       }
       return;
     }
-    const __m512i down = _mm512_mullo_epi32(_mm512_set1_epi32(32), _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
-    for (int64_t j = 0; j < std::min(columns, args_.rows - row); ++j) {
+    for (int64_t j = 0; j < std::min(columns, args_.rows - row); j += 16) {
+      const int64_t rows = std::min<int64_t>(16, args_.rows - row - j);
       for (int64_t i = 0; i < tokens; i += 16) {
-        write((row + j) * args_.out_stride + token + i, __mmask16(mask_of(tokens - i)), _mm512_i32gather_ps(down, sums + i * 32 + j, 4));
+        __m512 block[16];
+        for (int k = 0; k < 16; ++k) block[k] = _mm512_load_ps(sums + (i + k) * 32 + j);
+        transpose(block);
+        const __mmask16 mask = __mmask16(mask_of(tokens - i));
+        for (int64_t k = 0; k < rows; ++k) write((row + j + k) * args_.out_stride + token + i, mask, block[k]);
       }
     }
   }
