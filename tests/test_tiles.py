@@ -154,6 +154,67 @@ def test_a_logit_does_not_depend_on_its_neighbours(tiles, dtype):
     assert torch.equal(_product(hidden[13:40], weight[5:77]), whole[5:77, 13:40])
 
 
+def _sums_error(found, values, table):
+    exact, size = values.double() @ table.double(), values.double().abs() @ table.double().abs()
+    return ((found - exact).abs() / size).max().item()
+
+
+@DTYPES
+@pytest.mark.parametrize("rows", [1, 16, 17, 33, 70])
+@pytest.mark.parametrize(("tokens", "width"), [(1, 1), (31, 33), (32, 31), (257, 95), (700, 520), (5000, 40)])
+def test_weighted_sums_round_the_values_of_neither_dtype(tiles, poison, rows, tokens, width, dtype):
+    generator = torch.Generator().manual_seed(rows * tokens * width)
+    values = torch.randn(rows, tokens, generator=generator)
+    table = torch.randn(tokens, width, generator=generator).to(dtype)
+    torchs = _sums_error(values @ table.float(), values, table)
+    # In bfloat16 values have two parts of eight bits and a sign each; narrow ones have one, and lose nothing.
+    slack = 2.0**-23 if dtype == torch.float32 else 2.0**-17
+    assert _sums_error(cpu_head.weighted_sum(values, table), values, table) <= torchs + slack
+    narrow = values.bfloat16()
+    found = cpu_head.weighted_sum(narrow.float(), table)
+    assert _sums_error(found, narrow, table) <= _sums_error(narrow.float() @ table.float(), narrow, table) + 2.0**-23
+    assert torch.equal(cpu_head.weighted_sum(narrow if dtype == torch.bfloat16 else narrow.float(), table), found)
+
+
+@DTYPES
+def test_weighted_sums_of_any_layout_rows_and_threads(tiles, dtype):
+    generator = torch.Generator().manual_seed(0)
+    values = torch.full((80, 700), torch.nan)
+    values[::2, :600] = torch.randn(40, 600, generator=generator)
+    table = torch.full((1200, 400), torch.nan, dtype=dtype)
+    table[::2, :300] = torch.randn(600, 300, generator=generator).to(dtype)
+    values, table = values[::2, :600], table[::2, :300]  # what lies beside them is NaN, and must not be seen
+    whole = cpu_head.weighted_sum(values.clone(), table.clone())
+    assert whole.isfinite().all()
+    assert torch.equal(cpu_head.weighted_sum(values, table), whole)
+    assert torch.equal(cpu_head.weighted_sum(values.T.contiguous().T, table.T.contiguous().T), whole)
+    assert torch.equal(cpu_head.weighted_sum(values[3:30], table[:, 40:77]), whole[3:30, 40:77])
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            assert torch.equal(cpu_head.weighted_sum(values, table), whole)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@DTYPES
+def test_weighted_sums_that_are_not_finite_are_torchs_and_stay_alone(tiles, dtype):
+    generator = torch.Generator().manual_seed(0)
+    values, table = torch.rand(40, 90, generator=generator), torch.randn(90, 50, generator=generator).to(dtype)
+    clean = cpu_head.weighted_sum(values, table)
+    values[3, 5], values[4, 6], values[5, 7] = torch.nan, torch.inf, 3.4e38  # the last rounds to an infinity in bfloat16
+    found, kept = cpu_head.weighted_sum(values, table), [i for i in range(40) if i not in (3, 4, 5)]
+    assert torch.equal(found[kept], clean[kept])
+    expected = (values.to(dtype) @ table).float()
+    assert torch.allclose(found[3:6], expected[3:6], rtol=1e-2, equal_nan=True)
+    table[2, 9], table[3, 20] = torch.inf, torch.nan
+    expected = (values.to(dtype) @ table).float()
+    found = cpu_head.weighted_sum(values, table)
+    assert torch.allclose(found, expected, rtol=1e-2, atol=1e-1, equal_nan=True)
+    assert (found[kept][:, 9] == torch.inf).all()
+
+
 SCRIPT = """
 import torch, grade_kernels as gk
 generator = torch.Generator().manual_seed(0)

@@ -7,9 +7,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <memory>
 #include <type_traits>
-#include <vector>
 
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,avx512bf16,amx-tile,amx-bf16"))), \
@@ -401,13 +399,16 @@ class Summer {
  public:
   // Of blocks [begin, end) of the table's columns.
   Summer(const TileSum& args, int64_t begin, int64_t end)
-      : args_(args), begin_(begin), end_(end), groups_(tile_blocks(args.rows)), parts_(size_t(groups_), kParts),
-        memory_(new char[size_t(64 + kPanelTiles * kTile * 2 + groups_ * kSteps * kParts * 2 * kTile * 2 +
-                                groups_ * (end - begin) * kSums * 4)]) {
-    panel_ = reinterpret_cast<uint16_t*>(memory_.get() + -reinterpret_cast<uintptr_t>(memory_.get()) % 64);
+      : args_(args), begin_(begin), end_(end), groups_(tile_blocks(args.rows)),
+        memory_(new char[size_t(64 + kPanelTiles * kTile * 2 +
+                                groups_ * (kSteps * kParts * 2 * kTile * 2 + (end - begin) * kSums * 4 + 4))]) {
+    panel_ = reinterpret_cast<uint16_t*>(memory_ + -reinterpret_cast<uintptr_t>(memory_) % 64);
     values_ = panel_ + kPanelTiles * kTile;
     sums_ = reinterpret_cast<float*>(values_ + groups_ * kSteps * kParts * 2 * kTile);
+    parts_ = reinterpret_cast<int32_t*>(sums_ + groups_ * (end - begin) * kSums);
   }
+  ~Summer() { delete[] memory_; }
+  Summer(const Summer&) = delete;
 
   bool run() {
     for (int64_t token = 0; token < args_.tokens; token += kSteps * kTileStep) {
@@ -416,13 +417,6 @@ class Summer {
       for (int64_t first = begin_; first < end_; first += kPanelBlocks) {
         const int64_t last = std::min(end_, first + kPanelBlocks);
         fill(token, tokens, first, last);
-        // Asked for meanwhile: the same tokens' next columns, or the next tokens' first ones.
-        if (last < end_) {
-          ask(token, tokens, last, std::min(end_, last + kPanelBlocks), (last - first) * groups_ * tile_steps(tokens));
-        } else {
-          ask(token + tokens, std::min(kSteps * kTileStep, args_.tokens - token - tokens), begin_,
-              std::min(end_, begin_ + kPanelBlocks), (last - first) * groups_ * tile_steps(tokens));
-        }
         for (int64_t group = 0; group < groups_; ++group) {
           for (int64_t block = first; block < last; ++block) {
             const uint16_t* tiles = panel_ + (block - first) * kSteps * kTableParts * 2 * kTile;
@@ -450,7 +444,6 @@ class Summer {
   static constexpr int64_t kPanelBlocks = kSplit ? 8 : 16;  // of columns; a KiB of a row
   static constexpr int64_t kPanelTiles = kPanelBlocks * kSteps * kTableParts * 2;
   using Number = std::conditional_t<kSplit, float, uint16_t>;
-  static constexpr int64_t kLine = 64 / sizeof(Number);
 
   const Number* table(int64_t token) const { return static_cast<const Number*>(args_.table) + token * args_.stride; }
 
@@ -487,7 +480,7 @@ class Summer {
       }
       if constexpr (!kSplit) {
         if (row % kTileBlock + 1 < kTileBlock) continue;
-        parts_[size_t(row / kTileBlock)] = _mm512_test_epi32_mask(rests, rests) ? kParts : 1;
+        parts_[row / kTileBlock] = _mm512_test_epi32_mask(rests, rests) ? kParts : 1;
         rests = _mm512_setzero_si512();
       }
     }
@@ -496,44 +489,32 @@ class Summer {
   // Some tokens' columns as tiles, row by row, as they lie in memory. Neighbours in bfloat16 meet in each quarter of a
   // vector, which parts their columns: the first tile has the first four of every eight, the second the others.
   void fill(int64_t token, int64_t tokens, int64_t first, int64_t last) {
-    for (int64_t i = 0; i < tile_steps(tokens) * 16; ++i) {
-      const int64_t a = i / 16 * kTileStep + (kSplit ? i % 16 : 2 * (i % 16)), b = kSplit ? a + 16 : a + 1;
-      const Number *x = table(token + std::min(a, tokens - 1)), *y = table(token + std::min(b, tokens - 1));
+    for (int64_t step = 0; step < tile_steps(tokens); ++step) {
       for (int64_t block = first; block < last; ++block) {
         const int64_t column = block * kTileBlock;
-        const uint32_t mask = mask_of(args_.width - column), of_x = a < tokens ? mask : 0, of_y = b < tokens ? mask : 0;
-        uint16_t* tiles = panel_ + ((block - first) * kSteps + i / 16) * kTableParts * 2 * kTile + i % 16 * 32;
-        if constexpr (kSplit) {
-          for (int half = 0; half < 2; ++half) {
-            __m512i pairs[kTileParts];
-            split(_mm512_maskz_loadu_ps(__mmask16(of_x >> 16 * half), x + column + 16 * half),
-                  _mm512_maskz_loadu_ps(__mmask16(of_y >> 16 * half), y + column + 16 * half), pairs);
-            for (int part = 0; part < kTableParts; ++part) {
-              _mm512_store_si512(tiles + (part * 2 + half) * kTile, pairs[part]);
+        const uint32_t mask = mask_of(args_.width - column);
+        uint16_t* tiles = panel_ + ((block - first) * kSteps + step) * kTableParts * 2 * kTile;
+        for (int64_t i = 0; i < 16; ++i, tiles += 32) {
+          const int64_t a = step * kTileStep + (kSplit ? i : 2 * i), b = kSplit ? a + 16 : a + 1;
+          const Number* x = table(token + std::min(a, tokens - 1)) + column;
+          const Number* y = table(token + std::min(b, tokens - 1)) + column;
+          const uint32_t of_x = a < tokens ? mask : 0, of_y = b < tokens ? mask : 0;
+          if constexpr (kSplit) {
+            for (int half = 0; half < 2; ++half) {
+              __m512i pairs[kTileParts];
+              split(_mm512_maskz_loadu_ps(__mmask16(of_x >> 16 * half), x + 16 * half),
+                    _mm512_maskz_loadu_ps(__mmask16(of_y >> 16 * half), y + 16 * half), pairs);
+              for (int part = 0; part < kTableParts; ++part) {
+                _mm512_store_si512(tiles + (part * 2 + half) * kTile, pairs[part]);
+              }
             }
+          } else {
+            const __m512i u = _mm512_maskz_loadu_epi16(of_x, x), v = _mm512_maskz_loadu_epi16(of_y, y);
+            _mm512_store_si512(tiles, _mm512_unpacklo_epi16(u, v));
+            _mm512_store_si512(tiles + kTile, _mm512_unpackhi_epi16(u, v));
           }
-        } else {
-          const __m512i u = _mm512_maskz_loadu_epi16(of_x, x + column), v = _mm512_maskz_loadu_epi16(of_y, y + column);
-          _mm512_store_si512(tiles, _mm512_unpacklo_epi16(u, v));
-          _mm512_store_si512(tiles + kTile, _mm512_unpackhi_epi16(u, v));
         }
       }
-    }
-  }
-
-  // From now on the lines of some tokens' columns are asked for, within so many steps.
-  void ask(int64_t token, int64_t tokens, int64_t first, int64_t last, int64_t steps) {
-    ask_row_ = token, ask_rows_ = token + tokens;
-    ask_line_ = ask_first_ = first * kTileBlock;
-    ask_last_ = std::min(args_.width, last * kTileBlock);
-    const int64_t lines = tokens * ((ask_last_ - ask_first_ + kLine - 1) / kLine);
-    at_a_time_ = (lines + 8 * steps - 1) / (8 * steps);
-  }
-  [[gnu::always_inline]] void ask_more() {
-    for (int64_t i = 0; i < at_a_time_ && ask_row_ < ask_rows_; ++i) {
-      _mm_prefetch(reinterpret_cast<const char*>(table(ask_row_) + ask_line_), _MM_HINT_T1);
-      ask_line_ += kLine;
-      if (ask_line_ >= ask_last_) ask_line_ = ask_first_, ++ask_row_;
     }
   }
 
@@ -552,7 +533,7 @@ class Summer {
         }
       } else {
         load_columns(tiles);
-        for (int part = parts_[size_t(group)] - 1; part >= 0; --part) {
+        for (int part = parts_[group] - 1; part >= 0; --part) {
           load_values<kWide>(x + part * 2 * kTile);
           multiply_values<kWide>();
         }
@@ -601,16 +582,12 @@ class Summer {
     if constexpr (kWide) _tile_loadd(7, tiles + kTile, 64);
   }
   template <bool kWide>
-  [[gnu::always_inline]] void multiply_values() {
+  [[gnu::always_inline]] static void multiply_values() {
     _tile_dpbf16ps(0, 6, 4);
-    ask_more();
     _tile_dpbf16ps(1, 6, 5);
-    ask_more();
     if constexpr (kWide) {
       _tile_dpbf16ps(2, 7, 4);
-      ask_more();
       _tile_dpbf16ps(3, 7, 5);
-      ask_more();
     }
   }
 
@@ -638,11 +615,10 @@ class Summer {
 
   const TileSum& args_;
   const int64_t begin_, end_, groups_;
-  std::vector<int> parts_;  // of values, by rows of tiles: numbers that are bfloat16 already have but one
-  std::unique_ptr<char[]> memory_;
+  char* const memory_;  // no container's: what it would compile for this instruction set might serve another
   uint16_t *panel_, *values_;  // of kSteps steps
   float* sums_;                // by blocks of columns and of rows, for tiles to be side by side
-  int64_t ask_row_ = 0, ask_rows_ = 0, ask_line_ = 0, ask_first_ = 0, ask_last_ = 0, at_a_time_ = 0;
+  int32_t* parts_;             // of values, by blocks of rows: numbers that are bfloat16 already have but one
 };
 
 }  // namespace

@@ -57,8 +57,10 @@ def weighted_sum(values: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     """See `grade_kernels.backends`."""
     if values.dtype in (torch.float32, table.dtype) and values.numel() > 0 and _has_tiles(table):
         out = values.new_empty(len(values), table.shape[1], dtype=torch.float32)
-        if _kernels().tile_sum(unit_stride(values), unit_stride(table), out):
-            return out
+        if not _kernels().tile_sum(unit_stride(values), unit_stride(table), out):
+            rows = ~out.isfinite().all(dim=1)  # parts of an infinity are none
+            out[rows] = fallback.weighted_sum(values[rows], table)
+        return out
     return fallback.weighted_sum(values, table)
 
 
