@@ -203,7 +203,11 @@ def test_weighted_sums_that_are_not_finite_are_torchs_and_stay_alone(tiles, dtyp
     generator = torch.Generator().manual_seed(0)
     values, table = torch.rand(40, 90, generator=generator), torch.randn(90, 50, generator=generator).to(dtype)
     clean = cpu_head.weighted_sum(values, table)
-    values[3, 5], values[4, 6], values[5, 7] = torch.nan, torch.inf, 3.4e38  # the last rounds to an infinity in bfloat16
+    values[3, 5], values[4, 6], values[5, 7] = (
+        torch.nan,
+        torch.inf,
+        3.4e38,
+    )  # the last rounds to an infinity in bfloat16
     found, kept = cpu_head.weighted_sum(values, table), [i for i in range(40) if i not in (3, 4, 5)]
     assert torch.equal(found[kept], clean[kept])
     expected = (values.to(dtype) @ table).float()
