@@ -291,7 +291,7 @@ class GRADETrainer(Trainer):
                 with reference_of(model, self.ref_model) as reference:
                     referred = refer(reference, Layout.of(ids, mask, sample))
                 assert sample.hidden is not None
-                kl = completion_kl(policy, referred, sample.hidden, sample.mask, args.eps)
+                kl = completion_kl(policy, referred, sample.hidden, sample.mask)
             logprobs = completion_logprobs(policy, sample)
         rows = self._rows(inputs, sample.ids, sample.mask, logprobs, values, weights @ values, kl)
         for name, value in rows.items():
