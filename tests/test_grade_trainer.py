@@ -107,7 +107,7 @@ def test_cheapest_mode_holds_no_reference(tmp_path, estimator):
 
 def test_accumulated_steps_are_one_large_step(tmp_path):
     # Adam would blow the rounding of vanishing gradients up to whole steps.
-    options = {"eps": 0.0, "max_steps": 2, "optim": "sgd", "learning_rate": 0.5}
+    options = {"eps": 0.05, "max_steps": 2, "optim": "sgd", "learning_rate": 0.5}
     whole = build(tmp_path / "a", **options)
     parts = build(tmp_path / "b", per_device_train_batch_size=2, gradient_accumulation_steps=2, **options)
     before = weights(whole)
@@ -407,6 +407,8 @@ def test_bfloat16_autocast_runs(tmp_path):
         ({"feedback_hops": "some"}, ValueError, "feedback_hops must be an int or"),
         ({"feedback_hops": -1}, ValueError, "feedback_hops must be at least 0"),
         ({"num_generations": 3}, ValueError, "must be a multiple of num_generations"),
+        ({"per_device_train_batch_size": 0}, ValueError, "per_device_train_batch_size must be at least 1, got 0"),
+        ({"gradient_accumulation_steps": 0}, ValueError, "gradient_accumulation_steps must be at least 1, got 0"),
         ({"max_completion_length": 2.5}, TypeError, "max_completion_length must be an int"),
         ({"num_completions_to_print": 0}, ValueError, "num_completions_to_print must be positive"),
         ({"num_completions_to_print": "all"}, TypeError, "num_completions_to_print must be an int"),
