@@ -233,6 +233,7 @@ def linear_logprobs(
     logit_softcap: float | None = None,
     temperature: float = 1.0,
     eps: float = 2**-11,
+    noise: GumbelNoise | None = None,
 ) -> torch.Tensor:
     """`log softmax(l / temperature)[ids]`."""
     logits = head_logits(hidden, lm_head, bias, logit_softcap, temperature)
@@ -251,6 +252,7 @@ def linear_kl(
     logit_softcap: float | None = None,
     temperature: float = 1.0,
     eps: float = 2**-11,
+    noise: GumbelNoise | None = None,
 ) -> torch.Tensor:
     """`sum p (log p - log q)` of the policy p and the reference q, whose tensors are constants."""
     logp = head_logits(hidden, lm_head, bias, logit_softcap, temperature).log_softmax(-1)
@@ -267,6 +269,7 @@ def linear_entropy(
     logit_softcap: float | None = None,
     temperature: float = 1.0,
     eps: float = 2**-11,
+    noise: GumbelNoise | None = None,
 ) -> torch.Tensor:
     """`-sum p log p`."""
     logp = head_logits(hidden, lm_head, bias, logit_softcap, temperature).log_softmax(-1)

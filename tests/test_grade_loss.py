@@ -59,6 +59,15 @@ def check_exact(model, reward, tolerance, *, time=7, tau=0.8, estimator="ste", r
     assert worst_difference(gradients(out.loss, model), gradients(loss, model)) < tolerance
 
 
+def read_ids_alone(model):
+    """Let a model's forward pass fail without ids, as those do that look them up more than once."""
+
+    def check(module, arguments, keywords):
+        assert "input_ids" in keywords
+
+    model.register_forward_pre_hook(check, with_kwargs=True)
+
+
 # --------------------------------------------------------------------------------------------------------- exactness
 
 
@@ -89,11 +98,17 @@ def test_heads_with_bias_or_scale_are_exact(family):
     check_exact(policy(family), reward_of("bag"), tolerance, reference=policy(family, seed=1), beta=0.1)
 
 
-@pytest.mark.parametrize("family", ["opt", "bart"])
-def test_decoders_inside_a_shell_are_exact(family):
-    """Their models run the decoder below the backbone of their name, and never that backbone itself."""
+@pytest.mark.parametrize("family", ["opt", "bart", "llama4"])
+def test_decoders_by_another_name_are_exact(family):
+    """The first two run the decoder below the backbone of their name, the third has no backbone of that name."""
     # The bias of keys has no gradient but rounding.
-    check_exact(policy(family), reward_of("bag"), 1e-7, reference=policy(family, seed=1), beta=0.1)
+    check_exact(
+        policy(family),
+        reward_of("bag"),
+        1e-6 if family == "llama4" else 1e-7,
+        reference=policy(family, seed=1),
+        beta=0.1,
+    )
 
 
 def test_a_state_that_counts_padding_is_exact():
@@ -162,6 +177,9 @@ def test_gradient_checkpointing_changes_nothing_and_stays_out_of_the_rollout():
     assert model.training
     assert torch.equal(out.completion_ids, plain.completion_ids)
     assert worst_difference(gradients(out.loss, model), expected) < 1e-10
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    with pytest.raises(ValueError, match="must not have reentrant gradient checkpointing"):
+        ours(model, reward, hops=2)
 
 
 def test_backends_agree():
@@ -331,6 +349,10 @@ def test_a_classifier_that_reads_more_than_embeddings_is_refused():
     model.bert.embeddings.word_embeddings.register_forward_hook(lambda module, arguments, output: 3.0 * output)
     with pytest.raises(ValueError, match="can not be read through its embeddings"):
         SequenceClassificationReward(model)
+    by_ids = classifier("bert")
+    read_ids_alone(by_ids)
+    with pytest.raises(ValueError, match="can not be read through its embeddings: AssertionError"):
+        SequenceClassificationReward(by_ids)
 
 
 def test_right_padded_moves_rows_and_keeps_gradients():
@@ -378,6 +400,18 @@ def test_bad_prompts_are_named():
         grade_loss(model, reward, ids.float(), mask, **options)
     with pytest.raises(ValueError, match="must name 3 sequences"):
         grade_loss(model, reward, ids, mask, max_new_tokens=2, noise=GumbelNoise(0, torch.arange(2)))
+
+
+def test_frequencies_that_change_within_a_completion_are_refused():
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 8}
+    model = policy("llama", rope_parameters=rope | {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4})
+    ids, mask = prompts((3, 5, 2))
+    options = {"noise": GumbelNoise(SEED), "eps": 0, "feedback_hops": 0}
+    grade_loss(model, reward_of("bag"), ids, mask, max_new_tokens=4, **options)
+    with pytest.raises(ValueError, match="after prompts of 2 to 5 tokens passes position 8"):
+        grade_loss(model, reward_of("bag"), ids, mask, max_new_tokens=5, **options)
+    ids, mask = prompts((9, 10))
+    grade_loss(model, reward_of("bag"), ids, mask, max_new_tokens=5, **options)
 
 
 def test_bad_rewards_are_named():
@@ -442,6 +476,10 @@ def test_models_that_can_not_be_replayed_are_refused():
     stateful = tf.RecurrentGemmaConfig(**(SIZES | {"num_hidden_layers": 3}), lru_width=16, attention_window_size=8)
     with pytest.raises(ValueError, match="decodes without a key-value cache"):
         ours(tf.RecurrentGemmaForCausalLM(stateful), reward)
+    by_ids = policy("gpt2")
+    read_ids_alone(by_ids)
+    with pytest.raises(ValueError, match=r"GPT2LMHeadModel\) can not be run from inputs_embeds: AssertionError"):
+        ours(by_ids, reward)
     bypassed = policy("gpt2")
     bypassed.forward = lambda **arguments: (
         bypassed.transformer.h and tf.modeling_outputs.CausalLMOutput(logits=torch.zeros(1, 4, VOCAB))

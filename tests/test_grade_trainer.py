@@ -107,7 +107,7 @@ def test_cheapest_mode_holds_no_reference(tmp_path, estimator):
 
 def test_accumulated_steps_are_one_large_step(tmp_path):
     # Adam would blow the rounding of vanishing gradients up to whole steps.
-    options = {"eps": 0.0, "max_steps": 2, "optim": "sgd", "learning_rate": 0.5}
+    options = {"eps": 0.05, "max_steps": 2, "optim": "sgd", "learning_rate": 0.5}
     whole = build(tmp_path / "a", **options)
     parts = build(tmp_path / "b", per_device_train_batch_size=2, gradient_accumulation_steps=2, **options)
     before = weights(whole)
@@ -301,8 +301,11 @@ def test_a_classifier_by_name_and_a_policy_by_name(tmp_path):
     trainer.train()
     assert "rewards/judge/mean" in trainer.state.log_history[0]
     assert trainer.model.config._attn_implementation == "eager"
+    assert trainer.model.dtype == torch.float32
     trainer.save_model()
     assert (tmp_path / "out" / "model.safetensors").exists()
+    half = build(tmp_path / "half", model=str(tmp_path / "policy"), model_init_kwargs={"torch_dtype": "bfloat16"})
+    assert half.model.dtype == torch.bfloat16
 
 
 def test_gradient_checkpointing_gives_the_same_run(tmp_path):
@@ -339,6 +342,9 @@ def test_lora_trains_the_adapter_alone_and_refers_to_the_model_without_it(tmp_pa
         build(tmp_path, model=trainer.model, peft_config=adapter)
     bad = peft.LoraConfig(r=4, target_modules=["lm_head"], task_type="CAUSAL_LM")
     with pytest.raises(ValueError, match="must leave the LM head"):
+        build(tmp_path, peft_config=bad)
+    bad = peft.LoraConfig(r=4, target_modules=["c_attn"], bias="all")
+    with pytest.raises(ValueError, match="adapter 'default' has bias='all': it trains biases of the model itself"):
         build(tmp_path, peft_config=bad)
 
 
@@ -401,6 +407,8 @@ def test_bfloat16_autocast_runs(tmp_path):
         ({"feedback_hops": "some"}, ValueError, "feedback_hops must be an int or"),
         ({"feedback_hops": -1}, ValueError, "feedback_hops must be at least 0"),
         ({"num_generations": 3}, ValueError, "must be a multiple of num_generations"),
+        ({"per_device_train_batch_size": 0}, ValueError, "per_device_train_batch_size must be at least 1, got 0"),
+        ({"gradient_accumulation_steps": 0}, ValueError, "gradient_accumulation_steps must be at least 1, got 0"),
         ({"max_completion_length": 2.5}, TypeError, "max_completion_length must be an int"),
         ({"num_completions_to_print": 0}, ValueError, "num_completions_to_print must be positive"),
         ({"num_completions_to_print": "all"}, TypeError, "num_completions_to_print must be an int"),
@@ -462,6 +470,18 @@ def test_arguments_that_can_not_work_are_refused(tmp_path):
         GRADETrainer(policy("gpt2", dtype=torch.float32), BagReward(dtype=torch.float32), config(tmp_path))
     with pytest.raises(ValueError, match="must have a parameter that requires a gradient, but all are frozen"):
         build(tmp_path, model=policy("gpt2", dtype=torch.float32).requires_grad_(False))
+    model, judge = policy("gpt2", dtype=torch.float32), classifier("gpt2", dtype=torch.float32)
+    judge.transformer.h[0] = model.transformer.h[0]
+    with pytest.raises(
+        ValueError, match=r"reward_funcs\[0\] shares 12 parameters with model, such as 'transformer\.h\.0"
+    ):
+        build(tmp_path, model=model, reward=judge)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    with pytest.raises(ValueError, match="train_dataset must hold at least one prompt, got none"):
+        build(tmp_path, dataset=Dataset.from_dict({"prompt": []}))
+    sizes = {"vocab_size": VOCAB, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    with pytest.raises(ValueError, match=r"FalconForCausalLM\) computes something else in training than"):
+        build(tmp_path, model=tf.FalconForCausalLM(tf.FalconConfig(**sizes, hidden_dropout=0.5)))
     other = copy.deepcopy(word_tokenizer())
     other.add_tokens(["new"])
     with pytest.raises(ValueError, match=r"1 of 61 tokens .* such as \['new'\]"):
@@ -705,9 +725,12 @@ def test_only_so_many_checkpoints_are_kept_and_never_without_the_best(tmp_path):
         eval_steps=1, metric_for_best_model="eval_reward", greater_is_better=False, load_best_model_at_end=True,
         eval_dataset=Dataset.from_dict({"prompt": PROMPTS[:4]}),
     )  # fmt: skip
+    (tmp_path / "checkpoint-9").mkdir()  # of an earlier run
+    os.utime(tmp_path / "checkpoint-9", (0, 0))
     trainer.train()
     names = {path.name for path in checkpoints.complete_checkpoints(tmp_path)}
     assert len(names) <= 2
+    assert "checkpoint-6" in names
     assert Path(trainer.state.best_model_checkpoint).name in names
     state = json.loads((Path(trainer.state.best_model_checkpoint) / "trainer_state.json").read_text())
     assert state["best_model_checkpoint"] == trainer.state.best_model_checkpoint

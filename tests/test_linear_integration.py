@@ -196,8 +196,8 @@ def op_arguments(backend: str, device: str) -> dict[str, list[tuple]]:
         for eps in (0.0, 0.1):
             ref = (hidden.detach().sin(), head.detach(), bias.detach()) if kind == "kl" else (None, None, None)
             given = ids if kind == "logprobs" else None
-            for b, cap in ((bias, 4.0), (None, None)):
-                args = (hidden, head, b, cap, *ref, given, tau.detach(), seed, kind, eps, True, backend)
+            for b, cap, rows in ((bias, 4.0, row_ids), (None, None, None)):
+                args = (hidden, head, b, cap, *ref, given, tau.detach(), seed, rows, 0, kind, eps, True, backend)
                 arguments["linear_statistic"].append(args)
                 plain = tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in args)
                 out = ops.linear_statistic(*plain)

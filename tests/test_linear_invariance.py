@@ -44,15 +44,18 @@ def assert_close(a: Answer, b: Answer, tolerance: float = 2e-5) -> None:
             torch.testing.assert_close(x, y, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def statistics(p: Problem, eps: float) -> list[torch.Tensor]:
+def statistics(
+    p: Problem, eps: float, ids: torch.Tensor | None = None, noise: gk.GumbelNoise | None = None, seed: int = 11
+) -> list[torch.Tensor]:
     """Values and gradients of the three statistics of a problem's head (its reference: a sine of it)."""
-    ids = torch.arange(p.dlogprobs.numel(), device=p.hidden.device).reshape(p.dlogprobs.shape) % p.lm_head.shape[0]
+    if ids is None:
+        ids = torch.arange(p.dlogprobs.numel(), device=p.hidden.device).reshape(p.dlogprobs.shape) % p.lm_head.shape[0]
     found = []
     for kind in ("logprobs", "kl", "entropy"):
-        torch.manual_seed(11)
+        torch.manual_seed(seed)
         inputs = [leaf(x) for x in (p.hidden, p.lm_head, p.bias) if x is not None]
         common: dict[str, Any] = {"bias": inputs[2] if p.bias is not None else None, "logit_softcap": p.softcap,
-                                  "temperature": 0.8, "eps": eps}  # fmt: skip
+                                  "temperature": 0.8, "eps": eps, "noise": noise}  # fmt: skip
         if kind == "logprobs":
             value = gk.linear_logprobs(*inputs[:2], ids, **common)
         elif kind == "kl":
@@ -118,6 +121,24 @@ def test_batch_split_and_row_order(backend: str, device: str, interpreted: bool,
     for name in ("lm_head", "bias"):
         torch.testing.assert_close(sum(getattr(x, name) for x in parts), getattr(whole, name), rtol=2e-5, atol=2e-5)
     torch.testing.assert_close(sum(x.tables[0] for x in parts), whole.tables[0], rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.thin(3)
+@EPSES
+def test_statistics_of_a_row_do_not_depend_on_its_place(backend: str, device: str, eps: float) -> None:
+    """With a noise, the entries that backward visits belong to seed and row identity, not to torch's generator."""
+    n = 4
+    p = problem((n,), 131, 7, bias=True, device=device, noise=noise_of(3, n, device))
+    order = torch.arange(n, device=device).flip(0)
+    flipped = p._replace(
+        hidden=p.hidden[order], dlogprobs=p.dlogprobs[order], noise=gk.GumbelNoise(p.noise.seed, p.noise.row_ids[order])
+    )
+    ids = torch.arange(n, device=device)
+    whole = statistics(p, eps, ids=ids, noise=p.noise)
+    moved = statistics(flipped, eps, ids=ids[order], noise=flipped.noise, seed=12)
+    for i, (a, b) in enumerate(zip(whole, moved, strict=True)):
+        expected = a[order] if len(a) == n else a
+        torch.testing.assert_close(b, expected, rtol=2e-5, atol=2e-5, msg=lambda m, i=i: f"result {i}: {m}")
 
 
 @pytest.mark.thin(3)

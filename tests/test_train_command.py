@@ -162,6 +162,13 @@ def test_an_interrupted_run_says_how_to_go_on(models, tmp_path, monkeypatch, cap
     )
 
 
+def test_what_stops_training_is_said_in_one_line(models, tmp_path, capsys):
+    arguments = settings(models, tmp_path)
+    (tmp_path / "out" / "checkpoint-1").mkdir(parents=True)
+    assert main([*arguments, "--resume"]) == 1
+    assert "grade-kernels train: No sound checkpoint in " in capsys.readouterr().err
+
+
 def test_help_lists_the_settings(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["train", "--help"])

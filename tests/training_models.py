@@ -45,6 +45,9 @@ def policy(family: str, seed: int = 0, dtype: torch.dtype = torch.float64, **cha
         "phi": lambda: tf.PhiConfig(**SIZES, partial_rotary_factor=0.5, **changes),
         "cohere": lambda: tf.CohereConfig(**SIZES, logit_scale=0.3, **changes),
         "granite": lambda: tf.GraniteConfig(**SIZES, logits_scaling=2.0, embedding_multiplier=3.0, **changes),
+        "llama4": lambda: tf.Llama4TextConfig(
+            **SIZES, intermediate_size_mlp=24, num_local_experts=2, attention_chunk_size=4, **changes
+        ),
         "minimax": lambda: tf.MiniMaxConfig(
             **SIZES, layer_types=["linear_attention", "full_attention"], num_local_experts=2,
             experts_implementation="eager", **changes,

@@ -40,6 +40,7 @@ def linear_logprobs(
     logit_softcap: float | None = None,
     temperature: float = 1.0,
     eps: float = 2**-11,
+    noise: GumbelNoise | None = None,
 ) -> torch.Tensor:
     """Log-probability of given tokens, `log softmax(l / temperature)[ids]`, `l = softcap(hidden @ lm_head.T + bias)`.
 
@@ -51,8 +52,8 @@ def linear_logprobs(
         logit_softcap: c in `c * tanh(l / c)`, optional.
         temperature: a positive number.
         eps: stochastic support of the backward pass: a token of probability p is visited with probability
-            `min(1, p / eps)`, which leaves the gradient unbiased; its seed comes from torch's default generator.
-            0 visits every token, exactly.
+            `min(1, p / eps)`, which leaves the gradient unbiased. 0 visits every token, exactly.
+        noise: seed and row identities of those visits. None draws a fresh seed from torch's default generator.
 
     Returns:
         `[...]`, float32 (float64 for float64). Gradients go to hidden, lm_head and bias.
@@ -62,7 +63,7 @@ def linear_logprobs(
         ValueError: shapes that do not match (with both numbers), ids out of range, eps outside [0, 1), temperature or
             logit_softcap not positive, tensors on different devices; on CPU a row without a distribution.
     """
-    return _statistic("logprobs", hidden, lm_head, bias, logit_softcap, temperature, eps, ids=ids)
+    return _statistic("logprobs", hidden, lm_head, bias, logit_softcap, temperature, eps, noise, ids=ids)
 
 
 def linear_kl(
@@ -76,6 +77,7 @@ def linear_kl(
     logit_softcap: float | None = None,
     temperature: float = 1.0,
     eps: float = 2**-11,
+    noise: GumbelNoise | None = None,
 ) -> torch.Tensor:
     """Divergence of the policy from a reference, `KL(softmax(l / temperature) || softmax(r / temperature))`, in nats.
 
@@ -83,7 +85,7 @@ def linear_kl(
     reference is a constant: its tensors get no gradient.
     """
     return _statistic(
-        "kl", hidden, lm_head, bias, logit_softcap, temperature, eps, ref=(ref_hidden, ref_lm_head, ref_bias)
+        "kl", hidden, lm_head, bias, logit_softcap, temperature, eps, noise, ref=(ref_hidden, ref_lm_head, ref_bias)
     )
 
 
@@ -95,9 +97,10 @@ def linear_entropy(
     logit_softcap: float | None = None,
     temperature: float = 1.0,
     eps: float = 2**-11,
+    noise: GumbelNoise | None = None,
 ) -> torch.Tensor:
     """Entropy `-sum p log p` of `p = softmax(l / temperature)`, in nats. Arguments as in `linear_logprobs`."""
-    return _statistic("entropy", hidden, lm_head, bias, logit_softcap, temperature, eps)
+    return _statistic("entropy", hidden, lm_head, bias, logit_softcap, temperature, eps, noise)
 
 
 def _statistic(
@@ -108,6 +111,7 @@ def _statistic(
     logit_softcap: float | None,
     temperature: float,
     eps: float,
+    noise: GumbelNoise | None,
     *,
     ids: torch.Tensor | None = None,
     ref: tuple[Any, Any, Any] | None = None,
@@ -148,11 +152,13 @@ def _statistic(
         ref_lm_head, ref_bias = ref_lm_head.detach(), None if ref_bias is None else ref_bias.detach()
     tau = torch.full((rows.shape[0],), temperature, dtype=checks.compute_dtype(hidden.dtype), device=hidden.device)
     collect = eps > 0 and needs_graph(hidden, lm_head, bias)
-    seed = GumbelNoise.from_generator().seed if collect else torch.zeros((), dtype=torch.int64, device="cpu")
+    if noise is None and not collect:  # nothing is drawn, not even a seed
+        noise = GumbelNoise(0)
+    seed, row_ids, vocab_start = checks.canonical_noise(noise, rows.shape[0], hidden.device)
     flat_ids = None if ids is None else ids.reshape(-1)
     value = _linear_statistic(
         rows, lm_head, bias, logit_softcap, ref_hidden, ref_lm_head, ref_bias, flat_ids, tau, seed,
-        kind, float(eps), collect, backend,
+        row_ids, vocab_start, kind, float(eps), collect, backend,
     )[0]  # fmt: skip
     return value.view(batch)
 
@@ -168,6 +174,8 @@ def _kernel(
     ids: torch.Tensor | None,
     tau: torch.Tensor,
     seed: torch.Tensor,
+    row_ids: torch.Tensor | None,
+    vocab_start: int,
     kind: str,
     eps: float,
     collect: bool,
@@ -180,7 +188,7 @@ def _kernel(
     ref = None
     if ref_hidden is not None and ref_lm_head is not None:
         ref = make_head(ref_hidden, ref_lm_head, ref_bias, softcap)
-    sums, support = implementation.head_softmax(head, tau, seed, None, 0, eps if collect else 0.0, ref)
+    sums, support = implementation.head_softmax(head, tau, seed, row_ids, vocab_start, eps if collect else 0.0, ref)
     sums = Softmax(*(x.to(tau.dtype) for x in sums))  # a float64 reference does not widen a narrower policy's result
     if checks.reads_values(hidden):
         checks.check_head_rows(~(sums.logit_max.isfinite() & sums.total.isfinite()))
@@ -212,6 +220,8 @@ def _fake(
     ids: torch.Tensor | None,
     tau: torch.Tensor,
     seed: torch.Tensor,
+    row_ids: torch.Tensor | None,
+    vocab_start: int,
     kind: str,
     eps: float,
     collect: bool,
@@ -349,8 +359,8 @@ def _backward_fake(
 
 _linear_statistic = define(
     "linear_statistic(Tensor hidden, Tensor lm_head, Tensor? bias, float? softcap, Tensor? ref_hidden, "
-    "Tensor? ref_lm_head, Tensor? ref_bias, Tensor? ids, Tensor tau, Tensor seed, str kind, float eps, bool collect, "
-    "str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "Tensor? ref_lm_head, Tensor? ref_bias, Tensor? ids, Tensor tau, Tensor seed, Tensor? row_ids, "
+    "SymInt vocab_start, str kind, float eps, bool collect, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _kernel,
     _fake,
 )
@@ -365,7 +375,7 @@ _linear_statistic_backward = define(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-    hidden, lm_head, bias, ctx.softcap, *ref, ids, tau, _, ctx.kind, ctx.eps, _, ctx.backend = inputs
+    hidden, lm_head, bias, ctx.softcap, *ref, ids, tau, _, _, _, ctx.kind, ctx.eps, _, ctx.backend = inputs
     ctx.given = [hidden is not None, lm_head is not None, bias is not None]
     ctx.save_for_backward(hidden, lm_head, bias, *ref, ids, tau, *output[1:])
     ctx.mark_non_differentiable(*output[1:])
@@ -374,13 +384,13 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor
 
 def _backward(ctx: Any, dvalue: torch.Tensor | None, *_: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     if dvalue is None:
-        return (None,) * 14
+        return (None,) * 16
     needs = wanted_gradients(ctx, 3)
     hidden, lm_head, bias, *rest = ctx.saved_tensors
     gradients = _linear_statistic_backward(
         dvalue, hidden, lm_head, bias, ctx.softcap, *rest, ctx.kind, ctx.eps, needs, ctx.backend
     )
-    return *(g if needed else None for g, needed in zip(gradients, needs, strict=True)), *(None,) * 11
+    return *(g if needed else None for g, needed in zip(gradients, needs, strict=True)), *(None,) * 13
 
 
 torch.library.register_autograd("grade_kernels::linear_statistic", _backward, setup_context=_setup_context)

@@ -68,6 +68,9 @@ def run(argv: Sequence[str]) -> int:
     except TrainingInterrupted as stop:
         sys.stderr.write(f"\n{stop}. The same command with --resume continues.\n")
         return 128 + stop.signum
+    except ValueError as error:  # a reward or a gradient that is not finite, a prompt too long, no sound checkpoint
+        sys.stderr.write(f"\ngrade-kernels train: {error}\n")
+        return 1
     trainer.save_model()
     trainer.create_model_card(dataset_name=None if Path(arguments.dataset).exists() else arguments.dataset)
     if trainer.eval_dataset is not None:

@@ -154,7 +154,10 @@ class GRADEConfig(TrainingArguments):
             if not self.feedback_hops.isdigit():
                 raise ValueError(f'feedback_hops must be an int or "exact", got {self.feedback_hops!r}')
             self.feedback_hops = int(self.feedback_hops)
-        for name, least in (("feedback_hops", 0), ("max_completion_length", 1), ("num_generations", 1)):
+        for name, least in (
+            ("feedback_hops", 0), ("max_completion_length", 1), ("num_generations", 1),
+            ("per_device_train_batch_size", 1), ("per_device_eval_batch_size", 1), ("gradient_accumulation_steps", 1),
+        ):  # fmt: skip
             value = getattr(self, name)
             if value == "exact":
                 continue

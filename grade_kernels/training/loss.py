@@ -15,7 +15,15 @@ from torch import nn
 from grade_kernels.noise import GumbelNoise
 from grade_kernels.ops import checks
 from grade_kernels.ops.head import check_eps
-from grade_kernels.training.policy import LanguageModel, evaluating, gather_root, read_language_model, unwrap
+from grade_kernels.training.policy import (
+    LanguageModel,
+    check_adapter_reference,
+    check_checkpointing,
+    evaluating,
+    gather_root,
+    read_language_model,
+    unwrap,
+)
 from grade_kernels.training.replay import replay
 from grade_kernels.training.rewards import DifferentiableReward, Objective
 from grade_kernels.training.rollout import Rollout, rollout
@@ -146,6 +154,10 @@ def objectives_loss(
         raise ValueError(f"beta must not be negative, and finite, got {beta}")
     if beta != 0.0 and ref_model is None and not hasattr(unwrap(model), "disable_adapter"):
         raise ValueError(f"ref_model must be given for beta = {beta}: the model has no adapter to switch off")
+    if beta != 0.0 and ref_model is None:
+        check_adapter_reference(model)
+    if hops != 0:
+        check_checkpointing(policy.model)
     soft = estimator == "soft"
     sample = rollout(
         policy, input_ids, attention_mask, max_new_tokens=max_new_tokens, noise=noise, eos_token_ids=ends,
@@ -255,6 +267,22 @@ def check_prompts(
             f"max_new_tokens = {max_new_tokens} after a prompt of {longest} tokens is more than the model's "
             f"{limit} positions"
         )
+    shortest = int(real.sum(dim=1).min())
+    for original in _frequency_limits(policy.model.config):
+        # What is cached of the first tokens would be of other frequencies than what a replay reads of them.
+        if shortest <= original < longest + max_new_tokens - 1:
+            raise ValueError(
+                f"max_new_tokens = {max_new_tokens} after prompts of {shortest} to {longest} tokens passes position "
+                f"{original}, where the model's rotary frequencies (longrope) change for all positions"
+            )
+
+
+def _frequency_limits(config: Any) -> list[int]:
+    """Lengths beyond which a model reads every position by other rotary frequencies."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    # Either one set of parameters, or one for each type of layer.
+    sets = [rope, *(value for value in rope.values() if isinstance(value, dict))]
+    return [int(one["original_max_position_embeddings"]) for one in sets if one.get("rope_type") == "longrope"]
 
 
 def _checked_hops(feedback_hops: object) -> int | None:

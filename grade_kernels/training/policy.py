@@ -16,6 +16,9 @@ from torch.distributed.fsdp import FSDPModule
 __all__ = [
     "Capture",
     "LanguageModel",
+    "check_adapter_reference",
+    "check_checkpointing",
+    "check_training_mode",
     "evaluating",
     "gather_root",
     "is_sharded",
@@ -85,6 +88,51 @@ class LanguageModel:
         return hidden.to(weight.dtype), weight
 
 
+def check_adapter_reference(model: nn.Module) -> None:
+    """Without its adapter, a PEFT model is what it was before training, or ValueError."""
+    configs: dict[str, Any] = getattr(unwrap(model), "peft_config", {})
+    for adapter, config in configs.items():
+        bias = getattr(config, "bias", "none")
+        if isinstance(bias, str) and bias != "none":
+            raise ValueError(
+                f"the KL needs a reference, but model's adapter {adapter!r} has bias={bias!r}: it trains biases of the "
+                "model itself, which stay when it is switched off"
+            )
+
+
+def check_checkpointing(model: nn.Module) -> None:
+    """No reentrant gradient checkpointing, or ValueError: the sweeps differentiate to the inputs alone."""
+    for module in model.modules():
+        function: Any = getattr(module, "_gradient_checkpointing_func", None)
+        if getattr(module, "gradient_checkpointing", False) and getattr(function, "keywords", {}).get("use_reentrant"):
+            raise ValueError(
+                "model must not have reentrant gradient checkpointing, which gives no gradient to the inputs alone: "
+                'enable it with gradient_checkpointing_kwargs={"use_reentrant": False}'
+            )
+
+
+@torch.no_grad()
+def check_training_mode(model: nn.Module) -> None:
+    """The same hidden states in training mode as in the eval mode of the rollout, or ValueError."""
+    parts = read_language_model(model)
+    if _is_abstract(parts.table):
+        return
+
+    def states() -> torch.Tensor:
+        return last_hidden_state(parts.backbone(input_ids=_some_ids(parts), use_cache=False))
+
+    with evaluating(parts.model), torch.random.fork_rng(devices=[]):
+        expected = states()
+        parts.model.train()
+        difference = max(_difference(states(), expected) for _ in range(2))
+    if not difference < _ROUNDING:
+        raise ValueError(
+            f"model ({type(parts.model).__name__}) computes something else in training than when it completes prompts, "
+            f"although dropout is off in its modules (relative difference {difference:.3g}): its config has rates to set "
+            "to 0, or it is random by design"
+        )
+
+
 def unwrap(model: nn.Module) -> nn.Module:
     """A model out of the wrappers of distributed training and of `torch.compile`; PEFT's wrapper stays."""
     while True:
@@ -123,7 +171,8 @@ def read_language_model(model: nn.Module, *, name: str = "model") -> LanguageMod
     head, embedding = inner.get_output_embeddings(), inner.get_input_embeddings()
     if head is None:
         raise ValueError(f"{name} must have a language modelling head, but {kind} has none")
-    backbone = getattr(inner, inner.base_model_prefix, None)
+    # Llama-4's text model bears the prefix of what it is a part of.
+    backbone = getattr(inner, inner.base_model_prefix, None) or getattr(inner, "model", None)
     if not isinstance(backbone, nn.Module) or backbone is inner:
         raise ValueError(f"{name}: {kind} has no backbone {inner.base_model_prefix!r} below its head")
     # OPT and the like keep an empty shell around their decoder, which their own forward passes by.
@@ -289,15 +338,14 @@ def _probe(parts: LanguageModel, name: str) -> bool:
         Whether the model reads rows that are padded on the left.
     """
     table, device = parts.table, parts.table.device
-    if table.device.type == "meta" or type(table.data).__name__ == "DTensor":
+    if _is_abstract(table):
         return True  # nothing to run; whoever sharded the model had it checked before
     if table.shape[0] != _active(parts.head).weight.shape[0]:
         raise ValueError(
             f"{name}: the input embedding has {table.shape[0]} tokens, but the LM head {parts.vocab_size}; "
             "a sample of the head must be an input"
         )
-    # A stride through the vocabulary: neighbours at its start are often special tokens.
-    ids = (torch.arange(1, 5, device=device) * (parts.vocab_size // 5))[None]
+    ids = _some_ids(parts)
     with evaluating(parts.model), torch.random.fork_rng(devices=[]):
         embedded = parts.embedding(ids)
         scaled = table[ids] * parts.embed_scale
@@ -307,7 +355,7 @@ def _probe(parts: LanguageModel, name: str) -> bool:
                 "read, so a relaxed sample `y @ table` would not be an input of the model"
             )
         with Capture(parts, lambda embedded: embedded) as seen:
-            from_ids = parts.model(input_ids=ids, use_cache=False)
+            from_ids = _run(name, parts.model, input_ids=ids, use_cache=False)
         logits = getattr(from_ids, "logits", None)
         if not isinstance(logits, torch.Tensor) or logits.shape != (1, 4, parts.vocab_size):
             raise ValueError(f"{name}: its forward must return one tensor of logits [batch, time, vocabulary]")
@@ -316,12 +364,14 @@ def _probe(parts: LanguageModel, name: str) -> bool:
                 f"{name}: its forward does not run its input embedding and its {type(parts.backbone).__name__}, so "
                 "their samples can not be replayed"
             )
-        from_embeds = parts.model(inputs_embeds=embedded, use_cache=False).logits
+        # Gemma-4 looks a token up a second time, by the row of the table that its embedding is: a mixture has none.
+        _run(name, parts.model, inputs_embeds=(embedded + embedded.roll(1, dims=1)) / 2, use_cache=False)
+        from_embeds = _run(name, parts.model, inputs_embeds=embedded, use_cache=False).logits
         _close(
             from_embeds, logits, f"{name}: it computes other logits from embeddings than from ids, so the embedding of "
             "a relaxed sample does not carry all of the token's influence"
         )  # fmt: skip
-        states = last_hidden_state(parts.backbone(input_ids=ids, use_cache=False))
+        states = last_hidden_state(_run(name, parts.backbone, input_ids=ids, use_cache=False))
         hidden, weight = parts.head_input(states)
         if hidden.shape[-1] != weight.shape[1]:
             raise ValueError(
@@ -336,17 +386,37 @@ def _probe(parts: LanguageModel, name: str) -> bool:
         # The last token as a rollout reads it: behind padding and a key-value cache.
         mask = torch.tensor([[0, 0, 1, 1, 1, 1]], device=device)
         padded, positions = torch.cat([ids[:, :2], ids], dim=1), position_ids(mask)
-        before = parts.backbone(
-            input_ids=padded[:, :-1], attention_mask=mask[:, :-1], use_cache=True,
+        before = _run(
+            name, parts.backbone, input_ids=padded[:, :-1], attention_mask=mask[:, :-1], use_cache=True,
             **position_arguments(parts.backbone, positions[:, :-1]),
         )  # fmt: skip
         if getattr(before, "past_key_values", None) is None:
             raise ValueError(f"{name} decodes without a key-value cache, which the rollout needs")
-        last = parts.backbone(
-            input_ids=padded[:, -1:], attention_mask=mask, past_key_values=before.past_key_values, use_cache=True,
+        last = _run(
+            name, parts.backbone, input_ids=padded[:, -1:], attention_mask=mask,
+            past_key_values=before.past_key_values, use_cache=True,
             **position_arguments(parts.backbone, positions[:, -1:]),
         )  # fmt: skip
         return _difference(last_hidden_state(last), states[:, -1:]) < _ROUNDING
+
+
+def _is_abstract(table: torch.Tensor) -> bool:
+    """Whether a table's values are not here: on no device, or in parts on several."""
+    return table.device.type == "meta" or type(table.data).__name__ == "DTensor"
+
+
+def _some_ids(parts: LanguageModel) -> torch.Tensor:
+    """Four tokens `[1, 4]`: a stride through the vocabulary, for neighbours at its start are often special tokens."""
+    return (torch.arange(1, 5, device=parts.table.device) * (parts.vocab_size // 5))[None]
+
+
+def _run(name: str, module: Any, **arguments: Any) -> Any:
+    """A forward pass whose failure names the model and what it was run on."""
+    try:
+        return module(**arguments)
+    except Exception as error:
+        given = " and ".join(key for key, value in arguments.items() if not isinstance(value, bool))
+        raise ValueError(f"{name} can not be run from {given}: {type(error).__name__}: {error}") from error
 
 
 def _difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:

@@ -27,10 +27,12 @@ def prompt_text(prompt: Any) -> str:
 
 
 def check_prompt_dataset(name: str, dataset: Any) -> None:
-    """A data set with a column `prompt`; ValueError with the columns that are there."""
+    """A data set with a column `prompt` and something in it; ValueError otherwise."""
     columns = getattr(dataset, "column_names", None)
     if columns is not None and "prompt" not in columns:
         raise ValueError(f"{name} must have a column 'prompt' (a string or a list of messages), got columns {columns}")
+    if hasattr(dataset, "__len__") and len(dataset) == 0:
+        raise ValueError(f"{name} must hold at least one prompt, got none")
 
 
 class PromptCollator:

@@ -119,7 +119,7 @@ def replay(
         with reference as parts:
             referred = refer(parts, layout, mixtures)
         with torch.set_grad_enabled(beta != 0.0):
-            kl = completion_kl(policy, referred, hidden, sample.mask, eps)
+            kl = completion_kl(policy, referred, hidden, sample.mask, eps, token_noise)
 
     outputs, d_outputs = list(sampled), list(d_sampled)
     if kl.requires_grad:
@@ -335,7 +335,12 @@ def _of_completions(values: torch.Tensor, sample: Rollout) -> torch.Tensor:
 
 
 def completion_kl(
-    policy: LanguageModel, referred: Referred, hidden: torch.Tensor, mask: torch.Tensor, eps: float
+    policy: LanguageModel,
+    referred: Referred,
+    hidden: torch.Tensor,
+    mask: torch.Tensor,
+    eps: float = 0.0,
+    noise: GumbelNoise | None = None,
 ) -> torch.Tensor:
     """KL(policy || reference) summed over each completion's tokens, `[B]`, exact in each token's distribution.
 
@@ -345,6 +350,7 @@ def completion_kl(
         hidden: the policy's hidden states, `[B, T, H]`.
         mask: `[B, T]`, 1 at the completion's tokens.
         eps: stochastic support of the gradient.
+        noise: of the completion's tokens, which that support is drawn by; None where there is no gradient.
     """
     if referred.softcap != policy.softcap:
         raise ValueError(
@@ -352,6 +358,7 @@ def completion_kl(
         )
     head_input, weight = policy.head_input(hidden)
     per_token = linear_kl(
-        head_input, weight, referred.hidden, referred.weight, ref_bias=referred.bias, eps=eps, **policy.head_options()
-    )
+        head_input, weight, referred.hidden, referred.weight, ref_bias=referred.bias, eps=eps, noise=noise,
+        **policy.head_options(),
+    )  # fmt: skip
     return torch.where(mask.bool(), per_token, 0.0).sum(dim=1)

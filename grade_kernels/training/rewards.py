@@ -198,7 +198,12 @@ class SequenceClassificationReward(nn.Module):
         padded = torch.zeros(2, len(ids), dtype=torch.int64, device=device)
         padded[0], padded[1, len(ids) - min(len(ids), 3) :] = 1, 1
         both = self.embedding[torch.stack([ids, ids.roll(len(ids) - min(len(ids), 3))])]
-        ours = self.scores(both, padded)
+        try:
+            ours = self.scores(both, padded)
+        except Exception as error:
+            raise ValueError(
+                f"{kind} can not be read through its embeddings: {type(error).__name__}: {error}"
+            ) from error
         bound = 0.02 * torch.cat([truth, short]).abs().max().clamp_min(1e-3)
         worst = torch.maximum((ours[0] - truth[0]).abs().max(), (ours[1] - short[0]).abs().max())
         if not worst <= bound:

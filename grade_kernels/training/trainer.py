@@ -44,7 +44,15 @@ from grade_kernels.training.loss import (
     reference_of,
     token_ids,
 )
-from grade_kernels.training.policy import LanguageModel, gather_root, read_language_model, unwrap
+from grade_kernels.training.policy import (
+    LanguageModel,
+    check_adapter_reference,
+    check_checkpointing,
+    check_training_mode,
+    gather_root,
+    read_language_model,
+    unwrap,
+)
 from grade_kernels.training.prompts import (
     PromptCollator,
     RepeatedPrompts,
@@ -148,19 +156,23 @@ class GRADETrainer(Trainer):
                 "mask_truncated_completions needs an end of sequence, but neither tokenizer nor model has one"
             )
         token_ids("pad_token_id", self._pad_id, parts.vocab_size)
+        self.objectives, self.text_rewards, self.reward_names = _read_rewards(reward_funcs, args, policy)
         if train_dataset is not None and not any(parameter.requires_grad for parameter in policy.parameters()):
             raise ValueError(
                 "model must have a parameter that requires a gradient, but all are frozen (load PEFT's with "
                 "is_trainable=True)"
             )
+        check_checkpointing(policy)
         if args.disable_dropout:
             _switch_off_dropout(policy)
-        self.objectives, self.text_rewards, self.reward_names = _read_rewards(reward_funcs, args)
+            check_training_mode(policy)
         for objective in self.objectives:
             check_vocabulary(objective, parts)
         _check_tokenizers(reward_funcs, reward_processing_classes, processing_class)
         self.ref_model = None
-        if args.beta > 0.0 and not hasattr(policy, "disable_adapter"):
+        if args.beta > 0.0 and hasattr(policy, "disable_adapter"):
+            check_adapter_reference(policy)
+        elif args.beta > 0.0:
             self.ref_model = copy.deepcopy(policy).eval().requires_grad_(False)
 
         self._collator = PromptCollator(processing_class, self._pad_id)
@@ -279,7 +291,7 @@ class GRADETrainer(Trainer):
                 with reference_of(model, self.ref_model) as reference:
                     referred = refer(reference, Layout.of(ids, mask, sample))
                 assert sample.hidden is not None
-                kl = completion_kl(policy, referred, sample.hidden, sample.mask, args.eps)
+                kl = completion_kl(policy, referred, sample.hidden, sample.mask)
             logprobs = completion_logprobs(policy, sample)
         rows = self._rows(inputs, sample.ids, sample.mask, logprobs, values, weights @ values, kl)
         for name, value in rows.items():
@@ -512,7 +524,9 @@ class GRADETrainer(Trainer):
             return
         best = self.state.best_model_checkpoint
         kept = 0
-        for path in checkpoints.complete_checkpoints(run):
+        found = checkpoints.complete_checkpoints(run)
+        # By age: the directory may hold later steps of an earlier run.
+        for path in sorted(found, key=lambda path: path.stat().st_mtime_ns, reverse=True):
             if best is not None and Path(best) == path:
                 continue
             kept += 1
@@ -618,10 +632,13 @@ def load_by_name(what: str, loader: Any, name: str, **keywords: Any) -> Any:
 
 
 def _load_policy(model: Any, args: GRADEConfig, peft_config: Any) -> nn.Module:
-    keywords = args.model_init_kwargs
+    keywords: Any = args.model_init_kwargs
     if isinstance(model, str):
-        # Weights of training are float32 unless asked otherwise, whatever precision they were saved in.
-        model = load_by_name("model", AutoModelForCausalLM, model, **{"dtype": torch.float32, **(keywords or {})})  # type: ignore[dict-item]
+        given = dict(keywords or {})
+        if "torch_dtype" not in given:  # its name before transformers 5, which dtype would override
+            # Weights of training are float32 unless asked otherwise, whatever precision they were saved in.
+            given.setdefault("dtype", torch.float32)
+        model = load_by_name("model", AutoModelForCausalLM, model, **given)
     elif keywords is not None:
         raise ValueError(f"model_init_kwargs is for a model that is given by name, got a {type(model).__name__}")
     if not isinstance(model, nn.Module):
@@ -653,8 +670,19 @@ def _switch_off_dropout(model: nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
+def _check_apart(name: str, reward: nn.Module, policy: nn.Module) -> None:
+    """A classifier, which is frozen, has none of the policy's parameters; ValueError with one that it has."""
+    own = {id(parameter) for parameter in reward.parameters()}
+    shared = [key for key, parameter in policy.named_parameters() if id(parameter) in own]
+    if shared:
+        raise ValueError(
+            f"{name} shares {len(shared)} parameters with model, such as {shared[0]!r}: a classifier is a constant, so it "
+            "must be given copies"
+        )
+
+
 def _read_rewards(
-    reward_funcs: Any, args: GRADEConfig
+    reward_funcs: Any, args: GRADEConfig, policy: nn.Module
 ) -> tuple[list[Objective], dict[str, Callable[..., Sequence[float]]], list[str]]:
     """Objectives to differentiate, functions of text to log, and the names of all."""
     functions = list(reward_funcs) if isinstance(reward_funcs, (list, tuple)) else [reward_funcs]
@@ -671,7 +699,10 @@ def _read_rewards(
             path = function
             function = SequenceClassificationReward(load_by_name("reward", AutoModelForSequenceClassification, path))
         elif isinstance(function, PreTrainedModel) or hasattr(function, "get_base_model"):  # PEFT's wrapper of one
+            _check_apart(f"reward_funcs[{i}]", function, policy)
             function = SequenceClassificationReward(function)
+        elif isinstance(function, SequenceClassificationReward):
+            _check_apart(f"reward_funcs[{i}]", function, policy)
         elif not callable(function):
             raise TypeError(f"reward_funcs[{i}] must be a model, a name or callable, got {type(function).__name__}")
         name = getattr(function, "__name__", type(function).__name__)
