@@ -148,7 +148,8 @@ def _statistic(
         ref_lm_head, ref_bias = ref_lm_head.detach(), None if ref_bias is None else ref_bias.detach()
     tau = torch.full((rows.shape[0],), temperature, dtype=checks.compute_dtype(hidden.dtype), device=hidden.device)
     collect = eps > 0 and needs_graph(hidden, lm_head, bias)
-    seed = GumbelNoise.from_generator().seed if collect else torch.zeros((), dtype=torch.int64, device="cpu")
+    # Without a graph, too: a reentrant checkpoint's first forward must leave the generator as its second one will.
+    seed = GumbelNoise.from_generator().seed if eps > 0 else torch.zeros((), dtype=torch.int64, device="cpu")
     flat_ids = None if ids is None else ids.reshape(-1)
     value = _linear_statistic(
         rows, lm_head, bias, logit_softcap, ref_hidden, ref_lm_head, ref_bias, flat_ids, tau, seed,
