@@ -152,9 +152,20 @@ def _soft_lookup(
         )
         total += part
         for acc, table in zip(sums, tables, strict=True):
-            acc += weights.to(table.dtype) @ table[columns]
+            acc += weighted_sum(weights, part, table[columns])
     embedded = [(acc / total[:, None]).to(table.dtype) for acc, table in zip(sums, tables, strict=True)]
     return torch.cat([part.to(joint_dtype(tables)) for part in embedded], dim=1), total
+
+
+def weighted_sum(weights: torch.Tensor, mass: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """`weights @ table` `[N, D]` by a product in table's dtype; mass is the weights' sum per row.
+
+    Thousands of rows of a table may add up to more than float16 holds, though their mean never does.
+    """
+    if table.dtype != torch.float16:
+        return weights.to(table.dtype) @ table
+    shrink = (mass / 2**10).clamp_min(1.0)[:, None]
+    return ((weights / shrink).half() @ table) * shrink
 
 
 def _fake(

@@ -14,7 +14,7 @@ from grade_kernels.backends import Head, Sample, Support
 from grade_kernels.backends.torch.head import empty_support, head_chunks, offsets_of
 from grade_kernels.noise import GumbelNoise
 from grade_kernels.ops import checks
-from grade_kernels.ops.gumbel_ste_embedding import joint_dtype, scatter_rows
+from grade_kernels.ops.gumbel_ste_embedding import joint_dtype, scatter_rows, weighted_sum
 from grade_kernels.ops.head import (
     Entries,
     HeadGradients,
@@ -233,7 +233,7 @@ def _soft_lookup(
         )
         total = total * scale + mass
         for acc, table in zip(sums, tables, strict=True):
-            acc.mul_(scale[:, None]).add_(weights.to(table.dtype) @ table[columns])
+            acc.mul_(scale[:, None]).add_(weighted_sum(weights, mass, table[columns]))
         chunk_max = logits.amax(dim=1)
         plain_max = torch.maximum(logit_max, chunk_max)
         pivot = torch.where(plain_max == -torch.inf, 0.0, plain_max)
