@@ -18,7 +18,7 @@ from grade_kernels.ops.gumbel_ste_embedding import joint_dtype, scatter_rows, we
 from grade_kernels.ops.head import (
     Entries,
     HeadGradients,
-    check_eps,
+    canonical_eps,
     check_head,
     check_reference_rows,
     fake_gradients,
@@ -90,7 +90,7 @@ def linear_gumbel_ste(
     """
     hidden, lm_head, bias = check_head(hidden, lm_head, bias, logit_softcap)
     checks.check_estimator(estimator)
-    check_eps(eps)
+    eps = canonical_eps(eps)
     batch, vocab = hidden.shape[:-1], lm_head.shape[0]
     tables = checks.check_tables(embedding, vocab, hidden, "hidden")
     rows = hidden.reshape(-1, hidden.shape[-1])
@@ -126,7 +126,7 @@ def linear_gumbel_ste(
     flat_ids = None if ids is None else ids.reshape(-1)
     embedded, out_ids, logprobs = _linear_gumbel_ste(
         rows, lm_head, bias, logit_softcap, tables, row_tau, seed, row_ids, vocab_start, flat_ids,
-        estimator, float(eps), collect, backend,
+        estimator, eps, collect, backend,
     )[:3]  # fmt: skip
     parts = tuple(
         part.to(table.dtype).view(*batch, table.shape[1])
