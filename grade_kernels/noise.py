@@ -194,14 +194,20 @@ class GumbelNoise:
             `[num_rows, vocab_size]` standard Gumbel noise on the device of `row_ids`, or else of the seed.
 
         Raises:
-            TypeError: a dtype that is not one of the four.
-            ValueError: negative sizes, or a number of rows that differs from `row_ids`.
+            TypeError: a dtype that is not one of the four, or sizes that are no ints.
+            ValueError: negative sizes, a token's id beyond 2^62, or a number of rows that differs from `row_ids`.
         """
         if dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
             raise TypeError(f"dtype must be float32, float64, bfloat16 or float16, got {dtype}")
         for name, value in (("num_rows", num_rows), ("vocab_size", vocab_size), ("vocab_start", vocab_start)):
+            if isinstance(value, bool) or not isinstance(value, (int, SupportsIndex, torch.SymInt)):
+                raise TypeError(f"{name} must be an int, got {type(value).__name__}")
             if value < 0:
                 raise ValueError(f"{name} must not be negative, got {value}")
+        if self.vocab_start + vocab_start >= 2**62:
+            raise ValueError(
+                f"vocab_start must lie in [0, 2^62 - {self.vocab_start}), counted from this noise's own, got {vocab_start}"
+            )
         word = self.words(num_rows, vocab_size, vocab_start=vocab_start)
         # One word in 2^24 needs refining, but "dense and obvious" reads better than a gather.
         refinement = self.words(num_rows, vocab_size, vocab_start=vocab_start, domain=DOMAIN_REFINE)

@@ -107,8 +107,8 @@ def test_tau_of_a_wrong_dtype(backend: str, device: str, op: Op, dtype: torch.dt
 
 @every_op_with_tau
 def test_tau_is_checked_for_an_empty_batch(backend: str, device: str, op: Op) -> None:
-    """A wrong number is wrong before the first row arrives."""
-    for tau in (0.0, -1.0, math.nan, math.inf):
+    """A wrong number is wrong before the first row arrives; so is one that float32 does not tell from such a number."""
+    for tau in (0.0, -1.0, math.nan, math.inf, 1e-39, 1e-60, 1e60):
         with raises(ValueError, "tau", tau):
             op(logits_on(device, 0, VOCAB), tau)
 
@@ -132,6 +132,8 @@ def test_logits_that_are_no_tensor(backend: str, op: Op, logits: Any) -> None:
 def test_logits_of_a_wrong_dtype(backend: str, device: str, op: Op, dtype: torch.dtype) -> None:
     with raises(TypeError, "logits", dtype):
         op(torch.zeros(3, VOCAB, dtype=dtype, device=device))
+    with raises(TypeError, "logits", "torch.sparse_coo"):
+        op(torch.zeros(3, VOCAB, device=device).to_sparse())
 
 
 @every_op
@@ -475,8 +477,13 @@ def test_bad_dense() -> None:
     for sizes, name in (((-1, 5), "num_rows"), ((3, -5), "vocab_size")):
         with raises(ValueError, name):
             noise.dense(*sizes)
-    with raises(ValueError, "vocab_start"):
-        noise.dense(3, 5, vocab_start=-1)
+    for wrong in (2.0, "3", None, True):
+        for name in ("num_rows", "vocab_size", "vocab_start"):
+            with raises(TypeError, name, type(wrong).__name__):
+                noise.dense(**{"num_rows": 3, "vocab_size": 5, name: wrong})  # type: ignore[arg-type]
+    for outside in (-1, 2**62 - 7, 2**63):
+        with raises(ValueError, "vocab_start", outside):
+            gk.GumbelNoise(1, vocab_start=7).dense(3, 5, vocab_start=outside)
     with raises(TypeError, "generator"):
         gk.GumbelNoise.from_generator(3)  # type: ignore[arg-type]
 

@@ -98,7 +98,7 @@ def test_reference_that_does_not_fit(backend: str, device: str) -> None:
 
 
 @every_op
-@pytest.mark.parametrize("softcap", [0, 0.0, -1.5, math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("softcap", [0, 0.0, -1.5, math.nan, math.inf, 1e-60, 1e60])
 def test_softcap_not_positive_and_finite(backend: str, device: str, op: Op, softcap: float) -> None:
     with raises(ValueError, "logit_softcap", softcap):
         op(device, **good(device, logit_softcap=softcap))
@@ -126,7 +126,7 @@ def test_eps_that_is_no_number(backend: str, device: str, op: Op, eps: Any) -> N
 
 
 @every_statistic
-@pytest.mark.parametrize("temperature", [0, 0.0, -1.0, math.nan, math.inf])
+@pytest.mark.parametrize("temperature", [0, 0.0, -1.0, math.nan, math.inf, 1e-60, 1e60])
 def test_temperature_not_positive_and_finite(backend: str, device: str, op: Op, temperature: float) -> None:
     with raises(ValueError, "temperature", temperature):
         op(device, **good(device, temperature=temperature))
@@ -151,6 +151,8 @@ def test_tensors_of_a_wrong_type(backend: str, device: str, op: Op, name: str) -
     for dtype in (torch.int64, torch.bool, torch.complex64):
         with raises(TypeError, name, dtype):
             op(device, **good(device, **{name: torch.ones(V, H, device=device).to(dtype)}))
+    with raises(TypeError, name, "torch.sparse_coo"):
+        op(device, **good(device, **{name: torch.ones(V, H, device=device).to_sparse()}))
     for value in (None, 1.0, [[1.0]], np.ones((N, H), dtype=np.float32)):
         with raises(TypeError, name, type(value).__name__):
             op(device, **good(device, **{name: value}))

@@ -174,6 +174,13 @@ def test_float16_sums_over_a_large_vocabulary(backend: str, device: str, interpr
             assert answer.hidden.isfinite().all(), f"eps {eps}, {wanted}: {answer.hidden.tolist()}"
             for e in answer.embedding:
                 assert e.isfinite().all()
+    # Where the temperature is high, the weights of soft lookups, too, add up to as much as their number.
+    table = torch.full((vocab, 2), 20.0, dtype=torch.float16, device=device)
+    for embedding in (
+        gk.linear_gumbel_ste(p.hidden, p.lm_head, table, 30.0, estimator=estimator, noise=noise_of()).embedding,
+        gk.gumbel_ste_embedding(p.hidden @ p.lm_head.T, table, 30.0, estimator=estimator, noise=noise_of()).embedding,
+    ):
+        torch.testing.assert_close(embedding, table[:1])
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)

@@ -283,7 +283,11 @@ def test_coarse_eps_keeps_what_is_certain(backend: str, device: str) -> None:
     bias = torch.full((9,), -math.inf, device=device)
     bias[:4] = 0.0
     p = p._replace(bias=bias)
-    assert_close(run(p, 0.2), run(p, 0.0))
+    exact = run(p, 0.0)
+    for eps in (0.2, 1e-38, 1e-60):  # also where float32 has no such number
+        assert_close(run(p, eps), exact)
+        for a, b in zip(statistics(p, eps), statistics(p, 0.0), strict=True):
+            torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-5)
 
 
 @pytest.mark.thin(5)

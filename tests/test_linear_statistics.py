@@ -346,6 +346,13 @@ def test_logprobs_sum_to_one(backend: str, device: str) -> None:
     assert (value <= 0).all()
 
 
+def test_a_distant_cap_changes_nothing(backend: str, device: str) -> None:
+    p, ids = problem((3,), 131, 7, device=device), torch.tensor([0, 64, 130], device=device)
+    free = gk.linear_logprobs(p.hidden, p.lm_head, ids)
+    for softcap in (1e5, 1e20, 1e38):
+        torch.testing.assert_close(gk.linear_logprobs(p.hidden, p.lm_head, ids, logit_softcap=softcap), free)
+
+
 def test_logprobs_are_those_of_the_sampler(backend: str, device: str, rows: int) -> None:
     p = problem((rows,), 131, 7, bias=True, softcap=4.0, device=device)
     ids, logprobs = gk.linear_gumbel_sample(p.hidden, p.lm_head, bias=p.bias, logit_softcap=4.0, noise=p.noise)

@@ -55,6 +55,14 @@ def test_unknown_subcommand(capsys):
     assert "'dance'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("steps", ["many", "0", "1.5"])
+def test_steps_of_the_demo_that_are_none(steps, capsys):
+    with pytest.raises(SystemExit) as raised:
+        cli.main(["demo", "--steps", steps])
+    assert raised.value.code == 2
+    assert f"argument --steps: must be a whole number of at least 1, got '{steps}'" in capsys.readouterr().err
+
+
 def test_demo_without_its_packages_says_what_to_install(monkeypatch, capsys):
     demo = type(sys)("grade_kernels.demo")
 
@@ -88,13 +96,20 @@ def test_a_table_gives_a_tensor_and_a_tuple_a_tuple(op):
 
 
 def test_import_is_light():
-    """No device is queried and nothing optional is imported before it is needed."""
+    """No device is queried, nothing optional is imported before it is needed, and then it is named."""
     done = python(
         "-c",
         "import sys, grade_kernels, grade_kernels.cli, torch\n"
         "heavy = {'transformers', 'triton', 'matplotlib', 'grade_kernels.demo', 'grade_kernels.doctor'}\n"
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
-        "assert not torch.cuda.is_initialized()",
+        "assert not torch.cuda.is_initialized()\n"
+        "sys.modules['rich'] = None  # as if it were not installed\n"
+        "try:\n"
+        "    import grade_kernels.training\n"
+        "except ModuleNotFoundError as error:\n"
+        "    assert str(error).endswith(\"needs rich: pip install 'grade-kernels[train]'\"), error\n"
+        "else:\n"
+        "    raise AssertionError('imported without rich')",
     )
     assert done.returncode == 0, done.stderr
 

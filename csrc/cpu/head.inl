@@ -129,10 +129,10 @@ GK_INLINE f32 softcapped(f32 x, float softcap) {
   const f32 t = vexp2_one(magnitude * (-2.0f * kLog2E));
   // Small arguments cancel in 1 - t, where the odd series is exact enough.
   const f32 square = y * y;
-  const f32 series = y * (1.0f + square * (-0.333333333f + square * (0.133333333f - square * 0.053968254f)));
+  const f32 series = x * (1.0f + square * (-0.333333333f + square * (0.133333333f - square * 0.053968254f)));
   const f32 ratio = (1.0f - t) / (1.0f + t);
-  const f32 value = select(magnitude < 0.1f, series, y < 0.0f ? -ratio : ratio) * softcap;
-  return select((y == y) & (y > -__builtin_inff()), value, y);
+  const f32 value = select(magnitude < 0.1f, series, (y < 0.0f ? -ratio : ratio) * softcap);
+  return select((x == x) & (x > -__builtin_inff()), value, x);
 }
 
 // The logits of up to four tokens; those outside [begin, end) are masked.

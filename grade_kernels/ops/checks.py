@@ -11,6 +11,7 @@ import math
 import os
 from collections.abc import Sequence
 from numbers import Real
+from typing import Any
 
 import torch
 
@@ -30,10 +31,17 @@ def reads_values(*tensors: torch.Tensor) -> bool:
     return os.environ.get("GRADE_KERNELS_CHECK") == "1" or all(t.device.type == "cpu" for t in tensors)
 
 
+def check_layout(name: str, value: torch.Tensor) -> None:
+    """An ordinary tensor: not a sparse or nested one, which have no rows to view."""
+    if value.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got one of layout {value.layout}")
+
+
 def check_floating(name: str, value: object) -> None:
-    """A tensor of one of the four floating dtypes, or TypeError."""
+    """A dense tensor of one of the four floating dtypes, or TypeError."""
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    check_layout(name, value)
     if value.dtype not in FLOATING:
         raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {value.dtype}")
 
@@ -74,6 +82,17 @@ def canonical_noise(
     return noise.seed, noise.row_ids, noise.vocab_start
 
 
+def positive_number(name: str, value: Any, dtype: torch.dtype, expected: str = "a number") -> Any:
+    """A number that is positive and finite in `dtype`'s arithmetic, too; kernels take its subnormals for zero."""
+    if isinstance(value, bool) or not isinstance(value, (Real, torch.SymFloat, torch.SymInt)):
+        raise TypeError(f"{name} must be {expected}, got {type(value).__name__}")
+    number: Any = value if isinstance(value, (int, float, torch.SymFloat, torch.SymInt)) else float(value)
+    limits = torch.finfo(dtype)
+    if not limits.tiny <= number <= limits.max:
+        raise ValueError(f"{name} must be positive and finite in {dtype}, got {value}")
+    return number
+
+
 def canonical_tau(
     tau: float | torch.Tensor, batch_shape: Sequence[int], device: torch.device, dtype: torch.dtype
 ) -> torch.Tensor:
@@ -84,6 +103,7 @@ def canonical_tau(
     """
     rows = math.prod(batch_shape)
     if isinstance(tau, torch.Tensor):
+        check_layout("tau", tau)
         if tau.dtype == torch.bool or tau.dtype.is_complex:
             raise TypeError(f"tau must be a real number or tensor, got dtype {tau.dtype}")
         if tau.dim() == 0 and tau.device.type in ("cpu", device.type):
@@ -97,17 +117,13 @@ def canonical_tau(
         if tau.device != device:
             raise ValueError(f"tau is on device {str(tau.device)!r}, but the logits on {str(device)!r}")
         return tau.to(dtype).reshape(rows)
-    if isinstance(tau, bool) or not isinstance(tau, (Real, torch.SymFloat, torch.SymInt)):
-        raise TypeError(f"tau must be a number or a tensor, got {type(tau).__name__}")
-    if not (0.0 < tau < math.inf):
-        raise ValueError(f"tau must be positive and finite, got {tau}")
     # A product rather than torch.full: with a number that changes, torch.compile recompiles once, not every time.
-    return torch.ones(rows, dtype=dtype, device=device) * tau
+    return torch.ones(rows, dtype=dtype, device=device) * positive_number("tau", tau, dtype, "a number or a tensor")
 
 
 def check_tau_values(tau: torch.Tensor) -> None:
     """Positive, finite values; ValueError with the first that is not."""
-    bad = ~((tau > 0) & tau.isfinite())
+    bad = ~((tau >= torch.finfo(tau.dtype).tiny) & tau.isfinite())
     if bad.any():
         row = int(bad.nonzero()[0])
         raise ValueError(f"tau must be positive and finite, got {tau[row].item()} (row {row})")
@@ -173,6 +189,7 @@ def check_ids(ids: object, batch_shape: Sequence[int], other: torch.Tensor, othe
     """Given ids: int64 of the batch shape (values are checked where they may be read)."""
     if not isinstance(ids, torch.Tensor):
         raise TypeError(f"ids must be an int64 tensor, got {type(ids).__name__}")
+    check_layout("ids", ids)
     if ids.dtype != torch.int64:
         raise TypeError(f"ids must be int64, got {ids.dtype}")
     if tuple(ids.shape) != tuple(batch_shape):

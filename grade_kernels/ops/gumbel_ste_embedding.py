@@ -99,6 +99,12 @@ def joint_dtype(tables: list[torch.Tensor]) -> torch.dtype:
     return dtype
 
 
+def weights_dtype(tables: list[torch.Tensor], compute: torch.dtype) -> torch.dtype:
+    """The dtype of the weights that tables are to be multiplied by: their own where it is narrower than compute."""
+    dtype = joint_dtype(tables)
+    return dtype if dtype.itemsize < compute.itemsize else compute
+
+
 def _kernel(
     logits: torch.Tensor,
     tables: list[torch.Tensor],
@@ -146,13 +152,14 @@ def _soft_lookup(
     """`softmax((l + g) / tau) @ [E_1 E_2 ...]` without a dense softmax, and the softmax's denominators."""
     total = torch.zeros_like(tau)
     sums = [torch.zeros(logits.shape[0], table.shape[1], dtype=tau.dtype, device=tau.device) for table in tables]
+    dtype = weights_dtype(tables, tau.dtype)
     for columns in column_chunks(*logits.shape):
         weights, part = implementation.softmax(
-            logits[:, columns], tau, seed, row_ids, vocab_start + columns.start, sample.score_max, False, tau.dtype
+            logits[:, columns], tau, seed, row_ids, vocab_start + columns.start, sample.score_max, False, dtype
         )
         total += part
         for acc, table in zip(sums, tables, strict=True):
-            acc += weights.to(table.dtype) @ table[columns]
+            acc += implementation.weighted_sum(weights, table[columns])
     embedded = [(acc / total[:, None]).to(table.dtype) for acc, table in zip(sums, tables, strict=True)]
     return torch.cat([part.to(joint_dtype(tables)) for part in embedded], dim=1), total
 

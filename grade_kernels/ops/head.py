@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from numbers import Real
 from typing import Any, NamedTuple
@@ -13,6 +12,8 @@ from grade_kernels import reference
 from grade_kernels.backends import Head, Support
 from grade_kernels.backends.torch.head import head_chunks, offsets_of
 from grade_kernels.ops import checks
+
+LEAST_EPS = 2.0**-64
 
 
 def autocasted(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
@@ -48,10 +49,8 @@ def check_head(
             raise ValueError(f"{prefix}bias must have shape ({lm_head.shape[0]},), got {tuple(bias.shape)}")
         checks.check_same_device(f"{prefix}bias", bias, f"{prefix}hidden", hidden)
     if logit_softcap is not None:
-        if isinstance(logit_softcap, bool) or not isinstance(logit_softcap, Real):
-            raise TypeError(f"logit_softcap must be a number or None, got {type(logit_softcap).__name__}")
-        if not 0.0 < float(logit_softcap) < math.inf:
-            raise ValueError(f"logit_softcap must be positive and finite, got {logit_softcap}")
+        compute = checks.compute_dtype(hidden.dtype)
+        checks.positive_number("logit_softcap", logit_softcap, compute, "a number or None")
     hidden, lm_head = autocasted(hidden, lm_head)
     assert hidden is not None
     assert lm_head is not None
@@ -73,12 +72,13 @@ def check_reference_rows(
         checks.check_head_rows(checks.bad_rows(logits), prefix)
 
 
-def check_eps(eps: object) -> None:
-    """A probability in [0, 1)."""
+def canonical_eps(eps: object) -> float:
+    """A probability in [0, 1): 0, or one that float32 holds. What is below the least of these has no weight to save."""
     if isinstance(eps, bool) or not isinstance(eps, Real):
         raise TypeError(f"eps must be a number, got {type(eps).__name__}")
     if not 0.0 <= float(eps) < 1.0:
         raise ValueError(f"eps must lie in [0, 1), got {eps}")
+    return 0.0 if eps == 0 else max(float(eps), LEAST_EPS)
 
 
 def needs_graph(*tensors: torch.Tensor | None) -> bool:

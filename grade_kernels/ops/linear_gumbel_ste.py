@@ -14,11 +14,11 @@ from grade_kernels.backends import Head, Sample, Support
 from grade_kernels.backends.torch.head import empty_support, head_chunks, offsets_of
 from grade_kernels.noise import GumbelNoise
 from grade_kernels.ops import checks
-from grade_kernels.ops.gumbel_ste_embedding import joint_dtype, scatter_rows
+from grade_kernels.ops.gumbel_ste_embedding import joint_dtype, scatter_rows, weights_dtype
 from grade_kernels.ops.head import (
     Entries,
     HeadGradients,
-    check_eps,
+    canonical_eps,
     check_head,
     check_reference_rows,
     fake_gradients,
@@ -90,7 +90,7 @@ def linear_gumbel_ste(
     """
     hidden, lm_head, bias = check_head(hidden, lm_head, bias, logit_softcap)
     checks.check_estimator(estimator)
-    check_eps(eps)
+    eps = canonical_eps(eps)
     batch, vocab = hidden.shape[:-1], lm_head.shape[0]
     tables = checks.check_tables(embedding, vocab, hidden, "hidden")
     rows = hidden.reshape(-1, hidden.shape[-1])
@@ -126,7 +126,7 @@ def linear_gumbel_ste(
     flat_ids = None if ids is None else ids.reshape(-1)
     embedded, out_ids, logprobs = _linear_gumbel_ste(
         rows, lm_head, bias, logit_softcap, tables, row_tau, seed, row_ids, vocab_start, flat_ids,
-        estimator, float(eps), collect, backend,
+        estimator, eps, collect, backend,
     )[:3]  # fmt: skip
     parts = tuple(
         part.to(table.dtype).view(*batch, table.shape[1])
@@ -218,8 +218,7 @@ def _soft_lookup(
     total, logit_sum = torch.zeros_like(tau), torch.zeros_like(tau)
     ids = torch.full((rows,), -1, dtype=torch.int64, device=tau.device)
     sums = [torch.zeros(rows, table.shape[1], dtype=tau.dtype, device=tau.device) for table in tables]
-    narrow = joint_dtype(tables)
-    weights_dtype = narrow if narrow.itemsize < tau.dtype.itemsize else tau.dtype
+    dtype = weights_dtype(tables, tau.dtype)
     for columns, logits in head_chunks(head, implementation.product):
         part = implementation.sample(logits, seed, row_ids, vocab_start + columns.start, True)
         chunk_max = logits.amax(dim=1)
@@ -232,7 +231,7 @@ def _soft_lookup(
         scale = ((score_max - pivot) / tau).exp()
         score_max = raised
         weights, mass = implementation.softmax(
-            logits, tau, seed, row_ids, vocab_start + columns.start, pivot, False, weights_dtype
+            logits, tau, seed, row_ids, vocab_start + columns.start, pivot, False, dtype
         )
         total = total * scale + mass
         for acc, table in zip(sums, tables, strict=True):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from numbers import Real
 from typing import Any
 
 import torch
@@ -16,7 +14,7 @@ from grade_kernels.ops import checks
 from grade_kernels.ops.head import (
     Entries,
     HeadGradients,
-    check_eps,
+    canonical_eps,
     check_head,
     check_reference_rows,
     fake_gradients,
@@ -117,11 +115,9 @@ def _statistic(
     ref: tuple[Any, Any, Any] | None = None,
 ) -> torch.Tensor:
     hidden, lm_head, bias = check_head(hidden, lm_head, bias, logit_softcap)
-    check_eps(eps)
-    if isinstance(temperature, bool) or not isinstance(temperature, (Real, torch.SymFloat)):
-        raise TypeError(f"temperature must be a number, got {type(temperature).__name__}")
-    if not 0.0 < temperature < math.inf:
-        raise ValueError(f"temperature must be positive and finite, got {temperature}")
+    eps = canonical_eps(eps)
+    compute = checks.compute_dtype(hidden.dtype)
+    temperature = checks.positive_number("temperature", temperature, compute)
     batch = hidden.shape[:-1]
     if kind == "logprobs":
         checks.check_ids(ids, batch, hidden, "hidden")
@@ -138,27 +134,29 @@ def _statistic(
         check_reference_rows(hidden, lm_head, bias, logit_softcap)
         if ref_hidden is not None and ref_lm_head is not None:
             check_reference_rows(ref_hidden, ref_lm_head, ref_bias, logit_softcap, "ref_")
-        options = {"bias": bias, "logit_softcap": logit_softcap, "temperature": temperature}
-        if kind == "kl":
+        options: dict[str, Any] = {"bias": bias, "logit_softcap": logit_softcap, "temperature": temperature}
+        if ref_hidden is not None and ref_lm_head is not None:
             return reference.linear_kl(hidden, lm_head, ref_hidden, ref_lm_head, ref_bias=ref_bias, **options)
         if kind == "entropy":
             return reference.linear_entropy(hidden, lm_head, **options)
+        assert ids is not None
         if not torch.compiler.is_compiling() and checks.reads_values(ids):
             checks.check_ids_values(ids.reshape(-1), lm_head.shape[0])
         return reference.linear_logprobs(hidden, lm_head, ids, **options)
     rows = hidden.reshape(-1, hidden.shape[-1])
-    if ref_hidden is not None:
+    if ref_hidden is not None and ref_lm_head is not None:
         ref_hidden = ref_hidden.detach().reshape(-1, ref_hidden.shape[-1])
         ref_lm_head, ref_bias = ref_lm_head.detach(), None if ref_bias is None else ref_bias.detach()
-    tau = torch.full((rows.shape[0],), temperature, dtype=checks.compute_dtype(hidden.dtype), device=hidden.device)
+    tau = torch.full((rows.shape[0],), temperature, dtype=compute, device=hidden.device)
     collect = eps > 0 and needs_graph(hidden, lm_head, bias)
-    if noise is None and not collect:  # nothing is drawn, not even a seed
+    if noise is None and eps == 0:  # nothing is drawn, not even a seed
         noise = GumbelNoise(0)
+    # Else without a graph, too: a reentrant checkpoint's first forward must leave the generator as its second one will.
     seed, row_ids, vocab_start = checks.canonical_noise(noise, rows.shape[0], hidden.device)
     flat_ids = None if ids is None else ids.reshape(-1)
     value = _linear_statistic(
         rows, lm_head, bias, logit_softcap, ref_hidden, ref_lm_head, ref_bias, flat_ids, tau, seed,
-        row_ids, vocab_start, kind, float(eps), collect, backend,
+        row_ids, vocab_start, kind, eps, collect, backend,
     )[0]  # fmt: skip
     return value.view(batch)
 

@@ -1,15 +1,22 @@
 """Alignment of language models by backpropagation through their own samples: a trainer, and its functional core."""
 
-from grade_kernels.training.callbacks import NonFiniteGradientError, TrainingInterrupted
-from grade_kernels.training.config import GRADEConfig
-from grade_kernels.training.loss import GradeLoss, grade_loss
-from grade_kernels.training.rewards import (
-    DifferentiableReward,
-    NonFiniteRewardError,
-    SequenceClassificationReward,
-    right_padded,
-)
-from grade_kernels.training.trainer import GRADETrainer
+try:
+    from grade_kernels.training.callbacks import NonFiniteGradientError, TrainingInterrupted
+    from grade_kernels.training.config import GRADEConfig
+    from grade_kernels.training.loss import GradeLoss, grade_loss
+    from grade_kernels.training.rewards import (
+        DifferentiableReward,
+        NonFiniteRewardError,
+        SequenceClassificationReward,
+        right_padded,
+    )
+    from grade_kernels.training.trainer import GRADETrainer
+except ModuleNotFoundError as error:
+    package = (error.name or "grade_kernels").partition(".")[0]
+    if package == "grade_kernels":
+        raise
+    message = f"grade_kernels.training needs {package}: pip install 'grade-kernels[train]'"
+    raise ModuleNotFoundError(message, name=package) from error
 
 __all__ = [
     "DifferentiableReward",

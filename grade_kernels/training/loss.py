@@ -14,7 +14,7 @@ from torch import nn
 
 from grade_kernels.noise import GumbelNoise
 from grade_kernels.ops import checks
-from grade_kernels.ops.head import check_eps
+from grade_kernels.ops.head import canonical_eps
 from grade_kernels.training.policy import (
     LanguageModel,
     check_adapter_reference,
@@ -137,7 +137,7 @@ def objectives_loss(
     policy = read_language_model(model)
     hops = _checked_hops(feedback_hops)
     checks.check_estimator(estimator)
-    check_eps(eps)
+    eps = canonical_eps(eps)
     ends = token_ids("eos_token_id", eos_token_id, policy.vocab_size)
     pads = token_ids("pad_token_id", pad_token_id, policy.vocab_size)
     pad = (pads or ends or (0,))[0]

@@ -52,7 +52,12 @@ def product(x: torch.Tensor, table: torch.Tensor, out: torch.Tensor | None = Non
 
 def weighted_sum(values: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     """See `grade_kernels.backends`."""
-    return (values.to(table.dtype) @ table).to(compute_dtype(values.dtype))
+    if table.dtype != torch.float16:
+        return (values.to(table.dtype) @ table).to(compute_dtype(values.dtype))
+    # Thousands of rows of a table may add up to more than float16 holds, though their mean never does.
+    values = values.to(compute_dtype(values.dtype))
+    shrink = (values.abs().sum(dim=1, keepdim=True) / 2**10).clamp_min_(1.0)
+    return ((values / shrink).half() @ table) * shrink
 
 
 def exact_weights(dtype: torch.dtype) -> bool:

@@ -224,8 +224,11 @@ def logits(
     if bias is not None:
         b_l += tl.load(bias + o_v)[None, :]
     if softcap is not None:
-        # tanh; what cancels near zero is a rounding error of the cap, no more than a logit's own.
-        b_capped = softcap - 2.0 * softcap / (1.0 + tl.exp2(b_l * (2.0 * LOG2E / softcap)))
+        # tanh; what cancels is a rounding error of the cap, and near zero, where that is more than a logit's own, a series.
+        b_y = b_l * (1.0 / softcap)
+        b_capped = softcap - 2.0 * softcap / (1.0 + tl.exp2(b_y * (2.0 * LOG2E)))
+        b_y *= b_y
+        b_capped = tl.where(b_y < 1e-3, tl.fma(b_l * b_y, -1 / 3, b_l), b_capped)
         b_l = tl.where(b_l == -float("inf"), b_l, b_capped)  # a masked logit stays masked
     if (first < 0) | (first + BN > V):
         b_l = tl.where(((o_c >= 0) & (o_c < V))[None, :], b_l, float("-inf"))
