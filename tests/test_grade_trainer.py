@@ -344,8 +344,12 @@ def test_lora_trains_the_adapter_alone_and_refers_to_the_model_without_it(tmp_pa
     with pytest.raises(ValueError, match="must leave the LM head"):
         build(tmp_path, peft_config=bad)
     bad = peft.LoraConfig(r=4, target_modules=["c_attn"], bias="all")
-    with pytest.raises(ValueError, match="adapter 'default' has bias='all': it trains biases of the model itself"):
+    with pytest.raises(ValueError, match="parameters outside of the adapter require gradients"):
         build(tmp_path, peft_config=bad)
+    adapted = peft.get_peft_model(policy("gpt2", dtype=torch.float32), adapter)
+    adapted.base_model.model.transformer.ln_f.weight.requires_grad_(True)  # which the reference would share
+    with pytest.raises(ValueError, match=r"the first of them base_model.model.transformer.ln_f.weight"):
+        build(tmp_path, model=adapted)
 
 
 def test_adapters_of_transformers_own_and_adapters_of_rewards(tmp_path):

@@ -21,6 +21,7 @@ from benchmarks.alignment.report import markdown, write_report
 from benchmarks.alignment.settings import Settings
 from benchmarks.alignment.study import Study
 from benchmarks.alignment.tasks import Task
+from grade_kernels.demo import positive
 
 TASKS = ("demo", "csv", "imdb")
 
@@ -34,16 +35,16 @@ def parser() -> argparse.ArgumentParser:
     )
     found.add_argument("--task", choices=TASKS, default="demo", help="default: %(default)s")
     found.add_argument("--quick", action="store_true", help="everything small: minutes, and no conclusions")
-    found.add_argument("--seeds", type=_positive, help="how many seeds (default: 3, with --quick 2)")
-    found.add_argument("--steps", type=_positive, help="optimiser steps of a run")
-    found.add_argument("--prompts", type=_positive, help="prompts a step, of 4 completions each (default: 8)")
+    found.add_argument("--seeds", type=positive, help="how many seeds (default: 3, with --quick 2)")
+    found.add_argument("--steps", type=positive, help="optimiser steps of a run")
+    found.add_argument("--prompts", type=positive, help="prompts a step, of 4 completions each (default: 8)")
     found.add_argument("--learning-rates", type=float, nargs="+", help="the short list that every method chooses from")
     found.add_argument(
         "--methods", type=_methods, default=tuple(METHODS), metavar="A,B", help=f"among {', '.join(METHODS)}"
     )
     found.add_argument(
         "--workers",
-        type=_positive,
+        type=positive,
         default=_default_workers(),
         help="runs at a time, on one thread each (default: one per core, at most 8; with a GPU one)",
     )
@@ -69,13 +70,6 @@ def parser() -> argparse.ArgumentParser:
 def _default_workers() -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return 1 if torch.cuda.is_available() else min(cores, 8)
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
 
 
 def _methods(text: str) -> tuple[str, ...]:

@@ -53,13 +53,14 @@ def run_demo(
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the demo's options to a parser."""
     parser.add_argument("--output-dir", type=Path, default=DemoConfig.output_dir, help="default: %(default)s")
-    parser.add_argument("--steps", type=_positive, help="steps of alignment; more than before continues a run")
+    parser.add_argument("--steps", type=positive, help="steps of alignment; more than before continues a run")
     parser.add_argument("--seed", type=int, default=0, help="of the alignment: prompts and noise (default: 0)")
     parser.add_argument("--tiny", action="store_true", help="everything small: a check that takes seconds")
     parser.add_argument("--fresh", action="store_true", help="start the alignment over; trained models stay cached")
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """A whole number of at least 1, for argparse."""
     try:
         value = int(text)
     except ValueError:

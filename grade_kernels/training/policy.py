@@ -90,14 +90,15 @@ class LanguageModel:
 
 def check_adapter_reference(model: nn.Module) -> None:
     """Without its adapter, a PEFT model is what it was before training, or ValueError."""
-    configs: dict[str, Any] = getattr(unwrap(model), "peft_config", {})
-    for adapter, config in configs.items():
-        bias = getattr(config, "bias", "none")
-        if isinstance(bias, str) and bias != "none":
-            raise ValueError(
-                f"the KL needs a reference, but model's adapter {adapter!r} has bias={bias!r}: it trains biases of the "
-                "model itself, which stay when it is switched off"
-            )
+    adapted: Any = unwrap(model)
+    with adapted.disable_adapter():  # which also freezes what belongs to it
+        left = [name for name, parameter in adapted.named_parameters() if parameter.requires_grad]
+    if left:
+        raise ValueError(
+            "the KL needs a reference, which is model without its adapter, but training would change that too: "
+            f"{len(left)} parameters outside of the adapter require gradients, the first of them {left[0]} "
+            '(an adapter with a `bias` other than "none" has such); freeze them'
+        )
 
 
 def check_checkpointing(model: nn.Module) -> None:
