@@ -6,6 +6,7 @@ on; `device` is that device. Cases on a GPU are the same tests: marked `gpu`, an
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -26,6 +27,10 @@ if not HAS_GPU:
 
 import grade_kernels as gk  # noqa: E402
 from tests.helpers import poisoned_memory  # noqa: E402
+from tests.interpreter import quicken  # noqa: E402
+
+if not HAS_GPU and importlib.util.find_spec("triton") is not None:
+    quicken()
 
 
 def pytest_configure(config: pytest.Config) -> None:
