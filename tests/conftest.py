@@ -50,7 +50,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         mark = item.get_closest_marker("thin")
         call = getattr(item, "callspec", None)
-        if mark is None or HAS_GPU or call is None or call.params.get("place") != ("triton", "cpu"):
+        params = {} if call is None else call.params
+        interpreted = params.get("place") == ("triton", "cpu") or params.get("rows_backend") == "triton"
+        if mark is None or HAS_GPU or not interpreted:
             kept.append(item)
             continue
         name = item.nodeid.split("[")[0]

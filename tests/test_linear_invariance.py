@@ -179,7 +179,7 @@ def test_seed_decides(backend: str, device: str) -> None:
     assert not torch.equal(runs[0][0], runs[0][1]), "two calls drew the same noise"
 
 
-@pytest.mark.thin(5)
+@pytest.mark.thin(7)
 @pytest.mark.parametrize("capacity", [0, 1, 3])
 @every_estimator
 def test_overflow_takes_the_dense_path(
