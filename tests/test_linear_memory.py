@@ -16,7 +16,7 @@ import grade_kernels as gk
 from tests.helpers import ESTIMATORS, leaf
 from tests.linear_helpers import Problem, allocations, problem, run, small_chunks, tiny_capacity
 
-N, V, H = 64, 8209, 3
+N, V, H = 64, 16411, 3
 EPSES = pytest.mark.parametrize("eps", [0.0, 2**-5])
 
 
