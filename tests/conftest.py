@@ -6,6 +6,7 @@ on; `device` is that device. Cases on a GPU are the same tests: marked `gpu`, an
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -26,6 +27,10 @@ if not HAS_GPU:
 
 import grade_kernels as gk  # noqa: E402
 from tests.helpers import poisoned_memory  # noqa: E402
+from tests.interpreter import quicken  # noqa: E402
+
+if not HAS_GPU and importlib.util.find_spec("triton") is not None:
+    quicken()
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -45,7 +50,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         mark = item.get_closest_marker("thin")
         call = getattr(item, "callspec", None)
-        if mark is None or HAS_GPU or call is None or call.params.get("place") != ("triton", "cpu"):
+        params = {} if call is None else call.params
+        interpreted = params.get("place") == ("triton", "cpu") or params.get("rows_backend") == "triton"
+        if mark is None or HAS_GPU or not interpreted:
             kept.append(item)
             continue
         name = item.nodeid.split("[")[0]

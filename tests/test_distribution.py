@@ -30,7 +30,7 @@ def tail_logits(rows: int, device: str = "cpu") -> torch.Tensor:
 
 def test_chi_squared(backend: str, device: str, interpreted: bool) -> None:
     """Counts of 9 tokens, two of them masked. False alarm 10^-4 for each backend."""
-    n = 200 if interpreted else 40_000
+    n = 60 if interpreted else 40_000
     logits = randn(9, device=device) * 1.5
     logits[[2, 7]] = -math.inf
     ids = gk.gumbel_sample(logits.expand(n, 9), noise=gk.GumbelNoise(SEED)).cpu()
@@ -50,8 +50,11 @@ def test_chi_squared(backend: str, device: str, interpreted: bool) -> None:
 
 
 def test_chi_squared_over_seeds(backend: str, device: str, interpreted: bool) -> None:
-    """One row and many seeds: the other way to draw many samples. False alarm 10^-4 for each backend."""
-    n = 60 if interpreted else 2000
+    """One row and many seeds: the other way to draw many samples. False alarm 10^-4 for each backend.
+
+    A token's share has a standard error of at most 0.016.
+    """
+    n = 60 if interpreted else 1000
     logits = randn(1, 4, device=device)
     torch.manual_seed(1)
     ids = torch.cat([gk.gumbel_sample(logits) for _ in range(n)]).cpu()

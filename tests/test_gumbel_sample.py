@@ -207,8 +207,8 @@ def test_backends_agree(dtype: torch.dtype) -> None:
         scores = truth_scores(logits, noise)
         assert top_two_gap(scores).min() > 1e-4
         for name in gk.available_backends():
-            if name == "triton" and torch.cuda.is_available():
-                continue  # serves the GPU there, as the cases of test_ids
+            if name == "triton" and (torch.cuda.is_available() or seed % 3):
+                continue  # serves the GPU there, as the cases of test_ids; elsewhere its interpreter gets three seeds
             with gk.use_backend(name):
                 assert torch.equal(gk.gumbel_sample(logits, noise=noise), scores.argmax(1)), f"{name}, seed {seed}"
 

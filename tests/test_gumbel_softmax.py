@@ -203,9 +203,10 @@ def test_expanded_logits_and_gradients(backend: str, device: str, rows: int) -> 
 @pytest.mark.thin(7)
 @pytest.mark.parametrize("dim", [0, 1, 2, -1, -2, -3])
 @pytest.mark.parametrize("hard", [False, True])
-def test_dims(backend: str, device: str, dim: int, hard: bool) -> None:
-    logits = randn(2, 3, 5, dtype=torch.float64, device=device)
-    dy = randn(2, 3, 5, dtype=torch.float64, device=device, seed=4)
+def test_dims(backend: str, device: str, interpreted: bool, dim: int, hard: bool) -> None:
+    shape = (2, 3, 1 if dim in (0, -3) else 2) if interpreted else (2, 3, 5)
+    logits = randn(*shape, dtype=torch.float64, device=device)
+    dy = randn(*shape, dtype=torch.float64, device=device, seed=4)
     x, z = leaf(logits), leaf(logits.movedim(dim, -1).contiguous())
     tau = torch.rand(z.shape[:-1], dtype=torch.float64, device=device) + 0.5
     y = gk.gumbel_softmax(x, tau, hard, dim=dim, noise=gk.GumbelNoise(2))

@@ -81,13 +81,14 @@ def test_every_combination_in_float64(
     if backend in ("cpu", "triton"):
         pytest.skip("float64 through a head runs on the torch backend")
     small_chunks(monkeypatch, gather=2**20)
-    for kwargs in combinations(estimator, torch.float64):
+    for i, kwargs in enumerate(combinations(estimator, torch.float64)):
         p = problem(vocab=301, features=5, device=device, **kwargs)
         if isinstance(p.tau, torch.Tensor):
             p = p._replace(tau=p.tau.to(device))
         slim = 4.0 if len(kwargs["table_dtypes"]) == 1 else 2.0**44 / SLIM[torch.float64]
         check(p, what=str(kwargs), slim=slim)
-        check(p, ("hidden",), what=f"hidden alone {kwargs}", slim=slim)
+        if i % 7 == 0:  # no number of values has this divisor, so each comes up
+            check(p, ("hidden",), what=f"hidden alone {kwargs}", slim=slim)
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
@@ -110,8 +111,8 @@ def test_dtypes(
     """Head and table of different dtypes; results in the table's, gradients in their tensors'."""
     dtype, table_dtype = pair
     narrow = torch.bfloat16 in pair or torch.float16 in pair
-    shape = (2,) if interpreted else (33,)
-    p = problem(shape, 131, 33, dtype=dtype, table_dtypes=(table_dtype,), bias=True, estimator=estimator, device=device,
+    shape, vocab = ((2,), 67) if interpreted else ((33,), 131)
+    p = problem(shape, vocab, 33, dtype=dtype, table_dtypes=(table_dtype,), bias=True, estimator=estimator, device=device,
                 tau="row")  # fmt: skip
     ours = run(p)
     truth, theirs = by_hand(widened(p), ours.ids), by_hand(p, ours.ids)
@@ -245,7 +246,7 @@ def test_tied_head_and_embedding(backend: str, device: str, estimator: str, eps:
     torch.testing.assert_close(tied.grad, apart.lm_head + apart.tables[0])
 
 
-@pytest.mark.thin(5)
+@pytest.mark.thin(7)
 @pytest.mark.parametrize("which", ["embedding", "logprobs", "second"])
 @pytest.mark.parametrize("eps", [0.0, 0.05])
 @pytest.mark.parametrize("estimator", ESTIMATORS)

@@ -224,11 +224,14 @@ def test_opcheck(backend: str, device: str, interpreted: bool, name: str) -> Non
     arguments = op_arguments(backend, device)
     assert registered == set(arguments), "an operation without arguments here is an operation without opcheck"
     every = 9 if interpreted else 3 if name.endswith("_backward") else 1
-    # A backward has no autograd formula of its own, and what it does to shapes is seen when the forward is compiled.
-    utilities = ("test_schema", "test_faketensor") if name.endswith("_backward") else None
-    for args in arguments[name][::every]:
-        op = getattr(torch.ops.grade_kernels, name).default
-        torch.library.opcheck(op, args, **({} if utilities is None else {"test_utils": utilities}))
+    op = getattr(torch.ops.grade_kernels, name).default
+    for i, args in enumerate(arguments[name][::every]):
+        utilities = ["test_schema", "test_faketensor"]
+        # A backward has no autograd formula of its own, and what it does to shapes is seen when the forward is
+        # compiled: every third time, which goes through all estimators or kinds, each with eps and without.
+        if not name.endswith("_backward"):
+            utilities += ["test_autograd_registration"] + ["test_aot_dispatch_dynamic"] * (i % 3 == 0)
+        torch.library.opcheck(op, args, test_utils=utilities)
 
 
 # --- autocast

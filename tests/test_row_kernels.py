@@ -96,6 +96,7 @@ def test_refined_words_reach_every_kernel(rows_backend, row, token, offset, pois
 # sample, softmax and softmax_backward against float64
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize(("vocab", "vocab_start"), [(1, 0), (2, 3), (127, 2**34 + 1), (2048, 0), (2053, 4), (9001, 2)])
 def test_sample(rows_backend, dtype, vocab, vocab_start, poison):
@@ -159,6 +160,7 @@ def _relaxations(logits, tau, dy, ids, dlogprobs, vocab_start, estimator, backen
     return [t.cpu().double() for t in (out, dtau, weights, total, raw, raw_total)]
 
 
+@pytest.mark.thin(5)
 @pytest.mark.parametrize("estimator", ["ste", "st", "reinmax"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(

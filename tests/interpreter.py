@@ -1,0 +1,60 @@
+"""Triton's interpreter without most of what it repeats: it takes the larger part of the suite's time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+
+class _Nothing:
+    """What there is to restore after a function that found everything patched."""
+
+    def restore(self) -> None:
+        pass
+
+
+def quicken() -> None:
+    """Have the interpreter patch triton.language once a kernel, and look NumPy's dtypes up once.
+
+    It patches the language again for every device function that a kernel calls, though all of it is patched already:
+    of that it only looks through the modules' members. A Triton whose interpreter is written in another way is left
+    alone.
+    """
+    from triton.runtime import interpreter
+
+    if not all(hasattr(interpreter, name) for name in ("_LangPatchScope", "_patch_lang", "_get_np_dtype")):
+        return
+    patch_all: Callable[[Any], Any] = interpreter._patch_lang
+    numpy_dtype: Callable[[Any], Any] = interpreter._get_np_dtype
+    languages = (interpreter.tl, interpreter.tl.core)
+    visible: dict[Any, set[int]] = {}
+    patched: set[int] = set()
+    dtypes: dict[str, Any] = {}
+
+    def patch(function: Any) -> Any:
+        if function not in visible:
+            values = {id(value) for value in function.__globals__.values()}
+            visible[function] = {i for i, language in enumerate(languages) if id(language) in values}
+        missing, kernel = visible[function] - patched, not patched
+        if not missing:
+            return _Nothing()
+        scope = patch_all(function)
+        patched.update(missing)
+        if kernel:  # the interpreter restores what a kernel's own scope has changed, and no other
+            restore = scope.restore
+
+            def restore_all() -> None:
+                patched.clear()
+                restore()
+
+            scope.restore = restore_all
+        return scope
+
+    def cached_dtype(of: Any) -> Any:
+        name = of.scalar.name
+        if name not in dtypes:
+            dtypes[name] = numpy_dtype(of)
+        return dtypes[name]
+
+    interpreter._patch_lang = patch
+    interpreter._get_np_dtype = cached_dtype
