@@ -5,8 +5,6 @@ What its kernels compute is tested in test_row_kernels.py, together with Triton'
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import json
 import math
 import os
@@ -259,16 +257,6 @@ def _build(tree: Path, fake_torch: Path) -> subprocess.CompletedProcess[str]:
     return done
 
 
-def _kept_build(nvcc: str) -> Path:
-    """Where a build's report and library are kept, by all that they depend on: compiling takes a minute."""
-    compiler = subprocess.run(["c++", "--version"], capture_output=True, text=True, check=True).stdout
-    state = hashlib.sha256(repr([nvcc, compiler, torch.__version__]).encode())
-    sources = [path for folder in ("common", "cuda") for path in (ROOT / "csrc" / folder).glob("*")]
-    for path in sorted([ROOT / "setup.py", Path(__file__), *sources]):
-        state.update(path.read_bytes())
-    return ROOT / "build" / f"cuda-build-{state.hexdigest()[:16]}"
-
-
 compiles = pytest.mark.skipif(shutil.which("c++") is None, reason="there is no C++ compiler")
 
 
@@ -293,19 +281,8 @@ def test_builds_for_every_architecture_without_spills(tmp_path: Path) -> None:
     nvcc = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
     release = re.search(r"release (\d+\.\d+)", nvcc)
     assert release is not None
-    fake = _torch_for(release[1], tmp_path / "site")
-    kept = _kept_build(nvcc)
-    if not kept.exists():
-        tree, fresh = tmp_path / "tree", kept.with_suffix(f".{os.getpid()}.tmp")  # another process may be at it, too
-        text = _build(tree, fake).stdout
-        fresh.mkdir(parents=True)
-        (fresh / "report.txt").write_text(text)
-        shutil.copy(tree / "grade_kernels" / "_cuda.so", fresh)
-        for old in set(kept.parent.glob("cuda-build-*")) - set(kept.parent.glob("*.tmp")):
-            shutil.rmtree(old, ignore_errors=True)
-        with contextlib.suppress(OSError):  # the other process was first
-            os.replace(fresh, kept)
-    report = (kept / "report.txt").read_text()
+    tree, fake = tmp_path / "tree", _torch_for(release[1], tmp_path / "site")
+    report = _build(tree, fake).stdout
 
     entries = re.findall(r"Compiling entry function '\S*?(\w+)' for '(sm_\d+)'", report)
     assert {arch for _, arch in entries} == {"sm_80", "sm_90", "sm_100", "sm_120"}
@@ -316,7 +293,7 @@ def test_builds_for_every_architecture_without_spills(tmp_path: Path) -> None:
     assert len(registers) == len(entries)
     assert max(registers) <= 128, "four blocks of 128 threads must fit a multiprocessor"
 
-    library = kept / "_cuda.so"
+    library = tree / "grade_kernels" / "_cuda.so"
     load = (
         f"import torch; torch.ops.load_library({str(library)!r}); print(torch.ops.grade_kernels_cuda.pieces(8193, 3))"
     )
