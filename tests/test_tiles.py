@@ -160,7 +160,7 @@ def _sums_error(found, values, table):
 
 
 @DTYPES
-@pytest.mark.parametrize("rows", [1, 16, 17, 33, 70])
+@pytest.mark.parametrize("rows", [1, 17, 70])
 @pytest.mark.parametrize(("tokens", "width"), [(1, 1), (31, 33), (32, 31), (257, 95), (700, 520), (5000, 40)])
 def test_weighted_sums_round_the_values_of_neither_dtype(tiles, poison, rows, tokens, width, dtype):
     generator = torch.Generator().manual_seed(rows * tokens * width)
