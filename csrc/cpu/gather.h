@@ -35,10 +35,24 @@ struct FewRows {
 };
 using ProductArgs = FewRows<float>;
 
+// What a dense backward pass sums: weights, and weights times the upstream gradient.
+struct TermsArgs {
+  const void* weights;  // [N, C]
+  Dtype dtype;
+  int64_t weights_stride;
+  const float* dy;  // [N, C]
+  int64_t dy_stride, columns;
+  const float* origin;      // [N], what dy counts from
+  float *weighted, *plain;  // [N, C]: weights * (dy - origin), and weights
+  int64_t out_stride;
+  float *dot, *total;  // [N], their sums
+};
+
 struct GatherKernels {
   void (*dot)(const GatherArgs& args, int64_t begin, int64_t end);             // entries [begin, end)
   void (*sum)(const GatherArgs& args, int64_t row, int64_t begin, int64_t end);  // columns [begin, end) of one row
   void (*product)(const ProductArgs& args, int64_t begin, int64_t end);  // rows [begin, end) of the table
+  void (*terms)(const TermsArgs& args, int64_t row);
 };
 
 extern const GatherKernels kGatherGeneric;

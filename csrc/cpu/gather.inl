@@ -90,6 +90,43 @@ static void gather_sum(const GatherArgs& args, int64_t row, int64_t begin, int64
   }
 }
 
+template <typename T>
+static void terms_of(const TermsArgs& args, int64_t row) {
+  const T* weights = static_cast<const T*>(args.weights) + row * args.weights_stride;
+  const float *dy = args.dy + row * args.dy_stride, origin = args.origin[row];
+  float *weighted = args.weighted + row * args.out_stride, *plain = args.plain + row * args.out_stride;
+  f32 totals[2] = {}, dots[2] = {};
+  int64_t i = 0;
+  for (; i + 2 * kLanes <= args.columns; i += 2 * kLanes) {
+    for (int j = 0; j < 2; ++j) {
+      const f32 p = load(weights + i + j * kLanes), term = p * (load(dy + i + j * kLanes) - origin);
+      store(plain + i + j * kLanes, p);
+      store(weighted + i + j * kLanes, term);
+      totals[j] += p;
+      dots[j] += term;
+    }
+  }
+  float total = reduce_sum(totals[0] + totals[1]), dot = reduce_sum(dots[0] + dots[1]);
+  for (; i < args.columns; ++i) {
+    plain[i] = float(weights[i]);
+    weighted[i] = plain[i] * (dy[i] - origin);
+    total += plain[i];
+    dot += weighted[i];
+  }
+  args.total[row] = total;
+  args.dot[row] = dot;
+}
+static void weight_terms(const TermsArgs& args, int64_t row) {
+  switch (args.dtype) {
+    case Dtype::kFloat:
+      return terms_of<float>(args, row);
+    case Dtype::kBFloat16:
+      return terms_of<BFloat16>(args, row);
+    default:
+      return terms_of<Half>(args, row);
+  }
+}
+
 // The sums over the lanes of sixteen vectors.
 GK_STEP f32 lane_sums(const f32 v[kLanes]) {
 #ifdef GK_AVX512

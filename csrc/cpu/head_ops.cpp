@@ -257,6 +257,18 @@ void few_product(Tensor x, Tensor table, Tensor out) {
   });
 }
 
+// See TermsArgs: out is [2, N, C], weighted first; sums is [2, N].
+void weight_terms(Tensor weights, Tensor dy, Tensor origin, Tensor out, Tensor sums) {
+  const int64_t rows = weights.size(0);
+  float *terms = mutable_data<float>(out), *totals = mutable_data<float>(sums);
+  const TermsArgs args{weights.const_data_ptr(), dtype_of(weights), weights.stride(0), data<float>(dy), dy.stride(0),
+                       weights.size(1), data<float>(origin), terms, terms + out.stride(0), out.stride(1), totals,
+                       totals + rows};
+  parallel_rows(rows, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) GK_KERNELS_OF(kGather).terms(args, row);
+  });
+}
+
 bool has_tiles() { return machine_isa() == Isa::kAmx; }
 
 // x as tiles: `packed` has kTileParts numbers for each of x's in float32 and one in bfloat16, padded to whole tiles, and
@@ -299,6 +311,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(grade_kernels_cpu, m) {
   m.def("token_order(Tensor tokens, Tensor(a!) order, Tensor(b!) counts) -> ()");
   m.def("gather_dot(Tensor x, Tensor table, Tensor rows, Tensor tokens, Tensor(a!) out) -> ()");
   m.def("few_product(Tensor x, Tensor table, Tensor(a!) out) -> ()");
+  m.def("weight_terms(Tensor weights, Tensor dy, Tensor origin, Tensor(a!) out, Tensor(b!) sums) -> ()");
   m.def("has_tiles() -> bool");
   m.def("tile_pack(Tensor x, Tensor(a!) packed) -> ()");
   m.def("tile_product(Tensor packed, int rows, Tensor table, bool by_row, Tensor(a!) out) -> ()");
@@ -313,6 +326,7 @@ STABLE_TORCH_LIBRARY_IMPL(grade_kernels_cpu, CompositeExplicitAutograd, m) {
   m.impl("token_order", TORCH_BOX(&gk::token_order));
   m.impl("gather_dot", TORCH_BOX(&gk::gather_dot));
   m.impl("few_product", TORCH_BOX(&gk::few_product));
+  m.impl("weight_terms", TORCH_BOX(&gk::weight_terms));
   m.impl("has_tiles", TORCH_BOX(&gk::has_tiles));
   m.impl("tile_pack", TORCH_BOX(&gk::tile_pack));
   m.impl("tile_product", TORCH_BOX(&gk::tile_product));

@@ -39,6 +39,7 @@ using c10::Half;
 const gk::RowKernels<float> gk::kRowsAvx512 = {"avx512", gk::avx512::sample, gk::avx512::softmax,
                                                  gk::avx512::softmax_backward};
 const gk::HeadKernels gk::kHeadAvx512 = {gk::avx512::head_sample, gk::avx512::head_scores, gk::avx512::head_softmax};
-const gk::GatherKernels gk::kGatherAvx512 = {gk::avx512::gather_dot, gk::avx512::gather_sum, gk::avx512::few_product};
+const gk::GatherKernels gk::kGatherAvx512 = {gk::avx512::gather_dot, gk::avx512::gather_sum, gk::avx512::few_product,
+                                                     gk::avx512::weight_terms};
 const gk::ScreenKernels gk::kScreenAvx512 = {gk::avx512::screen_encode, gk::avx512::screen_tokens};
 #endif

@@ -431,8 +431,9 @@ class _Backward:
         """`dense` in one pass, for the gradients of hidden states, tau and, with `soft`, tables."""
         tau, head = self.tau[rows, None], self.head._replace(hidden=self.head.hidden[rows])
         # Counting dY from the sampled token's keeps what is subtracted at the end small.
-        origin = self.dy(rows, self.ids[rows])[:, None]
-        total, dot, moment, moment_dot = (torch.zeros_like(tau) for _ in range(4))
+        origin = self.dy(rows, self.ids[rows])
+        moment, moment_dot = (torch.zeros_like(tau) for _ in range(2))
+        dot_and_total = tau.new_zeros(2, len(rows))
         kinds = 2 if dlogprobs is None else 3
         sums = torch.zeros(kinds * len(rows), head.hidden.shape[1], dtype=tau.dtype, device=tau.device)
         buffer: torch.Tensor | None = None
@@ -442,10 +443,9 @@ class _Backward:
             terms = buffer[:, :, : logits.shape[1]]
             # Weights of the table's dtype are cheap to multiply it by; as long as all sums take the same ones, they are
             # those of a distribution, and nothing is lost in the difference.
-            weighted, part = terms[0], terms[1].copy_(weights(columns, logits, head.weight.dtype))
-            torch.mul(part, dy_chunk(columns, logits).sub_(origin), out=weighted)
-            total += part.sum(dim=1, keepdim=True)
-            dot += weighted.sum(dim=1, keepdim=True)
+            narrow, dy = weights(columns, logits, head.weight.dtype), dy_chunk(columns, logits)
+            dot_and_total += self.implementation.weight_terms(narrow, dy, origin, terms[:2])
+            weighted, part = terms[0], terms[1]
             if self.wants_dtau:
                 logp = torch.where(part > 0, part.log(), 0.0)
                 moment += (part * logp).sum(dim=1, keepdim=True)
@@ -462,6 +462,7 @@ class _Backward:
             if head.softcap is not None:
                 terms *= softcap_slope(logits, head.softcap)
             sums += self.implementation.weighted_sum(terms.flatten(0, 1), head.weight[columns])
+        dot, total = dot_and_total[:, :, None]
         mean = dot / total
         self.dtau[rows] -= ((moment_dot - mean * moment) / (total * tau)).squeeze(1)
         if self.gradients.hidden is not None:

@@ -17,6 +17,7 @@ from grade_kernels.backends.cpu.head import (
     head_softmax,
     product,
     scatter_sum,
+    weight_terms,
     weighted_sum,
 )
 from grade_kernels.backends.cpu.rows import one_hot, sample, softmax, softmax_backward
@@ -35,6 +36,7 @@ __all__ = [
     "scatter_sum",
     "softmax",
     "softmax_backward",
+    "weight_terms",
     "weighted_sum",
     "why_not_device",
     "why_unavailable",

@@ -64,6 +64,15 @@ def weighted_sum(values: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     return fallback.weighted_sum(values, table)
 
 
+def weight_terms(weights: torch.Tensor, dy: torch.Tensor, origin: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """See `grade_kernels.backends`."""
+    if out.dtype != torch.float32:
+        return fallback.weight_terms(weights, dy, origin, out)
+    sums = out.new_empty(2, len(weights))
+    _kernels().weight_terms(unit_stride(weights), unit_stride(dy), origin.contiguous(), out, sums)
+    return sums
+
+
 def exact_weights(dtype: torch.dtype) -> bool:
     """See `grade_kernels.backends`."""
     return fallback.exact_weights(dtype) or (dtype == torch.bfloat16 and bool(_kernels().has_tiles()))

@@ -24,6 +24,7 @@ _HEAD = (
     "head_softmax",
     "product",
     "scatter_sum",
+    "weight_terms",
     "weighted_sum",
 )
 

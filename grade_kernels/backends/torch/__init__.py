@@ -10,6 +10,7 @@ from grade_kernels.backends.torch.head import (
     head_softmax,
     product,
     scatter_sum,
+    weight_terms,
     weighted_sum,
 )
 from grade_kernels.backends.torch.rows import one_hot, sample, softmax, softmax_backward
@@ -28,5 +29,6 @@ __all__ = [
     "scatter_sum",
     "softmax",
     "softmax_backward",
+    "weight_terms",
     "weighted_sum",
 ]

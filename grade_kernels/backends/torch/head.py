@@ -60,6 +60,13 @@ def weighted_sum(values: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     return ((values / shrink).half() @ table) * shrink
 
 
+def weight_terms(weights: torch.Tensor, dy: torch.Tensor, origin: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """See `grade_kernels.backends`."""
+    weighted, plain = out.unbind()
+    torch.mul(plain.copy_(weights), dy - origin[:, None], out=weighted)
+    return out.sum(dim=2)
+
+
 def exact_weights(dtype: torch.dtype) -> bool:
     """See `grade_kernels.backends`."""
     return dtype == compute_dtype(dtype)

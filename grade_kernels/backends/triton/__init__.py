@@ -30,6 +30,7 @@ _HOME = {
     "product": f"{__name__}.gather",
     "scatter_sum": f"{__name__}.gather",
     "exact_weights": f"{__name__}.gather",
+    "weight_terms": f"{__name__}.gather",
     "weighted_sum": f"{__name__}.gather",
 }
 

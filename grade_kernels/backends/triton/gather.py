@@ -107,7 +107,7 @@ def product(x: torch.Tensor, table: torch.Tensor, out: torch.Tensor | None = Non
     return x.float() @ table.float().T
 
 
-weighted_sum, exact_weights = fallback.weighted_sum, fallback.exact_weights
+weighted_sum, weight_terms, exact_weights = fallback.weighted_sum, fallback.weight_terms, fallback.exact_weights
 
 
 def head_logits_at(head: Head, rows: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
