@@ -11,7 +11,7 @@ from typing_extensions import NamedTuple
 
 from grade_kernels import backends, reference
 from grade_kernels.backends import Head, Sample, Support
-from grade_kernels.backends.torch.head import empty_support, head_chunks, offsets_of
+from grade_kernels.backends.torch.head import Scratch, empty_support, head_chunks, offsets_of
 from grade_kernels.noise import GumbelNoise
 from grade_kernels.ops import checks
 from grade_kernels.ops.gumbel_ste_embedding import joint_dtype, scatter_rows, weights_dtype
@@ -369,12 +369,14 @@ class _Backward:
         def plain(logits: torch.Tensor) -> torch.Tensor:
             return (logits - statistics.logit_max).exp() / statistics.logit_sum
 
+        scratches = [Scratch(len(rows), tau.dtype, tau.device) for _ in self.tables]
+
         def dy_chunk(columns: slice, like: torch.Tensor) -> torch.Tensor:
             parts = []
-            for d, table in zip(upstream, self.tables, strict=True):
+            for d, table, scratch in zip(upstream, self.tables, scratches, strict=True):
                 # A table narrower than the head would round dY to its own dtype.
                 dtype = d.dtype if d.dtype == self.head.hidden.dtype else like.dtype
-                parts.append(torch.empty_like(like))
+                parts.append(scratch(like.shape[1]))
                 self.implementation.product(d.to(dtype), table[columns].to(dtype), parts[-1])
             return functools.reduce(torch.Tensor.add_, parts)
 

@@ -72,13 +72,32 @@ def exact_weights(dtype: torch.dtype) -> bool:
     return dtype == compute_dtype(dtype)
 
 
+class Scratch:
+    """Memory for one chunk after another: to the system, fresh pages for each are more work than what fills them."""
+
+    def __init__(self, rows: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.rows, self.memory = rows, torch.empty(0, dtype=dtype, device=device)
+
+    def __call__(self, width: int) -> torch.Tensor:
+        """`[rows, width]`, uninitialised, at the expense of what was there before."""
+        if self.rows * width > len(self.memory):
+            self.memory = self.memory.new_empty(self.rows * width)
+        return self.memory[: self.rows * width].view(self.rows, width)
+
+
 def head_chunks(
     head: Head, product: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = product
 ) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Columns and logits `[N, columns]` in compute precision, chunk by chunk; another backend lends its own product."""
+    """Columns and logits `[N, columns]` in compute precision, chunk by chunk; another backend lends its own product.
+
+    Logits last until the next chunk is asked for.
+    """
     dtype = compute_dtype(head.hidden.dtype)
+    scratch = Scratch(head.hidden.shape[0], dtype, head.hidden.device)
     for columns in column_chunks(head.hidden.shape[0], head.weight.shape[0]):
-        logits = product(head.hidden, head.weight[columns]).to(dtype)
+        logits = product(head.hidden, head.weight[columns])
+        if logits.dtype != dtype:
+            logits = scratch(logits.shape[1]).copy_(logits)
         if head.bias is not None:
             logits += head.bias[columns]
         yield columns, softcapped(logits, head.softcap)
