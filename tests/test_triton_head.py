@@ -387,3 +387,15 @@ def test_single_logits_are_those_of_the_pass():
     found = fused.head_logits_at(on(head), on(rows), on(tokens))
     truth = plain.head_logits_at(double(head), rows, tokens)
     close(found, truth, 1e-6)
+
+
+@runs
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_product_of_16_bits_is_as_exact_where_it_is_given_its_place(monkeypatch, dtype):
+    """Chunk by chunk, and not rounded on its way: the dense backward's dY."""
+    monkeypatch.setattr(plain.head, "PRODUCT_ELEMENTS", 2**10)
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    x, table = (torch.randn(n, 40, generator=generator, device=DEVICE).to(dtype) for n in (5, 700))
+    place = torch.full((5, 700), torch.nan, device=DEVICE)
+    assert fused.product(x, table, place) is place
+    torch.testing.assert_close(place, x.float() @ table.float().T, rtol=1e-5, atol=1e-5)

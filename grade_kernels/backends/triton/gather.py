@@ -8,6 +8,7 @@ import triton.language as tl
 
 from grade_kernels.backends import Head
 from grade_kernels.backends.torch import head as fallback
+from grade_kernels.backends.torch.rows import column_chunks
 from grade_kernels.backends.triton.tiles import launching
 
 BLOCK_COLUMNS = 512
@@ -100,8 +101,12 @@ def scatter_sum(
 
 def product(x: torch.Tensor, table: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
     """See `grade_kernels.backends`. In 16 bits it is kept in float32, as the passes keep their logits."""
-    if out is not None or x.dtype not in (torch.bfloat16, torch.float16):
+    if x.dtype not in (torch.bfloat16, torch.float16) or (out is not None and out.dtype != torch.float32):
         return fallback.product(x, table, out)
+    if out is not None:
+        for columns in column_chunks(len(x), len(table), fallback.PRODUCT_ELEMENTS):
+            out[:, columns] = product(x, table[columns])
+        return out
     if x.is_cuda and torch.version.hip is None:
         return torch.mm(x, table.T, out_dtype=torch.float32)
     return x.float() @ table.float().T
