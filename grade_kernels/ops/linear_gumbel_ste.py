@@ -371,12 +371,12 @@ class _Backward:
 
         scratches = [Scratch(len(rows), tau.dtype, tau.device) for _ in self.tables]
 
-        def dy_chunk(columns: slice, like: torch.Tensor) -> torch.Tensor:
+        def dy_chunk(columns: slice) -> torch.Tensor:
             parts = []
             for d, table, scratch in zip(upstream, self.tables, scratches, strict=True):
                 # A table narrower than the head would round dY to its own dtype.
-                dtype = d.dtype if d.dtype == self.head.hidden.dtype else like.dtype
-                parts.append(scratch(like.shape[1]))
+                dtype = d.dtype if d.dtype == self.head.hidden.dtype else tau.dtype
+                parts.append(scratch(columns.stop - columns.start))
                 self.implementation.product(d.to(dtype), table[columns].to(dtype), parts[-1])
             return functools.reduce(torch.Tensor.add_, parts)
 
@@ -389,7 +389,7 @@ class _Backward:
         for columns, logits in head_chunks(
             self.head._replace(hidden=self.head.hidden[rows]), self.implementation.product
         ):
-            part, dy = weights(columns, logits, logits.dtype), dy_chunk(columns, logits)
+            part, dy = weights(columns, logits, logits.dtype), dy_chunk(columns)
             total += part.sum(dim=1, keepdim=True)
             dot += (part * dy).sum(dim=1, keepdim=True)
             if reinmax:
@@ -400,7 +400,7 @@ class _Backward:
         dtau = torch.zeros_like(tau)
 
         def rule(columns: slice, logits: torch.Tensor) -> torch.Tensor:
-            p, dy = weights(columns, logits, logits.dtype).div_(total), dy_chunk(columns, logits)
+            p, dy = weights(columns, logits, logits.dtype).div_(total), dy_chunk(columns)
             if reinmax or dlogprobs is not None:
                 hit = ids == torch.arange(columns.start, columns.stop, device=ids.device)
             if reinmax:
@@ -428,7 +428,7 @@ class _Backward:
         dtables: list[torch.Tensor | None],
         weights: Callable[[slice, torch.Tensor, torch.dtype], torch.Tensor],
         plain: Callable[[torch.Tensor], torch.Tensor],
-        dy_chunk: Callable[[slice, torch.Tensor], torch.Tensor],
+        dy_chunk: Callable[[slice], torch.Tensor],
     ) -> None:
         """`dense` in one pass, for the gradients of hidden states, tau and, with `soft`, tables."""
         tau, head = self.tau[rows, None], self.head._replace(hidden=self.head.hidden[rows])
@@ -438,14 +438,13 @@ class _Backward:
         dot_and_total = tau.new_zeros(2, len(rows))
         kinds = 2 if dlogprobs is None else 3
         sums = torch.zeros(kinds * len(rows), head.hidden.shape[1], dtype=tau.dtype, device=tau.device)
-        buffer: torch.Tensor | None = None
+        scratch = Scratch(kinds * len(rows), tau.dtype, tau.device)
         for columns, logits in head_chunks(head, self.implementation.product):
-            if buffer is None:  # no chunk is wider than the first
-                buffer = logits.new_empty(kinds, *logits.shape)
-            terms = buffer[:, :, : logits.shape[1]]
+            stacked = scratch(logits.shape[1])
+            terms = stacked.view(kinds, *logits.shape)
             # Weights of the table's dtype are cheap to multiply it by; as long as all sums take the same ones, they are
             # those of a distribution, and nothing is lost in the difference.
-            narrow, dy = weights(columns, logits, head.weight.dtype), dy_chunk(columns, logits)
+            narrow, dy = weights(columns, logits, head.weight.dtype), dy_chunk(columns)
             dot_and_total += self.implementation.weight_terms(narrow, dy, origin, terms[:2])
             weighted, part = terms[0], terms[1]
             if self.wants_dtau:
@@ -463,7 +462,7 @@ class _Backward:
                 terms[2].copy_(plain(logits).to(head.weight.dtype))
             if head.softcap is not None:
                 terms *= softcap_slope(logits, head.softcap)
-            sums += self.implementation.weighted_sum(terms.flatten(0, 1), head.weight[columns])
+            sums += self.implementation.weighted_sum(stacked, head.weight[columns])
         dot, total = dot_and_total[:, :, None]
         mean = dot / total
         self.dtau[rows] -= ((moment_dot - mean * moment) / (total * tau)).squeeze(1)
