@@ -29,14 +29,21 @@ struct Candidate {
   float score;
 };
 
-// What one piece of a chunk (some tokens, kHeadLanes hidden rows) found. Sums are relative to their own maxima.
+// One that a piece of a chunk found: place is its token in the chunk times kHeadLanes, and its lane.
+struct Found {
+  int32_t place;
+  uint32_t word;
+  float score;
+};
+
+// Statistics of one piece of a chunk (some tokens, kHeadLanes hidden rows). Sums are relative to their own maxima.
 struct HeadPiece {
   float score_max[kHeadLanes], score_sum[kHeadLanes];  // sum of exp((score - score_max) / tau)
   float logit_max[kHeadLanes], logit_sum[kHeadLanes];  // of a reference's logits in head_softmax
   float moment[kHeadLanes];                            // sum of weight * (l - score_max) / tau, or * (l - r) / tau
   int32_t id[kHeadLanes];
-  int32_t bad[kHeadLanes];    // 1: a logit is NaN or +inf; 2: one of the reference is
-  int32_t count[kHeadLanes];  // candidates
+  int32_t bad[kHeadLanes];  // 1: a logit is NaN or +inf; 2: one of the reference is
+  int32_t found;            // candidates
 };
 
 struct HeadArgs {
@@ -46,16 +53,15 @@ struct HeadArgs {
   const float* tau;       // [rows]
   const float *max, *sum; // [rows] of all chunks before this one
   float eps;              // 0: no candidates
-  int64_t candidates;     // room for each lane's candidates: the tokens of a piece
 };
 
 struct HeadKernels {
   // argmax of the scores and the logits' log-sum-exp.
-  void (*sample)(const HeadArgs& args, int64_t group, int64_t begin, int64_t end, HeadPiece& out, Candidate* found);
+  void (*sample)(const HeadArgs& args, int64_t group, int64_t begin, int64_t end, HeadPiece& out, Found* found);
   // The same, and the normaliser and candidates of softmax(score / tau).
-  void (*scores)(const HeadArgs& args, int64_t group, int64_t begin, int64_t end, HeadPiece& out, Candidate* found);
+  void (*scores)(const HeadArgs& args, int64_t group, int64_t begin, int64_t end, HeadPiece& out, Found* found);
   // Normaliser, moment and candidates of softmax(l / tau).
-  void (*softmax)(const HeadArgs& args, int64_t group, int64_t begin, int64_t end, HeadPiece& out, Candidate* found);
+  void (*softmax)(const HeadArgs& args, int64_t group, int64_t begin, int64_t end, HeadPiece& out, Found* found);
 };
 
 extern const HeadKernels kHeadGeneric;

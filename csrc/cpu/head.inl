@@ -107,8 +107,10 @@ GK_STEP void lane_words(const LaneKey& key, uint32_t counter, u32 out[kCall]) {
 GK_STEP void lane_exponential(const LaneKey& key, int64_t token, const u32 w[kCall], f32 out[kCall]) {
   for (int j = 0; j < kCall; j += kPack) {
     f32p e = exponential_unrefined(pack(w + j));
-    for (int i = 0; i < kPack; ++i) {
-      if (__builtin_expect(any((i32)(w[j + i] < kRefineBelow)), 0)) {
+    u32 least = w[j];
+    for (int i = 1; i < kPack; ++i) least = least < w[j + i] ? least : w[j + i];
+    if (__builtin_expect(any((i32)(least < kRefineBelow)), 0)) {
+      for (int i = 0; i < kPack; ++i) {
         f32 refined = e.v[i];
         refine_lanes(key, token + j + i, w[j + i], refined);
         e.v[i] = refined;
@@ -146,6 +148,7 @@ GK_STEP void load_call(const HeadChunk& in, const void* logits, const float* bia
       out[j] = splat(-__builtin_inff());
       continue;
     }
+    __builtin_prefetch(x + (t + 16) * in.stride);
     out[j] = load(x + t * in.stride);
     if (bias) out[j] += bias[t];
   }
@@ -204,19 +207,16 @@ GK_INLINE void check(const f32 s[kCall], HeadPiece& out, int32_t mark = 1) {
 
 // Candidates among four tokens: weight > uniform * bound, uniform the word times the golden ratio modulo one.
 template <typename Score>
-GK_STEP void collect(const f32 weight[kCall], const u32 w[kCall], f32 bound, int64_t token, const HeadArgs& args,
-                     HeadPiece& out, Candidate* found, const Score& score) {
-  const f32 unit = bound * 0x1p-32f;
-  uint32_t bits[kCall], all = 0;
+GK_STEP void collect(const f32 weight[kCall], const u32 w[kCall], f32 bound, int64_t token, HeadPiece& out, Found* found,
+                     const Score& score) {
+  const f32 unit = bound * -0x1p-32f;
+  f32 excess[kCall];
+  for (int j = 0; j < kCall; ++j) excess[j] = to_float(w[j] * 0x9E3779B1u) * unit + weight[j];
+  if (__builtin_expect(!any_gt(vmax(vmax(excess[0], excess[1]), vmax(excess[2], excess[3])), f32{}), 1)) return;
   for (int j = 0; j < kCall; ++j) {
-    bits[j] = greater_bits(weight[j], to_float(w[j] * 0x9E3779B1u) * unit);
-    all |= bits[j];
-  }
-  if (__builtin_expect(all == 0, 1)) return;
-  for (int j = 0; j < kCall; ++j) {
-    for (uint32_t rest = bits[j]; rest; rest &= rest - 1) {
+    for (uint32_t rest = greater_bits(excess[j], f32{}); rest; rest &= rest - 1) {
       const int lane = __builtin_ctz(rest);
-      found[lane * args.candidates + out.count[lane]++] = {int32_t(token + j), w[j][lane], score(j, lane)};
+      found[out.found++] = {int32_t(token + j) * kLanes + lane, w[j][lane], score(j, lane)};
     }
   }
 }
@@ -272,7 +272,7 @@ static void sample_piece(const HeadArgs& args, int64_t group, int64_t begin, int
 
 template <typename T>
 static void scores_piece(const HeadArgs& args, int64_t group, int64_t begin, int64_t end, HeadPiece& out,
-                         Candidate* found) {
+                         Found* found) {
   const HeadChunk& in = args.in;
   const LaneKey key(in.noise, group * kLanes, in.rows, kDomainGumbel);
   const f32 scale = kLog2E / load_lanes(args.tau, group, in.rows, 1.0f);
@@ -300,7 +300,7 @@ static void scores_piece(const HeadArgs& args, int64_t group, int64_t begin, int
     }
     noisy.weigh(s, scale, weight);
     if (args.eps > 0.0f) {
-      collect(weight, w, eps * (before + noisy.sum), token, args, out, found, [&](int j, int lane) { return s[j][lane]; });
+      collect(weight, w, eps * (before + noisy.sum), token, out, found, [&](int j, int lane) { return s[j][lane]; });
     }
     plain.raise(l, splat(kLog2E), factor);
     plain.weigh(l, splat(kLog2E), unused);
@@ -316,7 +316,7 @@ static void scores_piece(const HeadArgs& args, int64_t group, int64_t begin, int
 // only where a token may win or may be a candidate.
 template <typename T>
 static void scores_piece_at_one(const HeadArgs& args, int64_t group, int64_t begin, int64_t end, HeadPiece& out,
-                                Candidate* found) {
+                                Found* found) {
   const HeadChunk& in = args.in;
   const LaneKey key(in.noise, group * kLanes, in.rows, kDomainGumbel);
   const f32 eps = splat(args.eps);
@@ -355,7 +355,7 @@ static void scores_piece_at_one(const HeadArgs& args, int64_t group, int64_t beg
       hurdle = vmax(top * (1.0f - 0x1p-15f), hurdle);  // with room for the weights' rounding
     }
     if (args.eps > 0.0f) {
-      collect(weight, w, eps * (before + noisy), token, args, out, found,
+      collect(weight, w, eps * (before + noisy), token, out, found,
               [&](int j, int lane) { return l[j][lane] - std::log(e[j][lane]); });
     }
   });
@@ -369,7 +369,7 @@ static void scores_piece_at_one(const HeadArgs& args, int64_t group, int64_t beg
 
 template <typename T, bool kRef>
 static void softmax_piece(const HeadArgs& args, int64_t group, int64_t begin, int64_t end, HeadPiece& out,
-                          Candidate* found) {
+                          Found* found) {
   const HeadChunk& in = args.in;
   const LaneKey key(in.noise, group * kLanes, in.rows, kDomainSupport);
   const f32 inverse_tau = 1.0f / load_lanes(args.tau, group, in.rows, 1.0f), scale = kLog2E * inverse_tau;
@@ -408,7 +408,7 @@ static void softmax_piece(const HeadArgs& args, int64_t group, int64_t begin, in
     if (args.eps > 0.0f) {
       u32 w[kCall];
       lane_words(key, counter, w);
-      collect(weight, w, eps * (before + sum.sum), token, args, out, found, [&](int j, int lane) { return l[j][lane]; });
+      collect(weight, w, eps * (before + sum.sum), token, out, found, [&](int j, int lane) { return l[j][lane]; });
     }
   });
   *(f32u*)out.score_max = sum.max;
@@ -434,11 +434,11 @@ static void softmax_piece(const HeadArgs& args, int64_t group, int64_t begin, in
     }                                       \
   }
 
-static void head_sample(const HeadArgs& args, int64_t group, int64_t begin, int64_t end, HeadPiece& out, Candidate*) {
+static void head_sample(const HeadArgs& args, int64_t group, int64_t begin, int64_t end, HeadPiece& out, Found*) {
   GK_HEAD_DISPATCH(sample_piece<T>(args, group, begin, end, out))
 }
 static void head_scores(const HeadArgs& args, int64_t group, int64_t begin, int64_t end, HeadPiece& out,
-                        Candidate* found) {
+                        Found* found) {
   const f32 tau = load_lanes(args.tau, group, args.in.rows, 1.0f);
   if (!any(~(tau == 1.0f))) {
     GK_HEAD_DISPATCH(scores_piece_at_one<T>(args, group, begin, end, out, found))
@@ -446,7 +446,7 @@ static void head_scores(const HeadArgs& args, int64_t group, int64_t begin, int6
   GK_HEAD_DISPATCH(scores_piece<T>(args, group, begin, end, out, found))
 }
 static void head_softmax(const HeadArgs& args, int64_t group, int64_t begin, int64_t end, HeadPiece& out,
-                         Candidate* found) {
+                         Found* found) {
   if (args.ref) {
     GK_HEAD_DISPATCH((softmax_piece<T, true>(args, group, begin, end, out, found)))
   }

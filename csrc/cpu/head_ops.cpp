@@ -75,28 +75,22 @@ class Filter {
   double scale_, limit_;
 };
 
-void append(State& state, int64_t row, const Candidate* found, int32_t count, int64_t first_token, float tau, float eps) {
+void append(State& state, int64_t row, const Filter& filter, const Candidate& added) {
   if (state.overflow[row]) return;
   Candidate* list = state.candidates + row * state.capacity;
-  const Filter filter(state.score_max[row], state.score_sum[row], tau, eps);
-  for (int32_t i = 0; i < count; ++i) {
-    if (state.count[row] == state.capacity) {
-      state.count[row] = filter.keep(list, state.count[row]);
-      if (state.count[row] >= state.capacity - state.capacity / 8) {  // compaction no longer pays: the dense path will
-        state.overflow[row] = 1;
-        state.count[row] = 0;
-        return;
-      }
+  if (state.count[row] == state.capacity) {
+    state.count[row] = filter.keep(list, state.count[row]);
+    if (state.count[row] >= state.capacity - state.capacity / 8) {  // compaction no longer pays: the dense path will
+      state.overflow[row] = 1;
+      state.count[row] = 0;
+      return;
     }
-    Candidate& added = list[state.count[row]];
-    added = found[i];
-    added.token += int32_t(first_token);
-    state.count[row] += filter.keeps(found[i]);
   }
+  list[state.count[row]] = added;
+  state.count[row] += filter.keeps(added);
 }
 
-void merge_row(Kind kind, const HeadArgs& args, int64_t row, const HeadPiece* pieces, int64_t piece_stride,
-               const Candidate* found, int64_t found_stride, State& state) {
+void merge_row(Kind kind, const HeadArgs& args, int64_t row, const HeadPiece* pieces, int64_t piece_stride, State& state) {
   const int64_t lane = row % kHeadLanes;
   const float tau = args.tau[row];
   for (int64_t i = 0; i < kPieces; ++i) {
@@ -126,10 +120,22 @@ void merge_row(Kind kind, const HeadArgs& args, int64_t row, const HeadPiece* pi
                 kind == kSoftmax ? tau : 1.0f);
     }
   }
-  if (args.eps > 0.0f) {
-    for (int64_t i = 0; i < kPieces; ++i) {
-      append(state, row, found + i * found_stride, pieces[i * piece_stride].count[lane], args.in.first_token, tau,
-             args.eps);
+}
+
+// The candidates that pieces of a group of rows found, after its rows are merged.
+void merge_found(const HeadArgs& args, int64_t group, const HeadPiece* pieces, int64_t piece_stride, const Found* found,
+                 int64_t found_stride, State& state) {
+  const int64_t first = group * kHeadLanes;
+  std::vector<Filter> filters;
+  for (int64_t row = first; row < std::min(args.in.rows, first + kHeadLanes); ++row) {
+    filters.emplace_back(state.score_max[row], state.score_sum[row], args.tau[row], args.eps);
+  }
+  for (int64_t i = 0; i < kPieces; ++i) {
+    for (int64_t k = 0; k < pieces[i * piece_stride].found; ++k) {
+      const Found& one = found[i * found_stride + k];
+      const size_t lane = size_t(one.place % kHeadLanes);
+      if (lane >= filters.size()) continue;  // padding
+      append(state, first + int64_t(lane), filters[lane], {int32_t(args.in.first_token) + one.place / kHeadLanes, one.word, one.score});
     }
   }
 }
@@ -153,26 +159,27 @@ void head_chunk(int64_t kind_, Tensor logits, std::optional<Tensor> ref, std::op
                       data<float>(tau),
                       state.score_max,
                       state.score_sum,
-                      float(eps),
-                      (tokens + kPieces - 1) / kPieces};
+                      float(eps)};
   const HeadKernels& kernels = GK_KERNELS_OF(kHead);
   const auto kernel = kind == kSample ? kernels.sample : kind == kScores ? kernels.scores : kernels.softmax;
   std::vector<HeadPiece> pieces(size_t(kPieces * groups));
-  Candidate* found = mutable_data<Candidate>(scratch);
-  const int64_t lane_room = args.candidates, piece_room = lane_room * kHeadLanes;
+  Found* found = mutable_data<Found>(scratch);
+  const int64_t piece_tokens = (tokens + kPieces - 1) / kPieces, piece_room = piece_tokens * kHeadLanes;
   parallel_rows(kPieces * groups, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t group = i % groups, first = std::min(tokens, i / groups * lane_room);
+      const int64_t group = i % groups, first = std::min(tokens, i / groups * piece_tokens);
       HeadPiece& piece = pieces[size_t(i)];
       piece = HeadPiece{};
-      kernel(args, group, first, std::min(tokens, first + lane_room), piece, found ? found + i * piece_room : nullptr);
+      kernel(args, group, first, std::min(tokens, first + piece_tokens), piece, found ? found + i * piece_room : nullptr);
     }
   });
-  parallel_rows(rows, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      const int64_t group = row / kHeadLanes;
-      const Candidate* of_row = found ? found + group * piece_room + row % kHeadLanes * lane_room : nullptr;
-      merge_row(kind, args, row, pieces.data() + group, groups, of_row, groups * piece_room, state);
+  parallel_rows(groups, [&](int64_t begin, int64_t end) {
+    for (int64_t group = begin; group < end; ++group) {
+      const int64_t first = group * kHeadLanes;
+      for (int64_t row = first; row < std::min(rows, first + kHeadLanes); ++row) {
+        merge_row(kind, args, row, pieces.data() + group, groups, state);
+      }
+      if (eps > 0) merge_found(args, group, pieces.data() + group, groups, found + group * piece_room, groups * piece_room, state);
     }
   });
 }

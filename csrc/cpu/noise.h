@@ -33,7 +33,8 @@ struct RowKey {
 using wide = __m512i;
 GK_INLINE wide w_set(uint32_t x) { return _mm512_set1_epi32(int32_t(x)); }
 GK_INLINE wide w_mul(wide a, wide b) { return _mm512_mul_epu32(a, b); }
-GK_INLINE wide w_high(wide a) { return _mm512_srli_epi64(a, 32); }
+// A shuffle, not a shift: the multiplies are on the shift's port already. What is left above is ignored by the next multiply.
+GK_INLINE wide w_high(wide a) { return _mm512_shuffle_epi32(a, _MM_PERM_DDBB); }
 GK_INLINE wide w_xor3(wide a, wide b, wide c) { return _mm512_ternarylogic_epi32(a, b, c, 0x96); }
 // Even 32-bit lanes of a, even 32-bit lanes of b in the odd places.
 GK_INLINE wide w_pair(wide a, wide b) { return _mm512_mask_shuffle_epi32(a, 0xAAAA, b, _MM_PERM_CCAA); }
