@@ -1,6 +1,9 @@
 // Products with rows of a table. Included like simd.h, after rows.inl.
 
-// Rows of a table are visited in no order the hardware foresees, so while one is read the next is asked for.
+// Rows of a table are visited in no order the hardware foresees, so several are read side by side, which keeps more of
+// memory busy than one after the other does, while the next ones are asked for.
+constexpr int kEntries = 4;
+
 template <typename T>
 GK_INLINE void prefetch(const T* p, int64_t elements) {
   for (int64_t byte = 0; byte < elements * int64_t(sizeof(T)); byte += 64) {
@@ -8,52 +11,68 @@ GK_INLINE void prefetch(const T* p, int64_t elements) {
   }
 }
 
-// x . y over n elements; two dtypes, float32 sums. `next` is the y of the call after this one.
-template <typename X, typename Y>
-GK_INLINE float dot(const X* x, const Y* y, int64_t n, const Y* next) {
-  f32 sum[4] = {};
-  int64_t i = 0;
-  for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
-    prefetch(next + i, 4 * kLanes);
-    for (int j = 0; j < 4; ++j) sum[j] += load(x + i + j * kLanes) * load(y + i + j * kLanes);
+// Table rows of entries k and after, no further than the last one before `end`.
+template <typename T>
+GK_INLINE void rows_of(const GatherArgs& args, int64_t k, int64_t end, const T* out[kEntries]) {
+  for (int q = 0; q < kEntries; ++q) {
+    const int64_t entry = k + q < end ? k + q : end - 1;
+    out[q] = static_cast<const T*>(args.table) + args.tokens[entry] * args.table_stride;
   }
-  for (; i + kLanes <= n; i += kLanes) sum[0] += load(x + i) * load(y + i);
-  float total = reduce_sum((sum[0] + sum[1]) + (sum[2] + sum[3]));
-  for (; i < n; ++i) total += float(x[i]) * float(y[i]);
-  return total;
 }
 
 template <typename X, typename Y>
 static void dot_entries(const GatherArgs& args, int64_t begin, int64_t end) {
-  const X* x = static_cast<const X*>(args.x);
-  const Y* table = static_cast<const Y*>(args.table);
-  for (int64_t k = begin; k < end; ++k) {
-    const Y* next = table + args.tokens[k + 1 < end ? k + 1 : k] * args.table_stride;
-    args.out[k] = dot(x + args.rows[k] * args.x_stride, table + args.tokens[k] * args.table_stride, args.width, next);
+  constexpr int64_t kStep = 2 * kLanes;
+  for (int64_t k = begin; k < end; k += kEntries) {
+    const X* x[kEntries];
+    const Y *y[kEntries], *next[kEntries];
+    rows_of(args, k, end, y);
+    rows_of(args, k + kEntries, end, next);
+    for (int q = 0; q < kEntries; ++q) x[q] = static_cast<const X*>(args.x) + args.rows[k + q < end ? k + q : end - 1] * args.x_stride;
+    f32 sum[kEntries][2] = {};
+    int64_t i = 0;
+    for (; i + kStep <= args.width; i += kStep) {
+      for (int q = 0; q < kEntries; ++q) {
+        prefetch(next[q] + i, kStep);
+        for (int j = 0; j < 2; ++j) sum[q][j] += load(x[q] + i + j * kLanes) * load(y[q] + i + j * kLanes);
+      }
+    }
+    for (int q = 0; q < kEntries && k + q < end; ++q) {
+      float total = reduce_sum(sum[q][0] + sum[q][1]);
+      for (int64_t column = i; column < args.width; ++column) total += float(x[q][column]) * float(y[q][column]);
+      args.out[k + q] = total;
+    }
   }
 }
 
 // out[row, columns] = sum over the row's entries of value * table[token, columns], for up to kGatherBlock columns.
 template <typename T>
 static void sum_block(const GatherArgs& args, int64_t row, int64_t begin, int64_t end) {
-  const T* table = static_cast<const T*>(args.table);
   float* out = args.out + row * args.width;
-  const int64_t first = args.offsets[row], last = args.offsets[row + 1];
+  const int64_t first = args.offsets[row], last = args.offsets[row + 1], vectors = (end - begin) / kLanes;
   f32 sum[kGatherBlock / kLanes] = {};
-  const int64_t vectors = (end - begin) / kLanes;
-  for (int64_t k = first; k < last; ++k) {
-    const T* source = table + args.tokens[k] * args.table_stride + begin;
-    const T* next = table + args.tokens[k + 1 < last ? k + 1 : k] * args.table_stride + begin;
-    const float value = args.values[k];
+  int64_t k = first;
+  for (; k + kEntries <= last; k += kEntries) {
+    const T *source[kEntries], *next[kEntries];
+    rows_of(args, k, last, source);
+    rows_of(args, k + kEntries, last, next);
     for (int64_t j = 0; j < vectors; ++j) {
-      prefetch(next + j * kLanes, kLanes);
-      sum[j] += value * load(source + j * kLanes);
+      for (int q = 0; q < kEntries; ++q) {
+        prefetch(next[q] + begin + j * kLanes, kLanes);
+        sum[j] += args.values[k + q] * load(source[q] + begin + j * kLanes);
+      }
     }
+  }
+  for (; k < last; ++k) {
+    const T* source = static_cast<const T*>(args.table) + args.tokens[k] * args.table_stride + begin;
+    for (int64_t j = 0; j < vectors; ++j) sum[j] += args.values[k] * load(source + j * kLanes);
   }
   for (int64_t j = 0; j < vectors; ++j) store(out + begin + j * kLanes, sum[j]);
   for (int64_t column = begin + vectors * kLanes; column < end; ++column) {
     float total = 0.0f;
-    for (int64_t k = first; k < last; ++k) total += args.values[k] * float(table[args.tokens[k] * args.table_stride + column]);
+    for (k = first; k < last; ++k) {
+      total += args.values[k] * float(static_cast<const T*>(args.table)[args.tokens[k] * args.table_stride + column]);
+    }
     out[column] = total;
   }
 }
