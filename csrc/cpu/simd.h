@@ -122,6 +122,11 @@ GK_STEP f32 load(const Half* p) {
   const u16 x = *(const u16u*)p;
 #ifdef GK_AVX512
   return (f32)_mm512_cvtph_ps((__m256i)x);
+#elif defined(GK_AVX2)
+  const __m128i* halves = (const __m128i*)&x;
+  f32 out;
+  for (int i = 0; i < 2; ++i) ((__m256*)&out)[i] = _mm256_cvtph_ps(halves[i]);
+  return out;
 #else
   const u32 h = __builtin_convertvector(x, u32);
   const u32 magnitude = h & 0x7FFFu, sign = (h & 0x8000u) << 16;
@@ -143,6 +148,10 @@ GK_STEP void store(BFloat16* p, f32 x) {
 GK_STEP void store(Half* p, f32 x) {
 #ifdef GK_AVX512
   *(u16u*)p = (u16)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif defined(GK_AVX2)
+  for (int i = 0; i < 2; ++i) {
+    _mm_storeu_si128((__m128i*)p + i, _mm256_cvtps_ph(((const __m256*)&x)[i], _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  }
 #else
   for (int i = 0; i < kLanes; ++i) p[i] = Half(x[i]);
 #endif
