@@ -388,10 +388,15 @@ def test_evaluation_in_bfloat16_keeps_its_reference(tmp_path):
     assert abs(trainer.evaluate()["eval_kl"]) < 0.1
 
 
-def test_bfloat16_autocast_runs(tmp_path):
-    trainer = build(tmp_path, bf16=True, max_steps=2)
+def test_bfloat16_autocast_rounds_no_sum_of_rewards(tmp_path):
+    dataset = Dataset.from_dict({"prompt": PROMPTS})
+    trainer = build(tmp_path, bf16=True, max_steps=2, reward_weights=[1 / 3], eval_dataset=dataset)
     trainer.train()
-    assert trainer.state.log_history[0]["grad_norm"] > 0
+    log, held_out = trainer.state.log_history[0], trainer.evaluate()
+    assert log["grad_norm"] > 0
+    assert log["reward"] == pytest.approx(log["rewards/BagReward/mean"] / 3, rel=1e-5)
+    assert log["loss"] == pytest.approx(0.05 * log["kl"] - log["reward"], rel=1e-5)
+    assert held_out["eval_reward"] == pytest.approx(held_out["eval_rewards/BagReward/mean"] / 3, rel=1e-5)
 
 
 # ------------------------------------------------------------------------------------------------------- refusals

@@ -25,7 +25,7 @@ from grade_kernels.training.policy import (
     unwrap,
 )
 from grade_kernels.training.replay import replay
-from grade_kernels.training.rewards import DifferentiableReward, Objective
+from grade_kernels.training.rewards import DifferentiableReward, Objective, weighted_sum
 from grade_kernels.training.rollout import Rollout, rollout
 
 __all__ = ["GradeLoss", "check_reward_device", "check_vocabulary", "grade_loss", "objectives_loss", "token_ids"]
@@ -172,10 +172,9 @@ def objectives_loss(
         feedback_hops=hops, eps=eps, beta=beta, row_weights=row_weights, columns=columns or {},
         reference=reference_of(model, ref_model) if beta != 0.0 or ref_model is not None else None,
     )  # fmt: skip
-    weights = result.values.new_tensor([objective.weight for objective in objectives])
     return GradeLoss(
         loss=result.loss,
-        rewards=weights @ result.values,
+        rewards=weighted_sum(objectives, result.values),
         completion_ids=sample.ids,
         completion_mask=sample.mask,
         kl=result.kl,

@@ -30,7 +30,7 @@ from grade_kernels.training.policy import (
     sweeping,
     unwrap,
 )
-from grade_kernels.training.rewards import Objective
+from grade_kernels.training.rewards import Objective, weighted_sum
 from grade_kernels.training.rollout import Rollout
 
 __all__ = [
@@ -132,8 +132,7 @@ def replay(
         outputs.append(fed_back_embedding)
         d_outputs.append(d_fed_back)
     surrogate = sum((output * d_output).sum() for output, d_output in zip(outputs, d_outputs, strict=True))
-    weights = torch.tensor([objective.weight for objective in objectives], dtype=values.dtype, device=values.device)
-    value = ((beta * kl.detach() - weights @ values) * row_weights).sum()
+    value = ((beta * kl.detach() - weighted_sum(objectives, values)) * row_weights).sum()
     # The number is the loss, the gradient is the surrogate's.
     loss = value + (surrogate - surrogate.detach()).to(value.dtype)  # type: ignore[union-attr]
     return Replay(loss, values, kl.detach(), _of_completions(drawn.logprobs.detach(), sample))

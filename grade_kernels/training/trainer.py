@@ -61,7 +61,13 @@ from grade_kernels.training.prompts import (
     prompt_text,
 )
 from grade_kernels.training.replay import Layout, completion_kl, completion_logprobs, refer, score_completions
-from grade_kernels.training.rewards import NonFiniteRewardError, Objective, SequenceClassificationReward, reward_table
+from grade_kernels.training.rewards import (
+    NonFiniteRewardError,
+    Objective,
+    SequenceClassificationReward,
+    reward_table,
+    weighted_sum,
+)
 from grade_kernels.training.rollout import rollout
 from grade_kernels.training.schedules import tau_at
 
@@ -285,7 +291,7 @@ class GRADETrainer(Trainer):
             )  # fmt: skip
             with _naming_prompts(inputs["prompts"], "in evaluation"):
                 values = score_completions(self.objectives, ids, mask, sample, inputs["columns"])
-            weights = values.new_tensor([objective.weight for objective in self.objectives])
+            rewards = weighted_sum(self.objectives, values)
             kl = values.new_zeros(len(ids))
             if args.beta > 0.0:
                 with reference_of(model, self.ref_model) as reference:
@@ -293,7 +299,7 @@ class GRADETrainer(Trainer):
                 assert sample.hidden is not None
                 kl = completion_kl(policy, referred, sample.hidden, sample.mask)
             logprobs = completion_logprobs(policy, sample)
-        rows = self._rows(inputs, sample.ids, sample.mask, logprobs, values, weights @ values, kl)
+        rows = self._rows(inputs, sample.ids, sample.mask, logprobs, values, rewards, kl)
         for name, value in rows.items():
             self._eval_rows[name].append(self.accelerator.gather_for_metrics(value).cpu())
         loss = (args.beta * kl.float() - rows["reward"]).mean()
