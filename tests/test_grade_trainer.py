@@ -542,6 +542,11 @@ def test_columns_of_a_tokenized_data_set_do_not_hide_the_trainers_own(tmp_path):
     assert isinstance(seen["prompts"][0], str)
 
 
+def test_columns_that_some_examples_lack_are_none_there(tmp_path):
+    trainer = build(tmp_path, dataset=[{"prompt": "w3", "a": 1}, {"prompt": "w4", "b": 2}])
+    assert trainer._collator(trainer.train_dataset)["columns"] == {"a": [1, None], "b": [None, 2]}
+
+
 def test_a_reward_is_a_constant_and_may_write_to_what_it_reads(tmp_path):
     class Noisy(BagReward):
         def forward(self, inputs_embeds, attention_mask, **columns):

@@ -70,8 +70,9 @@ class PromptCollator:
         for i, row in enumerate(rows):
             ids[i, longest - len(row) :] = torch.tensor(row)
             mask[i, longest - len(row) :] = 1
-        names = [name for name in examples[0] if name not in _RESERVED]
-        columns = {name: [example[name] for example in examples] for name in names}
+        # As `datasets` has it, a column that an example lacks is None there.
+        names = dict.fromkeys(name for example in examples for name in example if name not in _RESERVED)
+        columns = {name: [example.get(name) for example in examples] for name in names}
         return {"input_ids": ids, "attention_mask": mask, "prompts": prompts, "columns": columns}
 
     def tokens(self, prompt: Any) -> list[int]:
