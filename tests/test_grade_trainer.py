@@ -486,6 +486,16 @@ def test_arguments_that_can_not_work_are_refused(tmp_path):
     ):
         build(tmp_path, model=model, reward=judge)
     assert all(parameter.requires_grad for parameter in model.parameters())
+    with pytest.raises(TypeError, match="train_dataset must be a data set with a column 'prompt', got str"):
+        build(tmp_path, dataset="prompts.csv")
+    with pytest.raises(TypeError, match="peft_config must be a PeftConfig, got dict"):
+        build(tmp_path, peft_config={"r": 4})
+    with pytest.raises(TypeError, match="processing_class must be a tokenizer, got str"):
+        GRADETrainer(policy("gpt2"), BagReward(), config(tmp_path), processing_class="gpt2")
+    with pytest.raises(ValueError, match=r"reward_funcs\[0\] as .*: model must be a sequence classifier, got GPT2LMHead"):
+        build(tmp_path, reward=policy("gpt2", seed=1))
+    with pytest.raises(ValueError, match=r"reward_funcs\[0\] as .*: label must be chosen among the model's 3 labels"):
+        build(tmp_path, reward=classifier("bert", labels=3))
     with pytest.raises(ValueError, match="train_dataset must hold at least one prompt, got none"):
         build(tmp_path, dataset=Dataset.from_dict({"prompt": []}))
     sizes = {"vocab_size": VOCAB, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -520,11 +530,12 @@ def test_tokens_that_the_model_does_not_have_are_named(tmp_path, added, message)
         GRADETrainer(*arguments, processing_class=tokenizer)
 
 
-def test_text_functions_return_a_number_per_completion(tmp_path):
+@pytest.mark.parametrize(("scores", "got"), [([0.0], "1"), (0.0, "float")])
+def test_text_functions_return_a_number_per_completion(tmp_path, scores, got):
     def short(prompts, completions, **columns):
-        return [0.0]
+        return scores
 
-    with pytest.raises(ValueError, match=r"short must return one number per completion \(4\), got 1"):
+    with pytest.raises(ValueError, match=rf"short must return one number per completion \(4\), got {got}"):
         build(tmp_path, reward=[BagReward(dtype=torch.float32), short]).train()
 
 

@@ -154,6 +154,8 @@ class GRADETrainer(Trainer):
             if not name:
                 raise ValueError("processing_class must be the policy's tokenizer: the model has no name to find it by")
             processing_class = load_by_name("the tokenizer of model", AutoTokenizer, name)
+        if not callable(processing_class):
+            raise TypeError(f"processing_class must be a tokenizer, got {type(processing_class).__name__}")
         self._end_ids = _end_of_sequence(parts, processing_class)
         pad = getattr(processing_class, "pad_token_id", None)
         self._pad_id = int(pad) if pad is not None else (self._end_ids or (0,))[0]
@@ -349,8 +351,9 @@ class GRADETrainer(Trainer):
                     completion_ids=[row[m.bool()].tolist() for row, m in zip(ids, mask, strict=True)],
                     **inputs["columns"],
                 )
-                if len(scores) != len(texts):
-                    raise ValueError(f"{name} must return one number per completion ({len(texts)}), got {len(scores)}")
+                count = len(scores) if hasattr(scores, "__len__") else type(scores).__name__
+                if count != len(texts):
+                    raise ValueError(f"{name} must return one number per completion ({len(texts)}), got {count}")
                 rows[f"rewards/{name}"] = torch.tensor([torch.nan if s is None else float(s) for s in scores]).to(
                     ids.device
                 )
@@ -652,8 +655,10 @@ def _load_policy(model: Any, args: GRADEConfig, peft_config: Any) -> nn.Module:
     if peft_config is not None:
         if hasattr(model, "peft_config"):
             raise ValueError("peft_config must be None for a model that has an adapter already")
-        from peft import get_peft_model
+        from peft import PeftConfig, get_peft_model
 
+        if not isinstance(peft_config, PeftConfig):
+            raise TypeError(f"peft_config must be a PeftConfig, got {type(peft_config).__name__}")
         model = get_peft_model(model, peft_config)  # type: ignore[arg-type]
     return model
 
@@ -702,11 +707,13 @@ def _read_rewards(
     names: list[str] = []
     for i, function in enumerate(functions):
         if isinstance(function, str):
-            path = function
-            function = SequenceClassificationReward(load_by_name("reward", AutoModelForSequenceClassification, path))
-        elif isinstance(function, PreTrainedModel) or hasattr(function, "get_base_model"):  # PEFT's wrapper of one
+            function = load_by_name("reward", AutoModelForSequenceClassification, function)
+        if isinstance(function, PreTrainedModel) or hasattr(function, "get_base_model"):  # PEFT's wrapper of one
             _check_apart(f"reward_funcs[{i}]", function, policy)
-            function = SequenceClassificationReward(function)
+            try:
+                function = SequenceClassificationReward(function)
+            except (TypeError, ValueError) as error:  # which speaks of its own arguments
+                raise type(error)(f"reward_funcs[{i}] as SequenceClassificationReward(model): {error}") from error
         elif isinstance(function, SequenceClassificationReward):
             _check_apart(f"reward_funcs[{i}]", function, policy)
         elif not callable(function):
