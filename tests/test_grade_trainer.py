@@ -346,6 +346,12 @@ def test_lora_trains_the_adapter_alone_and_refers_to_the_model_without_it(tmp_pa
     bad = peft.LoraConfig(r=4, target_modules=["c_attn"], bias="all")
     with pytest.raises(ValueError, match="parameters outside of the adapter require gradients"):
         build(tmp_path, peft_config=bad)
+    for bad, message in (
+        ({"init_lora_weights": "olora"}, "peft_config changes that too"),
+        ({"alora_invocation_tokens": [3]}, "an adapter that tokens invoke"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            build(tmp_path, peft_config=peft.LoraConfig(r=4, target_modules=["c_attn"], task_type="CAUSAL_LM", **bad))
     adapted = peft.get_peft_model(policy("gpt2", dtype=torch.float32), adapter)
     adapted.base_model.model.transformer.ln_f.weight.requires_grad_(True)  # which the reference would share
     with pytest.raises(ValueError, match=r"the first of them base_model.model.transformer.ln_f.weight"):

@@ -51,6 +51,7 @@ from grade_kernels.training.policy import (
     check_training_mode,
     gather_root,
     read_language_model,
+    some_states,
     unwrap,
 )
 from grade_kernels.training.prompts import (
@@ -659,7 +660,10 @@ def _load_policy(model: Any, args: GRADEConfig, peft_config: Any) -> nn.Module:
 
         if not isinstance(peft_config, PeftConfig):
             raise TypeError(f"peft_config must be a PeftConfig, got {type(peft_config).__name__}")
+        before = some_states(model) if args.beta > 0.0 else None
         model = get_peft_model(model, peft_config)  # type: ignore[arg-type]
+        if args.beta > 0.0:
+            check_adapter_reference(model, before)
     return model
 
 
