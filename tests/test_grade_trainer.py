@@ -693,6 +693,9 @@ def test_a_crashed_run_goes_on_bitwise(uninterrupted, tmp_path):
     assert same(weights(trainer), uninterrupted[1])
     assert [e["reward"] for e in trainer.state.log_history if "reward" in e] == uninterrupted[2]
     assert trainer.state.num_input_tokens_seen == uninterrupted[3]
+    again = resumed(tmp_path)  # at the end, where nothing is left to do
+    assert again.state.global_step == 8
+    assert same(weights(again), uninterrupted[1])
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])

@@ -445,6 +445,13 @@ class GRADETrainer(Trainer):
         shuffle = self.args.sampling_strategy != "sequential"
         return RepeatedPrompts(len(dataset), self.args.num_generations, seed, shuffle)
 
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """The library's, but none where all steps are done: it would take one more of a run resumed at its end."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return [], None
+        return super().get_batch_samples(*args, **kwargs)
+
     # ------------------------------------------------------------------------------------------ checkpoints and signals
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
