@@ -428,6 +428,8 @@ def test_bfloat16_autocast_rounds_no_sum_of_rewards(tmp_path):
         ({"num_completions_to_print": 0}, ValueError, "num_completions_to_print must be positive"),
         ({"num_completions_to_print": "all"}, TypeError, "num_completions_to_print must be an int"),
         ({"train_sampling_strategy": "group_by_length"}, ValueError, "must be 'random' or 'sequential'"),
+        ({"model_init_kwargs": "dtype=x"}, ValueError, "model_init_kwargs must be JSON, got 'dtype=x'"),
+        ({"model_init_kwargs": [1]}, TypeError, "model_init_kwargs must be a dict or None"),
         ({"reward_weights": 1.0}, TypeError, "reward_weights must be a list"),
         ({"reward_weights": [1.0, "2"]}, TypeError, r"reward_weights\[1\] must be a number"),
         ({"reward_weights": [float("nan")]}, ValueError, r"reward_weights\[0\] must be finite"),
@@ -803,6 +805,8 @@ def test_sigkill_during_a_checkpoint_write_goes_on_bitwise(uninterrupted, tmp_pa
 
 
 def test_nothing_to_resume_from_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="nowhere can not be resumed from: there is no such directory"):
+        build(tmp_path).train(resume_from_checkpoint="nowhere")
     with pytest.raises(ValueError, match=r"No sound checkpoint .* none at all"):
         build(tmp_path).train(resume_from_checkpoint=True)
 
