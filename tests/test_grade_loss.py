@@ -238,10 +238,11 @@ def test_a_batch_stops_when_every_sequence_has_ended():
     assert (out.logprobs[out.completion_mask == 1] < 0).all()
 
 
-def test_without_gradients_the_loss_is_a_value():
+@pytest.mark.parametrize("without", [torch.no_grad, torch.inference_mode])
+def test_without_gradients_the_loss_is_a_value(without):
     model, reward, reference = policy("gpt2"), reward_of("bag"), policy("gpt2", seed=1)
     expected = ours(model, reward, reference=reference, beta=0.1)
-    with torch.no_grad():
+    with without():
         out = ours(model, reward, reference=reference, beta=0.1)
     assert not out.loss.requires_grad
     assert out.loss == expected.loss
