@@ -399,6 +399,8 @@ def test_bad_prompts_are_named():
         grade_loss(model, reward, ids + 50, mask, **options)
     with pytest.raises(TypeError, match="input_ids must be an int64"):
         grade_loss(model, reward, ids.float(), mask, **options)
+    with pytest.raises(TypeError, match=r"eos_token_id must be an int, several or None, got 2\.0"):
+        grade_loss(model, reward, ids, mask, eos_token_id=2.0, **options)
     with pytest.raises(ValueError, match="must name 3 sequences"):
         grade_loss(model, reward, ids, mask, max_new_tokens=2, noise=GumbelNoise(0, torch.arange(2)))
 

@@ -205,7 +205,7 @@ def reference_of(model: nn.Module, ref_model: nn.Module | None) -> Iterator[Lang
 
 def token_ids(name: str, value: int | Sequence[int] | None, vocab_size: int) -> tuple[int, ...]:
     """A token, several or none as a tuple, each inside the vocabulary."""
-    ids = () if value is None else (value,) if isinstance(value, int) else tuple(value)
+    ids = () if value is None else tuple(value) if isinstance(value, (list, tuple)) else (value,)
     for token in ids:
         if isinstance(token, bool) or not isinstance(token, int):
             raise TypeError(f"{name} must be an int, several or None, got {value!r}")
