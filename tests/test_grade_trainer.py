@@ -500,7 +500,7 @@ def test_arguments_that_can_not_work_are_refused(tmp_path):
         build(tmp_path, peft_config={"r": 4})
     with pytest.raises(TypeError, match="processing_class must be a tokenizer, got str"):
         GRADETrainer(policy("gpt2"), BagReward(), config(tmp_path), processing_class="gpt2")
-    with pytest.raises(ValueError, match=r"reward_funcs\[0\] as .*: model must be a sequence classifier, got GPT2LMHead"):
+    with pytest.raises(ValueError, match=r"reward_funcs\[0\] as .*: model must be a sequence classifier, got GPT2"):
         build(tmp_path, reward=policy("gpt2", seed=1))
     with pytest.raises(ValueError, match=r"reward_funcs\[0\] as .*: label must be chosen among the model's 3 labels"):
         build(tmp_path, reward=classifier("bert", labels=3))

@@ -182,7 +182,7 @@ def read_language_model(model: nn.Module, *, name: str = "model") -> LanguageMod
         if any(getattr(config, "is_prompt_learning", False) for config in configs):
             raise ValueError(f"{name} is tuned by learned prompts, which its replay can not see; use LoRA or the like")
         if any(getattr(config, "alora_invocation_tokens", None) for config in configs):
-            raise ValueError(f"{name} has an adapter that tokens invoke (aLoRA), which a step of the rollout can not see")
+            raise ValueError(f"{name} has an adapter that tokens invoke (aLoRA), which no step of a rollout sees")
         inner = inner.get_base_model()
     config = getattr(inner, "config", None)
     if config is None or not hasattr(inner, "get_output_embeddings"):

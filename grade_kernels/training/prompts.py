@@ -28,8 +28,10 @@ def prompt_text(prompt: Any) -> str:
 
 def check_prompt_dataset(name: str, dataset: Any) -> None:
     """A data set with a column `prompt` and something in it, or none; TypeError or ValueError otherwise."""
+    if dataset is None:
+        return
     rows = hasattr(dataset, "__iter__") or hasattr(dataset, "__getitem__")
-    if dataset is not None and (isinstance(dataset, (str, dict)) or not rows):
+    if isinstance(dataset, (str, dict)) or not rows:
         raise TypeError(f"{name} must be a data set with a column 'prompt', got {type(dataset).__name__}")
     columns = getattr(dataset, "column_names", None)
     if columns is not None and "prompt" not in columns:
