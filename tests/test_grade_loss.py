@@ -321,6 +321,8 @@ def test_a_classifier_offers_probability_log_odds_and_raw_score():
     torch.testing.assert_close(by["log_odds"](embeds, mask).sigmoid(), logits.softmax(-1)[:, 2])
     with pytest.raises(ValueError, match="LABEL_9"):
         SequenceClassificationReward(model, label="LABEL_9")
+    with pytest.raises(TypeError, match=r"label must be an int, a name or None, got 1\.0"):
+        SequenceClassificationReward(model, label=1.0)
     with pytest.raises(ValueError, match="output must be one of"):
         SequenceClassificationReward(model, label=0, output="odds")
     with pytest.raises(TypeError, match="sequence classifier, got str"):

@@ -230,6 +230,8 @@ def _label_index(config: Any, label: int | str | None) -> int:
         if label not in (config.label2id or {}):
             raise ValueError(f"label must be one of {list(config.label2id or {})}, got {label!r}")
         return int(config.label2id[label])
+    if isinstance(label, bool) or not isinstance(label, int):
+        raise TypeError(f"label must be an int, a name or None, got {label!r}")
     if not 0 <= label < count:
         raise ValueError(f"label must lie in [0, {count}), got {label}")
     return label
