@@ -28,11 +28,11 @@ def build_info() -> dict[str, str | None]:
     """What setup.py recorded: `compiler`, `flags` and `torch` of a built library, or the `reason` why there is none.
 
     Of the CUDA kernels: `cuda_compiler` and `cuda_flags`, or `cuda_reason`.
-    Empty where setup.py never ran, as in a source tree that is not installed.
+    Empty where setup.py never ran, as in a source tree that is not installed, and where the record is broken.
     """
     try:
         return dict(json.loads((_PACKAGE / "_build_info.json").read_text()))
-    except FileNotFoundError:
+    except (OSError, ValueError):
         return {}
 
 

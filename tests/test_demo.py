@@ -341,6 +341,12 @@ def test_the_command_line_reports_an_interruption(tmp_path, monkeypatch, capsys)
     assert "after step 3" in capsys.readouterr().err
 
 
+def test_a_folder_that_can_not_be_written_is_named(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert demo.run(arguments("--tiny", "--output-dir", str(tmp_path / "file"))) == 1
+    assert f"grade-kernels demo: [Errno 20] Not a directory: '{tmp_path / 'file'}" in capsys.readouterr().err
+
+
 def test_a_missing_package_is_named(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(demo.importlib.util, "find_spec", lambda name: None if name == "rich" else object())
     assert demo.run(arguments("--tiny", "--output-dir", str(tmp_path))) == 1

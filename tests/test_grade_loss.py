@@ -238,10 +238,11 @@ def test_a_batch_stops_when_every_sequence_has_ended():
     assert (out.logprobs[out.completion_mask == 1] < 0).all()
 
 
-def test_without_gradients_the_loss_is_a_value():
+@pytest.mark.parametrize("without", [torch.no_grad, torch.inference_mode])
+def test_without_gradients_the_loss_is_a_value(without):
     model, reward, reference = policy("gpt2"), reward_of("bag"), policy("gpt2", seed=1)
     expected = ours(model, reward, reference=reference, beta=0.1)
-    with torch.no_grad():
+    with without():
         out = ours(model, reward, reference=reference, beta=0.1)
     assert not out.loss.requires_grad
     assert out.loss == expected.loss
@@ -320,6 +321,8 @@ def test_a_classifier_offers_probability_log_odds_and_raw_score():
     torch.testing.assert_close(by["log_odds"](embeds, mask).sigmoid(), logits.softmax(-1)[:, 2])
     with pytest.raises(ValueError, match="LABEL_9"):
         SequenceClassificationReward(model, label="LABEL_9")
+    with pytest.raises(TypeError, match=r"label must be an int, a name or None, got 1\.0"):
+        SequenceClassificationReward(model, label=1.0)
     with pytest.raises(ValueError, match="output must be one of"):
         SequenceClassificationReward(model, label=0, output="odds")
     with pytest.raises(TypeError, match="sequence classifier, got str"):
@@ -398,6 +401,8 @@ def test_bad_prompts_are_named():
         grade_loss(model, reward, ids + 50, mask, **options)
     with pytest.raises(TypeError, match="input_ids must be an int64"):
         grade_loss(model, reward, ids.float(), mask, **options)
+    with pytest.raises(TypeError, match=r"eos_token_id must be an int, several or None, got 2\.0"):
+        grade_loss(model, reward, ids, mask, eos_token_id=2.0, **options)
     with pytest.raises(ValueError, match="must name 3 sequences"):
         grade_loss(model, reward, ids, mask, max_new_tokens=2, noise=GumbelNoise(0, torch.arange(2)))
 

@@ -346,6 +346,12 @@ def test_lora_trains_the_adapter_alone_and_refers_to_the_model_without_it(tmp_pa
     bad = peft.LoraConfig(r=4, target_modules=["c_attn"], bias="all")
     with pytest.raises(ValueError, match="parameters outside of the adapter require gradients"):
         build(tmp_path, peft_config=bad)
+    for bad, message in (
+        ({"init_lora_weights": "olora"}, "peft_config changes that too"),
+        ({"alora_invocation_tokens": [3]}, "an adapter that tokens invoke"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            build(tmp_path, peft_config=peft.LoraConfig(r=4, target_modules=["c_attn"], task_type="CAUSAL_LM", **bad))
     adapted = peft.get_peft_model(policy("gpt2", dtype=torch.float32), adapter)
     adapted.base_model.model.transformer.ln_f.weight.requires_grad_(True)  # which the reference would share
     with pytest.raises(ValueError, match=r"the first of them base_model.model.transformer.ln_f.weight"):
@@ -388,10 +394,15 @@ def test_evaluation_in_bfloat16_keeps_its_reference(tmp_path):
     assert abs(trainer.evaluate()["eval_kl"]) < 0.1
 
 
-def test_bfloat16_autocast_runs(tmp_path):
-    trainer = build(tmp_path, bf16=True, max_steps=2)
+def test_bfloat16_autocast_rounds_no_sum_of_rewards(tmp_path):
+    dataset = Dataset.from_dict({"prompt": PROMPTS})
+    trainer = build(tmp_path, bf16=True, max_steps=2, reward_weights=[1 / 3], eval_dataset=dataset)
     trainer.train()
-    assert trainer.state.log_history[0]["grad_norm"] > 0
+    log, held_out = trainer.state.log_history[0], trainer.evaluate()
+    assert log["grad_norm"] > 0
+    assert log["reward"] == pytest.approx(log["rewards/BagReward/mean"] / 3, rel=1e-5)
+    assert log["loss"] == pytest.approx(0.05 * log["kl"] - log["reward"], rel=1e-5)
+    assert held_out["eval_reward"] == pytest.approx(held_out["eval_rewards/BagReward/mean"] / 3, rel=1e-5)
 
 
 # ------------------------------------------------------------------------------------------------------- refusals
@@ -417,6 +428,8 @@ def test_bfloat16_autocast_runs(tmp_path):
         ({"num_completions_to_print": 0}, ValueError, "num_completions_to_print must be positive"),
         ({"num_completions_to_print": "all"}, TypeError, "num_completions_to_print must be an int"),
         ({"train_sampling_strategy": "group_by_length"}, ValueError, "must be 'random' or 'sequential'"),
+        ({"model_init_kwargs": "dtype=x"}, ValueError, "model_init_kwargs must be JSON, got 'dtype=x'"),
+        ({"model_init_kwargs": [1]}, TypeError, "model_init_kwargs must be a dict or None"),
         ({"reward_weights": 1.0}, TypeError, "reward_weights must be a list"),
         ({"reward_weights": [1.0, "2"]}, TypeError, r"reward_weights\[1\] must be a number"),
         ({"reward_weights": [float("nan")]}, ValueError, r"reward_weights\[0\] must be finite"),
@@ -481,6 +494,16 @@ def test_arguments_that_can_not_work_are_refused(tmp_path):
     ):
         build(tmp_path, model=model, reward=judge)
     assert all(parameter.requires_grad for parameter in model.parameters())
+    with pytest.raises(TypeError, match="train_dataset must be a data set with a column 'prompt', got str"):
+        build(tmp_path, dataset="prompts.csv")
+    with pytest.raises(TypeError, match="peft_config must be a PeftConfig, got dict"):
+        build(tmp_path, peft_config={"r": 4})
+    with pytest.raises(TypeError, match="processing_class must be a tokenizer, got str"):
+        GRADETrainer(policy("gpt2"), BagReward(), config(tmp_path), processing_class="gpt2")
+    with pytest.raises(ValueError, match=r"reward_funcs\[0\] as .*: model must be a sequence classifier, got GPT2"):
+        build(tmp_path, reward=policy("gpt2", seed=1))
+    with pytest.raises(ValueError, match=r"reward_funcs\[0\] as .*: label must be chosen among the model's 3 labels"):
+        build(tmp_path, reward=classifier("bert", labels=3))
     with pytest.raises(ValueError, match="train_dataset must hold at least one prompt, got none"):
         build(tmp_path, dataset=Dataset.from_dict({"prompt": []}))
     sizes = {"vocab_size": VOCAB, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -515,11 +538,12 @@ def test_tokens_that_the_model_does_not_have_are_named(tmp_path, added, message)
         GRADETrainer(*arguments, processing_class=tokenizer)
 
 
-def test_text_functions_return_a_number_per_completion(tmp_path):
+@pytest.mark.parametrize(("scores", "got"), [([0.0], "1"), (0.0, "float")])
+def test_text_functions_return_a_number_per_completion(tmp_path, scores, got):
     def short(prompts, completions, **columns):
-        return [0.0]
+        return scores
 
-    with pytest.raises(ValueError, match=r"short must return one number per completion \(4\), got 1"):
+    with pytest.raises(ValueError, match=rf"short must return one number per completion \(4\), got {got}"):
         build(tmp_path, reward=[BagReward(dtype=torch.float32), short]).train()
 
 
@@ -535,6 +559,11 @@ def test_columns_of_a_tokenized_data_set_do_not_hide_the_trainers_own(tmp_path):
     build(tmp_path, reward=[BagReward(dtype=torch.float32), text], dataset=dataset, max_steps=1).train()
     assert seen.keys() == {"prompts", "input_ids"}
     assert isinstance(seen["prompts"][0], str)
+
+
+def test_columns_that_some_examples_lack_are_none_there(tmp_path):
+    trainer = build(tmp_path, dataset=[{"prompt": "w3", "a": 1}, {"prompt": "w4", "b": 2}])
+    assert trainer._collator(trainer.train_dataset)["columns"] == {"a": [1, None], "b": [None, 2]}
 
 
 def test_a_reward_is_a_constant_and_may_write_to_what_it_reads(tmp_path):
@@ -666,6 +695,9 @@ def test_a_crashed_run_goes_on_bitwise(uninterrupted, tmp_path):
     assert same(weights(trainer), uninterrupted[1])
     assert [e["reward"] for e in trainer.state.log_history if "reward" in e] == uninterrupted[2]
     assert trainer.state.num_input_tokens_seen == uninterrupted[3]
+    again = resumed(tmp_path)  # at the end, where nothing is left to do
+    assert again.state.global_step == 8
+    assert same(weights(again), uninterrupted[1])
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
@@ -773,6 +805,8 @@ def test_sigkill_during_a_checkpoint_write_goes_on_bitwise(uninterrupted, tmp_pa
 
 
 def test_nothing_to_resume_from_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="nowhere can not be resumed from: there is no such directory"):
+        build(tmp_path).train(resume_from_checkpoint="nowhere")
     with pytest.raises(ValueError, match=r"No sound checkpoint .* none at all"):
         build(tmp_path).train(resume_from_checkpoint=True)
 

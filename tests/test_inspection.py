@@ -300,7 +300,7 @@ def test_what_is_not_there_is_an_error():
 def test_figures_come_from_the_cache(tmp_path):
     """In a process where kernels are compiled and not interpreted."""
     script = """
-import json, warnings
+import json, os, warnings
 from grade_kernels.inspection import compilation, select
 warnings.simplefilter("ignore")
 tasks = select(["sm_90"], ["normalizer", "sum splits"])
@@ -317,6 +317,8 @@ changed = builds[0]._replace(options={"num_warps": 2})
 (other,) = compilation.inspect_builds([changed], "sm_90")
 assert other.warps == 2
 assert len(list(compilation.cache_folder().glob("*.json"))) == 3
+os.environ["XDG_CACHE_HOME"] = os.devnull  # where nothing can be kept
+assert compilation.inspect_builds([changed], "sm_90") == [other]
 """
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "TRITON_INTERPRET": "0"}
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=False)

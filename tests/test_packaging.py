@@ -48,6 +48,13 @@ def test_doctor_reports_a_wrong_backend(monkeypatch, capsys):
     assert "FAILED: gumbel_sample differs" in capsys.readouterr().out
 
 
+def test_a_broken_record_of_the_build_stops_nothing(monkeypatch, tmp_path):
+    monkeypatch.setattr(_build, "_PACKAGE", tmp_path)
+    (tmp_path / "_build_info.json").write_text('{"torch": ')
+    assert _build.build_info() == {}
+    assert "was never compiled here" in _build.missing_reason()
+
+
 def test_unknown_subcommand(capsys):
     with pytest.raises(SystemExit) as raised:
         cli.main(["dance"])

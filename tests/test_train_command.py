@@ -78,6 +78,9 @@ def test_bad_settings_are_named(models, tmp_path, capsys):
     broken.write_text('{"tau": 1}\n{"tau": 2}\n', encoding="utf-8")
     with pytest.raises(ValueError, match=r"broken\.yaml is no YAML"):
         command.parse(["--config", str(broken)])
+    broken.write_bytes(b"tau: \x80")
+    with pytest.raises(ValueError, match=r"broken\.yaml is no YAML"):
+        command.parse(["--config", str(broken)])
     with pytest.raises(SystemExit):
         main(["train", "--model", "gpt2"])
     assert "--dataset" in capsys.readouterr().err

@@ -84,7 +84,7 @@ def run(arguments: argparse.Namespace) -> int:
     except SystemExit as stop:  # TrainingInterrupted, which can not be named here without importing torch
         sys.stderr.write(f"\n{stop}. The same command continues.\n")
         return int(stop.code or 0)
-    except (ModuleNotFoundError, ValueError) as error:
+    except (ModuleNotFoundError, OSError, ValueError) as error:  # OSError: a folder that can't be written, a full disk
         if isinstance(error, ModuleNotFoundError) and error.name not in _NEEDED:
             raise
         sys.stderr.write(f"grade-kernels demo: {error}\n")

@@ -5,6 +5,7 @@ Runs in processes of its own: a kernel that was decorated for Triton's interpret
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib
@@ -62,10 +63,11 @@ def _kept(path: Path) -> machine_code.Figures | None:
 
 
 def _keep(path: Path, found: machine_code.Figures) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}")
-    temporary.write_text(json.dumps(dataclasses.asdict(found)))
-    os.replace(temporary, path)
+    with contextlib.suppress(OSError):  # without a place to write, the next time takes as long as this one
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(f".{os.getpid()}")
+        temporary.write_text(json.dumps(dataclasses.asdict(found)))
+        os.replace(temporary, path)
 
 
 def _source(build: Build) -> ASTSource:

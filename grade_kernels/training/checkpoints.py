@@ -51,6 +51,8 @@ def damage(directory: Path) -> str | None:
             if _digest(path) != expected["sha256"]:
                 return f"{name} has other contents than were written"
     except FileNotFoundError:
+        if not directory.is_dir():
+            return "there is no such directory"
         return f"{SEAL} is missing, so it was never completed"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{SEAL} can not be read ({error})"

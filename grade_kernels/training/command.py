@@ -155,7 +155,7 @@ def read_dataset(source: str, arguments: RunArguments, split: str) -> Dataset:
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is no YAML: {error}") from error
     if not isinstance(settings, dict):
         raise ValueError(f"{path} must hold settings by name, got {type(settings).__name__}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass, field
 from typing import Any
@@ -92,8 +93,6 @@ class GRADEConfig(TrainingArguments):
         default=8, metadata={"help": "Rows of that table; None shows the whole batch."}
     )
 
-    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]  # noqa: RUF012 - no field
-
     def __post_init__(self) -> None:
         self._check()
         super().__post_init__()
@@ -165,6 +164,13 @@ class GRADEConfig(TrainingArguments):
                 raise TypeError(f"{name} must be an int, got {value!r}")
             if value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
+        if isinstance(self.model_init_kwargs, str):
+            try:
+                self.model_init_kwargs = json.loads(self.model_init_kwargs)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"model_init_kwargs must be JSON, got {self.model_init_kwargs!r}: {error}") from error
+        if not isinstance(self.model_init_kwargs, dict | None):
+            raise TypeError(f"model_init_kwargs must be a dict or None, got {self.model_init_kwargs!r}")
         rows = self.num_completions_to_print
         if rows is not None and (isinstance(rows, bool) or not isinstance(rows, int)):
             raise TypeError(f"num_completions_to_print must be an int or None, got {rows!r}")

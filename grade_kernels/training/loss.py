@@ -25,7 +25,7 @@ from grade_kernels.training.policy import (
     unwrap,
 )
 from grade_kernels.training.replay import replay
-from grade_kernels.training.rewards import DifferentiableReward, Objective
+from grade_kernels.training.rewards import DifferentiableReward, Objective, weighted_sum
 from grade_kernels.training.rollout import Rollout, rollout
 
 __all__ = ["GradeLoss", "check_reward_device", "check_vocabulary", "grade_loss", "objectives_loss", "token_ids"]
@@ -172,10 +172,9 @@ def objectives_loss(
         feedback_hops=hops, eps=eps, beta=beta, row_weights=row_weights, columns=columns or {},
         reference=reference_of(model, ref_model) if beta != 0.0 or ref_model is not None else None,
     )  # fmt: skip
-    weights = result.values.new_tensor([objective.weight for objective in objectives])
     return GradeLoss(
         loss=result.loss,
-        rewards=weights @ result.values,
+        rewards=weighted_sum(objectives, result.values),
         completion_ids=sample.ids,
         completion_mask=sample.mask,
         kl=result.kl,
@@ -206,7 +205,7 @@ def reference_of(model: nn.Module, ref_model: nn.Module | None) -> Iterator[Lang
 
 def token_ids(name: str, value: int | Sequence[int] | None, vocab_size: int) -> tuple[int, ...]:
     """A token, several or none as a tuple, each inside the vocabulary."""
-    ids = () if value is None else (value,) if isinstance(value, int) else tuple(value)
+    ids = () if value is None else tuple(value) if isinstance(value, (list, tuple)) else (value,)
     for token in ids:
         if isinstance(token, bool) or not isinstance(token, int):
             raise TypeError(f"{name} must be an int, several or None, got {value!r}")

@@ -26,6 +26,7 @@ __all__ = [
     "position_arguments",
     "position_ids",
     "read_language_model",
+    "some_states",
     "sweeping",
     "unwrap",
 ]
@@ -88,11 +89,22 @@ class LanguageModel:
         return hidden.to(weight.dtype), weight
 
 
-def check_adapter_reference(model: nn.Module) -> None:
-    """Without its adapter, a PEFT model is what it was before training, or ValueError."""
+def check_adapter_reference(model: nn.Module, before: torch.Tensor | None = None) -> None:
+    """Without its adapter, a PEFT model is what it was before training, or ValueError.
+
+    Args:
+        model: the model.
+        before: `some_states` of it before it got the adapter.
+    """
     adapted: Any = unwrap(model)
     with adapted.disable_adapter():  # which also freezes what belongs to it
         left = [name for name, parameter in adapted.named_parameters() if parameter.requires_grad]
+        now = None if before is None else some_states(adapted)
+    if before is not None and now is not None and not _difference(now, before) < 1e-3:
+        raise ValueError(
+            "the KL needs a reference, which is model without its adapter, but peft_config changes that too (as the "
+            "init_lora_weights of PiSSA and OLoRA do); use another, or beta = 0"
+        )
     if left:
         raise ValueError(
             "the KL needs a reference, which is model without its adapter, but training would change that too: "
@@ -113,20 +125,24 @@ def check_checkpointing(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def check_training_mode(model: nn.Module) -> None:
-    """The same hidden states in training mode as in the eval mode of the rollout, or ValueError."""
+def some_states(model: nn.Module, training: bool = False) -> torch.Tensor | None:
+    """Hidden states of a few tokens in eval or training mode; None where the weights are not here."""
     parts = read_language_model(model)
     if _is_abstract(parts.table):
-        return
-
-    def states() -> torch.Tensor:
+        return None
+    with evaluating(parts.model), torch.random.fork_rng(devices=[]):
+        parts.model.train(training)
         return last_hidden_state(parts.backbone(input_ids=_some_ids(parts), use_cache=False))
 
-    with evaluating(parts.model), torch.random.fork_rng(devices=[]):
-        expected = states()
-        parts.model.train()
-        difference = max(_difference(states(), expected) for _ in range(2))
+
+def check_training_mode(model: nn.Module) -> None:
+    """The same hidden states in training mode as in the eval mode of the rollout, or ValueError."""
+    expected, *trained = (some_states(model, training) for training in (False, True, True))
+    if expected is None:
+        return
+    difference = max(_difference(states, expected) for states in trained if states is not None)
     if not difference < _ROUNDING:
+        parts = read_language_model(model)
         raise ValueError(
             f"model ({type(parts.model).__name__}) computes something else in training than when it completes prompts, "
             f"although dropout is off in its modules (relative difference {difference:.3g}): its config has rates to set "
@@ -158,11 +174,15 @@ def read_language_model(model: nn.Module, *, name: str = "model") -> LanguageMod
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"{name} must be a causal language model, got {type(model).__name__}")
-    inner: Any = unwrap(model)
+    whole: Any = unwrap(model)
+    inner = whole
     kind = type(inner).__name__
     if hasattr(inner, "get_base_model"):  # PEFT's wrapper
-        if any(getattr(config, "is_prompt_learning", False) for config in inner.peft_config.values()):
+        configs = inner.peft_config.values()
+        if any(getattr(config, "is_prompt_learning", False) for config in configs):
             raise ValueError(f"{name} is tuned by learned prompts, which its replay can not see; use LoRA or the like")
+        if any(getattr(config, "alora_invocation_tokens", None) for config in configs):
+            raise ValueError(f"{name} has an adapter that tokens invoke (aLoRA), which no step of a rollout sees")
         inner = inner.get_base_model()
     config = getattr(inner, "config", None)
     if config is None or not hasattr(inner, "get_output_embeddings"):
@@ -198,9 +218,9 @@ def read_language_model(model: nn.Module, *, name: str = "model") -> LanguageMod
         logit_scale=_logit_scale(config),
         softcap=getattr(config, "final_logit_softcapping", None),
     )
-    if inner not in _PROBED:
-        _PROBED[inner] = _probe(parts, f"{name} ({kind})")
-    return replace(parts, reads_left_padding=_PROBED[inner])
+    if whole not in _PROBED:  # by the whole: an adapter may change what its base model was probed for
+        _PROBED[whole] = _probe(parts, f"{name} ({kind})")
+    return replace(parts, reads_left_padding=_PROBED[whole])
 
 
 def position_ids(attention_mask: torch.Tensor) -> torch.Tensor:

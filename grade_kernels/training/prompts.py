@@ -27,7 +27,12 @@ def prompt_text(prompt: Any) -> str:
 
 
 def check_prompt_dataset(name: str, dataset: Any) -> None:
-    """A data set with a column `prompt` and something in it; ValueError otherwise."""
+    """A data set with a column `prompt` and something in it, or none; TypeError or ValueError otherwise."""
+    if dataset is None:
+        return
+    rows = hasattr(dataset, "__iter__") or hasattr(dataset, "__getitem__")
+    if isinstance(dataset, (str, dict)) or not rows:
+        raise TypeError(f"{name} must be a data set with a column 'prompt', got {type(dataset).__name__}")
     columns = getattr(dataset, "column_names", None)
     if columns is not None and "prompt" not in columns:
         raise ValueError(f"{name} must have a column 'prompt' (a string or a list of messages), got columns {columns}")
@@ -70,8 +75,9 @@ class PromptCollator:
         for i, row in enumerate(rows):
             ids[i, longest - len(row) :] = torch.tensor(row)
             mask[i, longest - len(row) :] = 1
-        names = [name for name in examples[0] if name not in _RESERVED]
-        columns = {name: [example[name] for example in examples] for name in names}
+        # As `datasets` has it, a column that an example lacks is None there.
+        names = dict.fromkeys(name for example in examples for name in example if name not in _RESERVED)
+        columns = {name: [example.get(name) for example in examples] for name in names}
         return {"input_ids": ids, "attention_mask": mask, "prompts": prompts, "columns": columns}
 
     def tokens(self, prompt: Any) -> list[int]:

@@ -30,7 +30,7 @@ from grade_kernels.training.policy import (
     sweeping,
     unwrap,
 )
-from grade_kernels.training.rewards import Objective
+from grade_kernels.training.rewards import Objective, weighted_sum
 from grade_kernels.training.rollout import Rollout
 
 __all__ = [
@@ -132,8 +132,7 @@ def replay(
         outputs.append(fed_back_embedding)
         d_outputs.append(d_fed_back)
     surrogate = sum((output * d_output).sum() for output, d_output in zip(outputs, d_outputs, strict=True))
-    weights = torch.tensor([objective.weight for objective in objectives], dtype=values.dtype, device=values.device)
-    value = ((beta * kl.detach() - weights @ values) * row_weights).sum()
+    value = ((beta * kl.detach() - weighted_sum(objectives, values)) * row_weights).sum()
     # The number is the loss, the gradient is the surrogate's.
     loss = value + (surrogate - surrogate.detach()).to(value.dtype)  # type: ignore[union-attr]
     return Replay(loss, values, kl.detach(), _of_completions(drawn.logprobs.detach(), sample))
@@ -287,16 +286,15 @@ def _reward_gradients(
     columns: dict[str, Any],
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Values `[rewards, B]`, and the loss's gradient on the embeddings each reward read of the completions."""
-    values, gradients = [], []
+    values, gradients, wanted = [], [], torch.is_grad_enabled()
     full_mask = torch.cat([attention_mask, mask.to(attention_mask.dtype)], dim=1)
     for objective, table, embedding in zip(objectives, tables, sampled, strict=True):
-        with torch.enable_grad():
-            leaf = embedding.detach().requires_grad_()
-            objected, value = objective(torch.cat([table[input_ids], leaf], dim=1), full_mask, columns)
-            gradient = None
-            if objected.requires_grad:
-                upstream = (-objective.weight * row_weights).to(objected.dtype)
-                (gradient,) = torch.autograd.grad(objected, leaf, upstream, allow_unused=True)
+        leaf = embedding.detach().requires_grad_(wanted)
+        objected, value = objective(torch.cat([table[input_ids], leaf], dim=1), full_mask, columns)
+        gradient = None if wanted else torch.zeros_like(leaf)
+        if wanted and objected.requires_grad:
+            upstream = (-objective.weight * row_weights).to(objected.dtype)
+            (gradient,) = torch.autograd.grad(objected, leaf, upstream, allow_unused=True)
         if gradient is None:
             raise ValueError(
                 f"{objective.name} has no gradient: it must be a differentiable function of inputs_embeds "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -18,6 +18,7 @@ __all__ = [
     "SequenceClassificationReward",
     "reward_table",
     "right_padded",
+    "weighted_sum",
 ]
 
 OUTPUTS = ("probability", "log_odds", "raw")
@@ -229,6 +230,8 @@ def _label_index(config: Any, label: int | str | None) -> int:
         if label not in (config.label2id or {}):
             raise ValueError(f"label must be one of {list(config.label2id or {})}, got {label!r}")
         return int(config.label2id[label])
+    if isinstance(label, bool) or not isinstance(label, int):
+        raise TypeError(f"label must be an int, a name or None, got {label!r}")
     if not 0 <= label < count:
         raise ValueError(f"label must lie in [0, {count}), got {label}")
     return label
@@ -292,3 +295,9 @@ class Objective:
             if rows:
                 raise NonFiniteRewardError(f"{named} is not finite in row(s) {rows} of the batch", rows)
         return objective, value.detach()
+
+
+def weighted_sum(objectives: Sequence[Objective], values: torch.Tensor) -> torch.Tensor:
+    """All rewards together, `[B]`, of their values `[rewards, B]`; no matrix product, which autocast would round."""
+    weights = values.new_tensor([objective.weight for objective in objectives])
+    return (weights[:, None] * values).sum(dim=0)

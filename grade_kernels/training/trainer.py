@@ -51,6 +51,7 @@ from grade_kernels.training.policy import (
     check_training_mode,
     gather_root,
     read_language_model,
+    some_states,
     unwrap,
 )
 from grade_kernels.training.prompts import (
@@ -61,7 +62,13 @@ from grade_kernels.training.prompts import (
     prompt_text,
 )
 from grade_kernels.training.replay import Layout, completion_kl, completion_logprobs, refer, score_completions
-from grade_kernels.training.rewards import NonFiniteRewardError, Objective, SequenceClassificationReward, reward_table
+from grade_kernels.training.rewards import (
+    NonFiniteRewardError,
+    Objective,
+    SequenceClassificationReward,
+    reward_table,
+    weighted_sum,
+)
 from grade_kernels.training.rollout import rollout
 from grade_kernels.training.schedules import tau_at
 
@@ -148,6 +155,8 @@ class GRADETrainer(Trainer):
             if not name:
                 raise ValueError("processing_class must be the policy's tokenizer: the model has no name to find it by")
             processing_class = load_by_name("the tokenizer of model", AutoTokenizer, name)
+        if not callable(processing_class):
+            raise TypeError(f"processing_class must be a tokenizer, got {type(processing_class).__name__}")
         self._end_ids = _end_of_sequence(parts, processing_class)
         pad = getattr(processing_class, "pad_token_id", None)
         self._pad_id = int(pad) if pad is not None else (self._end_ids or (0,))[0]
@@ -285,7 +294,7 @@ class GRADETrainer(Trainer):
             )  # fmt: skip
             with _naming_prompts(inputs["prompts"], "in evaluation"):
                 values = score_completions(self.objectives, ids, mask, sample, inputs["columns"])
-            weights = values.new_tensor([objective.weight for objective in self.objectives])
+            rewards = weighted_sum(self.objectives, values)
             kl = values.new_zeros(len(ids))
             if args.beta > 0.0:
                 with reference_of(model, self.ref_model) as reference:
@@ -293,7 +302,7 @@ class GRADETrainer(Trainer):
                 assert sample.hidden is not None
                 kl = completion_kl(policy, referred, sample.hidden, sample.mask)
             logprobs = completion_logprobs(policy, sample)
-        rows = self._rows(inputs, sample.ids, sample.mask, logprobs, values, weights @ values, kl)
+        rows = self._rows(inputs, sample.ids, sample.mask, logprobs, values, rewards, kl)
         for name, value in rows.items():
             self._eval_rows[name].append(self.accelerator.gather_for_metrics(value).cpu())
         loss = (args.beta * kl.float() - rows["reward"]).mean()
@@ -343,8 +352,9 @@ class GRADETrainer(Trainer):
                     completion_ids=[row[m.bool()].tolist() for row, m in zip(ids, mask, strict=True)],
                     **inputs["columns"],
                 )
-                if len(scores) != len(texts):
-                    raise ValueError(f"{name} must return one number per completion ({len(texts)}), got {len(scores)}")
+                count = len(scores) if hasattr(scores, "__len__") else type(scores).__name__
+                if count != len(texts):
+                    raise ValueError(f"{name} must return one number per completion ({len(texts)}), got {count}")
                 rows[f"rewards/{name}"] = torch.tensor([torch.nan if s is None else float(s) for s in scores]).to(
                     ids.device
                 )
@@ -434,6 +444,13 @@ class GRADETrainer(Trainer):
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         shuffle = self.args.sampling_strategy != "sequential"
         return RepeatedPrompts(len(dataset), self.args.num_generations, seed, shuffle)
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """The library's, but none where all steps are done: it would take one more of a run resumed at its end."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return [], None
+        return super().get_batch_samples(*args, **kwargs)
 
     # ------------------------------------------------------------------------------------------ checkpoints and signals
 
@@ -646,9 +663,14 @@ def _load_policy(model: Any, args: GRADEConfig, peft_config: Any) -> nn.Module:
     if peft_config is not None:
         if hasattr(model, "peft_config"):
             raise ValueError("peft_config must be None for a model that has an adapter already")
-        from peft import get_peft_model
+        from peft import PeftConfig, get_peft_model
 
+        if not isinstance(peft_config, PeftConfig):
+            raise TypeError(f"peft_config must be a PeftConfig, got {type(peft_config).__name__}")
+        before = some_states(model) if args.beta > 0.0 else None
         model = get_peft_model(model, peft_config)  # type: ignore[arg-type]
+        if args.beta > 0.0:
+            check_adapter_reference(model, before)
     return model
 
 
@@ -696,11 +718,13 @@ def _read_rewards(
     names: list[str] = []
     for i, function in enumerate(functions):
         if isinstance(function, str):
-            path = function
-            function = SequenceClassificationReward(load_by_name("reward", AutoModelForSequenceClassification, path))
-        elif isinstance(function, PreTrainedModel) or hasattr(function, "get_base_model"):  # PEFT's wrapper of one
+            function = load_by_name("reward", AutoModelForSequenceClassification, function)
+        if isinstance(function, PreTrainedModel) or hasattr(function, "get_base_model"):  # PEFT's wrapper of one
             _check_apart(f"reward_funcs[{i}]", function, policy)
-            function = SequenceClassificationReward(function)
+            try:
+                function = SequenceClassificationReward(function)
+            except (TypeError, ValueError) as error:  # which speaks of its own arguments
+                raise type(error)(f"reward_funcs[{i}] as SequenceClassificationReward(model): {error}") from error
         elif isinstance(function, SequenceClassificationReward):
             _check_apart(f"reward_funcs[{i}]", function, policy)
         elif not callable(function):
