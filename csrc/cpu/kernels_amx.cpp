@@ -352,42 +352,39 @@ class Multiplier {
 };
 
 // A tile's row is a pair of columns, so that x's rows lie side by side.
-void pack_split(const TilePacking& args, int64_t block) {
-  constexpr int kStepTiles = step_tiles(Dtype::kFloat);
-  const float* all = static_cast<const float*>(args.x);
-  uint16_t* finite = args.packed + packed_numbers(args.dtype, args.rows, args.width);
-  for (int64_t row = block * kTileBlock; row < (block + 1) * kTileBlock; ++row) {
-    const float* x = all + std::min(row, args.rows - 1) * args.stride;
-    finite[row] = std::all_of(x, x + args.width, [](float number) { return std::abs(number) < kLargest; });
-  }
-  for (int64_t step = 0; step < tile_steps(args.width); ++step) {
-    uint16_t* tiles = args.packed + (block * tile_steps(args.width) + step) * kStepTiles * kTile;
-    for (int64_t i = 0; i < kTileBlock; ++i) {
-      const int64_t row = block * kTileBlock + i;
-      const float* x = all + std::min(row, args.rows - 1) * args.stride + step * kTileStep;
-      __m512i pairs[kTileParts];
-      load_pairs(x, row < args.rows ? mask_of(args.width - step * kTileStep) : 0, pairs);
-      for (int part = 0; part < kTileParts; ++part) {
-        alignas(64) uint32_t values[16];
-        _mm512_store_si512(values, pairs[part]);
-        uint16_t* column = tiles + (part * 2 + i / 16) * kTile + i % 16 * 2;
-        for (int j = 0; j < 16; ++j) std::memcpy(column + j * 32, values + j, sizeof *values);
-      }
+template <Dtype kDtype>
+void pack(const TilePacking& args, int64_t block) {
+  constexpr bool kSplit = kDtype == Dtype::kFloat;
+  using Number = std::conditional_t<kSplit, float, uint16_t>;
+  const auto row_of = [&](int64_t row) {
+    return static_cast<const Number*>(args.x) + std::min(row, args.rows - 1) * args.stride;
+  };
+  if constexpr (kSplit) {
+    uint16_t* finite = args.packed + packed_numbers(args.dtype, args.rows, args.width);
+    for (int64_t row = block * kTileBlock; row < (block + 1) * kTileBlock; ++row) {
+      finite[row] = std::all_of(row_of(row), row_of(row) + args.width, [](float x) { return std::abs(x) < kLargest; });
     }
   }
-}
-
-void pack_plain(const TilePacking& args, int64_t block) {
-  constexpr int kStepTiles = step_tiles(Dtype::kBFloat16);
   for (int64_t step = 0; step < tile_steps(args.width); ++step) {
-    uint16_t* tiles = args.packed + (block * tile_steps(args.width) + step) * kStepTiles * kTile;
-    for (int64_t i = 0; i < kTileBlock; ++i) {
-      const int64_t row = block * kTileBlock + i;
-      const uint16_t* x = static_cast<const uint16_t*>(args.x) + std::min(row, args.rows - 1) * args.stride + step * kTileStep;
-      alignas(64) uint32_t values[16];
-      _mm512_store_si512(values, _mm512_maskz_loadu_epi16(row < args.rows ? mask_of(args.width - step * kTileStep) : 0, x));
-      uint16_t* column = tiles + i / 16 * kTile + i % 16 * 2;
-      for (int j = 0; j < 16; ++j) std::memcpy(column + j * 32, values + j, sizeof *values);
+    uint16_t* tiles = args.packed + (block * tile_steps(args.width) + step) * step_tiles(kDtype) * kTile;
+    for (int64_t half = 0; half < 2; ++half, tiles += kTile) {
+      __m512 pairs[parts_of(kDtype)][16];
+      for (int64_t i = 0; i < 16; ++i) {
+        const int64_t row = block * kTileBlock + half * 16 + i;
+        const uint32_t mask = row < args.rows ? mask_of(args.width - step * kTileStep) : 0;
+        const Number* x = row_of(row) + step * kTileStep;
+        if constexpr (kSplit) {
+          __m512i parts[kTileParts];
+          load_pairs(x, mask, parts);
+          for (int part = 0; part < kTileParts; ++part) pairs[part][i] = _mm512_castsi512_ps(parts[part]);
+        } else {
+          pairs[0][i] = _mm512_castsi512_ps(_mm512_maskz_loadu_epi16(mask, x));
+        }
+      }
+      for (int part = 0; part < parts_of(kDtype); ++part) {
+        transpose(pairs[part]);
+        for (int j = 0; j < 16; ++j) _mm512_storeu_ps(tiles + part * 2 * kTile + j * 32, pairs[part][j]);
+      }
     }
   }
 }
@@ -439,7 +436,7 @@ class Summer {
   static constexpr bool kSplit = kDtype == Dtype::kFloat;
   static constexpr int kParts = kSplit ? kTileParts : 2;  // bfloat16 numbers for one of the values'
   static constexpr int kTableParts = parts_of(kDtype);
-  static constexpr int64_t kSteps = 8;  // summed in tiles before they join the sum so far
+  static constexpr int64_t kSteps = 8;  // of tokens at a time
   static constexpr int64_t kSums = kTileBlock * kTileBlock;
   static constexpr int64_t kPanelBlocks = kSplit ? 8 : 16;  // of columns; a KiB of a row
   static constexpr int64_t kPanelTiles = kPanelBlocks * kSteps * kTableParts * 2;
@@ -522,7 +519,7 @@ class Summer {
   [[gnu::always_inline]] void multiply_block(float* sums, const uint16_t* tiles, bool fresh, int64_t steps, int64_t group) {
     const uint16_t* x = values_ + group * kSteps * kParts * 2 * kTile;
     GK_MEMORY;
-    clear<kWide>();
+    kSplit || fresh ? clear<kWide>() : resume<kWide>(sums);
     for (int64_t step = 0; step < steps; ++step, x += kParts * 2 * kTile, tiles += kTableParts * 2 * kTile) {
       if constexpr (kSplit) {
 #pragma GCC unroll 6
@@ -539,14 +536,25 @@ class Summer {
         }
       }
     }
-    if (fresh) {
+    if (!kSplit || fresh) {
       store<kWide>(sums);
       return;
     }
-    alignas(64) float latest[kSums];
+    alignas(64) float latest[kSums];  // short sums of short sums, as in Multiplier
     store<kWide>(latest);
     for (int64_t i = 0; i < (kWide ? kSums : kSums / 2); i += 16) {
       _mm512_store_ps(sums + i, _mm512_add_ps(_mm512_load_ps(sums + i), _mm512_load_ps(latest + i)));
+    }
+  }
+
+  // Sums so far, to be added to. In bfloat16 one long sum is exact enough.
+  template <bool kWide>
+  [[gnu::always_inline]] static void resume(const float* sums) {
+    _tile_loadd(0, sums, 128);
+    _tile_loadd(1, sums + 16, 128);
+    if constexpr (kWide) {
+      _tile_loadd(2, sums + 16 * 32, 128);
+      _tile_loadd(3, sums + 16 * 32 + 16, 128);
     }
   }
 
@@ -624,7 +632,7 @@ class Summer {
 }  // namespace
 
 void pack_tiles(const TilePacking& args, int64_t begin, int64_t end) {
-  for (int64_t block = begin; block < end; ++block) args.dtype == Dtype::kFloat ? pack_split(args, block) : pack_plain(args, block);
+  for (int64_t block = begin; block < end; ++block) args.dtype == Dtype::kFloat ? pack<Dtype::kFloat>(args, block) : pack<Dtype::kBFloat16>(args, block);
 }
 
 void multiply_tiles(const TileProduct& args, int64_t begin, int64_t end) {
