@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from grade_kernels import backends, reference
-from grade_kernels.backends.torch.head import PRODUCT_ELEMENTS
+from grade_kernels.backends.torch.head import PRODUCT_ELEMENTS, Scratch
 from grade_kernels.backends.torch.rows import column_chunks
 from grade_kernels.noise import GumbelNoise
 from grade_kernels.ops import checks
@@ -206,9 +206,11 @@ def _backward_kernel(
         # dY is written where its product, the gradient of the logits, belongs.
         dlogits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
         implementation.product(upstream[0], tables[0], dlogits)
+        scratch = Scratch(logits.shape[0], tau.dtype, tau.device)
         for part, table in zip(upstream[1:], tables[1:], strict=True):
-            for columns in column_chunks(logits.shape[0], logits.shape[1], PRODUCT_ELEMENTS):
-                dlogits[:, columns] += implementation.product(part, table[columns])
+            for columns in column_chunks(*logits.shape, PRODUCT_ELEMENTS):
+                place = scratch(columns.stop - columns.start)
+                dlogits[:, columns] += implementation.product(part, table[columns], place)
         sample = backends.Sample(ids, score_max, logit_max, logit_sum)
         dtau = implementation.softmax_backward(
             dlogits, logits, tau, seed, row_ids, vocab_start, estimator, sample, dlogprobs, needs_dtau, dlogits

@@ -374,10 +374,8 @@ class _Backward:
         def dy_chunk(columns: slice) -> torch.Tensor:
             parts = []
             for d, table, scratch in zip(upstream, self.tables, scratches, strict=True):
-                # A table narrower than the head would round dY to its own dtype.
-                dtype = d.dtype if d.dtype == self.head.hidden.dtype else tau.dtype
                 parts.append(scratch(columns.stop - columns.start))
-                self.implementation.product(d.to(dtype), table[columns].to(dtype), parts[-1])
+                self.implementation.product(d, table[columns], parts[-1])
             return functools.reduce(torch.Tensor.add_, parts)
 
         # With weights rounded to less, the difference at the end would lose what is left of it.
