@@ -208,7 +208,7 @@ def _backward_kernel(
         implementation.product(upstream[0], tables[0], dlogits)
         scratch = Scratch(logits.shape[0], tau.dtype, tau.device)
         for part, table in zip(upstream[1:], tables[1:], strict=True):
-            for columns in column_chunks(*logits.shape, PRODUCT_ELEMENTS):
+            for columns in column_chunks(logits.shape[0], logits.shape[1], PRODUCT_ELEMENTS):
                 place = scratch(columns.stop - columns.start)
                 dlogits[:, columns] += implementation.product(part, table[columns], place)
         sample = backends.Sample(ids, score_max, logit_max, logit_sum)
