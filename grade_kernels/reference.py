@@ -78,6 +78,7 @@ def _column(tau: float | torch.Tensor, logits: torch.Tensor) -> float | torch.Te
 
 def _temper(scores: torch.Tensor, tau: float | torch.Tensor) -> torch.Tensor:
     """`scores / tau`, where a masked score (-inf, or so low that it becomes so) sends no gradient to tau (0 * inf is NaN)."""
+    scores = scores - scores.detach().amax(-1, keepdim=True)  # softmax does not see it, and a quotient may overflow
     masked = scores / (tau.detach() if isinstance(tau, torch.Tensor) else tau) == -torch.inf
     return torch.where(masked, -torch.inf, torch.where(masked, 0.0, scores) / tau)
 

@@ -134,6 +134,8 @@ def test_logits_of_a_wrong_dtype(backend: str, device: str, op: Op, dtype: torch
         op(torch.zeros(3, VOCAB, dtype=dtype, device=device))
     with raises(TypeError, "logits", "torch.sparse_coo"):
         op(torch.zeros(3, VOCAB, device=device).to_sparse())
+    with raises(TypeError, "logits", "nested"):
+        gk.gumbel_softmax(torch.nested.nested_tensor([torch.zeros(3), torch.zeros(2)], device=device))
 
 
 @every_op

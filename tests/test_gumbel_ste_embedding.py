@@ -61,7 +61,10 @@ def by_formula(
     noisy, tempered = ((logits + g.to(dtype)) / column).softmax(-1), (logits / column).softmax(-1)
     wide = logits.to(compute_dtype(dtype))
     log_p = wide.log_softmax(-1)
-    dY = sum(((de @ table.T).to(dtype) for de, table in zip(des, tables, strict=True)), start=torch.zeros_like(logits))
+    dY = torch.zeros_like(logits)
+    for de, table in zip(des, tables, strict=True):
+        wider = torch.promote_types(dtype, table.dtype)  # arithmetic is that of the logits, whatever the tables'
+        dY = dY + (de.to(wider) @ table.to(wider).T).to(dtype)
     y = noisy if estimator == "soft" else D
     dtau = torch.zeros_like(column[:, 0])
     if estimator == "reinmax":

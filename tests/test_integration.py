@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -366,6 +367,21 @@ def test_inputs_changed_between_forward_and_backward_are_noticed(backend: str, d
     logits.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.square().sum().backward()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system cannot fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_fork_writes_to_a_one_hot_of_its_own(backend: str, device: str) -> None:
+    """Also to a large one, which may stand on memory that a backend maps itself."""
+    if device != "cpu" or backend == "triton":
+        pytest.skip("memory is torch's own")
+    y = gk.gumbel_ste(torch.zeros(2, 2**19), noise=noise_of())
+    child = os.fork()
+    if child == 0:
+        y[0, :2] = 7.0
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert y.sum() == 2
 
 
 def test_import_is_quiet() -> None:

@@ -124,6 +124,18 @@ def test_dtypes(
     assert_answer(alone, theirs, truth, ("hidden", "tau"), 2.0 if narrow else 48.0, unit(widest), f"{pair} alone")
 
 
+@pytest.mark.thin(3)
+@pytest.mark.parametrize("eps", [0.0, 0.05])
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_float64_with_narrower_tables(backend: str, device: str, estimator: str, eps: float) -> None:
+    """Arithmetic is float64, as if the tables had been cast."""
+    p = problem(dtype=torch.float64, table_dtypes=(torch.float32, torch.bfloat16), estimator=estimator, device=device)
+    wide = p._replace(tables=tuple(t.double() for t in p.tables), upstream=tuple(d.double() for d in p.upstream))
+    ours, truth = (run(x, eps, ("hidden", "lm_head")) for x in (p, wide))
+    torch.testing.assert_close(ours.hidden, truth.hidden, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(ours.lm_head, truth.lm_head, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_peaked_rows_that_got_another_token(backend: str, device: str, estimator: str, dtype: torch.dtype) -> None:

@@ -122,6 +122,28 @@ def test_frozen_weights_cost_nothing(backend: str, estimator: str, eps: float) -
 
 @pytest.mark.usefixtures("small")
 @EPSES
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_gradients_that_a_backward_does_not_ask_for_cost_nothing(backend: str, estimator: str, eps: float) -> None:
+    """`torch.autograd.grad(..., hidden)` through a head and a table that others train, as `wanted` above is for a graph."""
+    vocab, wide = 2003, 200
+    p = problem((4,), vocab, wide, scale=3.0)
+    hidden, head, table = leaf(p.hidden), leaf(p.lm_head), leaf(torch.randn(vocab, wide))
+    out = gk.linear_gumbel_ste(hidden, head, table, estimator=estimator, noise=p.noise, eps=eps)
+    loss = out.embedding.square().sum() + out.logprobs.sum()
+
+    def bytes_for(loss: torch.Tensor, x: torch.Tensor) -> int:
+        return measured(lambda: torch.autograd.grad(loss, x, retain_graph=True))[0]
+
+    assert bytes_for(loss, hidden) < vocab * wide
+    assert bytes_for(loss, head) >= 4 * vocab * wide
+    assert bytes_for(loss, table) >= 4 * vocab * wide
+    logits = leaf(torch.randn(300, vocab))
+    loss = gk.gumbel_ste_embedding(logits, table[:, :3], estimator="ste", noise=p.noise).embedding.sum()
+    assert bytes_for(loss, logits) >= 4 * logits.numel() > bytes_for(loss, table)
+
+
+@pytest.mark.usefixtures("small")
+@EPSES
 def test_frozen_heads_cost_statistics_nothing(backend: str, eps: float) -> None:
     wide = 200
     p = problem((4,), 2003, wide, bias=True, scale=3.0)

@@ -37,8 +37,9 @@ head_logits_at(head, rows, tokens) -> [K]
     Single logits, rounded as those that the passes above saw.
 gather_dot(x, table, rows, tokens) -> [K]           x[rows] . table[tokens], in compute precision
 gather_sum(values, table, offsets, tokens) -> [N, H]  sum over a row's entries of value * table[token]
-product(x, table, out=None) -> [N, C]               x @ table.T, rounded as those that the passes above saw; written to
-                                                    out (rows apart, tokens side by side) where it is given
+product(x, table, out=None) -> [N, C]               x @ table.T, rounded as those that the passes above saw; or, where out is
+                                                    given (rows apart, tokens side by side), written there and rounded
+                                                    to its dtype alone
 weighted_sum(values, table) -> [N, H]               values [N, C] @ table [C, H], in compute precision; values are rounded to
                                                     the table's dtype first unless exact_weights(table.dtype)
 exact_weights(dtype) -> bool

@@ -33,8 +33,9 @@ def reads_values(*tensors: torch.Tensor) -> bool:
 
 def check_layout(name: str, value: torch.Tensor) -> None:
     """An ordinary tensor: not a sparse or nested one, which have no rows to view."""
-    if value.layout != torch.strided:
-        raise TypeError(f"{name} must be a dense tensor, got one of layout {value.layout}")
+    if value.layout != torch.strided or value.is_nested:
+        what = "a nested one" if value.is_nested else f"one of layout {value.layout}"
+        raise TypeError(f"{name} must be a dense tensor, got {what}")
 
 
 def check_floating(name: str, value: object) -> None:

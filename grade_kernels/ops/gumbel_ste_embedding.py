@@ -7,11 +7,11 @@ from typing import Any
 import torch
 
 from grade_kernels import backends, reference
-from grade_kernels.backends.torch.head import PRODUCT_ELEMENTS
+from grade_kernels.backends.torch.head import PRODUCT_ELEMENTS, Scratch
 from grade_kernels.backends.torch.rows import column_chunks
 from grade_kernels.noise import GumbelNoise
 from grade_kernels.ops import checks
-from grade_kernels.ops.registry import define, once_differentiable
+from grade_kernels.ops.registry import define, once_differentiable, wanted_gradients
 from grade_kernels.reference import Embedding, GumbelSTEEmbedding
 
 __all__ = ["GumbelSTEEmbedding", "gumbel_ste_embedding"]
@@ -206,9 +206,11 @@ def _backward_kernel(
         # dY is written where its product, the gradient of the logits, belongs.
         dlogits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
         implementation.product(upstream[0], tables[0], dlogits)
+        scratch = Scratch(logits.shape[0], tau.dtype, tau.device)
         for part, table in zip(upstream[1:], tables[1:], strict=True):
             for columns in column_chunks(logits.shape[0], logits.shape[1], PRODUCT_ELEMENTS):
-                dlogits[:, columns] += implementation.product(part, table[columns])
+                place = scratch(columns.stop - columns.start)
+                dlogits[:, columns] += implementation.product(part, table[columns], place)
         sample = backends.Sample(ids, score_max, logit_max, logit_sum)
         dtau = implementation.softmax_backward(
             dlogits, logits, tau, seed, row_ids, vocab_start, estimator, sample, dlogprobs, needs_dtau, dlogits
@@ -300,7 +302,9 @@ def _backward(ctx: Any, dembedded: torch.Tensor | None, *rest: torch.Tensor | No
     if dembedded is None:
         width = sum(table.shape[1] for table in tables)
         dembedded = torch.zeros(logits.shape[0], width, dtype=joint_dtype(tables), device=logits.device)
-    needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[2], *ctx.needs_input_grad[1]]
+    needed = ctx.needs_input_grad
+    first, *others, needs_tau = wanted_gradients(ctx, [logits, *tables, tau], [needed[0], *needed[1], needed[2]])
+    needs = [first, needs_tau, *others]
     dlogits, dtau, dtables = _gumbel_ste_embedding_backward(
         dembedded, dlogprobs, logits, tables, tau, seed, row_ids, ctx.vocab_start, ids,
         [score_max, logit_max, logit_sum, total], ctx.estimator, needs, ctx.backend,

@@ -86,30 +86,6 @@ def needs_graph(*tensors: torch.Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def wanted_gradients(ctx: Any, count: int) -> list[bool]:
-    """Which of an operation's first `count` inputs want a gradient from the backward pass that is running.
-
-    `ctx.needs_input_grad` says which inputs require one at all. `torch.autograd.grad(..., inputs)` may want fewer, and a
-    head's weight gradient is as large as the head. The inputs before `count` must be tensors or None.
-    """
-    needs = list(ctx.needs_input_grad[:count])
-    if torch.compiler.is_compiling():
-        return needs
-    nodes = iter(ctx.next_functions)  # one for each tensor among the inputs; those that need none are (None, 0)
-    for i, given in enumerate(ctx.given[:count]):
-        node = next(nodes)[0] if given else None
-        if needs[i] and node is not None and not _will_run(node):
-            needs[i] = False
-    return needs
-
-
-def _will_run(node: Any) -> bool:
-    try:
-        return bool(torch._C._will_engine_execute_node(node))
-    except RuntimeError:  # a leaf among the inputs of torch.autograd.grad: torch does not tell, but it is wanted
-        return True
-
-
 def select_backend(choice: str, dtype: torch.dtype) -> str:
     """Float64 through a head is for checking: `reference` and `torch` serve it, whatever else was chosen."""
     return "torch" if dtype == torch.float64 and choice != "reference" else choice

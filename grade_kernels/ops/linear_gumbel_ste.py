@@ -28,10 +28,9 @@ from grade_kernels.ops.head import (
     row_sums,
     select_backend,
     softcap_slope,
-    wanted_gradients,
 )
 from grade_kernels.ops.linear_gumbel_sample import chosen_logprobs
-from grade_kernels.ops.registry import define, once_differentiable
+from grade_kernels.ops.registry import define, once_differentiable, wanted_gradients
 from grade_kernels.reference import Embedding
 
 __all__ = ["LinearGumbelSTE", "linear_gumbel_ste"]
@@ -309,7 +308,8 @@ class _Backward:
         """`dY` at single places."""
         total = torch.zeros(len(tokens), dtype=self.tau.dtype, device=self.tau.device)
         for upstream, table in zip(self.upstream, self.tables, strict=True):
-            total += self.implementation.gather_dot(upstream, table, rows, tokens)
+            wide = torch.promote_types(upstream.dtype, total.dtype)  # for float64, whose tables may be narrower
+            total += self.implementation.gather_dot(upstream.to(wide), table, rows, tokens)
         return total
 
     def allowed(self, values: torch.Tensor) -> torch.Tensor:
@@ -374,10 +374,8 @@ class _Backward:
         def dy_chunk(columns: slice) -> torch.Tensor:
             parts = []
             for d, table, scratch in zip(upstream, self.tables, scratches, strict=True):
-                # A table narrower than the head would round dY to its own dtype.
-                dtype = d.dtype if d.dtype == self.head.hidden.dtype else tau.dtype
                 parts.append(scratch(columns.stop - columns.start))
-                self.implementation.product(d.to(dtype), table[columns].to(dtype), parts[-1])
+                self.implementation.product(d, table[columns], parts[-1])
             return functools.reduce(torch.Tensor.add_, parts)
 
         # With weights rounded to less, the difference at the end would lose what is left of it.
@@ -604,7 +602,6 @@ _linear_gumbel_ste_backward = define(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
     hidden, lm_head, bias, ctx.softcap, tables, tau, seed, row_ids, ctx.vocab_start, _, *rest = inputs
     ctx.estimator, ctx.eps, _, ctx.backend = rest
-    ctx.given = [hidden is not None, lm_head is not None, bias is not None]
     ctx.save_for_backward(hidden, lm_head, bias, tau, seed, row_ids, output[1], *output[3:], *tables)
     ctx.mark_non_differentiable(output[1], *output[3:])
     ctx.set_materialize_grads(False)
@@ -620,7 +617,9 @@ def _backward(ctx: Any, dembedded: torch.Tensor | None, *rest: torch.Tensor | No
         width = sum(table.shape[1] for table in tables)
         dembedded = torch.zeros(hidden.shape[0], width, dtype=joint_dtype(tables), device=hidden.device)
     needed = ctx.needs_input_grad
-    needs = [*wanted_gradients(ctx, 3), needed[5], *needed[4]]
+    inputs = [hidden, lm_head, bias, *tables, tau]
+    *needs, needs_tau = wanted_gradients(ctx, inputs, [*needed[:3], *needed[4], needed[5]])
+    needs.insert(3, needs_tau)
     dhead, dtau, dtables = _linear_gumbel_ste_backward(
         dembedded, dlogprobs, hidden, lm_head, bias, ctx.softcap, tables, tau, seed, row_ids, ctx.vocab_start, ids,
         statistics, supports, overflow, ctx.estimator, ctx.eps, needs, ctx.backend,

@@ -22,9 +22,8 @@ from grade_kernels.ops.head import (
     needs_graph,
     row_of_entries,
     select_backend,
-    wanted_gradients,
 )
-from grade_kernels.ops.registry import define, once_differentiable
+from grade_kernels.ops.registry import define, once_differentiable, wanted_gradients
 
 __all__ = ["linear_entropy", "linear_kl", "linear_logprobs"]
 
@@ -374,7 +373,6 @@ _linear_statistic_backward = define(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
     hidden, lm_head, bias, ctx.softcap, *ref, ids, tau, _, _, _, ctx.kind, ctx.eps, _, ctx.backend = inputs
-    ctx.given = [hidden is not None, lm_head is not None, bias is not None]
     ctx.save_for_backward(hidden, lm_head, bias, *ref, ids, tau, *output[1:])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
@@ -383,8 +381,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor
 def _backward(ctx: Any, dvalue: torch.Tensor | None, *_: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     if dvalue is None:
         return (None,) * 16
-    needs = wanted_gradients(ctx, 3)
     hidden, lm_head, bias, *rest = ctx.saved_tensors
+    needs = wanted_gradients(ctx, [hidden, lm_head, bias], [*ctx.needs_input_grad[:3]])
     gradients = _linear_statistic_backward(
         dvalue, hidden, lm_head, bias, ctx.softcap, *rest, ctx.kind, ctx.eps, needs, ctx.backend
     )

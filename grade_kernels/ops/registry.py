@@ -57,3 +57,23 @@ def once_differentiable(name: str) -> None:
         raise NotImplementedError(f"grade_kernels::{name} has no second derivative")
 
     torch.library.register_autograd(f"grade_kernels::{name}", refuse, lib=library)
+
+
+def wanted_gradients(ctx: Any, inputs: list[torch.Tensor | None], needs: list[bool]) -> list[bool]:
+    """Which of an operation's first inputs want a gradient from the backward pass that is running.
+
+    `needs`, of `ctx.needs_input_grad`, says which of them require one at all. `torch.autograd.grad(..., inputs)` may want
+    fewer, and the gradient of a head, of a table or of logits is as large as they are.
+    """
+    if torch.compiler.is_compiling():
+        return needs
+    nodes = iter(ctx.next_functions)  # one for each tensor among the inputs; those that need none are (None, 0)
+    given = [next(nodes)[0] if x is not None else None for x in inputs]
+    return [need and (node is None or _will_run(node)) for node, need in zip(given, needs, strict=True)]
+
+
+def _will_run(node: Any) -> bool:
+    try:
+        return bool(torch._C._will_engine_execute_node(node))
+    except RuntimeError:  # a leaf among the inputs of torch.autograd.grad: torch does not tell, but it is wanted
+        return True

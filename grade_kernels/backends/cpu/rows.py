@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 from typing import Any
 
@@ -42,7 +43,10 @@ def one_hot(sample: Sample, vocab_size: int, dtype: torch.dtype) -> torch.Tensor
     if size < _FRESH_MEMORY:
         out = sample.ids.new_zeros(rows, vocab_size, dtype=dtype)
     else:
-        out = torch.frombuffer(mmap.mmap(-1, size), dtype=dtype).view(rows, vocab_size)
+        memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # by default a fork would share it
+        with contextlib.suppress(AttributeError, OSError):
+            memory.madvise(mmap.MADV_NOHUGEPAGE)  # each would be cleared for the one number in it
+        out = torch.frombuffer(memory, dtype=dtype).view(rows, vocab_size)
     out[torch.arange(rows, device=out.device), sample.ids] = 1.0  # in 16 bits scatter_ would pass over all of it
     return out
 

@@ -42,11 +42,14 @@ def product(x: torch.Tensor, table: torch.Tensor, out: torch.Tensor | None = Non
     """See `grade_kernels.backends`."""
     if out is None:
         return x @ table.T
-    for columns in column_chunks(len(x), len(table), PRODUCT_ELEMENTS):
-        if out.dtype == x.dtype:
-            torch.mm(x, table[columns].T, out=out[:, columns])
+    dtype = torch.promote_types(x.dtype, out.dtype)  # what is kept in more bits is not rounded to fewer on its way
+    x, width = x.to(dtype), 0 if dtype == x.dtype else x.shape[1]
+    for columns in column_chunks(max(len(x), width), len(table), PRODUCT_ELEMENTS):
+        part = table[columns].to(dtype).T
+        if out.dtype == dtype:
+            torch.mm(x, part, out=out[:, columns])
         else:
-            out[:, columns] = x @ table[columns].T
+            out[:, columns] = x @ part
     return out
 
 

@@ -143,7 +143,7 @@ def _apply(
                 b_dl = b_w * (strips_dy[i_r] - dot)
             m_v = b_l == float("-inf")
             if DTAU:
-                b_dtau += tl.where(m_v, 0.0, b_dl * b_s)
+                b_dtau += tl.where(b_s == float("-inf"), 0.0, b_dl * b_s)  # masked, or as good as
             if LOGPROB:
                 b_dl += dlogprob * (b_hit - b_p)
             # Exactly zero for a masked token whatever its dy is, unless the row has no distribution at all.
