@@ -209,7 +209,7 @@ def _backward_kernel(
         scratch = Scratch(logits.shape[0], tau.dtype, tau.device)
         for part, table in zip(upstream[1:], tables[1:], strict=True):
             for columns in column_chunks(logits.shape[0], logits.shape[1], PRODUCT_ELEMENTS):
-                place = scratch(columns.stop - columns.start)
+                place = None if part.dtype == logits.dtype else scratch(columns.stop - columns.start)
                 dlogits[:, columns] += implementation.product(part, table[columns], place)
         sample = backends.Sample(ids, score_max, logit_max, logit_sum)
         dtau = implementation.softmax_backward(
