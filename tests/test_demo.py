@@ -347,6 +347,12 @@ def test_a_folder_that_can_not_be_written_is_named(tmp_path, capsys):
     assert f"grade-kernels demo: [Errno 20] Not a directory: '{tmp_path / 'file'}" in capsys.readouterr().err
 
 
+def test_a_bad_seed_is_named_before_anything_is_trained(tmp_path, capsys):
+    assert demo.run(arguments("--tiny", "--output-dir", str(tmp_path), "--seed", "-1")) == 1
+    assert "seed must lie in" in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
+
+
 def test_a_missing_package_is_named(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(demo.importlib.util, "find_spec", lambda name: None if name == "rich" else object())
     assert demo.run(arguments("--tiny", "--output-dir", str(tmp_path))) == 1

@@ -73,10 +73,10 @@ def positive(text: str) -> int:
 def run(arguments: argparse.Namespace) -> int:
     """Run the demo as `add_arguments` describes it; returns the exit status."""
     changes = {"output_dir": arguments.output_dir, "seed": arguments.seed}
-    config = DemoConfig.tiny(**changes) if arguments.tiny else DemoConfig(**changes)
-    if arguments.steps is not None:
-        config = dataclasses.replace(config, align=dataclasses.replace(config.align, steps=arguments.steps))
     try:
+        config = DemoConfig.tiny(**changes) if arguments.tiny else DemoConfig(**changes)
+        if arguments.steps is not None:
+            config = dataclasses.replace(config, align=dataclasses.replace(config.align, steps=arguments.steps))
         run_demo(config, fresh=arguments.fresh)
     except KeyboardInterrupt:
         sys.stderr.write("\nStopped. The same command continues from the last checkpoint.\n")

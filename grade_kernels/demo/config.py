@@ -93,6 +93,10 @@ class DemoConfig:
     speed: SpeedConfig = field(default_factory=SpeedConfig)
     samples: int = 8
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**32:  # what NumPy's generator takes
+            raise ValueError(f"seed must lie in [0, 2**32), got {self.seed}")
+
     @classmethod
     def tiny(cls, **changes: Any) -> DemoConfig:
         """A configuration of seconds, for tests: the same code, and a reward that visibly rises."""
