@@ -21,8 +21,9 @@ namespace {
 
 enum Kind { kSample, kScores, kSoftmax };
 
-// A chunk is cut into this many pieces whatever the number of threads, so that results do not depend on it.
+// A chunk is cut into at most so many pieces. Their number must not depend on that of threads, or results would.
 constexpr int64_t kPieces = 8;
+int64_t pieces_of(int64_t groups) { return std::clamp<int64_t>(64 / std::max<int64_t>(1, groups), 1, kPieces); }
 
 // Statistics of all chunks so far; rows of the float tensor `state`.
 struct State {
@@ -90,11 +91,11 @@ void append(State& state, int64_t row, const Filter& filter, const Candidate& ad
   state.count[row] += filter.keeps(added);
 }
 
-void merge_row(Kind kind, const HeadArgs& args, int64_t row, const HeadPiece* pieces, int64_t piece_stride, State& state) {
+void merge_row(Kind kind, const HeadArgs& args, int64_t row, const HeadPiece* pieces, int64_t groups, State& state) {
   const int64_t lane = row % kHeadLanes;
   const float tau = args.tau[row];
-  for (int64_t i = 0; i < kPieces; ++i) {
-    const HeadPiece& piece = pieces[i * piece_stride];
+  for (int64_t i = 0; i < pieces_of(groups); ++i) {
+    const HeadPiece& piece = pieces[i * groups];
     state.bad[row] |= piece.bad[lane];
     if (kind != kSoftmax && piece.score_max[lane] > state.score_max[row]) state.id[row] = args.in.first_token + piece.id[lane];
     if (kind == kSample) {
@@ -123,15 +124,15 @@ void merge_row(Kind kind, const HeadArgs& args, int64_t row, const HeadPiece* pi
 }
 
 // The candidates that pieces of a group of rows found, after its rows are merged.
-void merge_found(const HeadArgs& args, int64_t group, const HeadPiece* pieces, int64_t piece_stride, const Found* found,
+void merge_found(const HeadArgs& args, int64_t group, const HeadPiece* pieces, int64_t groups, const Found* found,
                  int64_t found_stride, State& state) {
   const int64_t first = group * kHeadLanes;
   std::vector<Filter> filters;
   for (int64_t row = first; row < std::min(args.in.rows, first + kHeadLanes); ++row) {
     filters.emplace_back(state.score_max[row], state.score_sum[row], args.tau[row], args.eps);
   }
-  for (int64_t i = 0; i < kPieces; ++i) {
-    for (int64_t k = 0; k < pieces[i * piece_stride].found; ++k) {
+  for (int64_t i = 0; i < pieces_of(groups); ++i) {
+    for (int64_t k = 0; k < pieces[i * groups].found; ++k) {
       const Found& one = found[i * found_stride + k];
       const size_t lane = size_t(one.place % kHeadLanes);
       if (lane >= filters.size()) continue;  // padding
@@ -162,10 +163,10 @@ void head_chunk(int64_t kind_, Tensor logits, std::optional<Tensor> ref, std::op
                       float(eps)};
   const HeadKernels& kernels = GK_KERNELS_OF(kHead);
   const auto kernel = kind == kSample ? kernels.sample : kind == kScores ? kernels.scores : kernels.softmax;
-  std::vector<HeadPiece> pieces(size_t(kPieces * groups));
+  std::vector<HeadPiece> pieces(size_t(pieces_of(groups) * groups));
   Found* found = mutable_data<Found>(scratch);
-  const int64_t piece_tokens = (tokens + kPieces - 1) / kPieces, piece_room = piece_tokens * kHeadLanes;
-  parallel_rows(kPieces * groups, [&](int64_t begin, int64_t end) {
+  const int64_t piece_tokens = (tokens + pieces_of(groups) - 1) / pieces_of(groups), piece_room = piece_tokens * kHeadLanes;
+  parallel_rows(pieces_of(groups) * groups, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t group = i % groups, first = std::min(tokens, i / groups * piece_tokens);
       HeadPiece& piece = pieces[size_t(i)];

@@ -204,7 +204,7 @@ class _Pass:
         width = max(256, CHUNK_ELEMENTS // lanes // 64 * 64)
         logits = _logits(head, ref, width)
         # Candidates of a chunk before they are filtered: room for all, touched where there are any.
-        room = _PIECES * lanes * -(-width // _PIECES) * _CANDIDATE_WORDS if self.eps > 0 else 0
+        room = lanes * (width + _PIECES) * _CANDIDATE_WORDS if self.eps > 0 else 0
         scratch = self.flags.new_empty(room)
         row_ids = None if row_ids is None else row_ids.contiguous()
         for chunk in _chunks(vocab, width):
