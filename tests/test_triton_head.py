@@ -381,6 +381,26 @@ def test_gathered_products(dtype, width):
 
 
 @runs
+def test_gathered_columns_far_apart(tmp_path):
+    """A transposed table may have more than 2^31 elements between the columns of a row."""
+    size, far = 2**31 + 8, 2**30
+    if DEVICE == "cpu":  # a file with a hole, which takes no memory
+        memory = torch.from_file(str(tmp_path / "table"), shared=True, size=size, dtype=torch.float16)
+    else:
+        memory = torch.empty(size, dtype=torch.float16, device=DEVICE)
+    table = memory.as_strided((5, 3), (1, far))
+    table.copy_(torch.arange(15).view(5, 3))
+    near, values = table.clone(memory_format=torch.contiguous_format), on(torch.tensor([1.0, 2.0]))
+    rows, tokens, offsets = (on(torch.tensor(x)) for x in ([0, 1], [4, 2], [0, 1, 2]))
+    x = on(torch.ones(2, 3, dtype=torch.float16))
+    assert torch.equal(fused.gather_dot(x, table, rows, tokens), fused.gather_dot(x, near, rows, tokens))
+    assert torch.equal(fused.gather_dot(table, x, tokens, rows), fused.gather_dot(near, x, tokens, rows))
+    assert torch.equal(
+        fused.gather_sum(values, table, offsets, tokens), fused.gather_sum(values, near, offsets, tokens)
+    )
+
+
+@runs
 def test_single_logits_are_those_of_the_pass():
     head = make(4, 50, 40, torch.bfloat16, bias=True, softcap=2.0)
     rows, tokens = torch.tensor([0, 3, 3, 1]), torch.tensor([49, 0, 7, 7])
