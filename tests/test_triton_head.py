@@ -347,6 +347,31 @@ def test_no_rows():
 
 
 @runs
+@pytest.mark.skipif(DEVICE != "cpu", reason="launches are watched in the interpreter")
+def test_arguments_are_aligned_for_any_number_of_rows(monkeypatch):
+    """Triton compiles a kernel anew where they are not, and `inspect` looks at the code for those that are."""
+    from triton.runtime.interpreter import GridExecutor
+
+    launch, odd = GridExecutor.__call__, set()
+
+    def watched(self, *args, **kwargs):
+        given = {**dict(zip(self.arg_names, args, strict=False)), **kwargs}
+        odd.update(
+            f"{self.fn.__name__} {name}"
+            for name, x in given.items()
+            if isinstance(x, torch.Tensor) and x.data_ptr() % 16
+        )
+        return launch(self, *args, **kwargs)
+
+    monkeypatch.setattr(GridExecutor, "__call__", watched)
+    for rows in (2, 3):
+        head, tau = make(rows, 150, 8, torch.float32), torch.ones(rows)
+        fused.head_scores(head, tau, seed(), None, 0, 0.1)
+        fused.head_softmax(head, tau, seed(), None, 0, 0.1, head)
+    assert not odd
+
+
+@runs
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("width", [1, 40, 700])
 def test_gathered_products(dtype, width):

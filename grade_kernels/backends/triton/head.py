@@ -116,6 +116,13 @@ def split_count(vocab: int, vocab_start: int) -> int:
     return triton.cdiv(vocab + (vocab_start & 3), SPLIT)
 
 
+def empties(count: int, *shape: int, device: torch.device) -> list[torch.Tensor]:
+    """Tensors of float32 that are aligned whatever their shape, as parts of one tensor are not: Triton compiles a kernel
+    anew where other arguments are.
+    """
+    return [torch.empty(shape, dtype=torch.float32, device=device) for _ in range(count)]
+
+
 def noise_arguments(
     head: Head, seed: torch.Tensor, row_ids: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
