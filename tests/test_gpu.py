@@ -102,7 +102,7 @@ def test_on_another_device(gpu_backend: str) -> None:
     results = []
     with torch.cuda.device(0):
         for device in ("cuda:0", "cuda:1"):
-            noise = gk.GumbelNoise(3, torch.arange(8, device=device))
+            noise = gk.GumbelNoise(torch.tensor(3, device="cuda:0"), torch.arange(8, device=device))
             results.append(_step(randn(8, 5000, device=device), randn(5000, 16, device=device), noise))
             assert torch.cuda.current_device() == 0
     assert all(part.device == torch.device("cuda:1") for part in results[1])
