@@ -20,6 +20,7 @@ __all__ = [
     "GumbelNoise",
     "gumbel_from_words",
     "philox_4x32_10",
+    "seed_on",
     "uniform_from_words",
 ]
 
@@ -89,6 +90,17 @@ def uniform_from_words(word: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     words (hence of neighbouring noise) evenly over the unit interval, so that the decision is independent of the noise.
     """
     return (((word * 0x9E3779B1) & _MASK32).to(dtype) + 0.5) * 2.0**-32
+
+
+def seed_on(seed: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A 0-d seed on a device.
+
+    A number on the host is added there to zero, as an argument of that kernel: a copy might wait for a GPU, and a CUDA
+    graph must not capture one, since each replay would read the host's memory again.
+    """
+    if seed.device.type != "cpu" or device.type == "cpu":
+        return seed.to(device)
+    return torch.zeros((), dtype=torch.int64, device=device) + seed
 
 
 class GumbelNoise:
@@ -167,7 +179,7 @@ class GumbelNoise:
         first = self.vocab_start + vocab_start
         group = first >> 2
         count = ((first + vocab_size + 3) >> 2) - group
-        seed = self.seed.to(device)
+        seed = seed_on(self.seed, device)
         groups = torch.arange(group, group + count, device=device)
         counter = (
             (groups & _MASK32)[None, :],

@@ -14,6 +14,8 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +24,7 @@ import grade_kernels as gk
 from grade_kernels import backends, doctor
 from grade_kernels.backends import cuda
 from grade_kernels.backends import torch as torch_backend
+from grade_kernels.backends.cuda.rows import _seed
 from grade_kernels.noise import gumbel_from_words
 from tests import cuda_host
 from tests.row_helpers import ROWS, SEED, logits_of
@@ -65,6 +68,21 @@ def test_says_why_it_is_not_available() -> None:
     with pytest.raises(ValueError, match=re.escape(reason)):
         gk.set_backend("cuda")
     assert "NVIDIA" in str(cuda.why_not_device(CPU))
+
+
+def test_older_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is no code for them; a launch would fail."""
+    for capability, reason in (((7, 5), "it needs a GPU of compute capability 8.0 or later"), ((8, 0), None)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        assert cuda.why_not_device(torch.device("cuda", 0)) == reason
+
+
+def test_a_seed_on_another_gpu_is_fetched() -> None:
+    """A kernel cannot read the memory of another device; a seed on the host is handed over by its value."""
+    elsewhere: Any = SimpleNamespace(device=torch.device("cuda", 1), to=lambda device: f"on {device}")
+    assert _seed(elsewhere, torch.empty(1)) == "on cpu"
+    here = torch.tensor(3)
+    assert _seed(here, torch.empty(1, device="meta")) is here
 
 
 def test_head_functions_are_another_backend_s(on_host: None) -> None:

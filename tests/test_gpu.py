@@ -42,12 +42,13 @@ def _assert_equal(found: list[torch.Tensor], expected: list[torch.Tensor]) -> No
         assert torch.equal(ours.cpu(), theirs.cpu()), i
 
 
-def test_captured_in_a_graph(gpu_backend: str) -> None:
-    """A graph replays with whatever its logits and its seed hold by then."""
+@pytest.mark.parametrize("place", ["cuda", "cpu"])
+def test_captured_in_a_graph(gpu_backend: str, place: str) -> None:
+    """A graph replays with whatever its logits and its seed hold by then; a seed on the host is a constant of it."""
     if gpu_backend == "torch":
         pytest.skip("plain PyTorch operations are PyTorch's to capture")
     logits, table = randn(8, 5000, device="cuda"), randn(5000, 16, device="cuda")
-    seed = torch.tensor(1, device="cuda")
+    seed = torch.tensor(1, device=place)
     noise = gk.GumbelNoise(seed)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -58,7 +59,8 @@ def test_captured_in_a_graph(gpu_backend: str) -> None:
     with torch.cuda.graph(graph):
         captured = _step(logits, table, noise)
     for value in (5, -6):
-        seed.fill_(value)
+        if place == "cuda":
+            seed.fill_(value)
         logits.copy_(randn(8, 5000, seed=abs(value)))
         graph.replay()
         _assert_equal(captured, _step(logits, table, noise))
@@ -79,6 +81,20 @@ def test_on_another_stream(gpu_backend: str) -> None:
     _assert_equal(found, expected)
 
 
+def test_never_waits_for_the_device(gpu_backend: str) -> None:
+    """Nothing is read back or copied while the host waits, wherever seed and tau are."""
+    logits, table = randn(8, 5000, device="cuda"), randn(5000, 16, device="cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for seed in (3, torch.full((), 3, device="cuda")):
+            noise = gk.GumbelNoise(seed)
+            _step(logits, table, noise)
+            for tau in (torch.tensor(0.7), torch.full((), 0.7, device="cuda")):
+                gk.gumbel_softmax(logits, tau, noise=noise)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def test_on_another_device(gpu_backend: str) -> None:
     """Tensors say where work is done, the current device does not, and it stays what it was."""
     if torch.cuda.device_count() < 2:
@@ -86,7 +102,7 @@ def test_on_another_device(gpu_backend: str) -> None:
     results = []
     with torch.cuda.device(0):
         for device in ("cuda:0", "cuda:1"):
-            noise = gk.GumbelNoise(3, torch.arange(8, device=device))
+            noise = gk.GumbelNoise(torch.tensor(3, device="cuda:0"), torch.arange(8, device=device))
             results.append(_step(randn(8, 5000, device=device), randn(5000, 16, device=device), noise))
             assert torch.cuda.current_device() == 0
     assert all(part.device == torch.device("cuda:1") for part in results[1])

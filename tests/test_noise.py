@@ -5,14 +5,17 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from scipy import stats
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import grade_kernels as gk
-from grade_kernels.noise import DOMAIN_REFINE, gumbel_from_words, philox_4x32_10
+from grade_kernels.noise import DOMAIN_REFINE, gumbel_from_words, philox_4x32_10, seed_on
+from grade_kernels.ops.checks import canonical_tau
 from tests.helpers import truth_noise
 
 M32 = 2**32 - 1
@@ -347,3 +350,30 @@ def test_tokens_and_rows_are_independent() -> None:
     for name, (x, y) in pairs.items():
         correlation = np.corrcoef(x.flatten().numpy(), y.flatten().numpy())[0, 1]
         assert abs(correlation) < 3.9 / math.sqrt(x.numel()), name
+
+
+class Operations(TorchDispatchMode):
+    """Names of the operations that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_numbers_on_the_host_are_not_copied_to_the_device() -> None:
+    """A copy of tau would wait for a GPU, and one of the seed cannot be captured in a graph."""
+    device = torch.device("meta")  # any that is not the host
+    with Operations() as ran:
+        moved = [
+            seed_on(torch.tensor(2**62 + 1), device),
+            canonical_tau(torch.tensor(0.5, dtype=torch.float64), (3,), device, torch.float32),
+        ]
+    assert [(x.device, x.dtype, x.shape) for x in moved] == [
+        (device, torch.int64, torch.Size([])),
+        (device, torch.float32, torch.Size([3])),
+    ]
+    assert set(ran.names).isdisjoint({"_to_copy", "copy_"}), ran.names

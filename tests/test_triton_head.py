@@ -347,6 +347,31 @@ def test_no_rows():
 
 
 @runs
+@pytest.mark.skipif(DEVICE != "cpu", reason="launches are watched in the interpreter")
+def test_arguments_are_aligned_for_any_number_of_rows(monkeypatch):
+    """Triton compiles a kernel anew where they are not, and `inspect` looks at the code for those that are."""
+    from triton.runtime.interpreter import GridExecutor
+
+    launch, odd = GridExecutor.__call__, set()
+
+    def watched(self, *args, **kwargs):
+        given = {**dict(zip(self.arg_names, args, strict=False)), **kwargs}
+        odd.update(
+            f"{self.fn.__name__} {name}"
+            for name, x in given.items()
+            if isinstance(x, torch.Tensor) and x.data_ptr() % 16
+        )
+        return launch(self, *args, **kwargs)
+
+    monkeypatch.setattr(GridExecutor, "__call__", watched)
+    for rows in (2, 3):
+        head, tau = make(rows, 150, 8, torch.float32), torch.ones(rows)
+        fused.head_scores(head, tau, seed(), None, 0, 0.1)
+        fused.head_softmax(head, tau, seed(), None, 0, 0.1, head)
+    assert not odd
+
+
+@runs
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("width", [1, 40, 700])
 def test_gathered_products(dtype, width):
@@ -378,6 +403,26 @@ def test_gathered_products(dtype, width):
     assert fused.gather_dot(args[0], args[1], none, none).shape == (0,)
     zero = fused.gather_sum(args[4][:0], args[1], torch.zeros(3, dtype=torch.int64, device=DEVICE), none)
     assert torch.equal(zero.cpu(), torch.zeros(2, width))
+
+
+@runs
+def test_gathered_columns_far_apart(tmp_path):
+    """A transposed table may have more than 2^31 elements between the columns of a row."""
+    size, far = 2**31 + 8, 2**30
+    if DEVICE == "cpu":  # a file with a hole, which takes no memory
+        memory = torch.from_file(str(tmp_path / "table"), shared=True, size=size, dtype=torch.float16)
+    else:
+        memory = torch.empty(size, dtype=torch.float16, device=DEVICE)
+    table = memory.as_strided((5, 3), (1, far))
+    table.copy_(torch.arange(15).view(5, 3))
+    near, values = table.clone(memory_format=torch.contiguous_format), on(torch.tensor([1.0, 2.0]))
+    rows, tokens, offsets = (on(torch.tensor(x)) for x in ([0, 1], [4, 2], [0, 1, 2]))
+    x = on(torch.ones(2, 3, dtype=torch.float16))
+    assert torch.equal(fused.gather_dot(x, table, rows, tokens), fused.gather_dot(x, near, rows, tokens))
+    assert torch.equal(fused.gather_dot(table, x, tokens, rows), fused.gather_dot(near, x, tokens, rows))
+    assert torch.equal(
+        fused.gather_sum(values, table, offsets, tokens), fused.gather_sum(values, near, offsets, tokens)
+    )
 
 
 @runs

@@ -108,7 +108,8 @@ def canonical_tau(
         if tau.dtype == torch.bool or tau.dtype.is_complex:
             raise TypeError(f"tau must be a real number or tensor, got dtype {tau.dtype}")
         if tau.dim() == 0 and tau.device.type in ("cpu", device.type):
-            return tau.to(device=device, dtype=dtype).expand(rows)
+            # A number on the host is an argument of the product; a copy would wait for a GPU.
+            return torch.ones(rows, dtype=dtype, device=device) * (tau if tau.device.type == "cpu" else tau.to(device))
         shape = tuple(tau.shape)
         if shape not in ((), tuple(batch_shape), (*batch_shape, 1), (rows,)):
             raise ValueError(

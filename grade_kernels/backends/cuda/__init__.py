@@ -54,5 +54,8 @@ def why_unavailable() -> str | None:
 
 
 def why_not_device(device: torch.device) -> str | None:
-    """None for an NVIDIA GPU."""
-    return None if device.type == "cuda" else "it runs on NVIDIA GPUs only"
+    """None for an NVIDIA GPU that there is code for, the oldest of setup.py's CUDA_ARCHITECTURES or later."""
+    if device.type != "cuda":
+        return "it runs on NVIDIA GPUs only"
+    old = torch.cuda.get_device_capability(device) < (8, 0)
+    return "it needs a GPU of compute capability 8.0 or later" if old else None

@@ -15,6 +15,11 @@ def _kernels() -> Any:
     return torch.ops.grade_kernels_cuda
 
 
+def _seed(seed: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """A launch takes a seed on the host by its value; any other must be on its own device."""
+    return seed if seed.device.type == "cpu" else seed.to(logits.device)
+
+
 def _partial(logits: torch.Tensor, vocab_start: int, *planes: int) -> torch.Tensor:
     """Room for partial results, `[*planes, N, pieces]`."""
     pieces = _kernels().pieces(logits.shape[1], vocab_start)
@@ -36,7 +41,7 @@ def sample(
     tile = torch.empty(best.shape, dtype=torch.int32, device=device)
     top, total = (torch.empty_like(best) if logsumexp else None for _ in range(2))
     _kernels().sample(
-        unit_stride(logits), seed, contiguous(row_ids), vocab_start, best, tile, top, total, *found
+        unit_stride(logits), _seed(seed, logits), contiguous(row_ids), vocab_start, best, tile, top, total, *found
     )  # fmt: skip
     return found
 
@@ -68,8 +73,8 @@ def softmax(
     out = torch.empty(logits.shape, dtype=direct, device=logits.device)
     total = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
     _kernels().softmax(
-        unit_stride(logits), tau.contiguous(), seed, contiguous(row_ids), vocab_start, score_max.contiguous(), normalize,
-        _partial(logits, vocab_start), out, total,
+        unit_stride(logits), tau.contiguous(), _seed(seed, logits), contiguous(row_ids), vocab_start,
+        score_max.contiguous(), normalize, _partial(logits, vocab_start), out, total,
     )  # fmt: skip
     return out.to(out_dtype), total
 
@@ -98,7 +103,7 @@ def softmax_backward(
     if out.stride(1) != 1 and out.shape[1] > 1:
         written = torch.empty(out.shape, dtype=out.dtype, device=out.device)
     _kernels().softmax_backward(
-        unit_stride(dy), unit_stride(logits), tau.contiguous(), seed, contiguous(row_ids), vocab_start,
+        unit_stride(dy), unit_stride(logits), tau.contiguous(), _seed(seed, logits), contiguous(row_ids), vocab_start,
         ESTIMATOR[estimator], *(part.contiguous() for part in sample), contiguous(dlogprobs),
         _partial(logits, vocab_start, 3), torch.empty_like(dtau), _partial(logits, vocab_start) if needs_dtau else None,
         written, dtau,

@@ -14,6 +14,7 @@ from grade_kernels.noise import (
     DOMAIN_SUPPORT,
     GumbelNoise,
     gumbel_from_words,
+    seed_on,
     uniform_from_words,
 )
 
@@ -190,7 +191,7 @@ def empty_support(rows: int, like: torch.Tensor) -> Support:
 def _noise(head: Head, seed: torch.Tensor, row_ids: torch.Tensor | None, vocab_start: int) -> GumbelNoise:
     if row_ids is None:
         row_ids = torch.arange(head.hidden.shape[0], device=head.hidden.device)
-    return GumbelNoise(seed.to(head.hidden.device), row_ids, vocab_start=vocab_start)
+    return GumbelNoise(seed_on(seed, head.hidden.device), row_ids, vocab_start=vocab_start)
 
 
 def head_scores(

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 
 from grade_kernels.backends import Sample
-from grade_kernels.noise import GumbelNoise
+from grade_kernels.noise import GumbelNoise, seed_on
 
 CHUNK_ELEMENTS = 2**20  # tokens x rows that are looked at together; noise takes about 50 bytes each
 
@@ -37,7 +37,7 @@ class _Scores:
         if row_ids is None:
             row_ids = torch.arange(logits.shape[0], device=logits.device)
         self.logits = logits
-        self.noise = GumbelNoise(seed.to(logits.device), row_ids, vocab_start=vocab_start)
+        self.noise = GumbelNoise(seed_on(seed, logits.device), row_ids, vocab_start=vocab_start)
         self.dtype = compute_dtype(logits.dtype)
 
     def chunk(self, columns: slice) -> torch.Tensor:

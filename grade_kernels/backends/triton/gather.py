@@ -27,7 +27,7 @@ def gather_dot_kernel(
     p_t = table + tl.load(tokens + o_k, mask=m_k, other=0)[:, None] * s_tv
     b_sum = tl.zeros((ENTRIES, BLOCK), tl.float32)
     for i_d in range(0, tl.cdiv(D, BLOCK)):
-        o_d = i_d * BLOCK + tl.arange(0, BLOCK)
+        o_d = i_d * BLOCK + tl.arange(0, BLOCK).to(tl.int64)  # times a stride that may be the vocabulary
         m = m_k[:, None] & (o_d < D)[None, :]
         b_x = tl.load(p_x + o_d[None, :] * s_xd, mask=m, other=0.0).to(tl.float32)
         b_t = tl.load(p_t + o_d[None, :] * s_td, mask=m, other=0.0).to(tl.float32)
@@ -41,7 +41,7 @@ def gather_sum_kernel(
 ):  # fmt: skip
     """One block of columns of out[n] = sum of values[k] * table[tokens[k]] over row n's entries k, in order."""
     i_n = tl.program_id(0).to(tl.int64)
-    o_d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    o_d = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)  # times a stride that may be the vocabulary
     m_d = o_d < D
     start = tl.load(offsets + i_n)
     count = (tl.load(offsets + i_n + 1) - start).to(tl.int32)

@@ -22,6 +22,7 @@ from grade_kernels.backends.triton.tiles import (
     store_strip,
     sum_splits,
 )
+from grade_kernels.noise import seed_on
 
 
 @triton.jit
@@ -253,7 +254,7 @@ def softmax_backward(
     splits = options["SPLITS"]
     partial = torch.empty(4, rows, splits, dtype=dtype, device=device)
     partial_dtau = torch.empty(rows, splits, dtype=dtype, device=device) if needs_dtau else None
-    seed = seed.to(device, non_blocking=True)
+    seed = seed_on(seed, device)
     row_ids = None if row_ids is None else row_ids.contiguous()
     pivots = (sample.score_max if noisy else sample.logit_max).contiguous()
     ids, logit_max, logit_sum = (part.contiguous() for part in (sample.ids, sample.logit_max, sample.logit_sum))

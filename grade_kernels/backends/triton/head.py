@@ -23,6 +23,7 @@ from grade_kernels.backends import Head
 from grade_kernels.backends.triton.head_ptx import COLLECT, COLLECT_OPERANDS
 from grade_kernels.backends.triton.philox import LOG2E, split_row
 from grade_kernels.backends.triton.tiles import INTERPRETED, target_options
+from grade_kernels.noise import seed_on
 
 SPLIT = 512  # tokens of a program
 # A maximum of nothing, in units of log2. Finite, since inf - inf is NaN; and where float32 is no coarser than that a
@@ -115,11 +116,18 @@ def split_count(vocab: int, vocab_start: int) -> int:
     return triton.cdiv(vocab + (vocab_start & 3), SPLIT)
 
 
+def empties(count: int, *shape: int, device: torch.device) -> list[torch.Tensor]:
+    """Tensors of float32 that are aligned whatever their shape, as parts of one tensor are not: Triton compiles a kernel
+    anew where other arguments are.
+    """
+    return [torch.empty(shape, dtype=torch.float32, device=device) for _ in range(count)]
+
+
 def noise_arguments(
     head: Head, seed: torch.Tensor, row_ids: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Seed and row identities where and how the kernels read them."""
-    return seed.to(head.hidden.device, non_blocking=True), None if row_ids is None else row_ids.contiguous()
+    return seed_on(seed, head.hidden.device), None if row_ids is None else row_ids.contiguous()
 
 
 @triton.jit

@@ -15,6 +15,7 @@ from grade_kernels.backends.triton.head import (
     beside,
     collect,
     distances,
+    empties,
     head_options,
     identities,
     is_even,
@@ -205,14 +206,12 @@ def _run(
     splits = split_count(vocab, vocab_start)
     options = head_options(head, vocab_start, 1 if ref is None else 2)
     shared = {"splits": splits, "BLOCK_S": triton.next_power_of_2(splits)}
-    top, total, moment = torch.empty(3, rows, splits, dtype=torch.float32, device=device)
-    ref_top, ref_total = (
-        (None, None) if ref is None else torch.empty(2, rows, splits, dtype=torch.float32, device=device)
-    )
+    top, total, moment = empties(3, rows, splits, device=device)
+    ref_top, ref_total = (None, None) if ref is None else empties(2, rows, splits, device=device)
     before_max, before_sum = None, None
     candidates = head_support.Candidates(rows, splits, eps, device) if eps > 0 else None
     if candidates is not None:
-        before_max, before_sum = torch.empty(2, rows, dtype=torch.float32, device=device)
+        before_max, before_sum = empties(2, rows, device=device)
         # Splits that have not run yet weigh nothing.
         top.fill_(FLOOR.value)
         total.zero_()
@@ -230,8 +229,8 @@ def _run(
             first_row=first_row, first_split=launch.first, splits=splits, step=head_support.stride(splits),
             EVEN_R=is_even(width, options["BK"]), **options,
         )  # fmt: skip
-    row_max, row_total, row_moment = torch.empty(3, rows, dtype=torch.float32, device=device)
-    ref_max, ref_sum = torch.empty(2, 0 if ref is None else rows, dtype=torch.float32, device=device)
+    row_max, row_total, row_moment = empties(3, rows, device=device)
+    ref_max, ref_sum = empties(2, 0 if ref is None else rows, device=device)
     softmax_combine_kernel[(rows,)](
         top, total, moment, ref_top, ref_total, tau, row_max, row_total, row_moment, ref_max, ref_sum,
         **shared, num_warps=1,

@@ -20,6 +20,7 @@ from grade_kernels.backends.triton.head import (
     beside,
     collect,
     distances,
+    empties,
     head_options,
     identities,
     largest,
@@ -186,12 +187,12 @@ def _run(
     splits = split_count(vocab, vocab_start)
     options = head_options(head, vocab_start)
     shared = {"splits": splits, "BLOCK_S": triton.next_power_of_2(splits)}
-    best, plain_max, plain_sum, top, total = torch.empty(5, rows, splits, dtype=torch.float32, device=device)
+    best, plain_max, plain_sum, top, total = empties(5, rows, splits, device=device)
     index = torch.empty(rows, splits, dtype=torch.int32, device=device)
     before_max, before_sum = None, None
     candidates = head_support.Candidates(rows, splits, eps, device) if eps > 0 else None
     if candidates is not None:
-        before_max, before_sum = torch.empty(2, rows, dtype=torch.float32, device=device)
+        before_max, before_sum = empties(2, rows, device=device)
         # Splits that have not run yet weigh nothing.
         top.fill_(FLOOR.value)
         total.zero_()
@@ -205,7 +206,7 @@ def _run(
             first_row=first_row, first_split=launch.first, splits=splits, step=head_support.stride(splits), **options,
         )  # fmt: skip
     ids = torch.empty(rows, dtype=torch.int64, device=device)
-    score_max, logit_max, logit_sum, row_total = torch.empty(4, rows, dtype=torch.float32, device=device)
+    score_max, logit_max, logit_sum, row_total = empties(4, rows, device=device)
     head_support.sample_combine_kernel[(rows,)](
         best, index, plain_max, plain_sum, top, total, tau, ids, score_max, logit_max, logit_sum, row_total,
         V=vocab, SHIFT=SHIFT, **shared, num_warps=1,

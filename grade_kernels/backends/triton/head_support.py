@@ -73,8 +73,8 @@ def layout(splits: int, eps: float, device: torch.device) -> tuple[torch.Tensor,
         for i in range(launch.first, launch.first + launch.number):
             places[i * step % splits], room[i * step % splits] = total, launch.slots
             total += launch.slots
-    table = torch.tensor([places, room], dtype=torch.int32, device=device)
-    return table[0], table[1], total
+    first, number = (torch.tensor(x, dtype=torch.int32, device=device) for x in (places, room))
+    return first, number, total
 
 
 def batches(rows: int, splits: int, eps: float) -> list[slice]:

@@ -20,6 +20,7 @@ from grade_kernels.backends.triton.tiles import (
     store_strip,
     sum_splits,
 )
+from grade_kernels.noise import seed_on
 
 
 @triton.jit
@@ -118,7 +119,7 @@ def softmax(
         return weights, total
     options = launch_options(vocab_start, logits)
     partial = torch.empty(rows, options["SPLITS"], dtype=dtype, device=device)
-    seed = seed.to(device, non_blocking=True)
+    seed = seed_on(seed, device)
     row_ids = None if row_ids is None else row_ids.contiguous()
     score_max = score_max.contiguous()
 

@@ -20,6 +20,7 @@ from grade_kernels.backends.triton.tiles import (
     load_strip,
     split_bounds,
 )
+from grade_kernels.noise import seed_on
 
 
 @triton.jit
@@ -169,7 +170,7 @@ def sample(
     best = torch.empty(rows, splits, dtype=dtype, device=device)
     tile = torch.empty(rows, splits, dtype=torch.int32, device=device)
     top, total = (torch.empty_like(best) if logsumexp else None for _ in range(2))
-    seed = seed.to(device, non_blocking=True)
+    seed = seed_on(seed, device)
     row_ids = None if row_ids is None else row_ids.contiguous()
     with launching(logits):
         sample_scan_kernel[(rows * splits,)](
