@@ -11,13 +11,10 @@ GK_INLINE void prefetch(const T* p, int64_t elements) {
   }
 }
 
-// Table rows of entries k and after, no further than the last one before `end`.
+// Rows that entries k and after name, no further than the last one before `end`.
 template <typename T>
-GK_INLINE void rows_of(const GatherArgs& args, int64_t k, int64_t end, const T* out[kEntries]) {
-  for (int q = 0; q < kEntries; ++q) {
-    const int64_t entry = k + q < end ? k + q : end - 1;
-    out[q] = static_cast<const T*>(args.table) + args.tokens[entry] * args.table_stride;
-  }
+GK_INLINE void rows_of(const void* x, int64_t stride, const int64_t* rows, int64_t k, int64_t end, const T* out[kEntries]) {
+  for (int q = 0; q < kEntries; ++q) out[q] = static_cast<const T*>(x) + rows[k + q < end ? k + q : end - 1] * stride;
 }
 
 template <typename X, typename Y>
@@ -26,9 +23,9 @@ static void dot_entries(const GatherArgs& args, int64_t begin, int64_t end) {
   for (int64_t k = begin; k < end; k += kEntries) {
     const X* x[kEntries];
     const Y *y[kEntries], *next[kEntries];
-    rows_of(args, k, end, y);
-    rows_of(args, k + kEntries, end, next);
-    for (int q = 0; q < kEntries; ++q) x[q] = static_cast<const X*>(args.x) + args.rows[k + q < end ? k + q : end - 1] * args.x_stride;
+    rows_of(args.x, args.x_stride, args.rows, k, end, x);
+    rows_of(args.table, args.table_stride, args.tokens, k, end, y);
+    rows_of(args.table, args.table_stride, args.tokens, k + kEntries, end, next);
     f32 sum[kEntries][2] = {};
     int64_t i = 0;
     for (; i + kStep <= args.width; i += kStep) {
@@ -48,14 +45,15 @@ static void dot_entries(const GatherArgs& args, int64_t begin, int64_t end) {
 // out[row, columns] = sum over the row's entries of value * table[token, columns], for up to kGatherBlock columns.
 template <typename T>
 static void sum_block(const GatherArgs& args, int64_t row, int64_t begin, int64_t end) {
+  const T* table = static_cast<const T*>(args.table);
   float* out = args.out + row * args.width;
   const int64_t first = args.offsets[row], last = args.offsets[row + 1], vectors = (end - begin) / kLanes;
   f32 sum[kGatherBlock / kLanes] = {};
   int64_t k = first;
   for (; k + kEntries <= last; k += kEntries) {
     const T *source[kEntries], *next[kEntries];
-    rows_of(args, k, last, source);
-    rows_of(args, k + kEntries, last, next);
+    rows_of(args.table, args.table_stride, args.tokens, k, last, source);
+    rows_of(args.table, args.table_stride, args.tokens, k + kEntries, last, next);
     for (int64_t j = 0; j < vectors; ++j) {
       for (int q = 0; q < kEntries; ++q) {
         prefetch(next[q] + begin + j * kLanes, kLanes);
@@ -64,15 +62,13 @@ static void sum_block(const GatherArgs& args, int64_t row, int64_t begin, int64_
     }
   }
   for (; k < last; ++k) {
-    const T* source = static_cast<const T*>(args.table) + args.tokens[k] * args.table_stride + begin;
+    const T* source = table + args.tokens[k] * args.table_stride + begin;
     for (int64_t j = 0; j < vectors; ++j) sum[j] += args.values[k] * load(source + j * kLanes);
   }
   for (int64_t j = 0; j < vectors; ++j) store(out + begin + j * kLanes, sum[j]);
   for (int64_t column = begin + vectors * kLanes; column < end; ++column) {
     float total = 0.0f;
-    for (k = first; k < last; ++k) {
-      total += args.values[k] * float(static_cast<const T*>(args.table)[args.tokens[k] * args.table_stride + column]);
-    }
+    for (k = first; k < last; ++k) total += args.values[k] * float(table[args.tokens[k] * args.table_stride + column]);
     out[column] = total;
   }
 }

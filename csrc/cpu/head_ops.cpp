@@ -163,10 +163,10 @@ void head_chunk(int64_t kind_, Tensor logits, std::optional<Tensor> ref, std::op
                       float(eps)};
   const HeadKernels& kernels = GK_KERNELS_OF(kHead);
   const auto kernel = kind == kSample ? kernels.sample : kind == kScores ? kernels.scores : kernels.softmax;
-  std::vector<HeadPiece> pieces(size_t(pieces_of(groups) * groups));
+  const int64_t count = pieces_of(groups), piece_tokens = (tokens + count - 1) / count, piece_room = piece_tokens * kHeadLanes;
+  std::vector<HeadPiece> pieces(size_t(count * groups));
   Found* found = mutable_data<Found>(scratch);
-  const int64_t piece_tokens = (tokens + pieces_of(groups) - 1) / pieces_of(groups), piece_room = piece_tokens * kHeadLanes;
-  parallel_rows(pieces_of(groups) * groups, [&](int64_t begin, int64_t end) {
+  parallel_rows(count * groups, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t group = i % groups, first = std::min(tokens, i / groups * piece_tokens);
       HeadPiece& piece = pieces[size_t(i)];

@@ -308,8 +308,9 @@ class _Backward:
         """`dY` at single places."""
         total = torch.zeros(len(tokens), dtype=self.tau.dtype, device=self.tau.device)
         for upstream, table in zip(self.upstream, self.tables, strict=True):
-            wide = torch.promote_types(upstream.dtype, total.dtype)  # for float64, whose tables may be narrower
-            total += self.implementation.gather_dot(upstream.to(wide), table, rows, tokens)
+            if total.dtype == torch.float64:  # tables may be narrower
+                upstream = upstream.double()
+            total += self.implementation.gather_dot(upstream, table, rows, tokens)
         return total
 
     def allowed(self, values: torch.Tensor) -> torch.Tensor:

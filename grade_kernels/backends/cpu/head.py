@@ -21,7 +21,7 @@ _LANES, _PIECES = 16, 8  # kHeadLanes and kPieces of csrc/cpu
 _FEW_ROWS = 8  # hidden rows up to which padding them to whole lanes is most of the work
 _TILE = 32  # kTileBlock and kTileStep of csrc/cpu/tiles.h
 _TILE_PARTS = {torch.float32: 3, torch.bfloat16: 1}  # numbers in a tile for one of a tensor's
-_CANDIDATE_WORDS = 3  # int32 words of csrc/cpu/head.h's Candidate
+_CANDIDATE_WORDS = 3  # int32 words of csrc/cpu/head.h's Candidate and of its Found
 _SAMPLE, _SCORES, _SOFTMAX = range(3)
 
 
