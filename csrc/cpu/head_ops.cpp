@@ -12,9 +12,9 @@
 #include "cpu/gather.h"
 #include "cpu/head.h"
 #include "cpu/isa.h"
+#include "cpu/products.h"
 #include "cpu/tensors.h"
 #include "cpu/threads.h"
-#include "cpu/tiles.h"
 
 namespace gk {
 namespace {
@@ -277,33 +277,40 @@ void weight_terms(Tensor weights, Tensor dy, Tensor origin, Tensor out, Tensor s
   });
 }
 
-bool has_tiles() { return machine_isa() == Isa::kAmx; }
+// Whether this machine's own kernels, rather than torch's, multiply what is of x's dtype.
+bool has_product(Tensor x) { return product_kernels(dtype_of(x)) != nullptr; }
 
-// x as tiles: `packed` has kTileParts numbers for each of x's in float32 and one in bfloat16, padded to whole tiles, and
-// one for each row.
-void tile_pack(Tensor x, Tensor packed) {
-  const TilePacking args{x.const_data_ptr(), dtype_of(x), x.size(0), x.size(1), x.stride(0),
-                         static_cast<uint16_t*>(packed.mutable_data_ptr())};
-  parallel_rows(tile_blocks(args.rows), [&](int64_t begin, int64_t end) { pack_tiles(args, begin, end); });
+int64_t blocks_of(int64_t size, int64_t block) { return (size + block - 1) / block; }
+
+// 16-bit numbers of x as `packed_product` wants it.
+int64_t packed_numbers(Tensor x) { return product_kernels(dtype_of(x))->packed_numbers(dtype_of(x), x.size(0), x.size(1)); }
+
+void product_pack(Tensor x, Tensor packed) {
+  const Packing args{x.const_data_ptr(), dtype_of(x), x.size(0), x.size(1), x.stride(0),
+                     static_cast<uint16_t*>(packed.mutable_data_ptr())};
+  const ProductKernels& kernels = *product_kernels(args.dtype);
+  parallel_rows(blocks_of(args.rows, kernels.packed_rows), [&](int64_t begin, int64_t end) { kernels.pack(args, begin, end); });
 }
 
 // table @ x.T in `out`, with x's rows, padded to a multiple of 16, along its second dimension; or, if by_row, x @ table.T.
-void tile_product(Tensor packed, int64_t rows, Tensor table, bool by_row, Tensor out) {
-  const TileProduct args{static_cast<const uint16_t*>(packed.const_data_ptr()), rows, table.const_data_ptr(), dtype_of(table),
-                         table.size(0), table.size(1), table.stride(0), out.mutable_data_ptr(), dtype_of(out), out.stride(0),
-                         by_row};
-  parallel_rows(tile_blocks(args.tokens), [&](int64_t begin, int64_t end) { multiply_tiles(args, begin, end); });
+void packed_product(Tensor packed, int64_t rows, Tensor table, bool by_row, Tensor out) {
+  const Product args{static_cast<const uint16_t*>(packed.const_data_ptr()), rows, table.const_data_ptr(), dtype_of(table),
+                     table.size(0), table.size(1), table.stride(0), out.mutable_data_ptr(), dtype_of(out), out.stride(0),
+                     by_row};
+  const ProductKernels& kernels = *product_kernels(args.dtype);
+  parallel_rows(blocks_of(args.tokens, kernels.tokens), [&](int64_t begin, int64_t end) { kernels.multiply(args, begin, end); });
 }
 
-// values @ table in `out`. False if a sum is not finite: parts of an infinity are none, and what it stands for is lost.
-bool tile_sum(Tensor values, Tensor table, Tensor out) {
-  const TileSum args{values.const_data_ptr(), dtype_of(values), values.size(0), values.stride(0), table.const_data_ptr(), dtype_of(table),
-                     table.size(0), table.size(1), table.stride(0), mutable_data<float>(out), out.stride(0)};
-  std::atomic<bool> finite = true;
-  parallel_rows(tile_blocks(args.width), [&](int64_t begin, int64_t end) {
-    if (!sum_tiles(args, begin, end)) finite = false;
+// values @ table in `out`. False if a sum is not finite and stands for one that may be.
+bool weighted_sum(Tensor values, Tensor table, Tensor out) {
+  const WeightedSum args{values.const_data_ptr(), dtype_of(values), values.size(0), values.stride(0), table.const_data_ptr(),
+                         dtype_of(table), table.size(0), table.size(1), table.stride(0), mutable_data<float>(out), out.stride(0)};
+  const ProductKernels& kernels = *product_kernels(args.dtype);
+  std::atomic<bool> exact = true;
+  parallel_rows(blocks_of(args.width, kernels.columns), [&](int64_t begin, int64_t end) {
+    if (!kernels.sum(args, begin, end)) exact = false;
   });
-  return finite;
+  return exact;
 }
 
 }  // namespace
@@ -320,10 +327,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(grade_kernels_cpu, m) {
   m.def("gather_dot(Tensor x, Tensor table, Tensor rows, Tensor tokens, Tensor(a!) out) -> ()");
   m.def("few_product(Tensor x, Tensor table, Tensor(a!) out) -> ()");
   m.def("weight_terms(Tensor weights, Tensor dy, Tensor origin, Tensor(a!) out, Tensor(b!) sums) -> ()");
-  m.def("has_tiles() -> bool");
-  m.def("tile_pack(Tensor x, Tensor(a!) packed) -> ()");
-  m.def("tile_product(Tensor packed, int rows, Tensor table, bool by_row, Tensor(a!) out) -> ()");
-  m.def("tile_sum(Tensor values, Tensor table, Tensor(a!) out) -> bool");
+  m.def("has_product(Tensor x) -> bool");
+  m.def("packed_numbers(Tensor x) -> int");
+  m.def("product_pack(Tensor x, Tensor(a!) packed) -> ()");
+  m.def("packed_product(Tensor packed, int rows, Tensor table, bool by_row, Tensor(a!) out) -> ()");
+  m.def("weighted_sum(Tensor values, Tensor table, Tensor(a!) out) -> bool");
   m.def("gather_sum(Tensor values, Tensor table, Tensor offsets, Tensor tokens, Tensor(a!) out) -> ()");
 }
 
@@ -335,9 +343,10 @@ STABLE_TORCH_LIBRARY_IMPL(grade_kernels_cpu, CompositeExplicitAutograd, m) {
   m.impl("gather_dot", TORCH_BOX(&gk::gather_dot));
   m.impl("few_product", TORCH_BOX(&gk::few_product));
   m.impl("weight_terms", TORCH_BOX(&gk::weight_terms));
-  m.impl("has_tiles", TORCH_BOX(&gk::has_tiles));
-  m.impl("tile_pack", TORCH_BOX(&gk::tile_pack));
-  m.impl("tile_product", TORCH_BOX(&gk::tile_product));
-  m.impl("tile_sum", TORCH_BOX(&gk::tile_sum));
+  m.impl("has_product", TORCH_BOX(&gk::has_product));
+  m.impl("packed_numbers", TORCH_BOX(&gk::packed_numbers));
+  m.impl("product_pack", TORCH_BOX(&gk::product_pack));
+  m.impl("packed_product", TORCH_BOX(&gk::packed_product));
+  m.impl("weighted_sum", TORCH_BOX(&gk::weighted_sum));
   m.impl("gather_sum", TORCH_BOX(&gk::gather_sum));
 }

@@ -14,6 +14,14 @@ namespace gk {
 
 enum class Isa { kGeneric, kAvx2, kAvx512, kAmx };  // kAmx: AVX-512 and the matrix unit
 
+#if defined(__x86_64__)
+// Whether the processor has AVX-512's instructions for bfloat16.
+inline bool multiplies_bfloat16() {
+  static const bool has = __builtin_cpu_supports("avx512bf16");
+  return has;
+}
+#endif
+
 // Whether the processor has AMX for bfloat16 and the system lends it to this process, which has to ask.
 inline bool lends_tiles() {
 #if defined(__x86_64__) && defined(__linux__)

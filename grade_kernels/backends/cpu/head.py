@@ -19,8 +19,6 @@ from grade_kernels.backends.torch import head as fallback
 CHUNK_ELEMENTS = 2**20  # logits that exist at a time
 _LANES, _PIECES = 16, 8  # kHeadLanes and kPieces of csrc/cpu
 _FEW_ROWS = 8  # hidden rows up to which padding them to whole lanes is most of the work
-_TILE = 32  # kTileBlock and kTileStep of csrc/cpu/tiles.h
-_TILE_PARTS = {torch.float32: 3, torch.bfloat16: 1}  # numbers in a tile for one of a tensor's
 _CANDIDATE_WORDS = 3  # int32 words of csrc/cpu/head.h's Candidate and of its Found
 _SAMPLE, _SCORES, _SOFTMAX = range(3)
 
@@ -29,35 +27,34 @@ def _kernels() -> Any:
     return torch.ops.grade_kernels_cpu
 
 
-def _has_tiles(x: torch.Tensor) -> bool:
-    """Whether products of x go to csrc/cpu/kernels_amx.cpp."""
-    return x.dtype in _TILE_PARTS and x.numel() > 0 and bool(_kernels().has_tiles())
+def _has_product(x: torch.Tensor) -> bool:
+    """Whether products of x go to csrc/cpu/products.h."""
+    return x.numel() > 0 and x.dtype != torch.float64 and bool(_kernels().has_product(x))
 
 
 def _packed(x: torch.Tensor) -> torch.Tensor:
-    """x as csrc/cpu/tiles.h wants it."""
-    rows, width = (-(-size // _TILE) * _TILE for size in x.shape)
-    packed = x.new_empty(rows * width * _TILE_PARTS[x.dtype] + rows, dtype=torch.int16)
-    _kernels().tile_pack(unit_stride(x), packed)
+    """x as csrc/cpu/products.h wants it."""
+    packed = x.new_empty(_kernels().packed_numbers(x), dtype=torch.int16)
+    _kernels().product_pack(unit_stride(x), packed)
     return packed
 
 
 def product(x: torch.Tensor, table: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
     """See `grade_kernels.backends`."""
     fits = table.dtype == x.dtype and (out is None or out.dtype in (x.dtype, torch.float32))
-    if not fits or not _has_tiles(x):
+    if not fits or not _has_product(x):
         return fallback.product(x, table, out)
     if out is None:
         out = x.new_empty(len(x), len(table))
-    _kernels().tile_product(_packed(x), len(x), unit_stride(table), True, out)
+    _kernels().packed_product(_packed(x), len(x), unit_stride(table), True, out)
     return out
 
 
 def weighted_sum(values: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     """See `grade_kernels.backends`."""
-    if values.dtype in (torch.float32, table.dtype) and values.numel() > 0 and _has_tiles(table):
+    if values.dtype in (torch.float32, table.dtype) and values.numel() > 0 and _has_product(table):
         out = values.new_empty(len(values), table.shape[1], dtype=torch.float32)
-        if not _kernels().tile_sum(unit_stride(values), unit_stride(table), out):
+        if not _kernels().weighted_sum(unit_stride(values), unit_stride(table), out):
             rows = ~out.isfinite().all(dim=1)  # parts of an infinity are none
             out[rows] = fallback.weighted_sum(values[rows], table)
         return out
@@ -75,7 +72,7 @@ def weight_terms(weights: torch.Tensor, dy: torch.Tensor, origin: torch.Tensor, 
 
 def exact_weights(dtype: torch.dtype) -> bool:
     """See `grade_kernels.backends`."""
-    return fallback.exact_weights(dtype) or (dtype == torch.bfloat16 and bool(_kernels().has_tiles()))
+    return fallback.exact_weights(dtype) or bool(_kernels().has_product(torch.empty(0, dtype=dtype)))
 
 
 class _Product:
@@ -87,8 +84,8 @@ class _Product:
     def __init__(self, hidden: torch.Tensor, weight: torch.Tensor, width: int) -> None:
         self.weight, self.rows = weight, len(hidden)
         self.buffer = hidden.new_empty(min(width, len(weight)), _padded(self.rows))
-        self.tiles = _has_tiles(hidden)
-        if self.tiles:
+        self.own = _has_product(hidden)
+        if self.own:
             self.hidden = _packed(hidden)
         else:
             self.hidden = hidden.new_zeros(hidden.shape[1], _padded(self.rows))
@@ -96,9 +93,9 @@ class _Product:
 
     def __call__(self, chunk: slice) -> torch.Tensor:
         out = self.buffer[: chunk.stop - chunk.start]
-        if not self.tiles:
+        if not self.own:
             return torch.mm(self.weight[chunk], self.hidden, out=out)
-        _kernels().tile_product(self.hidden, self.rows, unit_stride(self.weight[chunk]), False, out)
+        _kernels().packed_product(self.hidden, self.rows, unit_stride(self.weight[chunk]), False, out)
         return out
 
 

@@ -1,5 +1,9 @@
-// Products of float32 and bfloat16 for AMX.
-#include "cpu/tiles.h"
+// Products on AMX's matrix unit, which multiplies tiles of bfloat16 and adds in float32.
+//
+// A float32 number is the exact sum of three bfloat16 ones, so a product of two is the sum of nine such products, of
+// which the three least are below float32's rounding and left out. Sums come out closer than those of as many float32
+// products, in about half the time.
+#include "cpu/products.h"
 
 #if defined(__x86_64__) && defined(__linux__)
 #include <immintrin.h>
@@ -19,9 +23,15 @@
 namespace gk {
 namespace {
 
+constexpr int64_t kTileBlock = 32;              // rows of the table, and of x, that one round of products covers
+constexpr int64_t kTileStep = 32;               // columns that one tile covers
+constexpr int kTileParts = 3;                   // bfloat16 numbers that one of float32 is the sum of
 constexpr int kTile = 512;                      // bfloat16 numbers of a tile: 16 rows of 32
 constexpr int64_t kPackedAtATime = 1 << 20;     // bytes of packed x that stay in the second-level cache
 constexpr float kLargest = 0x1.ffp127f;          // and beyond: rounds to an infinity in bfloat16
+
+constexpr int64_t tile_blocks(int64_t rows) { return (rows + kTileBlock - 1) / kTileBlock; }
+constexpr int64_t tile_steps(int64_t width) { return (width + kTileStep - 1) / kTileStep; }
 
 // GCC's tile intrinsics do not say that they read or write memory.
 #define GK_MEMORY asm volatile("" ::: "memory")
@@ -106,39 +116,12 @@ template <bool kWide>
   GK_MEMORY;
 }
 
-[[gnu::always_inline]] inline void store_rounded(uint16_t* out, __mmask16 mask, __m512 x) {
-  _mm256_mask_storeu_epi16(out, mask, reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x)));
-}
-
-// Sixteen rows of sixteen: numbers, then pairs of them, then quarters of a vector change places.
-[[gnu::always_inline]] inline void transpose(__m512 x[16]) {
-  __m512 y[16];
-  for (int i = 0; i < 16; i += 2) {
-    y[i] = _mm512_unpacklo_ps(x[i], x[i + 1]);
-    y[i + 1] = _mm512_unpackhi_ps(x[i], x[i + 1]);
-  }
-  for (int i = 0; i < 16; i += 4) {  // x[i + k]: number k of each quarter, of rows i to i + 3
-    for (int k = 0; k < 2; ++k) {
-      const __m512d a = _mm512_castps_pd(y[i + k]), b = _mm512_castps_pd(y[i + k + 2]);
-      x[i + 2 * k] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
-      x[i + 2 * k + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
-    }
-  }
-  for (int k = 0; k < 4; ++k) {
-    const __m512 a = _mm512_shuffle_f32x4(x[k], x[k + 4], 0x88), b = _mm512_shuffle_f32x4(x[k], x[k + 4], 0xDD);
-    const __m512 c = _mm512_shuffle_f32x4(x[k + 8], x[k + 12], 0x88), d = _mm512_shuffle_f32x4(x[k + 8], x[k + 12], 0xDD);
-    y[k] = _mm512_shuffle_f32x4(a, c, 0x88);
-    y[k + 8] = _mm512_shuffle_f32x4(a, c, 0xDD);
-    y[k + 4] = _mm512_shuffle_f32x4(b, d, 0x88);
-    y[k + 12] = _mm512_shuffle_f32x4(b, d, 0xDD);
-  }
-  for (int i = 0; i < 16; ++i) x[i] = y[i];
-}
+#include "cpu/put_sums.inl"
 
 template <Dtype kDtype>
 class Multiplier {
  public:
-  explicit Multiplier(const TileProduct& args) : args_(args), steps_(tile_steps(args.width)) {}
+  explicit Multiplier(const Product& args) : args_(args), steps_(tile_steps(args.width)) {}
 
   // Blocks [begin, end) of the table with blocks [first, last) of x.
   void run(int64_t begin, int64_t end, int64_t first, int64_t last) {
@@ -212,36 +195,7 @@ class Multiplier {
       }
       if (__builtin_expect(unordered != 0, 0)) mend(block, tokens, group, sums);
     }
-    put(sums, block * kTileBlock, tokens, group * kTileBlock, kColumns);
-  }
-
-  // A block of sums to where they belong.
-  [[gnu::always_inline]] void put(const float* sums, int64_t token, int64_t tokens, int64_t row, int64_t columns) const {
-    const auto write = [&](int64_t place, __mmask16 mask, __m512 x) {
-      if (args_.out_dtype == Dtype::kFloat) {
-        _mm512_mask_storeu_ps(static_cast<float*>(args_.out) + place, mask, x);
-      } else {
-        store_rounded(static_cast<uint16_t*>(args_.out) + place, mask, x);
-      }
-    };
-    if (!args_.by_row) {
-      for (int64_t i = 0; i < tokens; ++i) {
-        for (int64_t j = 0; j < columns; j += 16) {
-          write((token + i) * args_.out_stride + row + j, 0xFFFF, _mm512_load_ps(sums + i * 32 + j));
-        }
-      }
-      return;
-    }
-    for (int64_t j = 0; j < std::min(columns, args_.rows - row); j += 16) {
-      const int64_t rows = std::min<int64_t>(16, args_.rows - row - j);
-      for (int64_t i = 0; i < tokens; i += 16) {
-        __m512 block[16];
-        for (int k = 0; k < 16; ++k) block[k] = _mm512_load_ps(sums + (i + k) * 32 + j);
-        transpose(block);
-        const __mmask16 mask = __mmask16(mask_of(tokens - i));
-        for (int64_t k = 0; k < rows; ++k) write((row + j + k) * args_.out_stride + token + i, mask, block[k]);
-      }
-    }
+    put_sums<32>(args_, sums, block * kTileBlock, tokens, group * kTileBlock, kColumns);
   }
 
   // The products of one step. What a block or a step lacks to be whole is zero.
@@ -344,7 +298,7 @@ class Multiplier {
     return sum;
   }
 
-  const TileProduct& args_;
+  const Product& args_;
   const int64_t steps_;
   alignas(64) uint16_t panels_[2][kStepTiles * kTile];
   int current_ = 0;
@@ -353,7 +307,7 @@ class Multiplier {
 
 // A tile's row is a pair of columns, so that x's rows lie side by side.
 template <Dtype kDtype>
-void pack(const TilePacking& args, int64_t block) {
+void pack(const Packing& args, int64_t block) {
   constexpr bool kSplit = kDtype == Dtype::kFloat;
   using Number = std::conditional_t<kSplit, float, uint16_t>;
   const auto row_of = [&](int64_t row) {
@@ -395,7 +349,7 @@ template <Dtype kDtype>
 class Summer {
  public:
   // Of blocks [begin, end) of the table's columns.
-  Summer(const TileSum& args, int64_t begin, int64_t end)
+  Summer(const WeightedSum& args, int64_t begin, int64_t end)
       : args_(args), begin_(begin), end_(end), groups_(tile_blocks(args.rows)),
         memory_(new char[size_t(64 + kPanelTiles * kTile * 2 +
                                 groups_ * (kSteps * kParts * 2 * kTile * 2 + (end - begin) * kSums * 4 + 4))]) {
@@ -621,7 +575,7 @@ class Summer {
     return _mm512_cmp_ps_mask(unlike, unlike, _CMP_UNORD_Q) == 0;
   }
 
-  const TileSum& args_;
+  const WeightedSum& args_;
   const int64_t begin_, end_, groups_;
   char* const memory_;  // no container's: what it would compile for this instruction set might serve another
   uint16_t *panel_, *values_;  // of kSteps steps
@@ -629,13 +583,11 @@ class Summer {
   int32_t* parts_;             // of values, by blocks of rows: numbers that are bfloat16 already have but one
 };
 
-}  // namespace
-
-void pack_tiles(const TilePacking& args, int64_t begin, int64_t end) {
+void pack_tiles(const Packing& args, int64_t begin, int64_t end) {
   for (int64_t block = begin; block < end; ++block) args.dtype == Dtype::kFloat ? pack<Dtype::kFloat>(args, block) : pack<Dtype::kBFloat16>(args, block);
 }
 
-void multiply_tiles(const TileProduct& args, int64_t begin, int64_t end) {
+void multiply_tiles(const Product& args, int64_t begin, int64_t end) {
   const int64_t groups = tile_blocks(args.rows), bytes = tile_steps(args.width) * step_tiles(args.dtype) * kTile * 2;
   const int64_t at_a_time = std::max<int64_t>(1, kPackedAtATime / std::max<int64_t>(1, bytes));
   GK_MEMORY;
@@ -651,7 +603,7 @@ void multiply_tiles(const TileProduct& args, int64_t begin, int64_t end) {
   _tile_release();
 }
 
-bool sum_tiles(const TileSum& args, int64_t begin, int64_t end) {
+bool sum_tiles(const WeightedSum& args, int64_t begin, int64_t end) {
   GK_MEMORY;
   _tile_loadconfig(&kShapes);
   const bool finite = args.dtype == Dtype::kFloat ? Summer<Dtype::kFloat>(args, begin, end).run()
@@ -660,14 +612,16 @@ bool sum_tiles(const TileSum& args, int64_t begin, int64_t end) {
   return finite;
 }
 
+int64_t all_packed_numbers(Dtype dtype, int64_t rows, int64_t width) {
+  return packed_numbers(dtype, rows, width) + (dtype == Dtype::kFloat ? tile_blocks(rows) * kTileBlock : 0);
+}
+
+}  // namespace
 }  // namespace gk
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif
-#else
-namespace gk {
-void pack_tiles(const TilePacking&, int64_t, int64_t) {}
-void multiply_tiles(const TileProduct&, int64_t, int64_t) {}
-bool sum_tiles(const TileSum&, int64_t, int64_t) { return false; }
-}  // namespace gk
+
+const gk::ProductKernels gk::kProductsAmx = {gk::kTileBlock, gk::kTileBlock, gk::kTileBlock, gk::all_packed_numbers,
+                                             gk::pack_tiles, gk::multiply_tiles, gk::sum_tiles};
 #endif

@@ -1,4 +1,4 @@
-"""Products of the cpu backend: on AMX's matrix unit, and the same operations on lesser processors."""
+"""Products of the cpu backend on AVX-512 and on AMX, and the same operations on lesser processors."""
 
 from __future__ import annotations
 
@@ -16,16 +16,18 @@ from grade_kernels.backends.native import unit_stride
 pytestmark = pytest.mark.skipif("cpu" not in backends.available_backends(), reason="the C++ library was not built")
 
 
-@pytest.fixture
-def tiles():
-    backends.module("cpu")  # loads the library
-    if not torch.ops.grade_kernels_cpu.has_tiles():
-        pytest.skip("this processor has no AMX, or the system does not lend it")
+@pytest.fixture(autouse=True)
+def kernels(request):
+    """Skips where torch's products serve; a test of float32 alone runs on any AVX-512."""
+    parameters = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+    dtype = parameters.get("dtype", torch.bfloat16 if "bfloat16" in request.node.name else torch.float32)
+    if "isa" not in parameters and not torch.ops.grade_kernels_cpu.has_product(torch.empty(0, dtype=dtype)):
+        pytest.skip(f"this processor has neither AMX nor AVX-512 for {dtype}")
 
 
 def _product(hidden, weight, dtype=None):
     out = torch.full((len(weight), -(-len(hidden) // 16) * 16), torch.nan, dtype=dtype or hidden.dtype)
-    torch.ops.grade_kernels_cpu.tile_product(cpu_head._packed(hidden), len(hidden), unit_stride(weight), False, out)
+    torch.ops.grade_kernels_cpu.packed_product(cpu_head._packed(hidden), len(hidden), unit_stride(weight), False, out)
     return out[:, : len(hidden)]
 
 
@@ -36,18 +38,18 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=s
 @pytest.mark.parametrize("rows", [1, 16, 17, 31, 32, 33, 100])
 @pytest.mark.parametrize("vocab", [1, 31, 32, 33, 95, 300])
 @pytest.mark.parametrize("width", [1, 31, 32, 33, 257, 1030])
-def test_a_product_is_at_least_as_exact_as_torchs(tiles, rows, vocab, width, dtype):
+def test_a_product_is_at_least_as_exact_as_torchs(rows, vocab, width, dtype):
     generator = torch.Generator().manual_seed(rows * vocab * width)
     hidden = torch.randn(rows, width, generator=generator).to(dtype)
     weight = torch.randn(vocab, width, generator=generator).to(dtype)
     exact = weight.double() @ hidden.double().T
     size = weight.double().abs() @ hidden.double().abs().T
     error, torchs = (((x - exact).abs() / size).max().item() for x in (_product(hidden, weight), weight @ hidden.T))
-    assert error <= torchs + 2.0**-23  # of the sum of magnitudes: two roundings' worth of slack where sums are short
+    assert error <= torchs + 2.0**-22  # of the sum of magnitudes: four roundings of slack where sums are short
 
 
 @pytest.mark.parametrize("by_row", [False, True])
-def test_bfloat16_sums_are_rounded_only_if_asked(tiles, by_row):
+def test_bfloat16_sums_are_rounded_only_if_asked(by_row):
     generator = torch.Generator().manual_seed(0)
     x, table = (torch.randn(rows, 257, generator=generator).bfloat16() for rows in (50, 99))
     exact = table.double() @ x.double().T
@@ -55,7 +57,7 @@ def test_bfloat16_sums_are_rounded_only_if_asked(tiles, by_row):
         torch.full((50, 99) if by_row else (99, 64), torch.nan, dtype=d) for d in (torch.float32, torch.bfloat16)
     )
     for out in (plain, rounded):
-        torch.ops.grade_kernels_cpu.tile_product(cpu_head._packed(x), 50, table, by_row, out)
+        torch.ops.grade_kernels_cpu.packed_product(cpu_head._packed(x), 50, table, by_row, out)
     plain, rounded = ((out if by_row else out[:, :50].T) for out in (plain, rounded))
     assert ((plain - exact.T).abs() <= 2e-5 * exact.abs().max()).all()
     assert torch.equal(rounded, plain.bfloat16())
@@ -63,7 +65,7 @@ def test_bfloat16_sums_are_rounded_only_if_asked(tiles, by_row):
 
 @pytest.mark.parametrize("rows", [9, 16, 17, 33, 100])
 @pytest.mark.parametrize("vocab", [1, 15, 32, 47, 300])
-def test_by_row_it_is_the_same(tiles, rows, vocab):
+def test_by_row_it_is_the_same(rows, vocab):
     generator = torch.Generator().manual_seed(rows * vocab)
     x, table = torch.randn(rows, 70, generator=generator), torch.randn(vocab, 70, generator=generator)
     assert torch.equal(cpu_head.product(x, table), _product(x, table).T)
@@ -75,7 +77,7 @@ def test_by_row_it_is_the_same(tiles, rows, vocab):
     assert torch.equal(cpu_head.product(x.T.contiguous().T, table.T.contiguous().T), _product(x, table).T)
 
 
-def test_its_error_is_about_half_of_torchs(tiles):
+def test_its_error_is_about_half_of_torchs():
     generator = torch.Generator().manual_seed(0)
     hidden, weight = torch.randn(64, 1024, generator=generator), torch.randn(2000, 1024, generator=generator)
     exact = weight.double() @ hidden.double().T
@@ -83,7 +85,7 @@ def test_its_error_is_about_half_of_torchs(tiles):
     assert error <= 0.75 * torchs
 
 
-def test_numbers_of_all_sizes(tiles):
+def test_numbers_of_all_sizes():
     """Each part keeps float32's range; what is lost is lost to subnormal products only."""
     generator = torch.Generator().manual_seed(0)
     hidden, weight = torch.randn(20, 64, generator=generator), torch.randn(70, 64, generator=generator)
@@ -94,7 +96,7 @@ def test_numbers_of_all_sizes(tiles):
 
 
 @DTYPES
-def test_rows_apart_and_columns_of_a_wider_table(tiles, dtype):
+def test_rows_apart_and_columns_of_a_wider_table(dtype):
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(40, 96, generator=generator).to(dtype)[::2, :50]
     table = torch.full((120, 96), torch.nan, dtype=dtype)
@@ -102,17 +104,17 @@ def test_rows_apart_and_columns_of_a_wider_table(tiles, dtype):
     weight = table[::2, :50]  # what lies beside it is NaN, and must not be seen
     exact, close = weight.double() @ hidden.double().T, 2 * torch.finfo(dtype).eps
     for table in (weight, weight.T.contiguous().T):
-        torch.testing.assert_close(_product(hidden, table).double(), exact, rtol=close, atol=10 * 2.0**-23)
+        torch.testing.assert_close(_product(hidden, table).double(), exact, rtol=close, atol=50 * 2.0**-23)
 
 
-def test_bfloat16_infinities_and_nan_are_torchs(tiles):
+def test_bfloat16_infinities_and_nan_are_torchs():
     generator = torch.Generator().manual_seed(0)
     hidden, weight = (torch.randn(rows, 40, generator=generator).bfloat16() for rows in (33, 64))
     weight[3, 7], weight[9, 0], hidden[4, 2], hidden[5, 3] = torch.inf, torch.nan, -torch.inf, torch.nan
     assert torch.allclose(_product(hidden, weight), weight @ hidden.T, rtol=1e-2, atol=1e-2, equal_nan=True)
 
 
-def test_infinities_and_nan_of_the_table(tiles):
+def test_infinities_and_nan_of_the_table():
     generator = torch.Generator().manual_seed(0)
     hidden, weight = torch.randn(33, 40, generator=generator), torch.randn(64, 40, generator=generator)
     hidden[:, 7] = hidden[:, 7].abs().bfloat16().float() + 1.0  # the lower parts of some are zero
@@ -126,7 +128,7 @@ def test_infinities_and_nan_of_the_table(tiles):
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, 1e30])
-def test_what_diverged_is_not_finite_and_takes_no_longer(tiles, value):
+def test_what_diverged_is_not_finite_and_takes_no_longer(value):
     """A table or hidden states full of such numbers: nothing is taken one by one (that would be minutes)."""
     x, table = torch.randn(256, 512).sign(), torch.randn(20000, 512).sign()
     for found in (_product(x * value, table), _product(x, table * value), _product(x * value, table * value)):
@@ -134,7 +136,7 @@ def test_what_diverged_is_not_finite_and_takes_no_longer(tiles, value):
     assert not _product(x * value, table * value).isfinite().any()
 
 
-def test_a_row_of_hidden_that_is_not_finite_stays_alone(tiles):
+def test_a_row_of_hidden_that_is_not_finite_stays_alone():
     generator = torch.Generator().manual_seed(0)
     hidden, weight = torch.randn(20, 40, generator=generator), torch.randn(64, 40, generator=generator)
     clean = _product(hidden, weight).clone()
@@ -147,7 +149,7 @@ def test_a_row_of_hidden_that_is_not_finite_stays_alone(tiles):
 
 
 @DTYPES
-def test_a_logit_does_not_depend_on_its_neighbours(tiles, dtype):
+def test_a_logit_does_not_depend_on_its_neighbours(dtype):
     generator = torch.Generator().manual_seed(0)
     hidden, weight = (torch.randn(rows, 300, generator=generator).to(dtype) for rows in (50, 90))
     whole = _product(hidden, weight).clone()
@@ -162,7 +164,7 @@ def _sums_error(found, values, table):
 @DTYPES
 @pytest.mark.parametrize("rows", [1, 17, 70])
 @pytest.mark.parametrize(("tokens", "width"), [(1, 1), (31, 33), (32, 31), (257, 95), (700, 520), (5000, 40)])
-def test_weighted_sums_round_the_values_of_neither_dtype(tiles, poison, rows, tokens, width, dtype):
+def test_weighted_sums_round_the_values_of_neither_dtype(poison, rows, tokens, width, dtype):
     generator = torch.Generator().manual_seed(rows * tokens * width)
     values = torch.randn(rows, tokens, generator=generator)
     table = torch.randn(tokens, width, generator=generator).to(dtype)
@@ -177,7 +179,7 @@ def test_weighted_sums_round_the_values_of_neither_dtype(tiles, poison, rows, to
 
 
 @DTYPES
-def test_weighted_sums_of_any_layout_rows_and_threads(tiles, dtype):
+def test_weighted_sums_of_any_layout_rows_and_threads(dtype):
     generator = torch.Generator().manual_seed(0)
     values = torch.full((80, 700), torch.nan)
     values[::2, :600] = torch.randn(40, 600, generator=generator)
@@ -199,7 +201,7 @@ def test_weighted_sums_of_any_layout_rows_and_threads(tiles, dtype):
 
 
 @DTYPES
-def test_weighted_sums_that_are_not_finite_are_torchs_and_stay_alone(tiles, dtype):
+def test_weighted_sums_that_are_not_finite_are_torchs_and_stay_alone(dtype):
     generator = torch.Generator().manual_seed(0)
     values, table = torch.rand(40, 90, generator=generator), torch.randn(90, 50, generator=generator).to(dtype)
     clean = cpu_head.weighted_sum(values, table)
@@ -240,7 +242,7 @@ halves = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.float16).resha
 halves = halves[halves.isfinite().all(dim=1)]  # all that there are, subnormal ones too
 places = torch.arange(16).repeat(len(halves)), torch.arange(len(halves)).repeat_interleave(16)
 assert torch.equal(cpu.gather_dot(torch.eye(16), halves, *places), halves.float().flatten())
-print(torch.ops.grade_kernels_cpu.has_tiles())
+print(torch.ops.grade_kernels_cpu.has_product(torch.empty(0)))
 """
 
 
@@ -254,5 +256,5 @@ def test_every_instruction_set_gives_the_same(isa):
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    if isa != "amx":
+    if isa in ("generic", "avx2"):
         assert done.stdout.strip() == "False"

@@ -1,0 +1,75 @@
+// Products of two matrices in float32 and bfloat16, whose sums are float32, for processors with AVX-512 or AMX.
+//
+// A logit comes out the same whatever rows and tokens stand beside it, so that a backward pass sees the logits whose
+// normaliser its forward pass took.
+#pragma once
+
+#include <cstdint>
+
+#include "common/dtype.h"
+#include "cpu/isa.h"
+
+namespace gk {
+
+struct Packing {
+  const void* x;  // [rows, width]
+  Dtype dtype;    // kFloat or kBFloat16
+  int64_t rows, width, stride;
+  uint16_t* packed;  // ProductKernels::packed_numbers
+};
+
+struct Product {
+  const uint16_t* packed;  // x
+  int64_t rows;
+  const void* table;  // [tokens, width], of x's dtype
+  Dtype dtype;
+  int64_t tokens, width, stride;
+  // table @ x.T, [tokens, out_stride], of which columns up to the next multiple of 16 are written; or, if by_row,
+  // x @ table.T, [rows, out_stride]. Rounded to kBFloat16 only if that is its dtype.
+  void* out;
+  Dtype out_dtype;
+  int64_t out_stride;
+  bool by_row;
+};
+
+struct WeightedSum {
+  const void* values;  // [rows, tokens]
+  Dtype values_dtype;  // kFloat or the table's
+  int64_t rows, values_stride;
+  const void* table;  // [tokens, width]
+  Dtype dtype;        // the table's: kFloat or kBFloat16
+  int64_t tokens, width, stride;
+  // values @ table, [rows, out_stride]. For a table in bfloat16 values are split into two such numbers, not rounded to one.
+  float* out;
+  int64_t out_stride;
+};
+
+struct ProductKernels {
+  int64_t packed_rows, tokens, columns;  // a block is so many rows of x, of the table's rows, of its columns
+  int64_t (*packed_numbers)(Dtype dtype, int64_t rows, int64_t width);
+  // Blocks [begin, end): of x's rows, of the table's rows, of its columns.
+  void (*pack)(const Packing& args, int64_t begin, int64_t end);
+  void (*multiply)(const Product& args, int64_t begin, int64_t end);
+  bool (*sum)(const WeightedSum& args, int64_t begin, int64_t end);  // whether no sum lost what an infinity stands for
+};
+
+#if defined(__x86_64__)
+extern const ProductKernels kProductsAvx512;
+#if defined(__linux__)
+extern const ProductKernels kProductsAmx;
+#endif
+#endif
+
+// Those for this machine; null where torch's own products serve.
+inline const ProductKernels* product_kernels(Dtype dtype) {
+  if (dtype != Dtype::kFloat && dtype != Dtype::kBFloat16) return nullptr;
+#if defined(__x86_64__)
+#if defined(__linux__)
+  if (machine_isa() == Isa::kAmx) return &kProductsAmx;
+#endif
+  if (machine_isa() == Isa::kAvx512 && (dtype == Dtype::kFloat || multiplies_bfloat16())) return &kProductsAvx512;
+#endif
+  return nullptr;
+}
+
+}  // namespace gk

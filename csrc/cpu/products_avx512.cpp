@@ -1,0 +1,348 @@
+// Products on AVX-512's vector units: float32 by multiply-adds, bfloat16 by its own instruction for pairs (AVX512_BF16).
+#include "cpu/products.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cstring>
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,avx512bf16"))), apply_to = function)
+#else
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma,avx512bf16,prefer-vector-width=512")
+#endif
+
+namespace gk {
+namespace {
+
+#include "cpu/put_sums.inl"
+
+constexpr int64_t kLanes = 16;
+constexpr int kWidest = 4;                     // vectors side by side that one round of products covers
+constexpr int64_t kLine = kWidest * kLanes;    // numbers from one row of sums to the next
+constexpr int64_t kTokens = 48;                // rows of the table at a time: any kTall divides it
+constexpr int64_t kStrip = 8;                  // lines of the table's columns that a panel has at most
+constexpr int64_t kSumsAtATime = 1 << 17;      // numbers that stay in the second-level cache
+
+// Rows of sums that fill the registers beside so many vectors.
+constexpr int tall(int wide) { return wide == 4 ? 6 : wide == 3 ? 8 : 12; }
+
+// A step is one column of float32 or two of bfloat16: 32 bits.
+constexpr int64_t steps_of(Dtype dtype, int64_t width) { return dtype == Dtype::kFloat ? width : (width + 1) / 2; }
+// Steps whose sum is taken in registers before it joins the sum so far: short sums of short sums keep the rounding small, which
+// beside bfloat16's own matters less.
+constexpr int64_t segment_of(Dtype dtype) { return dtype == Dtype::kFloat ? 64 : 128; }
+constexpr int64_t bytes_of(Dtype dtype) { return dtype == Dtype::kFloat ? 4 : 2; }
+
+template <Dtype kDtype>
+[[gnu::always_inline]] inline __m512 multiply_add(__m512 sum, __m512 a, __m512 b) {
+  if constexpr (kDtype == Dtype::kFloat) return _mm512_fmadd_ps(a, b, sum);
+  return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
+}
+
+// One operand: rows of numbers, of which each is multiplied by a whole line of the other.
+struct Rows {
+  const char* first;
+  int64_t stride;  // bytes
+  int64_t ahead;   // bytes to what will be wanted next, which is asked for; 0: nothing
+  bool half;       // the last step is a single number of bfloat16, and beyond it nothing may be read
+};
+
+// sums[kTall][kWide] of `steps` steps, in lines of kLine numbers; they replace what is there or are added to it.
+template <Dtype kDtype, int kTall, int kWide>
+[[gnu::noinline]] void multiply(const Rows& rows, const float* lines, int64_t steps, bool fresh, float* sums) {
+  __m512 sum[kTall][kWide];
+#pragma GCC unroll 12
+  for (int i = 0; i < kTall; ++i) {
+#pragma GCC unroll 4
+    for (int j = 0; j < kWide; ++j) sum[i][j] = _mm512_setzero_ps();
+  }
+  const auto step = [&](const auto& number) __attribute__((always_inline)) {
+    __m512 line[kWide];
+#pragma GCC unroll 4
+    for (int j = 0; j < kWide; ++j) line[j] = _mm512_loadu_ps(lines + j * kLanes);
+    lines += kWide * kLanes;
+#pragma GCC unroll 12
+    for (int i = 0; i < kTall; ++i) {
+      const __m512 x = number(i);
+#pragma GCC unroll 4
+      for (int j = 0; j < kWide; ++j) sum[i][j] = multiply_add<kDtype>(sum[i][j], x, line[j]);
+    }
+  };
+  const char* place = rows.first;
+  const auto whole = [&](int i) __attribute__((always_inline)) {
+    float number;
+    std::memcpy(&number, place + i * rows.stride, sizeof number);
+    return _mm512_set1_ps(number);
+  };
+  int64_t left = rows.half ? steps - 1 : steps;
+  while (left > 0) {
+    if (rows.ahead) {
+      for (int i = 0; i < kTall; ++i) _mm_prefetch(place + i * rows.stride + rows.ahead, _MM_HINT_T1);
+    }
+    const int64_t now = std::min<int64_t>(left, 16);  // a line of memory
+    left -= now;
+#pragma GCC unroll 4
+    for (int64_t k = 0; k < now; ++k) {
+      step(whole);
+      place += 4;
+    }
+  }
+  if (rows.half) {
+    step([&](int i) __attribute__((always_inline)) {
+      uint16_t number;
+      std::memcpy(&number, place + i * rows.stride, sizeof number);
+      return _mm512_castsi512_ps(_mm512_set1_epi32(number));
+    });
+  }
+#pragma GCC unroll 12
+  for (int i = 0; i < kTall; ++i) {
+#pragma GCC unroll 4
+    for (int j = 0; j < kWide; ++j) {
+      float* out = sums + i * kLine + j * kLanes;
+      _mm512_store_ps(out, fresh ? sum[i][j] : _mm512_add_ps(_mm512_load_ps(out), sum[i][j]));
+    }
+  }
+}
+
+// The same for any number of rows.
+template <Dtype kDtype, int kWide>
+void multiply_rows(Rows rows, int64_t count, const float* lines, int64_t steps, bool fresh, float* sums) {
+  const auto some = [&]<int kTall>() {
+    for (; count >= kTall; count -= kTall) {
+      multiply<kDtype, kTall, kWide>(rows, lines, steps, fresh, sums);
+      rows.first += kTall * rows.stride;
+      sums += kTall * kLine;
+    }
+  };
+  some.template operator()<tall(kWide)>();
+  some.template operator()<4>();
+  some.template operator()<2>();
+  some.template operator()<1>();
+}
+
+template <Dtype kDtype>
+void multiply_any(int wide, const Rows& rows, int64_t count, const float* lines, int64_t steps, bool fresh, float* sums) {
+  switch (wide) {
+    case 1: return multiply_rows<kDtype, 1>(rows, count, lines, steps, fresh, sums);
+    case 2: return multiply_rows<kDtype, 2>(rows, count, lines, steps, fresh, sums);
+    case 3: return multiply_rows<kDtype, 3>(rows, count, lines, steps, fresh, sums);
+    default: return multiply_rows<kDtype, 4>(rows, count, lines, steps, fresh, sums);
+  }
+}
+
+// x's rows in passes of up to kWidest vectors, as equal as can be; steps of a pass one after the other.
+struct Pass {
+  int64_t first;  // vector
+  int wide;
+};
+int64_t vectors_of(int64_t rows) { return (rows + kLanes - 1) / kLanes; }
+int64_t passes_of(int64_t rows) { return (vectors_of(rows) + kWidest - 1) / kWidest; }
+Pass pass_of(int64_t rows, int64_t pass) {
+  const int64_t least = vectors_of(rows) / passes_of(rows), more = vectors_of(rows) % passes_of(rows);
+  return {pass * least + std::min(pass, more), int(least + (pass < more))};
+}
+
+int64_t packed_numbers(Dtype dtype, int64_t rows, int64_t width) { return 2 * vectors_of(rows) * kLanes * steps_of(dtype, width); }
+
+void pack(const Packing& args, int64_t begin, int64_t end) {
+  const int64_t steps = steps_of(args.dtype, args.width), bytes = bytes_of(args.dtype);
+  for (int64_t index = begin; index < end; ++index) {
+    const Pass pass = pass_of(args.rows, index);
+    float* lines = reinterpret_cast<float*>(args.packed) + pass.first * kLanes * steps;
+    for (int j = 0; j < pass.wide; ++j) {
+      for (int64_t step = 0; step < steps; step += kLanes) {
+        const int64_t left = bytes * args.width - 4 * step;  // bytes of a row
+        const __mmask64 mask = left >= 64 ? ~__mmask64{0} : (__mmask64{1} << left) - 1;
+        __m512 block[16];
+        for (int64_t i = 0; i < kLanes; ++i) {
+          const int64_t row = (pass.first + j) * kLanes + i;
+          const char* x = static_cast<const char*>(args.x) + std::min(row, args.rows - 1) * args.stride * bytes + 4 * step;
+          block[i] = _mm512_castsi512_ps(_mm512_maskz_loadu_epi8(row < args.rows ? mask : 0, x));
+        }
+        transpose(block);
+        for (int64_t i = 0; i < std::min(kLanes, steps - step); ++i) {
+          _mm512_storeu_ps(lines + ((step + i) * pass.wide + j) * kLanes, block[i]);
+        }
+      }
+    }
+  }
+}
+
+template <Dtype kDtype>
+void multiply_blocks(const Product& args, int64_t begin, int64_t end) {
+  alignas(64) float sums[kTokens * kLine];
+  const int64_t steps = steps_of(kDtype, args.width), stride = args.stride * bytes_of(kDtype);
+  for (int64_t block = begin; block < end; ++block) {
+    const int64_t token = block * kTokens, tokens = std::min(kTokens, args.tokens - token);
+    const char* table = static_cast<const char*>(args.table) + token * stride;
+    for (int64_t index = 0; index < passes_of(args.rows); ++index) {
+      const Pass pass = pass_of(args.rows, index);
+      const float* lines = reinterpret_cast<const float*>(args.packed) + pass.first * kLanes * steps;
+      for (int64_t step = 0; step < steps; step += segment_of(kDtype)) {
+        const int64_t now = std::min(segment_of(kDtype), steps - step);
+        const bool half = kDtype == Dtype::kBFloat16 && args.width % 2 && step + now == steps;
+        const Rows rows{table + 4 * step, stride, index == 0 && block + 1 < end ? kTokens * stride : 0, half};
+        multiply_any<kDtype>(pass.wide, rows, tokens, lines + step * pass.wide * kLanes, now, step == 0, sums);
+      }
+      if (steps == 0) std::fill(sums, sums + kTokens * kLine, 0.0f);
+      put_sums<kLine>(args, sums, token, tokens, pass.first * kLanes, pass.wide * kLanes);
+    }
+  }
+}
+
+void multiply_table(const Product& args, int64_t begin, int64_t end) {
+  args.dtype == Dtype::kFloat ? multiply_blocks<Dtype::kFloat>(args, begin, end) : multiply_blocks<Dtype::kBFloat16>(args, begin, end);
+}
+
+// values @ table: lines are the table's own rows, in bfloat16 two of them side by side.
+template <Dtype kDtype>
+class Summer {
+ public:
+  explicit Summer(const WeightedSum& args)
+      : args_(args), strip_(std::clamp<int64_t>(kSumsAtATime / (kLine * std::max<int64_t>(1, args.rows)), 1, kStrip)),
+        memory_(new char[size_t(64 + 4 * (strip_ * kSegment * kLine + strip_ * args.rows * kLine + kParts * args.rows * kSegment))]) {
+    panel_ = reinterpret_cast<float*>(memory_ + -reinterpret_cast<uintptr_t>(memory_) % 64);
+    sums_ = panel_ + strip_ * kSegment * kLine;
+    pairs_ = sums_ + strip_ * args.rows * kLine;
+  }
+  ~Summer() { delete[] memory_; }
+  Summer(const Summer&) = delete;
+
+  // Lines [begin, end) of the table's columns.
+  bool run(int64_t begin, int64_t end) {
+    bool exact = true;
+    for (int64_t first = begin; first < end; first += strip_) {
+      const int64_t last = std::min(end, first + strip_);
+      for (int64_t token = 0; token < args_.tokens; token += kAtATime) {
+        const int64_t tokens = std::min(kAtATime, args_.tokens - token), steps = steps_of(kDtype, tokens);
+        fill(token, tokens, first, last);
+        if constexpr (kDtype == Dtype::kFloat) {
+          const float* values = static_cast<const float*>(args_.values) + token;
+          add({reinterpret_cast<const char*>(values), args_.values_stride * 4, 0, false}, steps, first, last, token == 0);
+        } else {
+          const int parts = split(token, tokens);
+          for (int part = 0; part < parts; ++part) {
+            const float* pairs = pairs_ + part * args_.rows * kSegment;
+            add({reinterpret_cast<const char*>(pairs), kSegment * 4, 0, false}, steps, first, last, token == 0 && part == 0);
+          }
+        }
+      }
+      if (args_.tokens == 0) std::fill(sums_, sums_ + strip_ * args_.rows * kLine, 0.0f);
+      for (int64_t block = first; block < last; ++block) exact &= put(block, sums_ + (block - first) * args_.rows * kLine);
+    }
+    return exact;
+  }
+
+ private:
+  static constexpr int64_t kSegment = segment_of(kDtype);
+  static constexpr int64_t kAtATime = kDtype == Dtype::kFloat ? kSegment : 2 * kSegment;  // tokens
+  static constexpr int kParts = kDtype == Dtype::kFloat ? 0 : 2;                          // of a value, as pairs of tokens
+
+  int64_t columns(int64_t block) const { return std::min(kLine, args_.width - block * kLine); }
+  int wide(int64_t block) const { return int(vectors_of(columns(block))); }
+
+  // Some tokens' columns, by lines of these, then by steps.
+  void fill(int64_t token, int64_t tokens, int64_t first, int64_t last) {
+    const int64_t stride = args_.stride * bytes_of(kDtype);
+    for (int64_t step = 0; step < steps_of(kDtype, tokens); ++step) {
+      const int64_t i = kDtype == Dtype::kFloat ? step : 2 * step;
+      const char* row = static_cast<const char*>(args_.table) + (token + i) * stride;
+      for (int64_t block = first; block < last; ++block) {
+        float* line = panel_ + (block - first) * kSegment * kLine + step * wide(block) * kLanes;
+        for (int j = 0; j < wide(block); ++j) {
+          const int64_t column = block * kLine + j * kLanes, left = args_.width - column;
+          const __mmask16 mask = left >= kLanes ? __mmask16(0xFFFF) : __mmask16((1u << left) - 1);
+          const char* x = row + column * bytes_of(kDtype);
+          if constexpr (kDtype == Dtype::kFloat) {
+            _mm_prefetch(x + kAhead * stride, _MM_HINT_T0);
+            _mm512_store_ps(line + j * kLanes, _mm512_maskz_loadu_ps(mask, x));
+          } else {
+            if (j % 2 == 0) {
+              _mm_prefetch(x + kAhead * stride, _MM_HINT_T0);
+              _mm_prefetch(x + (kAhead + 1) * stride, _MM_HINT_T0);
+            }
+            const __m256i below = _mm256_maskz_loadu_epi16(i + 1 < tokens ? mask : 0, i + 1 < tokens ? x + stride : x);
+            const __m512i pair = _mm512_or_si512(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, x)),
+                                                 _mm512_slli_epi32(_mm512_cvtepu16_epi32(below), 16));
+            _mm512_store_si512(line + j * kLanes, pair);
+          }
+        }
+      }
+    }
+  }
+
+  // Values of some tokens as pairs of bfloat16 numbers: the nearest, then those nearest to what they leave. Returns how many
+  // parts there are: numbers that are bfloat16 already have but one.
+  int split(int64_t token, int64_t tokens) {
+    const bool narrow = args_.values_dtype != Dtype::kFloat;
+    __m512i rests = _mm512_setzero_si512();
+    for (int64_t row = 0; row < args_.rows; ++row) {
+      for (int64_t i = 0; i < tokens; i += 2 * kLanes) {
+        const __mmask32 mask = tokens - i >= 2 * kLanes ? ~__mmask32{0} : (__mmask32{1} << (tokens - i)) - 1;
+        const int64_t place = row * args_.values_stride + token + i;
+        float* out = pairs_ + row * kSegment + i / 2;
+        if (narrow) {
+          _mm512_storeu_si512(out, _mm512_maskz_loadu_epi16(mask, static_cast<const uint16_t*>(args_.values) + place));
+          continue;
+        }
+        const float* x = static_cast<const float*>(args_.values) + place;
+        const __m512 low = _mm512_maskz_loadu_ps(__mmask16(mask), x), high = _mm512_maskz_loadu_ps(__mmask16(mask >> 16), x + 16);
+        const __m512i nearest = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low));
+        const auto left = [](__m512 from, __m256i part) {
+          return _mm512_sub_ps(from, _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(part), 16)));
+        };
+        const __m512 low_left = left(low, _mm512_castsi512_si256(nearest)), high_left = left(high, _mm512_extracti64x4_epi64(nearest, 1));
+        const __m512i rest = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high_left, low_left));
+        _mm512_storeu_si512(out, nearest);
+        _mm512_storeu_si512(out + args_.rows * kSegment, rest);
+        rests = _mm512_or_si512(rests, rest);
+      }
+    }
+    return _mm512_test_epi32_mask(rests, rests) ? 2 : 1;
+  }
+
+  void add(const Rows& values, int64_t steps, int64_t first, int64_t last, bool fresh) {
+    for (int64_t block = first; block < last; ++block) {
+      multiply_any<kDtype>(wide(block), values, args_.rows, panel_ + (block - first) * kSegment * kLine, steps, fresh,
+                           sums_ + (block - first) * args_.rows * kLine);
+    }
+  }
+
+  // A line of columns to where it belongs. An infinity's second part is NaN, and what it stands for is lost.
+  bool put(int64_t block, const float* sums) const {
+    __m512 unlike = _mm512_setzero_ps();  // x - x is 0 or NaN
+    for (int64_t row = 0; row < args_.rows; ++row) {
+      for (int64_t j = 0; j < columns(block); j += kLanes) {
+        const int64_t left = columns(block) - j;
+        const __mmask16 mask = left >= kLanes ? __mmask16(0xFFFF) : __mmask16((1u << left) - 1);
+        const __m512 x = _mm512_load_ps(sums + row * kLine + j);
+        _mm512_mask_storeu_ps(args_.out + row * args_.out_stride + block * kLine + j, mask, x);
+        unlike = _mm512_add_ps(unlike, _mm512_sub_ps(x, x));
+      }
+    }
+    return kDtype == Dtype::kFloat || _mm512_cmp_ps_mask(unlike, unlike, _CMP_UNORD_Q) == 0;
+  }
+
+  static constexpr int64_t kAhead = kDtype == Dtype::kFloat ? 8 : 16;  // rows of the table that are asked for
+
+  const WeightedSum& args_;
+  const int64_t strip_;
+  char* const memory_;  // no container's: what it would compile for this instruction set might serve another
+  float *panel_, *sums_, *pairs_;
+};
+
+bool sum_table(const WeightedSum& args, int64_t begin, int64_t end) {
+  return args.dtype == Dtype::kFloat ? Summer<Dtype::kFloat>(args).run(begin, end) : Summer<Dtype::kBFloat16>(args).run(begin, end);
+}
+
+}  // namespace
+}  // namespace gk
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+
+const gk::ProductKernels gk::kProductsAvx512 = {gk::kWidest * gk::kLanes, gk::kTokens, gk::kLine, gk::packed_numbers,
+                                                gk::pack, gk::multiply_table, gk::sum_table};
+#endif
