@@ -27,10 +27,11 @@ if not HAS_GPU:
 
 import grade_kernels as gk  # noqa: E402
 from tests.helpers import poisoned_memory  # noqa: E402
-from tests.interpreter import quicken  # noqa: E402
+from tests.interpreter import quicken, settle  # noqa: E402
 
 if not HAS_GPU and importlib.util.find_spec("triton") is not None:
     quicken()
+    settle()
 
 
 def pytest_configure(config: pytest.Config) -> None:

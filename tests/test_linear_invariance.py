@@ -165,7 +165,9 @@ def test_sizes(backend: str, device: str, interpreted: bool, estimator: str, voc
             assert x.isfinite().all()
         if vocab == 1:
             assert n == 0 or answer.logprobs.abs().max() <= 1e-6
-            assert (answer.bias.abs() <= 1e-5).all(), "one token has probability 1 whatever its logit"
+            # Of dY in all, a few roundings of the logit, which forward and backward may take by other products.
+            size = sum(float((d.abs() @ table.abs().T).sum()) for d, table in zip(p.upstream, p.tables, strict=True))
+            assert (answer.bias.abs() <= 1e-5 + 1e-6 * size).all(), "one token has probability 1 whatever its logit"
 
 
 @pytest.mark.thin(3)
@@ -262,7 +264,11 @@ def test_rows_with_and_without_overflow(
         )  # fmt: skip
 
     sparse, dense = part(peaked, eps), part(flat, 0.0)
-    torch.testing.assert_close(ours.lm_head, sparse.lm_head + dense.lm_head, rtol=2e-5, atol=2e-5)
+    summed = sparse.lm_head + dense.lm_head
+    others = torch.arange(200, device=device) != 7
+    torch.testing.assert_close(ours.lm_head[others], summed[others], rtol=2e-5, atol=2e-5)
+    # Token 7's is what rounding leaves of nearly nothing, times hidden states in the hundreds.
+    torch.testing.assert_close(ours.lm_head[7], summed[7], rtol=2e-5, atol=float(2e-4 * hidden.abs().max()))
     torch.testing.assert_close(ours.tables[0], sparse.tables[0] + dense.tables[0], rtol=2e-5, atol=2e-5)
 
 
