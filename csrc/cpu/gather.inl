@@ -17,28 +17,41 @@ GK_INLINE void rows_of(const void* x, int64_t stride, const int64_t* rows, int64
   for (int q = 0; q < kEntries; ++q) out[q] = static_cast<const T*>(x) + rows[k + q < end ? k + q : end - 1] * stride;
 }
 
-template <typename X, typename Y>
-static void dot_entries(const GatherArgs& args, int64_t begin, int64_t end) {
+// Entries k and after. Those of one row of x (kShared), which most are, load it once.
+template <bool kShared, typename X, typename Y>
+GK_INLINE void dot_some(const GatherArgs& args, int64_t k, int64_t end) {
   constexpr int64_t kStep = 2 * kLanes;
-  for (int64_t k = begin; k < end; k += kEntries) {
-    const X* x[kEntries];
-    const Y *y[kEntries], *next[kEntries];
-    rows_of(args.x, args.x_stride, args.rows, k, end, x);
-    rows_of(args.table, args.table_stride, args.tokens, k, end, y);
-    rows_of(args.table, args.table_stride, args.tokens, k + kEntries, end, next);
-    f32 sum[kEntries][2] = {};
-    int64_t i = 0;
-    for (; i + kStep <= args.width; i += kStep) {
-      for (int q = 0; q < kEntries; ++q) {
-        prefetch(next[q] + i, kStep);
-        for (int j = 0; j < 2; ++j) sum[q][j] += load(x[q] + i + j * kLanes) * load(y[q] + i + j * kLanes);
+  const X* x[kEntries];
+  const Y *y[kEntries], *next[kEntries];
+  rows_of(args.x, args.x_stride, args.rows, k, end, x);
+  rows_of(args.table, args.table_stride, args.tokens, k, end, y);
+  rows_of(args.table, args.table_stride, args.tokens, k + kEntries, end, next);
+  f32 sum[kEntries][2];
+  for (int q = 0; q < kEntries; ++q) sum[q][0] = sum[q][1] = f32{};
+  int64_t i = 0;
+  for (; i + kStep <= args.width; i += kStep) {
+    const f32 first[2] = {load(x[0] + i), load(x[0] + i + kLanes)};
+    for (int q = 0; q < kEntries; ++q) {
+      prefetch(next[q] + i, kStep);
+      for (int j = 0; j < 2; ++j) {
+        sum[q][j] += (kShared ? first[j] : load(x[q] + i + j * kLanes)) * load(y[q] + i + j * kLanes);
       }
     }
-    for (int q = 0; q < kEntries && k + q < end; ++q) {
-      float total = reduce_sum(sum[q][0] + sum[q][1]);
-      for (int64_t column = i; column < args.width; ++column) total += float(x[q][column]) * float(y[q][column]);
-      args.out[k + q] = total;
-    }
+  }
+  for (int q = 0; q < kEntries && k + q < end; ++q) {
+    float total = reduce_sum(sum[q][0] + sum[q][1]);
+    for (int64_t column = i; column < args.width; ++column) total += float(x[q][column]) * float(y[q][column]);
+    args.out[k + q] = total;
+  }
+}
+
+template <typename X, typename Y>
+static void dot_entries(const GatherArgs& args, int64_t begin, int64_t end) {
+  for (int64_t k = begin; k < end; k += kEntries) {
+    const int64_t* row = args.rows + k;
+    bool shared = k + kEntries <= end;
+    for (int q = 1; q < kEntries && shared; ++q) shared = row[q] == row[0];
+    shared ? dot_some<true, X, Y>(args, k, end) : dot_some<false, X, Y>(args, k, end);
   }
 }
 
