@@ -224,11 +224,28 @@ GK_STEP void collect(const f32 weight[kCall], const u32 w[kCall], f32 bound, int
 // Token positions that a piece visits: four at a time, aligned to the noise's counters.
 template <typename Visit>
 GK_INLINE void for_each_call(const HeadChunk& in, int64_t begin, int64_t end, Visit&& visit) {
-  const int64_t global = in.noise.vocab_start + in.first_token;
-  const int64_t shift = global & (kCall - 1);
-  int64_t token = ((begin + shift) & ~int64_t(kCall - 1)) - shift;
-  for (; token < end; token += kCall) visit(token, uint32_t((global + token) >> 2));
+  const int64_t shift = (in.noise.vocab_start + in.first_token) & (kCall - 1);
+  for (int64_t token = ((begin + shift) & ~int64_t(kCall - 1)) - shift; token < end; token += kCall) visit(token);
 }
+
+// The words of a piece's calls. They wait for nothing else, so drawn a call ahead they are made while logarithms and
+// exponentials, chains of dependent instructions, leave the processor idle.
+class Words {
+ public:
+  [[gnu::always_inline]] Words(const HeadChunk& in, const LaneKey& key, int64_t begin)
+      : key_(key), counter_(uint32_t((in.noise.vocab_start + in.first_token + begin) >> 2)) {
+    lane_words(key_, counter_, next_);
+  }
+  [[gnu::always_inline]] void take(u32 w[kCall]) {
+    for (int j = 0; j < kCall; ++j) w[j] = next_[j];
+    lane_words(key_, ++counter_, next_);
+  }
+
+ private:
+  const LaneKey& key_;
+  uint32_t counter_;
+  u32 next_[kCall];
+};
 
 template <typename T>
 static void sample_piece(const HeadArgs& args, int64_t group, int64_t begin, int64_t end, HeadPiece& out) {
@@ -237,12 +254,13 @@ static void sample_piece(const HeadArgs& args, int64_t group, int64_t begin, int
   f32 best = splat(-__builtin_inff()), threshold = best;
   i32 id = splat_i(0);
   LaneSum plain = empty_sum();
-  for_each_call(in, begin, end, [&](int64_t token, uint32_t counter) __attribute__((always_inline)) {
+  Words words(in, key, begin);
+  for_each_call(in, begin, end, [&](int64_t token) __attribute__((always_inline)) {
     f32 l[kCall], weight[kCall];
     u32 w[kCall];
     load_call<T>(in, in.logits, in.bias, group, token, begin, end, l);
     check(l, out);
-    lane_words(key, counter, w);
+    words.take(w);
     f32 bound[kCall];
     for (int j = 0; j < kCall; ++j) bound[j] = l[j] + gumbel_bound(w[j]);
     const i32 below = (bound[0] <= threshold) & (bound[1] <= threshold) & (bound[2] <= threshold) & (bound[3] <= threshold);
@@ -281,12 +299,13 @@ static void scores_piece(const HeadArgs& args, int64_t group, int64_t begin, int
   noisy.max = vmax(load_lanes(args.max, group, in.rows, 0.0f), noisy.max);
   f32 before = load_lanes(args.sum, group, in.rows, 0.0f), leader = splat(-__builtin_inff());
   i32 id = splat_i(0);
-  for_each_call(in, begin, end, [&](int64_t token, uint32_t counter) __attribute__((always_inline)) {
+  Words words(in, key, begin);
+  for_each_call(in, begin, end, [&](int64_t token) __attribute__((always_inline)) {
     f32 l[kCall], e[kCall], s[kCall], weight[kCall], unused[kCall], factor;
     u32 w[kCall];
     load_call<T>(in, in.logits, in.bias, group, token, begin, end, l);
     check(l, out);
-    lane_words(key, counter, w);
+    words.take(w);
     lane_exponential(key, in.noise.vocab_start + in.first_token + token, w, e);
     lane_gumbel(e, s);
     for (int j = 0; j < kCall; ++j) s[j] += l[j];
@@ -325,12 +344,13 @@ static void scores_piece_at_one(const HeadArgs& args, int64_t group, int64_t beg
   // Sums of exp(score - plain.max), and what a weight must exceed for its token to be looked at as a winner.
   f32 before = {}, noisy = {}, hurdle = splat(-1.0f), leader = splat(-__builtin_inff());
   i32 id = splat_i(0);
-  for_each_call(in, begin, end, [&](int64_t token, uint32_t counter) __attribute__((always_inline)) {
+  Words words(in, key, begin);
+  for_each_call(in, begin, end, [&](int64_t token) __attribute__((always_inline)) {
     f32 l[kCall], e[kCall], weight[kCall], factor;
     u32 w[kCall];
     load_call<T>(in, in.logits, in.bias, group, token, begin, end, l);
     check(l, out);
-    lane_words(key, counter, w);
+    words.take(w);
     lane_exponential(key, in.noise.vocab_start + in.first_token + token, w, e);
     if (plain.raise(l, splat(kLog2E), factor)) {
       noisy *= factor;
@@ -377,7 +397,8 @@ static void softmax_piece(const HeadArgs& args, int64_t group, int64_t begin, in
   LaneSum sum = empty_sum(), ref_sum = empty_sum();
   sum.max = vmax(load_lanes(args.max, group, in.rows, 0.0f), sum.max);
   f32 before = load_lanes(args.sum, group, in.rows, 0.0f), moment = {};
-  for_each_call(in, begin, end, [&](int64_t token, uint32_t counter) __attribute__((always_inline)) {
+  Words words(in, key, begin);
+  for_each_call(in, begin, end, [&](int64_t token) __attribute__((always_inline)) {
     f32 l[kCall], r[kCall], weight[kCall], unused[kCall], factor;
     load_call<T>(in, in.logits, in.bias, group, token, begin, end, l);
     check(l, out);
@@ -407,7 +428,7 @@ static void softmax_piece(const HeadArgs& args, int64_t group, int64_t begin, in
     }
     if (args.eps > 0.0f) {
       u32 w[kCall];
-      lane_words(key, counter, w);
+      words.take(w);
       collect(weight, w, eps * (before + sum.sum), token, out, found, [&](int j, int lane) { return l[j][lane]; });
     }
   });
