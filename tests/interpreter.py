@@ -1,4 +1,4 @@
-"""Triton's interpreter without most of what it repeats, which takes the larger part of the suite's time, and the same everywhere."""
+"""Triton's interpreter without most of what it repeats, and with products that are the same on every machine."""
 
 from __future__ import annotations
 

@@ -37,15 +37,13 @@ using ProductArgs = FewRows<float>;
 
 // What a dense backward pass sums: weights, and weights times the upstream gradient.
 struct TermsArgs {
-  const void* weights;  // [N, C]
-  Dtype dtype;
-  int64_t weights_stride;
-  const float* dy;  // [N, C]
-  int64_t dy_stride, columns;
-  const float* origin;      // [N], what dy counts from
-  float *weighted, *plain;  // [N, C]: weights * (dy - origin), and weights
+  const float *weights, *dy, *slope;  // [N, C]; slope may be null
+  int64_t weights_stride, dy_stride, slope_stride, columns;
+  void *weighted, *plain;  // [N, C]: weights * (dy - mean) and weights, times slope
+  Dtype out_dtype;         // kFloat or kBFloat16
   int64_t out_stride;
-  float *dot, *total;  // [N], their sums
+  float *total, *dot;  // [N]: sums of weights and of weights * dy so far, to which these are added; mean is their ratio
+  float* shift;        // [N]: by how much the mean has moved
 };
 
 struct GatherKernels {

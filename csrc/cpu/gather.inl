@@ -120,39 +120,46 @@ static void gather_sum(const GatherArgs& args, int64_t row, int64_t begin, int64
 
 template <typename T>
 static void terms_of(const TermsArgs& args, int64_t row) {
-  const T* weights = static_cast<const T*>(args.weights) + row * args.weights_stride;
-  const float *dy = args.dy + row * args.dy_stride, origin = args.origin[row];
-  float *weighted = args.weighted + row * args.out_stride, *plain = args.plain + row * args.out_stride;
-  f32 totals[2] = {}, dots[2] = {};
+  const float* weights = args.weights + row * args.weights_stride;
+  const float* dy = args.dy + row * args.dy_stride;
+  const float* slope = args.slope ? args.slope + row * args.slope_stride : nullptr;
+  T *weighted = static_cast<T*>(args.weighted) + row * args.out_stride, *plain = static_cast<T*>(args.plain) + row * args.out_stride;
+  constexpr int64_t kStep = 2 * kLanes;
+  f32 totals[2], dots[2];
+  for (int j = 0; j < 2; ++j) totals[j] = dots[j] = f32{};
   int64_t i = 0;
-  for (; i + 2 * kLanes <= args.columns; i += 2 * kLanes) {
+  for (; i + kStep <= args.columns; i += kStep) {
     for (int j = 0; j < 2; ++j) {
-      const f32 p = load(weights + i + j * kLanes), term = p * (load(dy + i + j * kLanes) - origin);
-      store(plain + i + j * kLanes, p);
-      store(weighted + i + j * kLanes, term);
+      const f32 p = load(weights + i + j * kLanes);
       totals[j] += p;
-      dots[j] += term;
+      dots[j] += p * load(dy + i + j * kLanes);
     }
   }
   float total = reduce_sum(totals[0] + totals[1]), dot = reduce_sum(dots[0] + dots[1]);
   for (; i < args.columns; ++i) {
-    plain[i] = float(weights[i]);
-    weighted[i] = plain[i] * (dy[i] - origin);
-    total += plain[i];
-    dot += weighted[i];
+    total += weights[i];
+    dot += weights[i] * dy[i];
   }
-  args.total[row] = total;
-  args.dot[row] = dot;
+  const auto mean_of = [&] { return args.total[row] > 0.0f ? args.dot[row] / args.total[row] : 0.0f; };
+  const float before = mean_of();
+  args.total[row] += total;
+  args.dot[row] += dot;
+  const float mean = mean_of();
+  args.shift[row] = mean - before;
+  for (i = 0; i + kLanes <= args.columns; i += kLanes) {
+    f32 p = load(weights + i);
+    if (slope) p *= load(slope + i);
+    store(plain + i, p);
+    store(weighted + i, p * (load(dy + i) - mean));
+  }
+  for (; i < args.columns; ++i) {
+    const float p = slope ? weights[i] * slope[i] : weights[i];
+    plain[i] = T(p);
+    weighted[i] = T(p * (dy[i] - mean));
+  }
 }
 static void weight_terms(const TermsArgs& args, int64_t row) {
-  switch (args.dtype) {
-    case Dtype::kFloat:
-      return terms_of<float>(args, row);
-    case Dtype::kBFloat16:
-      return terms_of<BFloat16>(args, row);
-    default:
-      return terms_of<Half>(args, row);
-  }
+  args.out_dtype == Dtype::kFloat ? terms_of<float>(args, row) : terms_of<BFloat16>(args, row);
 }
 
 // The sums over the lanes of sixteen vectors.

@@ -45,13 +45,49 @@ template <Dtype kDtype>
 struct Rows {
   const char* first;
   int64_t stride;  // bytes
-  int64_t ahead;   // bytes to what will be wanted next, which is asked for; 0: nothing
   bool half;       // the last step is a single number of bfloat16, and beyond it nothing may be read
 };
 
+// Rows of memory that will be wanted next.
+struct Region {
+  const char* row;
+  int64_t stride, rows, bytes;
+
+  int64_t lines() const { return rows * ((bytes + 63) / 64); }
+};
+
+// Regions are asked for a few lines at a time, while there is work to do.
+class Ahead {
+ public:
+  // All of them within `calls` calls of ask().
+  Ahead(Region first, Region second, int64_t calls)
+      : now_(first), then_(second), lines_((first.lines() + second.lines() + calls - 1) / std::max<int64_t>(1, calls)) {}
+
+  [[gnu::always_inline]] void ask() {
+    for (int64_t i = 0; i < lines_ && now_.rows > 0; ++i) {
+      _mm_prefetch(now_.row + at_, _MM_HINT_T1);
+      at_ += 64;
+      if (at_ < now_.bytes) continue;
+      at_ = 0;
+      now_.row += now_.stride;
+      if (--now_.rows > 0) continue;
+      now_ = then_;
+      then_.rows = 0;
+    }
+  }
+
+ private:
+  Region now_, then_;
+  int64_t lines_, at_ = 0;
+};
+
+constexpr int64_t kStepsBetween = 16;  // calls of Ahead::ask()
+// Calls of it by multiply_rows.
+constexpr int64_t calls_of(int wide, int64_t rows, int64_t steps) { return rows / tall(wide) * (steps / kStepsBetween); }
+
 // sums[kTall][kWide] of `steps` steps, in lines of kLine numbers; they replace what is there or are added to it.
 template <Dtype kDtype, int kTall, int kWide>
-[[gnu::noinline]] void multiply(const Rows& rows, const float* lines, int64_t steps, bool fresh, float* sums) {
+[[gnu::noinline]] void multiply(const Rows& rows, const float* lines, int64_t steps, bool fresh, float* sums, Ahead& ahead) {
   __m512 sum[kTall][kWide];
 #pragma GCC unroll 12
   for (int i = 0; i < kTall; ++i) {
@@ -78,10 +114,8 @@ template <Dtype kDtype, int kTall, int kWide>
   };
   int64_t left = rows.half ? steps - 1 : steps;
   while (left > 0) {
-    if (rows.ahead) {
-      for (int i = 0; i < kTall; ++i) _mm_prefetch(place + i * rows.stride + rows.ahead, _MM_HINT_T1);
-    }
-    const int64_t now = std::min<int64_t>(left, 16);  // a line of memory
+    ahead.ask();
+    const int64_t now = std::min(left, kStepsBetween);
     left -= now;
 #pragma GCC unroll 4
     for (int64_t k = 0; k < now; ++k) {
@@ -108,10 +142,10 @@ template <Dtype kDtype, int kTall, int kWide>
 
 // The same for any number of rows.
 template <Dtype kDtype, int kWide>
-void multiply_rows(Rows rows, int64_t count, const float* lines, int64_t steps, bool fresh, float* sums) {
+void multiply_rows(Rows rows, int64_t count, const float* lines, int64_t steps, bool fresh, float* sums, Ahead& ahead) {
   const auto some = [&]<int kTall>() {
     for (; count >= kTall; count -= kTall) {
-      multiply<kDtype, kTall, kWide>(rows, lines, steps, fresh, sums);
+      multiply<kDtype, kTall, kWide>(rows, lines, steps, fresh, sums, ahead);
       rows.first += kTall * rows.stride;
       sums += kTall * kLine;
     }
@@ -123,12 +157,12 @@ void multiply_rows(Rows rows, int64_t count, const float* lines, int64_t steps, 
 }
 
 template <Dtype kDtype>
-void multiply_any(int wide, const Rows& rows, int64_t count, const float* lines, int64_t steps, bool fresh, float* sums) {
+void multiply_any(int wide, const Rows& rows, int64_t count, const float* lines, int64_t steps, bool fresh, float* sums, Ahead& ahead) {
   switch (wide) {
-    case 1: return multiply_rows<kDtype, 1>(rows, count, lines, steps, fresh, sums);
-    case 2: return multiply_rows<kDtype, 2>(rows, count, lines, steps, fresh, sums);
-    case 3: return multiply_rows<kDtype, 3>(rows, count, lines, steps, fresh, sums);
-    default: return multiply_rows<kDtype, 4>(rows, count, lines, steps, fresh, sums);
+    case 1: return multiply_rows<kDtype, 1>(rows, count, lines, steps, fresh, sums, ahead);
+    case 2: return multiply_rows<kDtype, 2>(rows, count, lines, steps, fresh, sums, ahead);
+    case 3: return multiply_rows<kDtype, 3>(rows, count, lines, steps, fresh, sums, ahead);
+    default: return multiply_rows<kDtype, 4>(rows, count, lines, steps, fresh, sums, ahead);
   }
 }
 
@@ -177,14 +211,18 @@ void multiply_blocks(const Product& args, int64_t begin, int64_t end) {
   for (int64_t block = begin; block < end; ++block) {
     const int64_t token = block * kTokens, tokens = std::min(kTokens, args.tokens - token);
     const char* table = static_cast<const char*>(args.table) + token * stride;
+    int64_t calls = 0;
+    for (int64_t index = 0; index < passes_of(args.rows); ++index) calls += calls_of(pass_of(args.rows, index).wide, tokens, steps);
+    const int64_t behind = block + 1 < end ? std::min(kTokens, args.tokens - token - tokens) : 0;
+    Ahead ahead({table + tokens * stride, stride, behind, args.width * bytes_of(kDtype)}, {}, calls);
     for (int64_t index = 0; index < passes_of(args.rows); ++index) {
       const Pass pass = pass_of(args.rows, index);
       const float* lines = reinterpret_cast<const float*>(args.packed) + pass.first * kLanes * steps;
       for (int64_t step = 0; step < steps; step += segment_of(kDtype)) {
         const int64_t now = std::min(segment_of(kDtype), steps - step);
         const bool half = kDtype == Dtype::kBFloat16 && args.width % 2 && step + now == steps;
-        const Rows rows{table + 4 * step, stride, index == 0 && block + 1 < end ? kTokens * stride : 0, half};
-        multiply_any<kDtype>(pass.wide, rows, tokens, lines + step * pass.wide * kLanes, now, step == 0, sums);
+        multiply_any<kDtype>(pass.wide, {table + 4 * step, stride, half}, tokens, lines + step * pass.wide * kLanes, now, step == 0,
+                             sums, ahead);
       }
       if (steps == 0) std::fill(sums, sums + kTokens * kLine, 0.0f);
       put_sums<kLine>(args, sums, token, tokens, pass.first * kLanes, pass.wide * kLanes);
@@ -205,7 +243,7 @@ class Summer {
         memory_(new char[size_t(64 + 4 * (strip_ * kSegment * kLine + strip_ * args.rows * kLine + kParts * args.rows * kSegment))]) {
     panel_ = reinterpret_cast<float*>(memory_ + -reinterpret_cast<uintptr_t>(memory_) % 64);
     sums_ = panel_ + strip_ * kSegment * kLine;
-    pairs_ = sums_ + strip_ * args.rows * kLine;
+    values_ = sums_ + strip_ * args.rows * kLine;
   }
   ~Summer() { delete[] memory_; }
   Summer(const Summer&) = delete;
@@ -216,16 +254,19 @@ class Summer {
     for (int64_t first = begin; first < end; first += strip_) {
       const int64_t last = std::min(end, first + strip_);
       for (int64_t token = 0; token < args_.tokens; token += kAtATime) {
-        const int64_t tokens = std::min(kAtATime, args_.tokens - token), steps = steps_of(kDtype, tokens);
+        const int64_t tokens = std::min(kAtATime, args_.tokens - token), behind = std::min(kAtATime, args_.tokens - token - tokens);
         fill(token, tokens, first, last);
-        if constexpr (kDtype == Dtype::kFloat) {
-          const float* values = static_cast<const float*>(args_.values) + token;
-          add({reinterpret_cast<const char*>(values), args_.values_stride * 4, 0, false}, steps, first, last, token == 0);
-        } else {
-          const int parts = split(token, tokens);
-          for (int part = 0; part < parts; ++part) {
-            const float* pairs = pairs_ + part * args_.rows * kSegment;
-            add({reinterpret_cast<const char*>(pairs), kSegment * 4, 0, false}, steps, first, last, token == 0 && part == 0);
+        const int parts = copy(token, tokens);
+        const int64_t bytes = bytes_of(kDtype), columns = std::min(args_.width, last * kLine) - first * kLine;
+        const int64_t calls = parts * (last - first) * calls_of(kWidest, args_.rows, steps_of(kDtype, tokens));
+        const int64_t value_bytes = bytes_of(args_.values_dtype), ask_values = behind > 0 ? args_.rows : 0;
+        Ahead ahead({values(token + tokens), args_.values_stride * value_bytes, ask_values, behind * value_bytes},
+                    {table(token + tokens) + first * kLine * bytes, args_.stride * bytes, behind, columns * bytes}, calls);
+        for (int part = 0; part < parts; ++part) {
+          const Rows rows{reinterpret_cast<const char*>(values_ + part * args_.rows * kSegment), kSegment * 4, false};
+          for (int64_t block = first; block < last; ++block) {
+            multiply_any<kDtype>(wide(block), rows, args_.rows, panel_ + (block - first) * kSegment * kLine, steps_of(kDtype, tokens),
+                                 token == 0 && part == 0, sums_ + (block - first) * args_.rows * kLine, ahead);
           }
         }
       }
@@ -236,19 +277,22 @@ class Summer {
   }
 
  private:
-  static constexpr int64_t kSegment = segment_of(kDtype);
+  static constexpr int64_t kSegment = 128;
   static constexpr int64_t kAtATime = kDtype == Dtype::kFloat ? kSegment : 2 * kSegment;  // tokens
-  static constexpr int kParts = kDtype == Dtype::kFloat ? 0 : 2;                          // of a value, as pairs of tokens
+  static constexpr int kParts = kDtype == Dtype::kFloat ? 1 : 2;                          // of a value
 
   int64_t columns(int64_t block) const { return std::min(kLine, args_.width - block * kLine); }
   int wide(int64_t block) const { return int(vectors_of(columns(block))); }
 
+  const char* table(int64_t token) const { return static_cast<const char*>(args_.table) + token * args_.stride * bytes_of(kDtype); }
+
+  const char* values(int64_t token) const { return static_cast<const char*>(args_.values) + token * bytes_of(args_.values_dtype); }
+
   // Some tokens' columns, by lines of these, then by steps.
   void fill(int64_t token, int64_t tokens, int64_t first, int64_t last) {
-    const int64_t stride = args_.stride * bytes_of(kDtype);
     for (int64_t step = 0; step < steps_of(kDtype, tokens); ++step) {
       const int64_t i = kDtype == Dtype::kFloat ? step : 2 * step;
-      const char* row = static_cast<const char*>(args_.table) + (token + i) * stride;
+      const char* row = table(token + i);
       for (int64_t block = first; block < last; ++block) {
         float* line = panel_ + (block - first) * kSegment * kLine + step * wide(block) * kLanes;
         for (int j = 0; j < wide(block); ++j) {
@@ -256,14 +300,9 @@ class Summer {
           const __mmask16 mask = left >= kLanes ? __mmask16(0xFFFF) : __mmask16((1u << left) - 1);
           const char* x = row + column * bytes_of(kDtype);
           if constexpr (kDtype == Dtype::kFloat) {
-            _mm_prefetch(x + kAhead * stride, _MM_HINT_T0);
             _mm512_store_ps(line + j * kLanes, _mm512_maskz_loadu_ps(mask, x));
           } else {
-            if (j % 2 == 0) {
-              _mm_prefetch(x + kAhead * stride, _MM_HINT_T0);
-              _mm_prefetch(x + (kAhead + 1) * stride, _MM_HINT_T0);
-            }
-            const __m256i below = _mm256_maskz_loadu_epi16(i + 1 < tokens ? mask : 0, i + 1 < tokens ? x + stride : x);
+            const __m256i below = _mm256_maskz_loadu_epi16(i + 1 < tokens ? mask : 0, i + 1 < tokens ? x + args_.stride * 2 : x);
             const __m512i pair = _mm512_or_si512(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, x)),
                                                  _mm512_slli_epi32(_mm512_cvtepu16_epi32(below), 16));
             _mm512_store_si512(line + j * kLanes, pair);
@@ -273,41 +312,40 @@ class Summer {
     }
   }
 
-  // Values of some tokens as pairs of bfloat16 numbers: the nearest, then those nearest to what they leave. Returns how many
-  // parts there are: numbers that are bfloat16 already have but one.
-  int split(int64_t token, int64_t tokens) {
-    const bool narrow = args_.values_dtype != Dtype::kFloat;
+  // Values of some tokens, side by side: rows far apart may all want the same places of a cache. In bfloat16 pairs of tokens: the
+  // nearest numbers, then those nearest to what they leave. Returns how many parts there are: numbers that are bfloat16
+  // already have but one.
+  int copy(int64_t token, int64_t tokens) {
+    constexpr int64_t kAtOnce = kDtype == Dtype::kFloat ? kLanes : 2 * kLanes;
     __m512i rests = _mm512_setzero_si512();
     for (int64_t row = 0; row < args_.rows; ++row) {
-      for (int64_t i = 0; i < tokens; i += 2 * kLanes) {
+      for (int64_t i = 0; i < tokens; i += kAtOnce) {
         const __mmask32 mask = tokens - i >= 2 * kLanes ? ~__mmask32{0} : (__mmask32{1} << (tokens - i)) - 1;
         const int64_t place = row * args_.values_stride + token + i;
-        float* out = pairs_ + row * kSegment + i / 2;
-        if (narrow) {
+        float* out = values_ + row * kSegment + steps_of(kDtype, i);
+        if (args_.values_dtype != Dtype::kFloat) {
           _mm512_storeu_si512(out, _mm512_maskz_loadu_epi16(mask, static_cast<const uint16_t*>(args_.values) + place));
           continue;
         }
         const float* x = static_cast<const float*>(args_.values) + place;
-        const __m512 low = _mm512_maskz_loadu_ps(__mmask16(mask), x), high = _mm512_maskz_loadu_ps(__mmask16(mask >> 16), x + 16);
-        const __m512i nearest = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low));
-        const auto left = [](__m512 from, __m256i part) {
-          return _mm512_sub_ps(from, _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(part), 16)));
-        };
-        const __m512 low_left = left(low, _mm512_castsi512_si256(nearest)), high_left = left(high, _mm512_extracti64x4_epi64(nearest, 1));
-        const __m512i rest = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high_left, low_left));
-        _mm512_storeu_si512(out, nearest);
-        _mm512_storeu_si512(out + args_.rows * kSegment, rest);
-        rests = _mm512_or_si512(rests, rest);
+        const __m512 low = _mm512_maskz_loadu_ps(__mmask16(mask), x);
+        if constexpr (kDtype == Dtype::kFloat) {
+          _mm512_storeu_ps(out, low);
+        } else {
+          const __m512 high = _mm512_maskz_loadu_ps(__mmask16(mask >> 16), x + 16);
+          const __m512i nearest = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low));
+          const auto left = [](__m512 from, __m256i part) {
+            return _mm512_sub_ps(from, _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(part), 16)));
+          };
+          const __m512 low_left = left(low, _mm512_castsi512_si256(nearest)), high_left = left(high, _mm512_extracti64x4_epi64(nearest, 1));
+          const __m512i rest = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high_left, low_left));
+          _mm512_storeu_si512(out, nearest);
+          _mm512_storeu_si512(out + args_.rows * kSegment, rest);
+          rests = _mm512_or_si512(rests, rest);
+        }
       }
     }
     return _mm512_test_epi32_mask(rests, rests) ? 2 : 1;
-  }
-
-  void add(const Rows& values, int64_t steps, int64_t first, int64_t last, bool fresh) {
-    for (int64_t block = first; block < last; ++block) {
-      multiply_any<kDtype>(wide(block), values, args_.rows, panel_ + (block - first) * kSegment * kLine, steps, fresh,
-                           sums_ + (block - first) * args_.rows * kLine);
-    }
   }
 
   // A line of columns to where it belongs. An infinity's second part is NaN, and what it stands for is lost.
@@ -325,12 +363,10 @@ class Summer {
     return kDtype == Dtype::kFloat || _mm512_cmp_ps_mask(unlike, unlike, _CMP_UNORD_Q) == 0;
   }
 
-  static constexpr int64_t kAhead = kDtype == Dtype::kFloat ? 8 : 16;  // rows of the table that are asked for
-
   const WeightedSum& args_;
   const int64_t strip_;
   char* const memory_;  // no container's: what it would compile for this instruction set might serve another
-  float *panel_, *sums_, *pairs_;
+  float *panel_, *sums_, *values_;
 };
 
 bool sum_table(const WeightedSum& args, int64_t begin, int64_t end) {

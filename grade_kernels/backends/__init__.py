@@ -43,8 +43,10 @@ product(x, table, out=None) -> [N, C]               x @ table.T, rounded as thos
 weighted_sum(values, table) -> [N, H]               values [N, C] @ table [C, H], in compute precision; values are rounded to
                                                     the table's dtype first unless exact_weights(table.dtype)
 exact_weights(dtype) -> bool
-weight_terms(weights, dy, origin, out) -> [2, N]    out[0] = weights * (dy - origin) and out[1] = weights, [N, C] each and in
-                                                    compute precision as dy is; their sums. origin is [N]
+weight_terms(weights, dy, slope, out, sums) -> [N]  out[0] = weights * (dy - mean) and out[1] = weights, [N, C] each, times
+                                                    slope if there is one, rounded to out's dtype. sums [2, N] are those of
+                                                    weights and of weights * dy so far, to which these are added; mean is
+                                                    their ratio. Returns by how much it has moved
 scatter_sum(values, x, rows, tokens, table) -> [V, H]  sum over entries of value * x[row] at row `token`, table's dtype
 ```
 

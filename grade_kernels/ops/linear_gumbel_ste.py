@@ -349,8 +349,8 @@ class _Backward:
         """The exact rule for some rows.
 
         The gradient of the logits is `p (dY - D)`, and D is known only at the end of the vocabulary. The gradient of
-        the hidden states is linear in D, so where no other is asked for, one pass sums what is and what is not
-        multiplied by it. Otherwise one pass finds the means and another makes the gradient.
+        the hidden states is linear in D, so where no other is asked for, one pass will do. Otherwise one pass finds the
+        means and another makes the gradient.
         """
         tau, ids = self.tau[rows, None], self.ids[rows, None]
         upstream = [d[rows] for d in self.upstream]
@@ -383,7 +383,7 @@ class _Backward:
                     self.implementation.product(d, table[columns], parts[-1])
             return functools.reduce(torch.Tensor.add_, parts)
 
-        # With weights rounded to less, the difference at the end would lose what is left of it.
+        # Where chunks of a sum are themselves rounded to less, two passes are the more exact.
         exact = self.implementation.exact_weights(self.head.weight.dtype)
         if exact and not (reinmax or self.gradients.needs[1] or self.gradients.needs[2]):
             self._dense_hidden(rows, estimator, dlogprobs, dtables, weights, plain, dy_chunk)
@@ -433,27 +433,28 @@ class _Backward:
         plain: Callable[[torch.Tensor], torch.Tensor],
         dy_chunk: Callable[[slice], torch.Tensor],
     ) -> None:
-        """`dense` in one pass, for the gradients of hidden states, tau and, with `soft`, tables."""
+        """`dense` in one pass, for the gradients of hidden states, tau and, with `soft`, tables.
+
+        What is summed counts dY from its mean so far, and sums are mended as the mean moves: so terms are nearly the
+        gradient's own, and rounding them to the head's dtype loses no more than rounding that would.
+        """
         tau, head = self.tau[rows, None], self.head._replace(hidden=self.head.hidden[rows])
-        # Counting dY from the sampled token's keeps what is subtracted at the end small.
-        origin = self.dy(rows, self.ids[rows])
         moment, moment_dot = (torch.zeros_like(tau) for _ in range(2))
-        dot_and_total = tau.new_zeros(2, len(rows))
+        totals = tau.new_zeros(2, len(rows))
         kinds = 2 if dlogprobs is None else 3
-        sums = torch.zeros(kinds * len(rows), head.hidden.shape[1], dtype=tau.dtype, device=tau.device)
-        scratch = Scratch(kinds * len(rows), tau.dtype, tau.device)
+        sums = torch.zeros(kinds, len(rows), head.hidden.shape[1], dtype=tau.dtype, device=tau.device)
+        scratch = Scratch(kinds * len(rows), head.weight.dtype, tau.device)
         for columns, logits in head_chunks(head, self.implementation.product):
             stacked = scratch(logits.shape[1])
             terms = stacked.view(kinds, *logits.shape)
-            # Weights of the table's dtype are cheap to multiply it by; as long as all sums take the same ones, they are
-            # those of a distribution, and nothing is lost in the difference.
-            narrow, dy = weights(columns, logits, head.weight.dtype), dy_chunk(columns)
-            dot_and_total += self.implementation.weight_terms(narrow, dy, origin, terms[:2])
-            weighted, part = terms[0], terms[1]
+            part, dy = weights(columns, logits, logits.dtype), dy_chunk(columns)
+            slope = None if head.softcap is None else softcap_slope(logits, head.softcap)
+            moved = self.implementation.weight_terms(part, dy, slope, terms[:2], totals)[:, None]
             if self.wants_dtau:
                 logp = torch.where(part > 0, part.log(), 0.0)
+                mean = torch.where(totals[0] > 0, totals[1] / totals[0], 0.0)[:, None]
+                moment_dot += (part * (dy - mean) * logp).sum(dim=1, keepdim=True) - moved * moment
                 moment += (part * logp).sum(dim=1, keepdim=True)
-                moment_dot += (weighted * logp).sum(dim=1, keepdim=True)
             if estimator == "soft":
                 p = part / self.statistics.relaxed_sum[rows, None]
                 for upstream, dtable in zip(self.upstream, dtables, strict=True):
@@ -462,18 +463,15 @@ class _Backward:
             if self.gradients.hidden is None:
                 continue
             if dlogprobs is not None:
-                terms[2].copy_(plain(logits).to(head.weight.dtype))
-            if head.softcap is not None:
-                terms *= softcap_slope(logits, head.softcap)
-            sums += self.implementation.weighted_sum(stacked, head.weight[columns])
-        dot, total = dot_and_total[:, :, None]
-        mean = dot / total
-        self.dtau[rows] -= ((moment_dot - mean * moment) / (total * tau)).squeeze(1)
+                terms[2].copy_(plain(logits) if slope is None else plain(logits) * slope)
+            sums[0] -= moved * sums[1]
+            sums += self.implementation.weighted_sum(stacked, head.weight[columns]).view_as(sums)
+        total = totals[0, :, None]
+        self.dtau[rows] -= (moment_dot / (total * tau)).squeeze(1)
         if self.gradients.hidden is not None:
-            weighted, unweighted, *plains = sums.split(len(rows))
-            self.gradients.hidden[rows] += (weighted - mean * unweighted) / (total * tau)
+            self.gradients.hidden[rows] += sums[0] / (total * tau)
             if dlogprobs is not None:
-                self.gradients.hidden[rows] -= dlogprobs[rows, None] * plains[0]
+                self.gradients.hidden[rows] -= dlogprobs[rows, None] * sums[2]
         if dlogprobs is not None:
             self.gradients.add_entries(Entries(rows, self.ids[rows], self.allowed(dlogprobs)[rows]))
 

@@ -61,13 +61,17 @@ def weighted_sum(values: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     return fallback.weighted_sum(values, table)
 
 
-def weight_terms(weights: torch.Tensor, dy: torch.Tensor, origin: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+def weight_terms(
+    weights: torch.Tensor, dy: torch.Tensor, slope: torch.Tensor | None, out: torch.Tensor, sums: torch.Tensor
+) -> torch.Tensor:
     """See `grade_kernels.backends`."""
-    if out.dtype != torch.float32:
-        return fallback.weight_terms(weights, dy, origin, out)
-    sums = out.new_empty(2, len(weights))
-    _kernels().weight_terms(unit_stride(weights), unit_stride(dy), origin.contiguous(), out, sums)
-    return sums
+    if weights.dtype != torch.float32 or out.dtype == torch.float16:
+        return fallback.weight_terms(weights, dy, slope, out, sums)
+    both = torch.cat([sums, sums.new_empty(1, len(weights))])
+    slope = None if slope is None else unit_stride(slope)
+    _kernels().weight_terms(unit_stride(weights), unit_stride(dy), slope, out, both)
+    sums.copy_(both[:2])
+    return both[2]
 
 
 def exact_weights(dtype: torch.dtype) -> bool:

@@ -64,11 +64,20 @@ def weighted_sum(values: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     return ((values / shrink).half() @ table) * shrink
 
 
-def weight_terms(weights: torch.Tensor, dy: torch.Tensor, origin: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+def weight_terms(
+    weights: torch.Tensor, dy: torch.Tensor, slope: torch.Tensor | None, out: torch.Tensor, sums: torch.Tensor
+) -> torch.Tensor:
     """See `grade_kernels.backends`."""
+    total, dot = sums
+    before = torch.where(total > 0, dot / total, 0.0)
+    total += weights.sum(dim=1)
+    dot += (weights * dy).sum(dim=1)
+    mean = torch.where(total > 0, dot / total, 0.0)
     weighted, plain = out.unbind()
-    torch.mul(plain.copy_(weights), dy - origin[:, None], out=weighted)
-    return out.sum(dim=2)
+    scaled = weights if slope is None else weights * slope
+    plain.copy_(scaled)
+    weighted.copy_(scaled * (dy - mean[:, None]))
+    return mean - before
 
 
 def exact_weights(dtype: torch.dtype) -> bool:
