@@ -109,7 +109,7 @@ GK_STEP void lane_exponential(const LaneKey& key, int64_t token, const u32 w[kCa
     f32p e = exponential_unrefined(pack(w + j));
     u32 least = w[j];
     for (int i = 1; i < kPack; ++i) least = least < w[j + i] ? least : w[j + i];
-    if (__builtin_expect(any((i32)(least < kRefineBelow)), 0)) {
+    if (__builtin_expect(any_below(least, kRefineBelow), 0)) {
       for (int i = 0; i < kPack; ++i) {
         f32 refined = e.v[i];
         refine_lanes(key, token + j + i, w[j + i], refined);

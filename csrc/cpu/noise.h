@@ -141,7 +141,7 @@ GK_STEP f32p exponential(const RowKey& key, int64_t token, u32p w) {
   f32p e = exponential_unrefined(w);
   u32 least = w.v[0];
   for (int i = 1; i < kPack; ++i) least = least < w.v[i] ? least : w.v[i];
-  if (__builtin_expect(any((i32)(least < kRefineBelow)), 0)) {
+  if (__builtin_expect(any_below(least, kRefineBelow), 0)) {
     u32p words = w;  // their addresses must not escape from the usual path, or all of it would live in memory
     f32p refined = e;
     refine(key, token, words.v, refined.v);

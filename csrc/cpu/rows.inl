@@ -171,12 +171,22 @@ static SamplePart<float> sample(const Rows& in, int64_t row, int64_t begin, int6
 
 // ---- Softmax of the scores ------------------------------------------------------------------------------------------
 
-// exp((l + g - pivot) / tau), or without noise exp((l - pivot) / tau), of one block.
+// exp((l + g - pivot) / tau), or without noise exp((l - pivot) / tau), of one block. At tau = 1 the first is
+// exp(l - pivot) / E, one logarithm less.
 template <bool kNoisy>
 GK_STEP void weigh(const RowKey& key, int64_t vocab_start, const Block& block, const f32 l[kVectors], float pivot,
                      float scale, f32 out[kVectors]) {
   u32 w[kVectors];
   if constexpr (kNoisy) noise_words(key, block.counter, w);
+  if (kNoisy && scale == kLog2E) {
+    for (int j = 0; j < kVectors; j += kPack) {
+      const f32p e = exponential(key, vocab_start + block.column + j * kLanes, pack(w + j));
+      f32p weight = vexp2((pack(l + j) - pivot) * kLog2E);
+      for (int i = 0; i < kPack; ++i) weight.v[i] *= reciprocal(e.v[i]);
+      unpack(weight, out + j);
+    }
+    return;
+  }
   for (int j = 0; j < kVectors; j += kPack) {
     f32p s = pack(l + j);
     if constexpr (kNoisy) s = s + gumbel(key, vocab_start + block.column + j * kLanes, pack(w + j));

@@ -77,6 +77,14 @@ GK_INLINE bool any_gt(f32 a, f32 b) {
 #endif
 }
 
+GK_INLINE bool any_below(u32 a, uint32_t bound) {
+#ifdef GK_AVX512
+  return _mm512_cmplt_epu32_mask((__m512i)a, _mm512_set1_epi32(int(bound))) != 0;
+#else
+  return any((i32)(a < bound));
+#endif
+}
+
 GK_INLINE f32 to_float(u32 x) {
 #ifdef GK_AVX512
   return (f32)_mm512_cvtepu32_ps((__m512i)x);
@@ -233,7 +241,7 @@ GK_STEP f32p vlog(f32p x) {
   return fma(k, kLn2, log1p_core(f));
 }
 
-// 2^x for x <= 0; zero below 2^-126, so that nothing is ever subnormal.
+// 2^x for x up to 100 or so; zero below 2^-126, so that nothing is ever subnormal.
 GK_STEP f32p vexp2(f32p x) {
   f32p n, f, out;
   for (int i = 0; i < kPack; ++i) {
