@@ -261,7 +261,8 @@ class Summer {
         const int64_t calls = parts * (last - first) * calls_of(kWidest, args_.rows, steps_of(kDtype, tokens));
         const int64_t value_bytes = bytes_of(args_.values_dtype), ask_values = behind > 0 ? args_.rows : 0;
         Ahead ahead({values(token + tokens), args_.values_stride * value_bytes, ask_values, behind * value_bytes},
-                    {table(token + tokens) + first * kLine * bytes, args_.stride * bytes, behind, columns * bytes}, calls);
+                    {}, calls);
+        (void)bytes, (void)columns;
         for (int part = 0; part < parts; ++part) {
           const Rows rows{reinterpret_cast<const char*>(values_ + part * args_.rows * kSegment), kSegment * 4, false};
           for (int64_t block = first; block < last; ++block) {
@@ -300,8 +301,13 @@ class Summer {
           const __mmask16 mask = left >= kLanes ? __mmask16(0xFFFF) : __mmask16((1u << left) - 1);
           const char* x = row + column * bytes_of(kDtype);
           if constexpr (kDtype == Dtype::kFloat) {
+            _mm_prefetch(x + 16 * args_.stride * 4, _MM_HINT_T0);
             _mm512_store_ps(line + j * kLanes, _mm512_maskz_loadu_ps(mask, x));
           } else {
+            if (j % 2 == 0) {
+              _mm_prefetch(x + 32 * args_.stride, _MM_HINT_T0);
+              _mm_prefetch(x + 34 * args_.stride, _MM_HINT_T0);
+            }
             const __m256i below = _mm256_maskz_loadu_epi16(i + 1 < tokens ? mask : 0, i + 1 < tokens ? x + args_.stride * 2 : x);
             const __m512i pair = _mm512_or_si512(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, x)),
                                                  _mm512_slli_epi32(_mm512_cvtepu16_epi32(below), 16));
