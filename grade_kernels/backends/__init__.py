@@ -14,8 +14,9 @@ sample(logits, seed, row_ids, vocab_start, logsumexp) -> Sample
     an id in range and NaN in score_max.
 one_hot(sample, vocab_size, dtype) -> [N, V]
     one_hot(ids), exactly; NaN throughout a row whose score_max is NaN.
-softmax(logits, tau, seed, row_ids, vocab_start, score_max, normalize, out_dtype) -> (weights, total)
-    weights = exp((l + g - score_max) / tau), total = their sum [N]; with normalize the weights are divided by it.
+softmax(logits, tau, seed, row_ids, vocab_start, score_max, normalize, out_dtype, out=None) -> (weights, total)
+    weights = exp((l + g - score_max) / tau), total = their sum [N]; with normalize the weights are divided by it. They are
+    written to out (contiguous, of out_dtype) where it is given.
 softmax_backward(dy, logits, tau, seed, row_ids, vocab_start, estimator, sample, dlogprobs, needs_dtau, out) -> dtau
     The estimator's rule (the table in `ops.gumbel_ste_embedding`) for dl given dy [N, V], plus
     dlogprobs * (one_hot(ids) - softmax(l)) where dlogprobs is given, written to out [N, V], which may be dy itself.

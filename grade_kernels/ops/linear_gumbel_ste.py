@@ -218,6 +218,7 @@ def _soft_lookup(
     ids = torch.full((rows,), -1, dtype=torch.int64, device=tau.device)
     sums = [torch.zeros(rows, table.shape[1], dtype=tau.dtype, device=tau.device) for table in tables]
     dtype = weights_dtype(tables, tau.dtype)
+    scratch = Scratch(rows, dtype, tau.device)
     for columns, logits in head_chunks(head, implementation.product):
         part = implementation.sample(logits, seed, row_ids, vocab_start + columns.start, True)
         chunk_max = logits.amax(dim=1)
@@ -230,7 +231,7 @@ def _soft_lookup(
         scale = ((score_max - pivot) / tau).exp()
         score_max = raised
         weights, mass = implementation.softmax(
-            logits, tau, seed, row_ids, vocab_start + columns.start, pivot, False, dtype
+            logits, tau, seed, row_ids, vocab_start + columns.start, pivot, False, dtype, scratch(logits.shape[1])
         )
         total = total * scale + mass
         for acc, table in zip(sums, tables, strict=True):
@@ -359,13 +360,15 @@ class _Backward:
         row_ids = rows if row_ids is None else row_ids[rows]
         noisy, reinmax = estimator in ("ste", "soft"), estimator == "reinmax"
 
-        def weights(columns: slice, logits: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-            """Unnormalised probabilities of the relaxation."""
+        scratch = Scratch(len(rows), tau.dtype, tau.device)
+
+        def weights(columns: slice, logits: torch.Tensor) -> torch.Tensor:
+            """Unnormalised probabilities of the relaxation, until the next chunk's are asked for."""
+            out = scratch(logits.shape[1])
             if noisy:
-                start = vocab_start + columns.start
-                pivot = statistics.score_max.squeeze(1)
-                return self.implementation.softmax(logits, tau.squeeze(1), seed, row_ids, start, pivot, False, dtype)[0]
-            return ((logits - statistics.logit_max) / tau).exp_().to(dtype)
+                noise, pivot = (seed, row_ids, vocab_start + columns.start), statistics.score_max.squeeze(1)
+                return self.implementation.softmax(logits, tau.squeeze(1), *noise, pivot, False, out.dtype, out)[0]
+            return torch.sub(logits, statistics.logit_max, out=out).div_(tau).exp_()
 
         def plain(logits: torch.Tensor) -> torch.Tensor:
             return (logits - statistics.logit_max).exp() / statistics.logit_sum
@@ -392,7 +395,7 @@ class _Backward:
         for columns, logits in head_chunks(
             self.head._replace(hidden=self.head.hidden[rows]), self.implementation.product
         ):
-            part, dy = weights(columns, logits, logits.dtype), dy_chunk(columns)
+            part, dy = weights(columns, logits), dy_chunk(columns)
             total += part.sum(dim=1, keepdim=True)
             dot += (part * dy).sum(dim=1, keepdim=True)
             if reinmax:
@@ -403,7 +406,7 @@ class _Backward:
         dtau = torch.zeros_like(tau)
 
         def rule(columns: slice, logits: torch.Tensor) -> torch.Tensor:
-            p, dy = weights(columns, logits, logits.dtype).div_(total), dy_chunk(columns)
+            p, dy = weights(columns, logits).div_(total), dy_chunk(columns)
             if reinmax or dlogprobs is not None:
                 hit = ids == torch.arange(columns.start, columns.stop, device=ids.device)
             if reinmax:
@@ -429,7 +432,7 @@ class _Backward:
         estimator: str,
         dlogprobs: torch.Tensor | None,
         dtables: list[torch.Tensor | None],
-        weights: Callable[[slice, torch.Tensor, torch.dtype], torch.Tensor],
+        weights: Callable[[slice, torch.Tensor], torch.Tensor],
         plain: Callable[[torch.Tensor], torch.Tensor],
         dy_chunk: Callable[[slice], torch.Tensor],
     ) -> None:
@@ -447,7 +450,7 @@ class _Backward:
         for columns, logits in head_chunks(head, self.implementation.product):
             stacked = scratch(logits.shape[1])
             terms = stacked.view(kinds, *logits.shape)
-            part, dy = weights(columns, logits, logits.dtype), dy_chunk(columns)
+            part, dy = weights(columns, logits), dy_chunk(columns)
             slope = None if head.softcap is None else softcap_slope(logits, head.softcap)
             moved = self.implementation.weight_terms(part, dy, slope, terms[:2], totals)[:, None]
             if self.wants_dtau:

@@ -60,9 +60,11 @@ def softmax(
     score_max: torch.Tensor,
     normalize: bool,
     out_dtype: torch.dtype,
+    out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `grade_kernels.backends`."""
-    out, total = logits.new_empty(logits.shape, dtype=out_dtype), torch.empty_like(score_max)
+    out = logits.new_empty(logits.shape, dtype=out_dtype) if out is None else out
+    total = torch.empty_like(score_max)
     _kernels().softmax(
         unit_stride(logits), tau.contiguous(), seed, contiguous(row_ids), vocab_start, score_max, normalize, out, total
     )

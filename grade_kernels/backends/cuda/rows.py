@@ -64,19 +64,24 @@ def softmax(
     score_max: torch.Tensor,
     normalize: bool,
     out_dtype: torch.dtype,
+    out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `grade_kernels.backends`."""
     if logits.dtype == torch.float64:
-        return fallback.softmax(logits, tau, seed, row_ids, vocab_start, score_max, normalize, out_dtype)
+        return fallback.softmax(logits, tau, seed, row_ids, vocab_start, score_max, normalize, out_dtype, out)
     # The kernels write float32 and the logits' dtype; what is rounded once more from float32 is rounded once.
     direct = out_dtype if out_dtype == logits.dtype else torch.float32
-    out = torch.empty(logits.shape, dtype=direct, device=logits.device)
+    weights = out
+    if weights is None or weights.dtype != direct or not weights.is_contiguous():
+        weights = torch.empty(logits.shape, dtype=direct, device=logits.device)
     total = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
     _kernels().softmax(
         unit_stride(logits), tau.contiguous(), _seed(seed, logits), contiguous(row_ids), vocab_start,
-        score_max.contiguous(), normalize, _partial(logits, vocab_start), out, total,
+        score_max.contiguous(), normalize, _partial(logits, vocab_start), weights, total,
     )  # fmt: skip
-    return out.to(out_dtype), total
+    if out is None:
+        return weights.to(out_dtype), total
+    return (out if weights is out else out.copy_(weights)), total
 
 
 def softmax_backward(

@@ -96,11 +96,12 @@ def softmax(
     score_max: torch.Tensor,
     normalize: bool,
     out_dtype: torch.dtype,
+    out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `grade_kernels.backends`."""
     rows, vocab = logits.shape
     scores = _Scores(logits, seed, row_ids, vocab_start)
-    weights = torch.empty(rows, vocab, dtype=out_dtype, device=logits.device)
+    weights = torch.empty(rows, vocab, dtype=out_dtype, device=logits.device) if out is None else out
     total = torch.zeros(rows, dtype=scores.dtype, device=logits.device)
 
     def chunk(columns: slice) -> torch.Tensor:

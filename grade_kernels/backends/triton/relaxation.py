@@ -109,11 +109,12 @@ def softmax(
     score_max: torch.Tensor,
     normalize: bool,
     out_dtype: torch.dtype,
+    out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `grade_kernels.backends`."""
     rows, vocab = logits.shape
     dtype, device = compute_dtype(logits.dtype), logits.device
-    weights = torch.empty(rows, vocab, dtype=out_dtype, device=device)
+    weights = torch.empty(rows, vocab, dtype=out_dtype, device=device) if out is None else out
     total = torch.empty(rows, dtype=dtype, device=device)
     if rows == 0:
         return weights, total
@@ -123,9 +124,9 @@ def softmax(
     row_ids = None if row_ids is None else row_ids.contiguous()
     score_max = score_max.contiguous()
 
-    def launch(out: torch.Tensor | None, out_total: torch.Tensor | None) -> None:
+    def launch(to: torch.Tensor | None, out_total: torch.Tensor | None) -> None:
         softmax_kernel[(partial.numel(),)](
-            logits, out, tau, seed, row_ids, score_max, partial, out_total, *logits.stride(), *weights.stride(),
+            logits, to, tau, seed, row_ids, score_max, partial, out_total, *logits.stride(), *weights.stride(),
             tau.stride(0), BLOCK_S=triton.next_power_of_2(partial.shape[1]), **options,
         )  # fmt: skip
 
