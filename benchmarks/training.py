@@ -23,6 +23,7 @@ from torch import nn
 import grade_kernels as gk
 from benchmarks import memory
 from grade_kernels.training import grade_loss
+from grade_kernels.training.policy import cache_arguments, cache_of
 
 BETA, TAU, PROMPT = 0.05, 0.5, 16
 
@@ -91,8 +92,8 @@ def sequential_step(policy: Any, reference: Any, reward: Reward, ids: torch.Tens
     table, reward_table = policy.get_input_embeddings().weight, reward.embedding.weight.detach()
     inputs, cache, logits, embeds, tokens = table[ids], None, [], [], []
     for _ in range(time_steps):
-        out = policy(inputs_embeds=inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache = out.past_key_values
+        out = policy(inputs_embeds=inputs, logits_to_keep=1, **cache_arguments(policy, cache))
+        cache = cache_of(out)
         logits.append(out.logits[:, -1])
         y = F.gumbel_softmax(logits[-1], TAU, hard=True)
         tokens.append(y.argmax(-1))

@@ -38,6 +38,7 @@ from benchmarks.alignment.variance import spread
 from grade_kernels import GumbelNoise
 from grade_kernels.demo.config import CorpusConfig, PolicyConfig, RewardConfig
 from grade_kernels.demo.corpus import build_corpus
+from tests.training_models import CHECKPOINTING
 
 SETTINGS = Settings(
     steps=4, prompts=2, completions=2, learning_rates=(1e-3, 3e-3), seeds=(0, 1), warmup_steps=2, evaluations=2,
@@ -169,8 +170,8 @@ def test_leave_one_out_is_trl(tmp_path):
     tokenizer = small_tokenizer(9)
     arguments = trl.RLOOConfig(
         output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none", beta=0.0, num_generations=4, max_steps=1,
-        per_device_train_batch_size=8, max_completion_length=1, disable_tqdm=True, gradient_checkpointing=False,
-        logging_steps=1000,
+        per_device_train_batch_size=8, max_completion_length=1, disable_tqdm=True, logging_steps=1000,
+        **{CHECKPOINTING: False},
     )  # fmt: skip
     rewards = []
 
@@ -188,7 +189,7 @@ def test_leave_one_out_is_trl(tmp_path):
     (theirs,) = torch.autograd.grad(trainer.compute_loss(policy, inputs), parameter)
     prompts = Prompts(inputs["prompt_ids"], inputs["prompt_mask"])
     ids, mask = inputs["completion_ids"], inputs["completion_mask"]
-    drawn = Rollout(ids, mask, torch.zeros(8, 1), torch.zeros(8, 1, dtype=torch.int64), None)
+    drawn = Rollout(ids, mask, torch.zeros(8, 1, dtype=torch.int64), None)
     logprobs = reinforce.completion_logprobs(policy, prompts, drawn).sum(dim=1)
     own_rewards = task.reward(task.reward.embedding.weight[ids], None)
     loss = -(leave_one_out(own_rewards, 4) * logprobs).mean()

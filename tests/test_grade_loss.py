@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -14,6 +17,7 @@ from grade_kernels import GumbelNoise, use_backend
 from grade_kernels.training import NonFiniteRewardError, SequenceClassificationReward, grade_loss, right_padded
 from grade_kernels.training.rewards import Objective
 from tests.training_models import (
+    CHECKPOINTING,
     SIZES,
     VOCAB,
     BagReward,
@@ -66,6 +70,12 @@ def read_ids_alone(model):
         assert "input_ids" in keywords
 
     model.register_forward_pre_hook(check, with_kwargs=True)
+
+
+def spoil_the_cache(module, arguments, keywords, output):
+    """Let a step that is right in itself leave a cache that is not."""
+    if keywords.get("use_cache") and output.last_hidden_state.shape[1] == 1:
+        output[1].layers[0].values.zero_()
 
 
 # --------------------------------------------------------------------------------------------------------- exactness
@@ -171,13 +181,14 @@ def test_gradient_checkpointing_changes_nothing_and_stays_out_of_the_rollout():
     model, reward = policy("llama"), reward_of("bag")
     plain = ours(model, reward, hops=2)
     expected = gradients(plain.loss, model)
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    enable = getattr(model, f"{CHECKPOINTING}_enable")
+    enable({"use_reentrant": False})
     model.train()
     out = ours(model, reward, hops=2)
     assert model.training
     assert torch.equal(out.completion_ids, plain.completion_ids)
     assert worst_difference(gradients(out.loss, model), expected) < 1e-10
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    enable({"use_reentrant": True})
     with pytest.raises(ValueError, match="must not have reentrant gradient checkpointing"):
         ours(model, reward, hops=2)
 
@@ -209,6 +220,38 @@ def test_a_completion_does_not_depend_on_its_batch():
         assert torch.equal(alone.row_ids[0], together.row_ids[row, :length])
         assert together.completion_mask[row].sum() == length
         torch.testing.assert_close(alone.rewards[0], together.rewards[row])
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_a_cache_goes_by_the_name_that_the_model_has_for_it(name):
+    """Releases of transformers differ in it, and so may a model whose code comes with it."""
+    reward, expected = reward_of("bag"), ours(policy("llama"), reward_of("bag"))
+    model = policy("llama")
+    forward = model.model.forward
+    signature = inspect.signature(forward)
+    (own,) = {"cache", "past_key_values"} & signature.parameters.keys()
+    steps = []
+
+    def renamed(*arguments, use_cache=False, **keywords):
+        if not use_cache:  # from the model's own forward, which knows the name it came with
+            return forward(*arguments, use_cache=False, **keywords)
+        cache = keywords.pop(name, None)
+        steps.append(cache)
+        output = forward(*arguments, use_cache=True, **{own: cache}, **keywords)
+        return SimpleNamespace(last_hidden_state=output.last_hidden_state, **{name: output[own]})
+
+    renamed.__signature__ = signature.replace(
+        parameters=[
+            parameter.replace(name=name) if parameter.name == own else parameter
+            for parameter in signature.parameters.values()
+        ]
+    )
+    model.model.forward = renamed
+    out = ours(model, reward)
+    assert torch.equal(out.completion_ids, expected.completion_ids)
+    assert torch.equal(out.loss, expected.loss)
+    assert None in steps
+    assert not all(cache is None for cache in steps)
 
 
 def test_a_long_completion_is_drawn_as_a_short_one(monkeypatch):
@@ -481,6 +524,14 @@ def test_models_that_can_not_be_replayed_are_refused():
     stateful = tf.RecurrentGemmaConfig(**(SIZES | {"num_hidden_layers": 3}), lru_width=16, attention_window_size=8)
     with pytest.raises(ValueError, match="decodes without a key-value cache"):
         ours(tf.RecurrentGemmaForCausalLM(stateful), reward)
+    forgetful = policy("llama")
+    forgetful.model.register_forward_hook(spoil_the_cache, with_kwargs=True)
+    with pytest.raises(ValueError, match="other hidden states step by step than of all tokens at once"):
+        ours(forgetful, reward)
+    sizes = {key: SIZES[key] for key in ("vocab_size", "hidden_size", "num_hidden_layers", "initializer_range")}
+    # Its cache has a name of its own before transformers 5.24.
+    with pytest.raises(ValueError, match=r"decodes without a key-value cache|other hidden states step by step"):
+        ours(tf.MambaForCausalLM(tf.MambaConfig(**sizes, state_size=4)), reward)
     by_ids = policy("gpt2")
     read_ids_alone(by_ids)
     with pytest.raises(ValueError, match=r"GPT2LMHeadModel\) can not be run from inputs_embeds: AssertionError"):

@@ -31,8 +31,9 @@ from grade_kernels.training import (
     checkpoints,
 )
 from grade_kernels.training.schedules import tau_at
-from tests.training_models import SIZES, VOCAB, BagReward, classifier, policy, word_tokenizer
+from tests.training_models import CHECKPOINTING, SIZES, VOCAB, BagReward, classifier, policy, word_tokenizer
 
+STRATEGIES = hasattr(GRADEConfig, "train_sampling_strategy")  # the first releases of transformers 5 do not have it
 PROMPTS = [f"w{3 + i} w{7 + 3 * i}" + " w9" * (i % 3) for i in range(12)]
 
 
@@ -136,6 +137,10 @@ def test_a_smaller_batch_of_a_step_has_noise_of_its_own(tmp_path, monkeypatch):
     assert [n.row_ids.tolist() for n in drawn] == [[0, 1, 2, 3], [4, 5]], "a second run begins anew"
 
 
+@pytest.mark.skipif(
+    not hasattr(tf.Trainer, "_track_num_input_tokens"),
+    reason="this release of transformers counts prompts a second time",
+)
 def test_a_step_is_timed_and_its_tokens_are_counted_as_a_whole(tmp_path, monkeypatch):
     clock = iter(range(100))
     monkeypatch.setattr("grade_kernels.training.trainer.time.perf_counter", lambda: next(clock))
@@ -272,7 +277,8 @@ def test_evaluation_is_repeatable_and_predicts_completions(tmp_path):
     ):
         assert first[name] == second[name]
     assert any("eval_a_reward" in entry for entry in trainer.state.log_history)
-    trainer._end_ids = (2, 47)  # ends batches of one at different lengths
+    # Ends the first prompt's completion, and so batches of one at different lengths.
+    trainer._end_ids = (2, int(trainer.predict(held_out).predictions[0, 2]))
     trainer.args.per_device_eval_batch_size = 1
     assert trainer.predict(held_out).predictions.min() == 0, "padding, which a tokenizer decodes"
     trainer.args.per_device_eval_batch_size = 4
@@ -312,8 +318,8 @@ def test_gradient_checkpointing_gives_the_same_run(tmp_path):
     plain = build(tmp_path / "a", model=policy("llama", dtype=torch.float32), max_steps=2)
     plain.train()
     thrifty = build(
-        tmp_path / "b", model=policy("llama", dtype=torch.float32), max_steps=2, activation_checkpointing=True,
-        activation_checkpointing_kwargs={"use_reentrant": False},
+        tmp_path / "b", model=policy("llama", dtype=torch.float32), max_steps=2,
+        **{CHECKPOINTING: True, f"{CHECKPOINTING}_kwargs": {"use_reentrant": False}},
     )  # fmt: skip
     thrifty.train()
     first, second = weights(plain), weights(thrifty)
@@ -358,12 +364,21 @@ def test_lora_trains_the_adapter_alone_and_refers_to_the_model_without_it(tmp_pa
         build(tmp_path, model=adapted)
 
 
-def test_adapters_of_transformers_own_and_adapters_of_rewards(tmp_path):
+def test_adapters_of_transformers_own(tmp_path):
     peft = pytest.importorskip("peft")
     model = policy("llama", dtype=torch.float32)
-    model.add_adapter(peft.LoraConfig(r=4, target_modules=["q_proj"]))
+    try:
+        model.add_adapter(peft.LoraConfig(r=4, target_modules=["q_proj"]))
+    except ValueError as error:
+        if "version of PEFT" in str(error):
+            pytest.skip(f"transformers: {error}")
+        raise
     trainer = build(tmp_path, model=model, max_steps=2)
     train_adapter_alone(trainer)
+
+
+def test_adapters_of_rewards(tmp_path):
+    peft = pytest.importorskip("peft")
     for family, layer in (("bert", "query"), ("llama", "q_proj")):
         adapter = peft.LoraConfig(r=4, target_modules=[layer], task_type="SEQ_CLS", init_lora_weights=False)
         judge = peft.get_peft_model(classifier(family, dtype=torch.float32), adapter).eval()
@@ -383,6 +398,7 @@ def test_a_compiled_model_trains_as_it_is(tmp_path, caplog):
     assert same(weights(plain), weights(compiled))
 
 
+@pytest.mark.skipif(not STRATEGIES, reason="this release of transformers has no train_sampling_strategy")
 def test_prompts_may_come_in_their_own_order(tmp_path):
     trainer = build(tmp_path, train_sampling_strategy="sequential", num_generations=2)
     batches = [batch["prompts"] for batch in trainer.get_train_dataloader()]
@@ -427,13 +443,17 @@ def test_bfloat16_autocast_rounds_no_sum_of_rewards(tmp_path):
         ({"max_completion_length": 2.5}, TypeError, "max_completion_length must be an int"),
         ({"num_completions_to_print": 0}, ValueError, "num_completions_to_print must be positive"),
         ({"num_completions_to_print": "all"}, TypeError, "num_completions_to_print must be an int"),
-        ({"train_sampling_strategy": "group_by_length"}, ValueError, "must be 'random' or 'sequential'"),
+        (
+            {"train_sampling_strategy": "group_by_length"} if STRATEGIES else {"group_by_length": True},
+            ValueError,
+            "must be 'random' or 'sequential', got 'group_by_length'",
+        ),
         ({"model_init_kwargs": "dtype=x"}, ValueError, "model_init_kwargs must be JSON, got 'dtype=x'"),
         ({"model_init_kwargs": [1]}, TypeError, "model_init_kwargs must be a dict or None"),
         ({"reward_weights": 1.0}, TypeError, "reward_weights must be a list"),
         ({"reward_weights": [1.0, "2"]}, TypeError, r"reward_weights\[1\] must be a number"),
         ({"reward_weights": [float("nan")]}, ValueError, r"reward_weights\[0\] must be finite"),
-        ({"activation_checkpointing_kwargs": {"use_reentrant": True}}, ValueError, "must not be reentrant"),
+        ({f"{CHECKPOINTING}_kwargs": {"use_reentrant": True}}, ValueError, "must not be reentrant"),
         ({"neftune_noise_alpha": 5.0}, ValueError, "neftune_noise_alpha must be None"),
         ({"label_smoothing_factor": 0.1}, ValueError, "label_smoothing_factor must be 0"),
     ],

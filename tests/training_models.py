@@ -25,6 +25,12 @@ SIZES = {
     "eos_token_id": 2,
     "initializer_range": 0.3,
 }
+# The first releases of transformers 5 know its methods and settings by the old name, the later ones warn of that.
+CHECKPOINTING = (
+    "activation_checkpointing"
+    if hasattr(tf.PreTrainedModel, "activation_checkpointing_enable")
+    else "gradient_checkpointing"
+)
 NO_DROPOUT = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
 
 

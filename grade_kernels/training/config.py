@@ -118,7 +118,7 @@ class GRADEConfig(TrainingArguments):
         if accelerator.dispatch_batches is None:
             # One process can not deal out batches of strings and of prompts of unequal length: each reads its own.
             accelerator.dispatch_batches = False
-        checkpointing = self.activation_checkpointing_kwargs
+        checkpointing = self.gradient_checkpointing_kwargs  # since 5.23 a mirror of activation_checkpointing_kwargs
         if isinstance(checkpointing, dict) and checkpointing.get("use_reentrant"):
             raise ValueError(
                 "gradient checkpointing must not be reentrant: the sweeps differentiate to the inputs alone"
@@ -127,7 +127,8 @@ class GRADEConfig(TrainingArguments):
     @property
     def sampling_strategy(self) -> str:
         """`train_sampling_strategy`, which the first releases of transformers 5 do not have."""
-        return getattr(self, "train_sampling_strategy", "random")
+        early = "group_by_length" if getattr(self, "group_by_length", False) else "random"
+        return getattr(self, "train_sampling_strategy", early)
 
     def _check(self) -> None:
         for name, known in (

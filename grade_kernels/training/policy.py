@@ -16,6 +16,8 @@ from torch.distributed.fsdp import FSDPModule
 __all__ = [
     "Capture",
     "LanguageModel",
+    "cache_arguments",
+    "cache_of",
     "check_adapter_reference",
     "check_checkpointing",
     "check_training_mode",
@@ -120,7 +122,7 @@ def check_checkpointing(model: nn.Module) -> None:
         if getattr(module, "gradient_checkpointing", False) and getattr(function, "keywords", {}).get("use_reentrant"):
             raise ValueError(
                 "model must not have reentrant gradient checkpointing, which gives no gradient to the inputs alone: "
-                'enable it with gradient_checkpointing_kwargs={"use_reentrant": False}'
+                'enable it with {"use_reentrant": False}'
             )
 
 
@@ -200,7 +202,7 @@ def read_language_model(model: nn.Module, *, name: str = "model") -> LanguageMod
     decoder = inner.get_decoder() if hasattr(inner, "get_decoder") else None
     if isinstance(decoder, nn.Module) and any(module is decoder for module in backbone.modules()):
         backbone = decoder
-    if "past_key_values" not in inspect.signature(backbone.forward).parameters:
+    if _cache_name(backbone) is None:
         raise ValueError(f"{name}: {kind} decodes without a key-value cache, which the rollout needs")
     for part, module, wanted in (("LM head", head, nn.Linear), ("input embedding", embedding, nn.Embedding)):
         active = _active(module)
@@ -231,6 +233,17 @@ def position_ids(attention_mask: torch.Tensor) -> torch.Tensor:
 def position_arguments(module: nn.Module, positions: torch.Tensor) -> dict[str, torch.Tensor]:
     """`position_ids` for a module that takes them; the others (ALiBi) read the mask."""
     return {"position_ids": positions} if "position_ids" in inspect.signature(module.forward).parameters else {}
+
+
+def cache_arguments(module: nn.Module, cache: Any) -> dict[str, Any]:
+    """A key-value cache, or None to begin with, for a module that takes one: by the name its forward has for it."""
+    return {str(_cache_name(module)): cache, "use_cache": True}
+
+
+def cache_of(output: Any) -> Any:
+    """The key-value cache that a module returns; None without one."""
+    # Outputs of transformers from 5.24 on have the old name too, but warn of it.
+    return getattr(output, "cache" if hasattr(output, "cache") else "past_key_values", None)
 
 
 def last_hidden_state(output: Any) -> torch.Tensor:
@@ -328,6 +341,12 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+def _cache_name(module: nn.Module) -> str | None:
+    """What a module's forward calls its cache: the old name, or that of transformers from 5.24 on; None without one."""
+    parameters = inspect.signature(module.forward).parameters
+    return next((name for name in ("past_key_values", "cache") if name in parameters), None)
+
+
 def _active(module: nn.Module) -> Any:
     """The layer at work where PEFT keeps a trained copy beside the original (`modules_to_save`)."""
     wrapper: Any = module
@@ -358,7 +377,7 @@ def _probe(parts: LanguageModel, name: str) -> bool:
     Returns:
         Whether the model reads rows that are padded on the left.
     """
-    table, device = parts.table, parts.table.device
+    table = parts.table
     if _is_abstract(table):
         return True  # nothing to run; whoever sharded the model had it checked before
     if table.shape[0] != _active(parts.head).weight.shape[0]:
@@ -404,21 +423,32 @@ def _probe(parts: LanguageModel, name: str) -> bool:
         ours = ours if bias is None else ours + bias
         ours = ours if parts.softcap is None else parts.softcap * torch.tanh(ours / parts.softcap)
         _close(ours, logits, f"{name}: its logits are not `softcap(scale * hidden @ weight.T + bias)` of its LM head")
-        # The last token as a rollout reads it: behind padding and a key-value cache.
-        mask = torch.tensor([[0, 0, 1, 1, 1, 1]], device=device)
-        padded, positions = torch.cat([ids[:, :2], ids], dim=1), position_ids(mask)
-        before = _run(
-            name, parts.backbone, input_ids=padded[:, :-1], attention_mask=mask[:, :-1], use_cache=True,
-            **position_arguments(parts.backbone, positions[:, :-1]),
+        last = states[:, -1:]
+        if _difference(_decoded(parts, name, ids, padding=2), last) < _ROUNDING:
+            return True
+        # Mamba takes the mask of all tokens for one of the token behind its cache.
+        _close(
+            _decoded(parts, name, ids, padding=0), last, f"{name}: its {type(parts.backbone).__name__} returns other "
+            "hidden states step by step than of all tokens at once, so what a rollout reads is not what is replayed"
         )  # fmt: skip
-        if getattr(before, "past_key_values", None) is None:
+        return False
+
+
+def _decoded(parts: LanguageModel, name: str, ids: torch.Tensor, padding: int) -> torch.Tensor:
+    """Hidden states `[1, 1, H]` of the last token as a rollout reads it: behind padding and a key-value cache."""
+    # Two steps behind the prompt, since the first may be right and yet leave the cache wrong.
+    padded = torch.cat([ids[:, :padding], ids], dim=1)
+    mask = (torch.arange(padded.shape[1], device=ids.device) >= padding).long()[None]
+    positions, cache, start = position_ids(mask), None, 0
+    for end in range(padded.shape[1] - 2, padded.shape[1] + 1):
+        output = _run(
+            name, parts.backbone, input_ids=padded[:, start:end], attention_mask=mask[:, :end],
+            **cache_arguments(parts.backbone, cache), **position_arguments(parts.backbone, positions[:, start:end]),
+        )  # fmt: skip
+        cache, start = cache_of(output), end
+        if cache is None:
             raise ValueError(f"{name} decodes without a key-value cache, which the rollout needs")
-        last = _run(
-            name, parts.backbone, input_ids=padded[:, -1:], attention_mask=mask,
-            past_key_values=before.past_key_values, use_cache=True,
-            **position_arguments(parts.backbone, positions[:, -1:]),
-        )  # fmt: skip
-        return _difference(last_hidden_state(last), states[:, -1:]) < _ROUNDING
+    return last_hidden_state(output)[:, -1:]
 
 
 def _is_abstract(table: torch.Tensor) -> bool:
@@ -436,7 +466,7 @@ def _run(name: str, module: Any, **arguments: Any) -> Any:
     try:
         return module(**arguments)
     except Exception as error:
-        given = " and ".join(key for key, value in arguments.items() if not isinstance(value, bool))
+        given = " and ".join(key for key, value in arguments.items() if not isinstance(value, bool | None))
         raise ValueError(f"{name} can not be run from {given}: {type(error).__name__}: {error}") from error
 
 

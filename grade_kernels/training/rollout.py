@@ -13,6 +13,8 @@ from grade_kernels.ops import linear_gumbel_ste
 from grade_kernels.ops.repeated_sampler import RepeatedSampler
 from grade_kernels.training.policy import (
     LanguageModel,
+    cache_arguments,
+    cache_of,
     evaluating,
     is_sharded,
     last_hidden_state,
@@ -114,11 +116,10 @@ def rollout(
             output = policy.backbone(
                 **inputs,
                 attention_mask=mask,
-                past_key_values=cache,
-                use_cache=True,
+                **cache_arguments(policy.backbone, cache),
                 **position_arguments(policy.backbone, positions),
             )
-            cache = output.past_key_values
+            cache = cache_of(output)
             hidden = last_hidden_state(output)[:, -1]
             head_input, weight = policy.head_input(hidden)
             drawn = GumbelNoise(noise.seed, rows[:, time].contiguous())
