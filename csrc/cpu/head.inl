@@ -213,11 +213,12 @@ GK_STEP void collect(const f32 weight[kCall], const u32 w[kCall], f32 bound, int
   f32 excess[kCall];
   for (int j = 0; j < kCall; ++j) excess[j] = to_float(w[j] * 0x9E3779B1u) * unit + weight[j];
   if (__builtin_expect(!any_gt(vmax(vmax(excess[0], excess[1]), vmax(excess[2], excess[3])), f32{}), 1)) return;
-  for (int j = 0; j < kCall; ++j) {
-    for (uint32_t rest = greater_bits(excess[j], f32{}); rest; rest &= rest - 1) {
-      const int lane = __builtin_ctz(rest);
-      found[out.found++] = {int32_t(token + j) * kLanes + lane, w[j][lane], score(j, lane)};
-    }
+  // One loop over all: its end is the only jump that nothing foresees.
+  uint64_t rest = 0;
+  for (int j = 0; j < kCall; ++j) rest |= uint64_t(greater_bits(excess[j], f32{})) << j * kLanes;
+  for (; rest; rest &= rest - 1) {
+    const int place = __builtin_ctzll(rest), j = place / kLanes, lane = place % kLanes;
+    found[out.found++] = {int32_t(token) * kLanes + place, w[j][lane], score(j, lane)};
   }
 }
 

@@ -204,7 +204,7 @@ class _Pass:
     def run(self, seed: torch.Tensor, row_ids: torch.Tensor | None, vocab_start: int, ref: Head | None = None) -> None:
         head, rows = self.head, self.head.hidden.shape[0]
         lanes, vocab = _padded(rows), head.weight.shape[0]
-        width = max(256, CHUNK_ELEMENTS // lanes // 64 * 64)
+        width = max(192, CHUNK_ELEMENTS // lanes // 192 * 192)  # whole blocks of products, evenly many for two threads
         logits = _logits(head, ref, width)
         # Candidates of a chunk before they are filtered: room for all, touched where there are any.
         room = lanes * (width + _PIECES) * _CANDIDATE_WORDS if self.eps > 0 else 0
