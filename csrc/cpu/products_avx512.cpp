@@ -22,6 +22,7 @@ constexpr int64_t kLanes = 16;
 constexpr int kWidest = 4;                     // vectors side by side that one round of products covers
 constexpr int64_t kLine = kWidest * kLanes;    // numbers from one row of sums to the next
 constexpr int64_t kTokens = 48;                // rows of the table at a time: any kTall divides it
+constexpr int64_t kRowsAhead = 16;             // of the table, that are asked for while others are copied
 constexpr int64_t kStrip = 8;                  // lines of the table's columns that a panel has at most
 constexpr int64_t kSumsAtATime = 1 << 17;      // numbers that stay in the second-level cache
 
@@ -48,37 +49,27 @@ struct Rows {
   bool half;       // the last step is a single number of bfloat16, and beyond it nothing may be read
 };
 
-// Rows of memory that will be wanted next.
-struct Region {
-  const char* row;
-  int64_t stride, rows, bytes;
-
-  int64_t lines() const { return rows * ((bytes + 63) / 64); }
-};
-
-// Regions are asked for a few lines at a time, while there is work to do.
+// Rows of memory that will be wanted next. They are asked for a few lines at a time, while there is work to do.
 class Ahead {
  public:
   // All of them within `calls` calls of ask().
-  Ahead(Region first, Region second, int64_t calls)
-      : now_(first), then_(second), lines_((first.lines() + second.lines() + calls - 1) / std::max<int64_t>(1, calls)) {}
+  Ahead(const char* first, int64_t stride, int64_t rows, int64_t bytes, int64_t calls)
+      : row_(first), stride_(stride), rows_(rows), bytes_(bytes), lines_((rows * ((bytes + 63) / 64) + calls - 1) / std::max<int64_t>(1, calls)) {}
 
   [[gnu::always_inline]] void ask() {
-    for (int64_t i = 0; i < lines_ && now_.rows > 0; ++i) {
-      _mm_prefetch(now_.row + at_, _MM_HINT_T1);
+    for (int64_t i = 0; i < lines_ && rows_ > 0; ++i) {
+      _mm_prefetch(row_ + at_, _MM_HINT_T1);
       at_ += 64;
-      if (at_ < now_.bytes) continue;
+      if (at_ < bytes_) continue;
       at_ = 0;
-      now_.row += now_.stride;
-      if (--now_.rows > 0) continue;
-      now_ = then_;
-      then_.rows = 0;
+      row_ += stride_;
+      --rows_;
     }
   }
 
  private:
-  Region now_, then_;
-  int64_t lines_, at_ = 0;
+  const char* row_;
+  int64_t stride_, rows_, bytes_, lines_, at_ = 0;
 };
 
 constexpr int64_t kStepsBetween = 16;  // calls of Ahead::ask()
@@ -214,7 +205,7 @@ void multiply_blocks(const Product& args, int64_t begin, int64_t end) {
     int64_t calls = 0;
     for (int64_t index = 0; index < passes_of(args.rows); ++index) calls += calls_of(pass_of(args.rows, index).wide, tokens, steps);
     const int64_t behind = block + 1 < end ? std::min(kTokens, args.tokens - token - tokens) : 0;
-    Ahead ahead({table + tokens * stride, stride, behind, args.width * bytes_of(kDtype)}, {}, calls);
+    Ahead ahead(table + tokens * stride, stride, behind, args.width * bytes_of(kDtype), calls);
     for (int64_t index = 0; index < passes_of(args.rows); ++index) {
       const Pass pass = pass_of(args.rows, index);
       const float* lines = reinterpret_cast<const float*>(args.packed) + pass.first * kLanes * steps;
@@ -257,12 +248,9 @@ class Summer {
         const int64_t tokens = std::min(kAtATime, args_.tokens - token), behind = std::min(kAtATime, args_.tokens - token - tokens);
         fill(token, tokens, first, last);
         const int parts = copy(token, tokens);
-        const int64_t bytes = bytes_of(kDtype), columns = std::min(args_.width, last * kLine) - first * kLine;
         const int64_t calls = parts * (last - first) * calls_of(kWidest, args_.rows, steps_of(kDtype, tokens));
-        const int64_t value_bytes = bytes_of(args_.values_dtype), ask_values = behind > 0 ? args_.rows : 0;
-        Ahead ahead({values(token + tokens), args_.values_stride * value_bytes, ask_values, behind * value_bytes},
-                    {}, calls);
-        (void)bytes, (void)columns;
+        const int64_t bytes = bytes_of(args_.values_dtype);
+        Ahead ahead(values(token + tokens), args_.values_stride * bytes, behind > 0 ? args_.rows : 0, behind * bytes, calls);
         for (int part = 0; part < parts; ++part) {
           const Rows rows{reinterpret_cast<const char*>(values_ + part * args_.rows * kSegment), kSegment * 4, false};
           for (int64_t block = first; block < last; ++block) {
@@ -278,7 +266,7 @@ class Summer {
   }
 
  private:
-  static constexpr int64_t kSegment = 128;
+  static constexpr int64_t kSegment = 128;                                                // steps at a time
   static constexpr int64_t kAtATime = kDtype == Dtype::kFloat ? kSegment : 2 * kSegment;  // tokens
   static constexpr int kParts = kDtype == Dtype::kFloat ? 1 : 2;                          // of a value
 
@@ -301,12 +289,12 @@ class Summer {
           const __mmask16 mask = left >= kLanes ? __mmask16(0xFFFF) : __mmask16((1u << left) - 1);
           const char* x = row + column * bytes_of(kDtype);
           if constexpr (kDtype == Dtype::kFloat) {
-            _mm_prefetch(x + 16 * args_.stride * 4, _MM_HINT_T0);
+            _mm_prefetch(x + kRowsAhead * args_.stride * 4, _MM_HINT_T0);
             _mm512_store_ps(line + j * kLanes, _mm512_maskz_loadu_ps(mask, x));
           } else {
             if (j % 2 == 0) {
-              _mm_prefetch(x + 32 * args_.stride, _MM_HINT_T0);
-              _mm_prefetch(x + 34 * args_.stride, _MM_HINT_T0);
+              _mm_prefetch(x + kRowsAhead * args_.stride * 2, _MM_HINT_T0);
+              _mm_prefetch(x + (kRowsAhead + 1) * args_.stride * 2, _MM_HINT_T0);
             }
             const __m256i below = _mm256_maskz_loadu_epi16(i + 1 < tokens ? mask : 0, i + 1 < tokens ? x + args_.stride * 2 : x);
             const __m512i pair = _mm512_or_si512(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, x)),
