@@ -121,7 +121,7 @@ def test_the_run_before_may_be_overwritten(tmp_path):
 
 
 FAILURES = [
-    (("--compare", ROOT / "benchmarks" / "results" / "rows.csv"), "nothing to compare"),
+    (("--compare", ROOT / "benchmarks" / "results" / "amx-rows.csv"), "nothing to compare"),
     (("--contestants", "eager,multinominal"), "contestants multinominal; there are"),
 ]
 BAD_OPTIONS = [
