@@ -31,7 +31,7 @@ def _product(hidden, weight, dtype=None):
     return out[:, : len(hidden)]
 
 
-DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 
 
 @DTYPES
@@ -200,7 +200,7 @@ def test_weighted_sums_of_any_layout_rows_and_threads(dtype):
         torch.set_num_threads(threads)
 
 
-@DTYPES
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_weighted_sums_that_are_not_finite_are_torchs_and_stay_alone(dtype):
     generator = torch.Generator().manual_seed(0)
     values, table = torch.rand(40, 90, generator=generator), torch.randn(90, 50, generator=generator).to(dtype)

@@ -1,4 +1,5 @@
-// Products of two matrices in float32 and bfloat16, whose sums are float32, for processors with AVX-512 or AMX.
+// Products of two matrices, whose sums are float32, for processors with AVX-512 (float32, float16, and bfloat16 where it has
+// instructions for that) or AMX (float32, bfloat16).
 //
 // A logit comes out the same whatever rows and tokens stand beside it, so that a backward pass sees the logits whose
 // normaliser its forward pass took.
@@ -13,7 +14,7 @@ namespace gk {
 
 struct Packing {
   const void* x;  // [rows, width]
-  Dtype dtype;    // kFloat or kBFloat16
+  Dtype dtype;    // not kDouble
   int64_t rows, width, stride;
   uint16_t* packed;  // ProductKernels::packed_numbers
 };
@@ -25,7 +26,7 @@ struct Product {
   Dtype dtype;
   int64_t tokens, width, stride;
   // table @ x.T, [tokens, out_stride], of which columns up to the next multiple of 16 are written; or, if by_row,
-  // x @ table.T, [rows, out_stride]. Rounded to kBFloat16 only if that is its dtype.
+  // x @ table.T, [rows, out_stride]. In kFloat, or rounded to x's dtype.
   void* out;
   Dtype out_dtype;
   int64_t out_stride;
@@ -37,7 +38,7 @@ struct WeightedSum {
   Dtype values_dtype;  // kFloat or the table's
   int64_t rows, values_stride;
   const void* table;  // [tokens, width]
-  Dtype dtype;        // the table's: kFloat or kBFloat16
+  Dtype dtype;        // the table's
   int64_t tokens, width, stride;
   // values @ table, [rows, out_stride]. For a table in bfloat16 values are split into two such numbers, not rounded to one.
   float* out;
@@ -62,12 +63,14 @@ extern const ProductKernels kProductsAmx;
 
 // Those for this machine; null where torch's own products serve.
 inline const ProductKernels* product_kernels(Dtype dtype) {
-  if (dtype != Dtype::kFloat && dtype != Dtype::kBFloat16) return nullptr;
 #if defined(__x86_64__)
+  const bool brain = dtype == Dtype::kBFloat16;
 #if defined(__linux__)
-  if (machine_isa() == Isa::kAmx) return &kProductsAmx;
+  if (machine_isa() == Isa::kAmx) return brain || dtype == Dtype::kFloat ? &kProductsAmx : nullptr;
 #endif
-  if (machine_isa() == Isa::kAvx512 && (dtype == Dtype::kFloat || multiplies_bfloat16())) return &kProductsAvx512;
+  if (machine_isa() == Isa::kAvx512 && dtype != Dtype::kDouble && (!brain || multiplies_bfloat16())) return &kProductsAvx512;
+#else
+  (void)dtype;
 #endif
   return nullptr;
 }

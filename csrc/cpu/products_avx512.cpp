@@ -1,4 +1,5 @@
-// Products on AVX-512's vector units: float32 by multiply-adds, bfloat16 by its own instruction for pairs (AVX512_BF16).
+// Products on AVX-512's vector units: float32 by multiply-adds, bfloat16 by its own instruction for pairs (AVX512_BF16), float16 as
+// float32.
 #include "cpu/products.h"
 
 #if defined(__x86_64__)
@@ -29,12 +30,23 @@ constexpr int64_t kSumsAtATime = 1 << 17;      // numbers that stay in the secon
 // Rows of sums that fill the registers beside so many vectors.
 constexpr int tall(int wide) { return wide == 4 ? 6 : wide == 3 ? 8 : 12; }
 
+// What numbers are multiplied as.
+constexpr Dtype computed(Dtype dtype) { return dtype == Dtype::kHalf ? Dtype::kFloat : dtype; }
 // A step is one column of float32 or two of bfloat16: 32 bits.
-constexpr int64_t steps_of(Dtype dtype, int64_t width) { return dtype == Dtype::kFloat ? width : (width + 1) / 2; }
+constexpr int64_t steps_of(Dtype dtype, int64_t width) { return dtype == Dtype::kBFloat16 ? (width + 1) / 2 : width; }
 // Steps whose sum is taken in registers before it joins the sum so far: short sums of short sums keep the rounding small, which
 // beside bfloat16's own matters less.
-constexpr int64_t segment_of(Dtype dtype) { return dtype == Dtype::kFloat ? 64 : 128; }
+constexpr int64_t segment_of(Dtype dtype) { return dtype == Dtype::kBFloat16 ? 128 : 64; }
 constexpr int64_t bytes_of(Dtype dtype) { return dtype == Dtype::kFloat ? 4 : 2; }
+
+__mmask16 mask_of(int64_t left) { return left >= kLanes ? __mmask16(0xFFFF) : __mmask16((1u << left) - 1); }
+
+// Up to sixteen numbers as float32.
+template <Dtype kDtype>
+[[gnu::always_inline]] inline __m512 load(const char* x, int64_t left) {
+  if constexpr (kDtype == Dtype::kHalf) return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask_of(left), x));
+  return _mm512_maskz_loadu_ps(mask_of(left), x);
+}
 
 template <Dtype kDtype>
 [[gnu::always_inline]] inline __m512 multiply_add(__m512 sum, __m512 a, __m512 b) {
@@ -171,20 +183,25 @@ Pass pass_of(int64_t rows, int64_t pass) {
 
 int64_t packed_numbers(Dtype dtype, int64_t rows, int64_t width) { return 2 * vectors_of(rows) * kLanes * steps_of(dtype, width); }
 
-void pack(const Packing& args, int64_t begin, int64_t end) {
-  const int64_t steps = steps_of(args.dtype, args.width), bytes = bytes_of(args.dtype);
+template <Dtype kDtype>
+void pack_passes(const Packing& args, int64_t begin, int64_t end) {
+  const int64_t steps = steps_of(kDtype, args.width), bytes = bytes_of(kDtype);
   for (int64_t index = begin; index < end; ++index) {
     const Pass pass = pass_of(args.rows, index);
     float* lines = reinterpret_cast<float*>(args.packed) + pass.first * kLanes * steps;
     for (int j = 0; j < pass.wide; ++j) {
       for (int64_t step = 0; step < steps; step += kLanes) {
-        const int64_t left = bytes * args.width - 4 * step;  // bytes of a row
-        const __mmask64 mask = left >= 64 ? ~__mmask64{0} : (__mmask64{1} << left) - 1;
         __m512 block[16];
         for (int64_t i = 0; i < kLanes; ++i) {
-          const int64_t row = (pass.first + j) * kLanes + i;
-          const char* x = static_cast<const char*>(args.x) + std::min(row, args.rows - 1) * args.stride * bytes + 4 * step;
-          block[i] = _mm512_castsi512_ps(_mm512_maskz_loadu_epi8(row < args.rows ? mask : 0, x));
+          const int64_t row = (pass.first + j) * kLanes + i, column = kDtype == Dtype::kBFloat16 ? 2 * step : step;
+          const char* x = static_cast<const char*>(args.x) + (std::min(row, args.rows - 1) * args.stride + column) * bytes;
+          const int64_t left = row < args.rows ? args.width - column : 0;
+          if constexpr (kDtype == Dtype::kBFloat16) {
+            const __mmask32 mask = left >= 2 * kLanes ? ~__mmask32{0} : (__mmask32{1} << left) - 1;
+            block[i] = _mm512_castsi512_ps(_mm512_maskz_loadu_epi16(mask, x));
+          } else {
+            block[i] = load<kDtype>(x, left);
+          }
         }
         transpose(block);
         for (int64_t i = 0; i < std::min(kLanes, steps - step); ++i) {
@@ -197,7 +214,7 @@ void pack(const Packing& args, int64_t begin, int64_t end) {
 
 template <Dtype kDtype>
 void multiply_blocks(const Product& args, int64_t begin, int64_t end) {
-  alignas(64) float sums[kTokens * kLine];
+  alignas(64) float sums[kTokens * kLine], wider[kDtype == Dtype::kHalf ? kTokens * segment_of(kDtype) : 1];
   const int64_t steps = steps_of(kDtype, args.width), stride = args.stride * bytes_of(kDtype);
   for (int64_t block = begin; block < end; ++block) {
     const int64_t token = block * kTokens, tokens = std::min(kTokens, args.tokens - token);
@@ -211,18 +228,21 @@ void multiply_blocks(const Product& args, int64_t begin, int64_t end) {
       const float* lines = reinterpret_cast<const float*>(args.packed) + pass.first * kLanes * steps;
       for (int64_t step = 0; step < steps; step += segment_of(kDtype)) {
         const int64_t now = std::min(segment_of(kDtype), steps - step);
-        const bool half = kDtype == Dtype::kBFloat16 && args.width % 2 && step + now == steps;
-        multiply_any<kDtype>(pass.wide, {table + 4 * step, stride, half}, tokens, lines + step * pass.wide * kLanes, now, step == 0,
-                             sums, ahead);
+        Rows rows{table + 4 * step, stride, kDtype == Dtype::kBFloat16 && args.width % 2 && step + now == steps};
+        if constexpr (kDtype == Dtype::kHalf) {
+          rows = {reinterpret_cast<const char*>(wider), segment_of(kDtype) * 4, false};
+          for (int64_t i = 0; i < tokens; ++i) {
+            for (int64_t k = 0; k < now; k += kLanes) {
+              _mm512_store_ps(wider + i * segment_of(kDtype) + k, load<kDtype>(table + i * stride + 2 * (step + k), now - k));
+            }
+          }
+        }
+        multiply_any<computed(kDtype)>(pass.wide, rows, tokens, lines + step * pass.wide * kLanes, now, step == 0, sums, ahead);
       }
       if (steps == 0) std::fill(sums, sums + kTokens * kLine, 0.0f);
       put_sums<kLine>(args, sums, token, tokens, pass.first * kLanes, pass.wide * kLanes);
     }
   }
-}
-
-void multiply_table(const Product& args, int64_t begin, int64_t end) {
-  args.dtype == Dtype::kFloat ? multiply_blocks<Dtype::kFloat>(args, begin, end) : multiply_blocks<Dtype::kBFloat16>(args, begin, end);
 }
 
 // values @ table: lines are the table's own rows, in bfloat16 two of them side by side.
@@ -254,7 +274,7 @@ class Summer {
         for (int part = 0; part < parts; ++part) {
           const Rows rows{reinterpret_cast<const char*>(values_ + part * args_.rows * kSegment), kSegment * 4, false};
           for (int64_t block = first; block < last; ++block) {
-            multiply_any<kDtype>(wide(block), rows, args_.rows, panel_ + (block - first) * kSegment * kLine, steps_of(kDtype, tokens),
+            multiply_any<computed(kDtype)>(wide(block), rows, args_.rows, panel_ + (block - first) * kSegment * kLine, steps_of(kDtype, tokens),
                                  token == 0 && part == 0, sums_ + (block - first) * args_.rows * kLine, ahead);
           }
         }
@@ -266,9 +286,10 @@ class Summer {
   }
 
  private:
-  static constexpr int64_t kSegment = 128;                                                // steps at a time
-  static constexpr int64_t kAtATime = kDtype == Dtype::kFloat ? kSegment : 2 * kSegment;  // tokens
-  static constexpr int kParts = kDtype == Dtype::kFloat ? 1 : 2;                          // of a value
+  static constexpr int64_t kSegment = 128;  // steps at a time
+  static constexpr bool kPairs = kDtype == Dtype::kBFloat16;
+  static constexpr int64_t kAtATime = kPairs ? 2 * kSegment : kSegment;  // tokens
+  static constexpr int kParts = kPairs ? 2 : 1;                          // of a value
 
   int64_t columns(int64_t block) const { return std::min(kLine, args_.width - block * kLine); }
   int wide(int64_t block) const { return int(vectors_of(columns(block))); }
@@ -280,22 +301,19 @@ class Summer {
   // Some tokens' columns, by lines of these, then by steps.
   void fill(int64_t token, int64_t tokens, int64_t first, int64_t last) {
     for (int64_t step = 0; step < steps_of(kDtype, tokens); ++step) {
-      const int64_t i = kDtype == Dtype::kFloat ? step : 2 * step;
+      const int64_t i = kDtype == Dtype::kBFloat16 ? 2 * step : step;
       const char* row = table(token + i);
       for (int64_t block = first; block < last; ++block) {
         float* line = panel_ + (block - first) * kSegment * kLine + step * wide(block) * kLanes;
         for (int j = 0; j < wide(block); ++j) {
           const int64_t column = block * kLine + j * kLanes, left = args_.width - column;
-          const __mmask16 mask = left >= kLanes ? __mmask16(0xFFFF) : __mmask16((1u << left) - 1);
           const char* x = row + column * bytes_of(kDtype);
-          if constexpr (kDtype == Dtype::kFloat) {
-            _mm_prefetch(x + kRowsAhead * args_.stride * 4, _MM_HINT_T0);
-            _mm512_store_ps(line + j * kLanes, _mm512_maskz_loadu_ps(mask, x));
+          if (kDtype == Dtype::kFloat || j % 2 == 0) _mm_prefetch(x + kRowsAhead * args_.stride * bytes_of(kDtype), _MM_HINT_T0);
+          if constexpr (kDtype != Dtype::kBFloat16) {
+            _mm512_store_ps(line + j * kLanes, load<kDtype>(x, left));
           } else {
-            if (j % 2 == 0) {
-              _mm_prefetch(x + kRowsAhead * args_.stride * 2, _MM_HINT_T0);
-              _mm_prefetch(x + (kRowsAhead + 1) * args_.stride * 2, _MM_HINT_T0);
-            }
+            if (j % 2 == 0) _mm_prefetch(x + (kRowsAhead + 1) * args_.stride * 2, _MM_HINT_T0);
+            const __mmask16 mask = mask_of(left);
             const __m256i below = _mm256_maskz_loadu_epi16(i + 1 < tokens ? mask : 0, i + 1 < tokens ? x + args_.stride * 2 : x);
             const __m512i pair = _mm512_or_si512(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, x)),
                                                  _mm512_slli_epi32(_mm512_cvtepu16_epi32(below), 16));
@@ -310,29 +328,27 @@ class Summer {
   // nearest numbers, then those nearest to what they leave. Returns how many parts there are: numbers that are bfloat16
   // already have but one.
   int copy(int64_t token, int64_t tokens) {
-    constexpr int64_t kAtOnce = kDtype == Dtype::kFloat ? kLanes : 2 * kLanes;
+    constexpr int64_t kAtOnce = kPairs ? 2 * kLanes : kLanes;
     __m512i rests = _mm512_setzero_si512();
     for (int64_t row = 0; row < args_.rows; ++row) {
       for (int64_t i = 0; i < tokens; i += kAtOnce) {
-        const __mmask32 mask = tokens - i >= 2 * kLanes ? ~__mmask32{0} : (__mmask32{1} << (tokens - i)) - 1;
-        const int64_t place = row * args_.values_stride + token + i;
+        const int64_t bytes = bytes_of(args_.values_dtype), left = tokens - i;
+        const char* x = values(token + i) + row * args_.values_stride * bytes;
         float* out = values_ + row * kSegment + steps_of(kDtype, i);
-        if (args_.values_dtype != Dtype::kFloat) {
-          _mm512_storeu_si512(out, _mm512_maskz_loadu_epi16(mask, static_cast<const uint16_t*>(args_.values) + place));
-          continue;
-        }
-        const float* x = static_cast<const float*>(args_.values) + place;
-        const __m512 low = _mm512_maskz_loadu_ps(__mmask16(mask), x);
-        if constexpr (kDtype == Dtype::kFloat) {
-          _mm512_storeu_ps(out, low);
+        if constexpr (!kPairs) {
+          _mm512_storeu_ps(out, args_.values_dtype == Dtype::kHalf ? load<Dtype::kHalf>(x, left) : load<Dtype::kFloat>(x, left));
+        } else if (args_.values_dtype == kDtype) {
+          const __mmask32 mask = left >= 2 * kLanes ? ~__mmask32{0} : (__mmask32{1} << left) - 1;
+          _mm512_storeu_si512(out, _mm512_maskz_loadu_epi16(mask, x));
         } else {
-          const __m512 high = _mm512_maskz_loadu_ps(__mmask16(mask >> 16), x + 16);
+          const __m512 low = load<Dtype::kFloat>(x, left), high = load<Dtype::kFloat>(x + 64, std::max<int64_t>(0, left - kLanes));
           const __m512i nearest = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low));
-          const auto left = [](__m512 from, __m256i part) {
+          const auto rest_of = [](__m512 from, __m256i part) {
             return _mm512_sub_ps(from, _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(part), 16)));
           };
-          const __m512 low_left = left(low, _mm512_castsi512_si256(nearest)), high_left = left(high, _mm512_extracti64x4_epi64(nearest, 1));
-          const __m512i rest = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high_left, low_left));
+          const __m512 low_rest = rest_of(low, _mm512_castsi512_si256(nearest));
+          const __m512 high_rest = rest_of(high, _mm512_extracti64x4_epi64(nearest, 1));
+          const __m512i rest = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high_rest, low_rest));
           _mm512_storeu_si512(out, nearest);
           _mm512_storeu_si512(out + args_.rows * kSegment, rest);
           rests = _mm512_or_si512(rests, rest);
@@ -347,14 +363,12 @@ class Summer {
     __m512 unlike = _mm512_setzero_ps();  // x - x is 0 or NaN
     for (int64_t row = 0; row < args_.rows; ++row) {
       for (int64_t j = 0; j < columns(block); j += kLanes) {
-        const int64_t left = columns(block) - j;
-        const __mmask16 mask = left >= kLanes ? __mmask16(0xFFFF) : __mmask16((1u << left) - 1);
         const __m512 x = _mm512_load_ps(sums + row * kLine + j);
-        _mm512_mask_storeu_ps(args_.out + row * args_.out_stride + block * kLine + j, mask, x);
+        _mm512_mask_storeu_ps(args_.out + row * args_.out_stride + block * kLine + j, mask_of(columns(block) - j), x);
         unlike = _mm512_add_ps(unlike, _mm512_sub_ps(x, x));
       }
     }
-    return kDtype == Dtype::kFloat || _mm512_cmp_ps_mask(unlike, unlike, _CMP_UNORD_Q) == 0;
+    return !kPairs || _mm512_cmp_ps_mask(unlike, unlike, _CMP_UNORD_Q) == 0;
   }
 
   const WeightedSum& args_;
@@ -363,8 +377,28 @@ class Summer {
   float *panel_, *sums_, *values_;
 };
 
+void pack(const Packing& args, int64_t begin, int64_t end) {
+  switch (args.dtype) {
+    case Dtype::kFloat: return pack_passes<Dtype::kFloat>(args, begin, end);
+    case Dtype::kHalf: return pack_passes<Dtype::kHalf>(args, begin, end);
+    default: return pack_passes<Dtype::kBFloat16>(args, begin, end);
+  }
+}
+
+void multiply_table(const Product& args, int64_t begin, int64_t end) {
+  switch (args.dtype) {
+    case Dtype::kFloat: return multiply_blocks<Dtype::kFloat>(args, begin, end);
+    case Dtype::kHalf: return multiply_blocks<Dtype::kHalf>(args, begin, end);
+    default: return multiply_blocks<Dtype::kBFloat16>(args, begin, end);
+  }
+}
+
 bool sum_table(const WeightedSum& args, int64_t begin, int64_t end) {
-  return args.dtype == Dtype::kFloat ? Summer<Dtype::kFloat>(args).run(begin, end) : Summer<Dtype::kBFloat16>(args).run(begin, end);
+  switch (args.dtype) {
+    case Dtype::kFloat: return Summer<Dtype::kFloat>(args).run(begin, end);
+    case Dtype::kHalf: return Summer<Dtype::kHalf>(args).run(begin, end);
+    default: return Summer<Dtype::kBFloat16>(args).run(begin, end);
+  }
 }
 
 }  // namespace

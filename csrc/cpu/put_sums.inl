@@ -31,6 +31,9 @@ template <int kLine>
   const auto write = [&](int64_t place, __mmask16 mask, __m512 x) {
     if (args.out_dtype == Dtype::kFloat) {
       _mm512_mask_storeu_ps(static_cast<float*>(args.out) + place, mask, x);
+    } else if (args.out_dtype == Dtype::kHalf) {
+      const __m256i halves = _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+      _mm256_mask_storeu_epi16(static_cast<uint16_t*>(args.out) + place, mask, halves);
     } else {
       _mm256_mask_storeu_epi16(static_cast<uint16_t*>(args.out) + place, mask, reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x)));
     }

@@ -439,14 +439,16 @@ class _Backward:
         """`dense` in one pass, for the gradients of hidden states, tau and, with `soft`, tables.
 
         What is summed counts dY from its mean so far, and sums are mended as the mean moves: so terms are nearly the
-        gradient's own, and rounding them to the head's dtype loses no more than rounding that would.
+        gradient's own, and rounding them to bfloat16, if the head is, loses no more than rounding that would.
         """
         tau, head = self.tau[rows, None], self.head._replace(hidden=self.head.hidden[rows])
         moment, moment_dot = (torch.zeros_like(tau) for _ in range(2))
         totals = tau.new_zeros(2, len(rows))
         kinds = 2 if dlogprobs is None else 3
         sums = torch.zeros(kinds, len(rows), head.hidden.shape[1], dtype=tau.dtype, device=tau.device)
-        scratch = Scratch(kinds * len(rows), head.weight.dtype, tau.device)
+        # In float16 large terms would be infinite.
+        dtype = head.weight.dtype if head.weight.dtype == torch.bfloat16 else tau.dtype
+        scratch = Scratch(kinds * len(rows), dtype, tau.device)
         for columns, logits in head_chunks(head, self.implementation.product):
             stacked = scratch(logits.shape[1])
             terms = stacked.view(kinds, *logits.shape)

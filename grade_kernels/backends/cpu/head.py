@@ -19,6 +19,7 @@ from grade_kernels.backends.torch import head as fallback
 CHUNK_ELEMENTS = 2**20  # logits that exist at a time
 _LANES, _PIECES = 16, 8  # kHeadLanes and kPieces of csrc/cpu
 _FEW_ROWS = 8  # hidden rows up to which padding them to whole lanes is most of the work
+_WIDENED = 1024  # rows of a weight that are converted at a time
 _CANDIDATE_WORDS = 3  # int32 words of csrc/cpu/head.h's Candidate and of its Found
 _SAMPLE, _SCORES, _SOFTMAX = range(3)
 
@@ -91,14 +92,22 @@ class _Product:
         self.weight, self.rows = weight, len(hidden)
         self.buffer = hidden.new_empty(min(width, len(weight)), _padded(self.rows))
         self.own = _has_product(hidden)
+        # Where this machine has kernels for bfloat16 alone (AMX), PyTorch has some for float16. Elsewhere it has none.
+        self.widened = hidden.dtype == torch.float16 and not self.own and not _has_product(hidden.bfloat16())
         if self.own:
             self.hidden = _packed(hidden)
         else:
-            self.hidden = hidden.new_zeros(hidden.shape[1], _padded(self.rows))
+            dtype = torch.float32 if self.widened else hidden.dtype
+            self.hidden = hidden.new_zeros(hidden.shape[1], _padded(self.rows), dtype=dtype)
             self.hidden[:, : self.rows] = hidden.T
 
     def __call__(self, chunk: slice) -> torch.Tensor:
         out = self.buffer[: chunk.stop - chunk.start]
+        if self.widened:
+            for start in range(chunk.start, chunk.stop, _WIDENED):
+                part = slice(start, min(start + _WIDENED, chunk.stop))
+                out[part.start - chunk.start : part.stop - chunk.start] = self.weight[part].float() @ self.hidden
+            return out
         if not self.own:
             return torch.mm(self.weight[chunk], self.hidden, out=out)
         _kernels().packed_product(self.hidden, self.rows, unit_stride(self.weight[chunk]), False, out)
