@@ -92,8 +92,7 @@ class _Product:
         self.weight, self.rows = weight, len(hidden)
         self.buffer = hidden.new_empty(min(width, len(weight)), _padded(self.rows))
         self.own = _has_product(hidden)
-        # Where this machine has kernels for bfloat16 alone (AMX), PyTorch has some for float16. Elsewhere it has none.
-        self.widened = hidden.dtype == torch.float16 and not self.own and not _has_product(hidden.bfloat16())
+        self.widened = not self.own and not fallback.has_kernels(hidden)
         if self.own:
             self.hidden = _packed(hidden)
         else:

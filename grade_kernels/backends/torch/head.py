@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 
 import torch
@@ -39,10 +40,24 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+@functools.cache
+def _onednn_has(dtype: torch.dtype) -> bool:
+    name = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}[dtype]
+    supported = getattr(torch.ops.mkldnn, name, None)  # a build without oneDNN has no such operation
+    return supported is not None and bool(supported())
+
+
+def has_kernels(x: torch.Tensor) -> bool:
+    """Whether PyTorch has kernels for products of x's dtype here. Without, they take up to 100 times as long as float32."""
+    return x.device.type != "cpu" or x.dtype.itemsize != 2 or _onednn_has(x.dtype)
+
+
 def product(x: torch.Tensor, table: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
     """See `grade_kernels.backends`."""
     if out is None:
-        return x @ table.T
+        if has_kernels(x):
+            return x @ table.T
+        out, x = x.new_empty(len(x), len(table)), x.float()
     dtype = torch.promote_types(x.dtype, out.dtype)  # what is kept in more bits is not rounded to fewer on its way
     x, width = x.to(dtype), 0 if dtype == x.dtype else x.shape[1]
     for columns in column_chunks(max(len(x), width), len(table), PRODUCT_ELEMENTS):
@@ -57,16 +72,14 @@ def product(x: torch.Tensor, table: torch.Tensor, out: torch.Tensor | None = Non
 def weighted_sum(values: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     """See `grade_kernels.backends`."""
     dtype = compute_dtype(values.dtype)
-    if table.dtype != torch.float16:
-        return (values.to(table.dtype) @ table).to(dtype)
-    values = values.to(dtype)
-    if (
-        table.device.type == "cpu"
-    ):  # most processors multiply no float16, and PyTorch then takes a hundred times as long
-        out = values.new_zeros(len(values), table.shape[1])
+    if not has_kernels(table):
+        values, out = values.to(dtype), torch.zeros(len(values), table.shape[1], dtype=dtype)
         for rows in column_chunks(max(1, table.shape[1]), len(table), PRODUCT_ELEMENTS):
             out.addmm_(values[:, rows], table[rows].to(dtype))
         return out
+    if table.dtype != torch.float16:
+        return (values.to(table.dtype) @ table).to(dtype)
+    values = values.to(dtype)
     # Thousands of rows of a table may add up to more than float16 holds, though their mean never does.
     shrink = (values.abs().sum(dim=1, keepdim=True) / 2**10).clamp_min_(1.0)
     return ((values / shrink).half() @ table) * shrink
