@@ -242,6 +242,21 @@ halves = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.float16).resha
 halves = halves[halves.isfinite().all(dim=1)]  # all that there are, subnormal ones too
 places = torch.arange(16).repeat(len(halves)), torch.arange(len(halves)).repeat_interleave(16)
 assert torch.equal(cpu.gather_dot(torch.eye(16), halves, *places), halves.float().flatten())
+from grade_kernels.backends.cpu import head
+from grade_kernels.backends.torch import head as plain
+def check(dtype):  # 16 bits, whether or not PyTorch has kernels for them here
+    x, w, p = hidden.to(dtype), lm_head.to(dtype), torch.rand(5, 333, generator=generator).to(dtype)
+    exact, close = x.double() @ w.double().T, dict(rtol=2 * torch.finfo(dtype).eps, atol=1e-2)
+    torch.testing.assert_close(head.product(x, w).double(), exact, **close)
+    torch.testing.assert_close(plain.product(x, w).double(), exact, **close)
+    torch.testing.assert_close(head._Product(x, w, 333)(slice(0, 333))[:, :21].T.double(), exact, **close)
+    for module in (head, plain):
+        torch.testing.assert_close(module.weighted_sum(p.float(), w).double(), p.double() @ w.double(), rtol=0.02, atol=0.05)
+for dtype in (torch.float16, torch.bfloat16):
+    check(dtype)
+plain._onednn_has = lambda dtype: False
+for dtype in (torch.float16, torch.bfloat16):
+    check(dtype)
 print(torch.ops.grade_kernels_cpu.has_product(torch.empty(0)))
 """
 
