@@ -45,7 +45,8 @@ def test_a_product_is_at_least_as_exact_as_torchs(rows, vocab, width, dtype):
     exact = weight.double() @ hidden.double().T
     size = weight.double().abs() @ hidden.double().abs().T
     error, torchs = (((x - exact).abs() / size).max().item() for x in (_product(hidden, weight), weight @ hidden.T))
-    assert error <= torchs + 2.0**-22  # of the sum of magnitudes: four roundings of slack where sums are short
+    # Of the sum of magnitudes: two roundings' worth of slack where sums are short, four where one chain adds them.
+    assert error <= torchs + (2.0**-22 if dtype == torch.float32 else 2.0**-23)
 
 
 @pytest.mark.parametrize("by_row", [False, True])
@@ -104,7 +105,9 @@ def test_rows_apart_and_columns_of_a_wider_table(dtype):
     weight = table[::2, :50]  # what lies beside it is NaN, and must not be seen
     exact, close = weight.double() @ hidden.double().T, 2 * torch.finfo(dtype).eps
     for table in (weight, weight.T.contiguous().T):
-        torch.testing.assert_close(_product(hidden, table).double(), exact, rtol=close, atol=50 * 2.0**-23)
+        torch.testing.assert_close(
+            _product(hidden, table).double(), exact, rtol=close, atol=(50 if dtype == torch.float32 else 10) * 2.0**-23
+        )
 
 
 def test_bfloat16_infinities_and_nan_are_torchs():

@@ -265,14 +265,14 @@ void few_product(Tensor x, Tensor table, Tensor out) {
   });
 }
 
-// See TermsArgs: out is [2, N, C], weighted first; sums is [3, N]: total, dot, shift.
-void weight_terms(Tensor weights, Tensor dy, std::optional<Tensor> slope, Tensor out, Tensor sums) {
+// See TermsArgs: out is [2, N, C], weighted first; sums is [2, N]: total and dot.
+void weight_terms(Tensor weights, Tensor dy, std::optional<Tensor> slope, Tensor out, Tensor sums, Tensor shift) {
   const int64_t rows = weights.size(0), bytes = out.element_size() * out.stride(0);
   char* terms = static_cast<char*>(out.mutable_data_ptr());
   float* totals = mutable_data<float>(sums);
   const TermsArgs args{data<float>(weights), data<float>(dy), data<float>(slope), weights.stride(0), dy.stride(0),
                        slope ? slope->stride(0) : 0, weights.size(1), terms, terms + bytes, dtype_of(out), out.stride(1),
-                       totals, totals + rows, totals + 2 * rows};
+                       totals, totals + rows, mutable_data<float>(shift)};
   parallel_rows(rows, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) GK_KERNELS_OF(kGather).terms(args, row);
   });
@@ -327,7 +327,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(grade_kernels_cpu, m) {
   m.def("token_order(Tensor tokens, Tensor(a!) order, Tensor(b!) counts) -> ()");
   m.def("gather_dot(Tensor x, Tensor table, Tensor rows, Tensor tokens, Tensor(a!) out) -> ()");
   m.def("few_product(Tensor x, Tensor table, Tensor(a!) out) -> ()");
-  m.def("weight_terms(Tensor weights, Tensor dy, Tensor? slope, Tensor(a!) out, Tensor(b!) sums) -> ()");
+  m.def("weight_terms(Tensor weights, Tensor dy, Tensor? slope, Tensor(a!) out, Tensor(b!) sums, Tensor(c!) shift) -> ()");
   m.def("has_product(Tensor x) -> bool");
   m.def("packed_numbers(Tensor x) -> int");
   m.def("product_pack(Tensor x, Tensor(a!) packed) -> ()");

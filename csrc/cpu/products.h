@@ -45,6 +45,7 @@ struct WeightedSum {
   int64_t out_stride;
 };
 
+// No matrix is empty.
 struct ProductKernels {
   int64_t packed_rows, tokens, columns;  // a block is so many rows of x, of the table's rows, of its columns
   int64_t (*packed_numbers)(Dtype dtype, int64_t rows, int64_t width);

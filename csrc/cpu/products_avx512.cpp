@@ -239,7 +239,6 @@ void multiply_blocks(const Product& args, int64_t begin, int64_t end) {
         }
         multiply_any<computed(kDtype)>(pass.wide, rows, tokens, lines + step * pass.wide * kLanes, now, step == 0, sums, ahead);
       }
-      if (steps == 0) std::fill(sums, sums + kTokens * kLine, 0.0f);
       put_sums<kLine>(args, sums, token, tokens, pass.first * kLanes, pass.wide * kLanes);
     }
   }
@@ -250,7 +249,7 @@ template <Dtype kDtype>
 class Summer {
  public:
   explicit Summer(const WeightedSum& args)
-      : args_(args), strip_(std::clamp<int64_t>(kSumsAtATime / (kLine * std::max<int64_t>(1, args.rows)), 1, kStrip)),
+      : args_(args), strip_(std::clamp<int64_t>(kSumsAtATime / (kLine * args.rows), 1, kStrip)),
         memory_(new char[size_t(64 + 4 * (strip_ * kSegment * kLine + strip_ * args.rows * kLine + kParts * args.rows * kSegment))]) {
     panel_ = reinterpret_cast<float*>(memory_ + -reinterpret_cast<uintptr_t>(memory_) % 64);
     sums_ = panel_ + strip_ * kSegment * kLine;
@@ -279,7 +278,6 @@ class Summer {
           }
         }
       }
-      if (args_.tokens == 0) std::fill(sums_, sums_ + strip_ * args_.rows * kLine, 0.0f);
       for (int64_t block = first; block < last; ++block) exact &= put(block, sums_ + (block - first) * args_.rows * kLine);
     }
     return exact;

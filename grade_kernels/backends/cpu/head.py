@@ -19,7 +19,6 @@ from grade_kernels.backends.torch import head as fallback
 CHUNK_ELEMENTS = 2**20  # logits that exist at a time
 _LANES, _PIECES = 16, 8  # kHeadLanes and kPieces of csrc/cpu
 _FEW_ROWS = 8  # hidden rows up to which padding them to whole lanes is most of the work
-_WIDENED = 1024  # rows of a weight that are converted at a time
 _CANDIDATE_WORDS = 3  # int32 words of csrc/cpu/head.h's Candidate and of its Found
 _SAMPLE, _SCORES, _SOFTMAX = range(3)
 
@@ -70,11 +69,10 @@ def weight_terms(
     """See `grade_kernels.backends`."""
     if weights.dtype != torch.float32 or out.dtype == torch.float16:
         return fallback.weight_terms(weights, dy, slope, out, sums)
-    both = torch.cat([sums, sums.new_empty(1, len(weights))])
+    moved = sums.new_empty(len(weights))
     slope = None if slope is None else unit_stride(slope)
-    _kernels().weight_terms(unit_stride(weights), unit_stride(dy), slope, out, both)
-    sums.copy_(both[:2])
-    return both[2]
+    _kernels().weight_terms(unit_stride(weights), unit_stride(dy), slope, out, sums, moved)
+    return moved
 
 
 def exact_weights(dtype: torch.dtype) -> bool:
@@ -103,9 +101,7 @@ class _Product:
     def __call__(self, chunk: slice) -> torch.Tensor:
         out = self.buffer[: chunk.stop - chunk.start]
         if self.widened:
-            for start in range(chunk.start, chunk.stop, _WIDENED):
-                part = slice(start, min(start + _WIDENED, chunk.stop))
-                out[part.start - chunk.start : part.stop - chunk.start] = self.weight[part].float() @ self.hidden
+            fallback.product(self.hidden.T, self.weight[chunk], out.T)
             return out
         if not self.own:
             return torch.mm(self.weight[chunk], self.hidden, out=out)

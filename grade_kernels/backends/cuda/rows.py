@@ -72,7 +72,7 @@ def softmax(
     # The kernels write float32 and the logits' dtype; what is rounded once more from float32 is rounded once.
     direct = out_dtype if out_dtype == logits.dtype else torch.float32
     weights = out
-    if weights is None or weights.dtype != direct or not weights.is_contiguous():
+    if weights is None or weights.dtype != direct:
         weights = torch.empty(logits.shape, dtype=direct, device=logits.device)
     total = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
     _kernels().softmax(
