@@ -28,7 +28,7 @@ from grade_kernels.inspection.machine_code import PIPES, Figures
 HOPPER = (
     *("sample fp32 aligned", "sample+lse fp32 aligned", "ste apply fp32 aligned", "ste apply+logprob+dtau bf16 odd"),
     *("reinmax sums fp32 shard", "sample fp32 strided", "sample+lse fp32 tiny", "support write fp32 *"),
-    *("head sample bf16 128*", "head scores bf16 128*", "baseline sample fp32 aligned"),
+    *("head sample bf16 128x64*", "head scores bf16 128x64*", "baseline sample fp32 aligned"),
 )
 OTHERS = {
     "sm_80": ["sample fp32 aligned"],
@@ -68,7 +68,7 @@ def test_columns_are_permuted_where_accumulators_are_those_of_mma():
 
 
 def test_every_target_has_every_kernel():
-    names = [[(b.name, b.dtype) for b in builds(target)] for target in TARGETS]
+    names = [list(dict.fromkeys((b.name, b.dtype) for b in builds(target))) for target in TARGETS]
     assert all(found == names[0] for found in names)
     labels = [(b.name, b.dtype, b.configuration) for b in builds("sm_90")]
     assert len(set(labels)) == len(labels)
@@ -284,6 +284,18 @@ def test_prediction_of_a_product():
     alone = next(p for p in prediction.predict(tile, replace(found, registers=200)) if p.device == "H100")
     epilogue = max(beside.resources[name] for name in DEVICES["H100"].pipes)
     assert alone.resources["product, then epilogue"] == pytest.approx(product + epilogue)
+
+
+def test_a_head_of_many_rows_is_near_its_floor():
+    """Predicted for H100 with 4096 rows, 151,936 tokens and 4096 hidden units: at most 1.2 times any product's floor."""
+    tasks = select(["sm_90"], ["head sample bf16 128x256*", "head scores bf16 128x256*"])
+    results = inspect(tasks, processes=1)
+    assert [found.kernel for found in results] == ["head sample", "head scores"]
+    for (tile, _), found in zip(tasks, results, strict=True):
+        assert limits.violations(tile, found) == []
+        (h100,) = [p for p in prediction.predict(tile, found) if p.device == "H100"]
+        assert h100.rows == 4096
+        assert h100.ratio <= 1.2, h100
 
 
 # Choosing, caching, and the command

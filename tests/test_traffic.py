@@ -82,12 +82,14 @@ def test_softmax_backward(estimator, small_tiles):
 
 
 @pytest.mark.parametrize("name", ["sample", "scores", "softmax"])
-def test_head_moves_what_its_tiles_need(name, monkeypatch):
-    """A program's rows of hidden are read again for every tile of BN tokens, the head for every BM rows."""
-    sizes = head.Config(16, 32, 16, 4, 2)
+@pytest.mark.parametrize("more", [0, 16])
+def test_head_moves_what_its_tiles_need(name, more, monkeypatch):
+    """A program's rows of hidden are read again for every tile of columns, the head for every BM rows."""
+    sizes = head.Config(16, 32, 16, 4, 2, more)
+    split = 2 * sizes.columns
     monkeypatch.setattr(head, "NARROW", sizes)
     for module in (head, head_support):
-        monkeypatch.setattr(module, "SPLIT", 64)
+        monkeypatch.setattr(module, "SPLIT", split)
     for cached in (head_support.schedule, head_support.layout, head_support.stride):
         cached.cache_clear()
     rows, vocab, width = 19, 200, 40
@@ -105,15 +107,15 @@ def test_head_moves_what_its_tiles_need(name, monkeypatch):
     for cached in (head_support.schedule, head_support.layout, head_support.stride):
         cached.cache_clear()
     kernel = "head_softmax_kernel" if name == "softmax" else "head_scores_kernel"
-    blocks, tile_count = math.ceil(rows / sizes.BM), math.ceil(vocab / sizes.BN)
-    per_step = {"hidden": sizes.BM, "weight": sizes.BN}
+    blocks, tile_count = math.ceil(rows / sizes.BM), math.ceil(vocab / sizes.columns)
+    per_step = {"hidden": sizes.BM, "weight": sizes.columns}
     for tensor, edge in per_step.items():
         assert moved.loaded[kernel, tensor] <= 2 * width * edge * blocks * tile_count
     # All else together is small beside the product: bias, statistics of a split, candidates.
     product = sum(moved.loaded[kernel, tensor] for tensor in per_step)
     others = moved.of(kernel) - product - moved.loaded[kernel, "bias"] - moved.stored[kernel, "slots"]
-    splits = math.ceil(vocab / 64)
-    assert moved.loaded[kernel, "bias"] <= 4 * sizes.BN * tile_count * blocks
+    splits = math.ceil(vocab / split)
+    assert moved.loaded[kernel, "bias"] <= 4 * sizes.columns * tile_count * blocks
     assert others <= 4 * (8 * sizes.BM * blocks * splits + 16 * splits * blocks)
 
 

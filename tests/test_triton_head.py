@@ -161,6 +161,94 @@ def test_softmax(name, ref, dtype):
     same_support(support, truth_support)
 
 
+@pytest.fixture
+def large(small):
+    """Hopper's tile for many rows: two products share its rows."""
+    if REASON is not None or DEVICE != "cpu":
+        yield
+        return
+    from grade_kernels.backends.triton import head, head_support
+
+    # Of its own, to be undone before what `small` does is.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(head, "target", lambda: ("interpreter", 90))
+        for module in (head, head_support):
+            patch.setattr(module, "SPLIT", 192)
+        for function in (head_support.schedule, head_support.layout, head_support.stride):
+            function.cache_clear()
+        yield
+
+
+@runs
+@pytest.mark.parametrize("columns", [(32, 16), (16, 16), (64, 32)], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        {"shape": (19, 450, 40), "eps": 0.05},
+        {"shape": (17, 211, 33), "eps": 0.0},
+        {"shape": (23, 401, 33), "eps": 0.02, "start": 2**34 + 3, "rows": True},
+    ],
+    ids=["plain", "eps 0", "shard"],
+)
+def test_large_tiles_give_what_small_ones_give(case, columns, large, monkeypatch):
+    """To the bit, for a thread of a row meets the same tokens in the same order."""
+    from grade_kernels.backends.triton import head as tiles
+
+    if DEVICE == "cuda":
+        case = {**case, "shape": (300, *case["shape"][1:])}
+        if columns != (32, 16) or tiles.target()[1] not in range(90, 100):
+            pytest.skip("GPUs have the one size that is launched, and it is Hopper's")
+    else:
+        monkeypatch.setattr(tiles, "MANY", tiles.Config(16, columns[0], 32, 4, 2, MORE=columns[1]))
+    head, tau, row_ids, start = arguments(case, torch.bfloat16)
+    inputs = (on(tau), on(seed()), on(row_ids), start, case["eps"])
+
+    def run():
+        return (
+            fused.head_scores(on(head), *inputs),
+            fused.head_sample(on(head), on(seed()), on(row_ids), start),
+            fused.head_softmax(on(head), *inputs, None),
+        )
+
+    chosen = []
+    choose = tiles.config
+    monkeypatch.setattr(tiles, "config", lambda *arguments: chosen.append(choose(*arguments)) or chosen[-1])
+    (sample, total, support), drawn, (sums, sums_support) = run()
+    assert {sizes.MORE > 0 for sizes in chosen} == {True}
+    monkeypatch.setattr(tiles, "many_rows", lambda head: False)
+    (small, small_total, small_support), small_drawn, (small_sums, small_sums_support) = run()
+    assert chosen[-1].MORE == 0
+    for a, b in (
+        *zip(sample, small, strict=True), *zip(drawn, small_drawn, strict=True), *zip(sums, small_sums, strict=True),
+        *zip(support, small_support, strict=True), *zip(sums_support, small_sums_support, strict=True),
+        (total, small_total),
+    ):  # fmt: skip
+        assert torch.equal(a, b)
+    truth, truth_total, truth_support = plain.head_scores(
+        double(head), tau.double(), seed(), row_ids, start, case["eps"]
+    )
+    assert torch.equal(sample.ids.cpu(), truth.ids)
+    close(total, truth_total)
+    same_support(support, truth_support)
+
+
+@runs
+def test_what_takes_registers_keeps_small_tiles():
+    from grade_kernels.backends.triton import head as tiles
+
+    assert not tiles.many_rows(make(tiles.NARROW.BM, 8, 8))
+    rows = tiles.NARROW.BM + 1
+    assert tiles.many_rows(make(rows, 8, 8))
+    assert not tiles.many_rows(make(rows, 8, 8, bias=True))
+    assert not tiles.many_rows(make(rows, 8, 8, softcap=3.0))
+    for dtype, products, capability in (
+        (torch.float32, 1, 90), (torch.bfloat16, 2, 90), (torch.bfloat16, 1, 80), (torch.bfloat16, 1, 0),
+        (torch.bfloat16, 1, 100), (torch.bfloat16, 1, 120),
+    ):  # fmt: skip
+        assert tiles.config(dtype, products, capability, True).MORE == 0
+    assert tiles.config(torch.float16, 1, 90, True) == tiles.MANY
+
+
 @runs
 def test_masked_tokens_are_never_touched():
     head = make(3, 200, 16, bias=True)

@@ -16,7 +16,7 @@ from grade_kernels import noise
 from grade_kernels.backends.triton import gather, head, head_support, onehot, tiles
 from grade_kernels.inspection import baseline
 
-__all__ = ["TARGETS", "VOCAB", "Build", "builds"]
+__all__ = ["ROWS", "TARGETS", "VOCAB", "Build", "builds"]
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -26,6 +26,7 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 VOCAB = 151936
+ROWS = 4096  # beside it, what predictions are made for
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 _BACKEND = "grade_kernels.backends.triton"
 # Of the row kernels: rows aligned to 16 bytes; rows that are not; any strides and row ids; the same and a shard at an
@@ -56,6 +57,7 @@ class Build(NamedTuple):
         logits: that a thread handles in one round of the main loop; 0 if there is no such loop.
         sizes: of the tile of a product, or None.
         products: per tile.
+        rows: N that its prediction is for: a tile of few rows is not launched for many if there is one of many.
     """
 
     name: str
@@ -67,6 +69,7 @@ class Build(NamedTuple):
     logits: int = 0
     sizes: head.Config | None = None
     products: int = 0
+    rows: int = ROWS
 
 
 def builds(target: str) -> list[Build]:
@@ -160,10 +163,16 @@ def _heads(dtype: str, target: str) -> list[Build]:
         "head softmax, ref, eps 0": (softmax, no_slots, 2),
         "head softmax, ref, all flags": (softmax, {**every, **every_ref}, 2),
     }
+    added = ("bias", "softcap")
     found = []
     for name, (kernel, changes, products) in variants.items():
-        sizes = head.config(_DTYPES[dtype], products, _capability(target))
-        found.append(head_build(name, dtype, sizes, target, kernel, changes, products))
+        few, many = (head.config(_DTYPES[dtype], products, _capability(target), many=many) for many in (False, True))
+        build = head_build(name, dtype, few, target, kernel, changes, products)
+        if many != few:
+            rows = ROWS if changes.keys() & set(added) else few.BM
+            found += [build._replace(rows=rows)]
+            build = head_build(name, dtype, many, target, kernel, {**changes, **dict.fromkeys(added)}, products)
+        found.append(build)
     if dtype == "bf16":
         sizes = head.config(_DTYPES[dtype], 1, _capability(target))
         kernel = f"{baseline.__name__}:head_sample_kernel"
@@ -187,9 +196,8 @@ def head_build(
         "EVEN_K": True, "EVEN_R": True, **options, **changes,
     }  # fmt: skip
     compiler = {key: options[key] for key in options.keys() - arguments_of_tiles()}
-    per_thread = sizes.BM * sizes.BN // (gpu.warp_size * sizes.num_warps)
-    label = "x".join(map(str, sizes))
-    return Build(name, dtype, label, kernel, arguments, compiler, per_thread, sizes, products)
+    per_thread = sizes.BM * sizes.columns // (gpu.warp_size * sizes.num_warps)
+    return Build(name, dtype, str(sizes), kernel, arguments, compiler, per_thread, sizes, products)
 
 
 def _capability(target: str) -> int:
@@ -199,7 +207,7 @@ def _capability(target: str) -> int:
 
 def arguments_of_tiles() -> set[str]:
     """Those of `head.tile_options` that kernels take; the others are the compiler's."""
-    return {"BM", "BN", "BK", "TILES", "THREADS", "PERMUTED", "TARGET"}
+    return {"BM", "BN", "BK", "MORE", "TILES", "THREADS", "PERMUTED", "TARGET"}
 
 
 def _gathers(dtype: str) -> list[Build]:

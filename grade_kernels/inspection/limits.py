@@ -31,6 +31,9 @@ LIMITS: dict[str, dict[str, tuple[float, int]]] = {
         "head scores bf16 128x64x32x4x4": (47.0, 255),
         "head softmax bf16 128x64x32x4x4": (28.0, 255),
         "head softmax, ref bf16 128x32x32x4x4": (41.0, 255),
+        "head sample bf16 128x256+64x32x8x3": (35.0, 255),
+        "head scores bf16 128x256+64x32x8x3": (46.3, 255),
+        "head softmax bf16 128x256+64x32x8x3": (28.7, 255),
     },
     "sm_100": {
         "sample fp32 aligned": (28.9, 64),

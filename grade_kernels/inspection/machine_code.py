@@ -123,7 +123,7 @@ def _width(product: list[Instruction], build: Build, threads: int) -> int:
     """The hidden units that one round of the loop over the width multiplies, a multiple of BK: compilers unroll it."""
     assert build.sizes is not None
     # Known by what it loads; rounded, since it may load a little besides.
-    step = (build.sizes.BM + build.sizes.BN) * build.sizes.BK * _ELEMENT[build.dtype] * build.products
+    step = (build.sizes.BM + build.sizes.columns) * build.sizes.BK * _ELEMENT[build.dtype] * build.products
     return build.sizes.BK * max(1, round(threads * sum(_bytes(i.opcode) for i in product) / step))
 
 

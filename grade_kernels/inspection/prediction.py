@@ -11,27 +11,29 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from grade_kernels.inspection.configurations import VOCAB, Build
+from grade_kernels.inspection.configurations import ROWS, VOCAB, Build
 from grade_kernels.inspection.devices import DEVICES, Device, programs
 from grade_kernels.inspection.machine_code import PIPES, Figures
 
 __all__ = ["ROWS", "WIDTH", "Prediction", "predict"]
 
-ROWS, WIDTH = 4096, 4096  # N and H of the problem, beside VOCAB
+WIDTH = 4096  # H of the problem, beside ROWS and VOCAB
 _ELEMENT = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """A predicted time for `ROWS` rows, `VOCAB` tokens and, for a head, `WIDTH` hidden units.
+    """A predicted time for `VOCAB` tokens and, for a head, `WIDTH` hidden units.
 
     Attributes:
+        rows: of logits or hidden states: `ROWS`, or as many as a head's tile of few rows takes.
         floor, seconds: what any kernel needs, and what this one does.
         bound: the resource that takes the longest.
         resources: seconds that each would need alone.
     """
 
     device: str
+    rows: int
     floor: float
     seconds: float
     bound: str
@@ -55,9 +57,9 @@ def predict(build: Build, found: Figures) -> list[Prediction]:
     return [_product(name, device, build, found) for name, device in devices.items()]
 
 
-def _pipes(device: Device, counts: Mapping[str, float]) -> dict[str, float]:
+def _pipes(device: Device, rows: int, counts: Mapping[str, float]) -> dict[str, float]:
     """Seconds of each resource for a number of instructions per logit."""
-    per_clock = device.multiprocessors * device.clock / (ROWS * VOCAB)
+    per_clock = device.multiprocessors * device.clock / (rows * VOCAB)
     return {
         name: sum(counts[pipe] / lanes for pipe, lanes in units.items()) / per_clock
         for name, units in device.pipes.items()
@@ -68,26 +70,27 @@ def _scan(name: str, device: Device, found: Figures) -> Prediction:
     assert found.per_logit is not None
     assert found.bytes_per_logit is not None
     floor = ROWS * VOCAB * found.bytes_per_logit / device.bandwidth
-    resources = {"memory": floor, **_pipes(device, found.per_logit)}
+    resources = {"memory": floor, **_pipes(device, ROWS, found.per_logit)}
     bound = max(resources, key=lambda key: resources[key])
-    return Prediction(name, floor, resources[bound], bound, resources)
+    return Prediction(name, ROWS, floor, resources[bound], bound, resources)
 
 
 def _product(name: str, device: Device, build: Build, found: Figures) -> Prediction:
     assert found.per_logit is not None
     assert found.per_width is not None
     assert build.sizes is not None
+    rows = build.rows
     size = _ELEMENT[found.dtype] * build.products
-    memory = (ROWS + VOCAB) * WIDTH * size / device.bandwidth
-    operations = 2 * ROWS * VOCAB * WIDTH * build.products / (device.wide if found.dtype == "fp32" else device.tensor)
-    # Per tile BM rows of hidden and BN of the head; between tiles they come from the cache.
-    cache = ROWS * VOCAB * WIDTH * size * (1 / build.sizes.BM + 1 / build.sizes.BN) / device.cache_bandwidth
+    memory = (rows + VOCAB) * WIDTH * size / device.bandwidth
+    operations = 2 * rows * VOCAB * WIDTH * build.products / (device.wide if found.dtype == "fp32" else device.tensor)
+    # Per tile BM rows of hidden and a row of the head per column; between tiles they come from the cache.
+    cache = rows * VOCAB * WIDTH * size * (1 / build.sizes.BM + 1 / build.sizes.columns) / device.cache_bandwidth
     width = {pipe: found.per_width[pipe] * WIDTH for pipe in PIPES}
-    together = _pipes(device, {pipe: found.per_logit[pipe] + width[pipe] for pipe in PIPES})
+    together = _pipes(device, rows, {pipe: found.per_logit[pipe] + width[pipe] for pipe in PIPES})
     resources = {"memory": memory, "cache": cache, "product": operations, **together}
     if programs(found) < 2:
         # Nothing runs beside a program's epilogue, so that adds to its product.
-        after = max(_pipes(device, found.per_logit).values())
-        resources["product, then epilogue"] = max(operations, *_pipes(device, width).values()) + after
+        after = max(_pipes(device, rows, found.per_logit).values())
+        resources["product, then epilogue"] = max(operations, *_pipes(device, rows, width).values()) + after
     bound = max(resources, key=lambda key: resources[key])
-    return Prediction(name, max(memory, operations), resources[bound], bound, resources)
+    return Prediction(name, rows, max(memory, operations), resources[bound], bound, resources)

@@ -14,7 +14,7 @@ from rich.table import Table
 from grade_kernels.inspection.configurations import VOCAB, Build
 from grade_kernels.inspection.devices import DEVICES, programs
 from grade_kernels.inspection.machine_code import PIPES, Figures
-from grade_kernels.inspection.prediction import ROWS, WIDTH, predict
+from grade_kernels.inspection.prediction import ROWS, WIDTH, Prediction, predict
 
 __all__ = ["table", "write_json", "write_plot"]
 
@@ -34,7 +34,7 @@ def table(results: Sequence[tuple[Build, Figures]], target: str) -> Table:
             continue
         numbers = [found.registers, found.stack, found.spills, found.shared, programs(found)]
         pipes = ["" if found.per_logit is None else f"{found.per_logit[pipe]:.1f}" for pipe in PIPES]
-        predictions = {p.device: f"{1e3 * p.seconds:.2f} ms, {p.ratio:.2f}x ({p.bound})" for p in predict(build, found)}
+        predictions = {p.device: _prediction(p) for p in predict(build, found)}
         shown.add_row(
             found.kernel, found.dtype, found.configuration, *map(str, numbers),
             "" if found.total is None else f"{found.total:.1f}", *pipes, _bytes(build, found),
@@ -43,10 +43,16 @@ def table(results: Sequence[tuple[Build, Figures]], target: str) -> Table:
         )  # fmt: skip
     widths = f"N = {ROWS}, V = {VOCAB}, H = {WIDTH}"
     shown.caption = (
-        f"Predictions, nothing measured on a device: time at {widths}, over the floor, and what bounds it. Programs: on a "
-        f"multiprocessor at a time. Bytes: per logit, for a head from the cache at H = {WIDTH}."
+        f"Predictions, nothing measured on a device: time at {widths} (at another N where a tile is for few rows), over the "
+        f"floor, and what bounds it. Programs: on a multiprocessor at a time. Bytes: per logit, for a head from the cache at "
+        f"H = {WIDTH}."
     )
     return shown
+
+
+def _prediction(p: Prediction) -> str:
+    at = "" if p.rows == ROWS else f", N = {p.rows}"
+    return f"{1e3 * p.seconds:.2f} ms, {p.ratio:.2f}x ({p.bound}{at})"
 
 
 def _bytes(build: Build, found: Figures) -> str:
@@ -98,14 +104,14 @@ def write_plot(path: Path, results: Sequence[tuple[Build, Figures]]) -> None:
         _roof(
             axes[0][column], f"{name}, given logits", "instructions per byte of memory", "instructions/s",
             issue, {"memory": device.bandwidth},
-            [(b.name, (f.total or 0) / (f.bytes_per_logit or 1), (f.total or 0) * ROWS * VOCAB / p.seconds)
+            [(b.name, (f.total or 0) / (f.bytes_per_logit or 1), (f.total or 0) * p.rows * VOCAB / p.seconds)
              for b, f, p in scans],
         )  # fmt: skip
         _roof(
             axes[1][column], f"{name}, through a head", "operations per byte from the cache", "operations/s",
             device.tensor, {"cache": device.cache_bandwidth},
-            [(f"{b.name} {b.configuration}", 2 * ROWS * VOCAB * WIDTH * b.products
-              / (p.resources["cache"] * device.cache_bandwidth), 2 * ROWS * VOCAB * WIDTH * b.products / p.seconds)
+            [(f"{b.name} {b.configuration}", 2 * p.rows * VOCAB * WIDTH * b.products
+              / (p.resources["cache"] * device.cache_bandwidth), 2 * p.rows * VOCAB * WIDTH * b.products / p.seconds)
              for b, f, p in heads],
         )  # fmt: skip
     figure.suptitle(

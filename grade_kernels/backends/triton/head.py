@@ -25,7 +25,7 @@ from grade_kernels.backends.triton.philox import LOG2E, split_row
 from grade_kernels.backends.triton.tiles import INTERPRETED, target_options
 from grade_kernels.noise import seed_on
 
-SPLIT = 512  # tokens of a program
+SPLIT = 640  # tokens of a program
 # A maximum of nothing, in units of log2. Finite, since inf - inf is NaN; and where float32 is no coarser than that a
 # product of logit and rate and its rounded self differ by a few units, for weights are powers of that difference, too.
 FLOOR = tl.constexpr(-1e8)
@@ -33,29 +33,52 @@ NOWHERE = tl.constexpr(0x7FFFFFFF)
 
 
 class Config(NamedTuple):
-    """Sizes that a kernel is compiled for."""
+    """Sizes that a kernel is compiled for: a tile's rows and columns, a step of the width; MORE columns beside BN.
+
+    Columns are a power of two, and so are those beside it: two products share the tile's hidden rows.
+    """
 
     BM: int
     BN: int
     BK: int
     num_warps: int
     num_stages: int
+    MORE: int = 0
+
+    @property
+    def columns(self) -> int:
+        """All columns of a tile."""
+        return self.BN + self.MORE
+
+    def __str__(self) -> str:
+        more = f"+{self.MORE}" if self.MORE else ""
+        return f"{self.BM}x{self.BN}{more}x{self.BK}x{self.num_warps}x{self.num_stages}"
 
 
-# Four warps lie one below the other, so that a row is in one of them. Registers leave room for two programs on a
+# Warps lie one below the other, so that a row is in one of them. Registers leave room for two programs on a
 # multiprocessor: one's epilogue hides behind the other's product.
 NARROW = Config(128, 64, 32, 4, 4)
 PAIR = Config(128, 32, 32, 4, 4)  # two products per tile
 WIDE = Config(64, 64, 16, 8, 2)  # float32 is multiplied in true float32, which no tensor core does
+# Hopper multiplies faster than its cache can feed small tiles. One program fits, with two thirds of its registers holding
+# the product. A thread of a row meets the same groups in the same order as in NARROW.
+MANY = Config(128, 256, 32, 8, 3, MORE=64)
 
 
-def config(dtype: torch.dtype, products: int = 1, capability: int = 0) -> Config:
-    """Tile sizes for a dtype, a number of products per tile and a compute capability (0 outside NVIDIA)."""
+def config(dtype: torch.dtype, products: int = 1, capability: int = 0, many: bool = False) -> Config:
+    """Tile sizes for a dtype, a number of products per tile, a compute capability (0 outside NVIDIA), and `many_rows`."""
     if dtype == torch.float32:
         return WIDE
+    if many and products == 1 and 90 <= capability < 100:
+        return MANY
     sizes = NARROW if products == 1 else PAIR
     # Ampere's addresses of another stage would be spilled.
     return sizes._replace(num_stages=3) if 80 <= capability < 90 else sizes
+
+
+def many_rows(head: Head) -> bool:
+    """Whether a head has more than one tile of rows, and nothing that takes registers which `MANY` has not."""
+    return head.hidden.shape[0] > NARROW.BM and head.bias is None and head.softcap is None
 
 
 def target() -> tuple[str, int]:
@@ -80,7 +103,7 @@ def tile_options(sizes: Config, dtype: torch.dtype, backend: str, capability: in
         options["maxnreg"] = 248  # else ptxas makes room for another program, and spills for it
     return {
         **sizes._asdict(),
-        "TILES": SPLIT // sizes.BN,
+        "TILES": SPLIT // sizes.columns,
         "THREADS": threads,
         "PERMUTED": permuted,
         "TARGET": backend,
@@ -92,7 +115,7 @@ def head_options(head: Head, vocab_start: int, products: int = 1) -> dict[str, A
     """Arguments that the kernels over a head share."""
     rows, width = head.hidden.shape
     backend, capability = target()
-    sizes = config(head.hidden.dtype, products, capability)
+    sizes = config(head.hidden.dtype, products, capability, many_rows(head))
     skew = vocab_start & 3
     return {
         "N": rows,
@@ -157,13 +180,16 @@ def row_max(b_x):
 @triton.jit
 def product(
     p_h, s_hk, weight, s_wv, s_wk, H, o_n, o_v,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN_K: tl.constexpr,
+    BM: tl.constexpr, BK: tl.constexpr, EVEN_K: tl.constexpr,
 ):  # fmt: skip
-    """`hidden[o_n] @ weight[o_v].T` in float32; p_h points to the rows of hidden."""
+    """`hidden[o_n] @ weight[o_v].T` in float32 for each of one or two o_v; p_h points to the rows of hidden."""
     o_k = tl.arange(0, BK)
     p_a = p_h[:, None] + o_k[None, :] * s_hk
-    p_b = weight + o_v.to(tl.int64)[:, None] * s_wv + o_k[None, :] * s_wk
-    b_acc = tl.zeros((BM, BN), tl.float32)
+    p_b = weight + o_v[0].to(tl.int64)[:, None] * s_wv + o_k[None, :] * s_wk
+    b_acc = tl.zeros((BM, o_v[0].shape[0]), tl.float32)
+    if len(o_v) == 2:
+        p_more = weight + o_v[1].to(tl.int64)[:, None] * s_wv + o_k[None, :] * s_wk
+        b_more = tl.zeros((BM, o_v[1].shape[0]), tl.float32)
     # At least one, known to the compiler: it would clear the accumulators twice.
     for i_k in range(0, tl.maximum(tl.cdiv(H, BK), 1)):
         if EVEN_K:
@@ -178,7 +204,19 @@ def product(
         b_acc = tl.dot(b_a, tl.trans(b_b), b_acc, input_precision="ieee")
         p_a += BK * s_hk
         p_b += BK * s_wk
-    return b_acc
+        if len(o_v) == 2:
+            if EVEN_K:
+                b_b = tl.load(p_more)
+            else:
+                b_b = tl.load(p_more, mask=m_k, other=0.0)
+            if INTERPRETED:
+                b_b = b_b.to(tl.float32)
+            b_more = tl.dot(b_a, tl.trans(b_b), b_more, input_precision="ieee")
+            p_more += BK * s_wk
+    if len(o_v) == 2:
+        return b_acc, b_more
+    else:
+        return (b_acc,)
 
 
 @triton.jit
@@ -222,25 +260,34 @@ def pieces(b_acc, BM: tl.constexpr, BN: tl.constexpr, THREADS: tl.constexpr, PER
 @triton.jit
 def logits(
     p_h, s_hk, weight, s_wv, s_wk, bias, softcap, H, V, first, o_n,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN_K: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, MORE: tl.constexpr, EVEN_K: tl.constexpr,
     THREADS: tl.constexpr, PERMUTED: tl.constexpr,
 ):  # fmt: skip
-    """Logits of tokens `first .. first + BN - 1` in `pieces`, -inf where there is no such token."""
-    o_c = first + columns(BN, THREADS, PERMUTED)
-    o_v = tl.minimum(tl.maximum(o_c, 0), V - 1)
-    b_l = product(p_h, s_hk, weight, s_wv, s_wk, H, o_n, o_v, BM, BN, BK, EVEN_K)
-    if bias is not None:
-        b_l += tl.load(bias + o_v)[None, :]
-    if softcap is not None:
-        # tanh; what cancels is a rounding error of the cap, and near zero, where that is more than a logit's own, a series.
-        b_y = b_l * (1.0 / softcap)
-        b_capped = softcap - 2.0 * softcap / (1.0 + tl.exp2(b_y * (2.0 * LOG2E)))
-        b_y *= b_y
-        b_capped = tl.where(b_y < 1e-3, tl.fma(b_l * b_y, -1 / 3, b_l), b_capped)
-        b_l = tl.where(b_l == -float("inf"), b_l, b_capped)  # a masked logit stays masked
-    if (first < 0) | (first + BN > V):
-        b_l = tl.where(((o_c >= 0) & (o_c < V))[None, :], b_l, float("-inf"))
-    return pieces(b_l, BM, BN, THREADS, PERMUTED)
+    """Logits of tokens `first .. first + BN + MORE - 1` in `pieces`, -inf where there is no such token."""
+    o_c = (first + columns(BN, THREADS, PERMUTED),)
+    if MORE:
+        o_c += (first + BN + columns(MORE, THREADS, PERMUTED),)
+    o_v = ()
+    for i in tl.static_range(len(o_c)):
+        o_v += (tl.minimum(tl.maximum(o_c[i], 0), V - 1),)
+    parts = product(p_h, s_hk, weight, s_wv, s_wk, H, o_n, o_v, BM, BK, EVEN_K)
+    tile = ()
+    for i in tl.static_range(len(parts)):
+        b_l = parts[i]
+        if bias is not None:
+            b_l += tl.load(bias + o_v[i])[None, :]
+        if softcap is not None:
+            # tanh; what cancels is a rounding error of the cap, and near zero, where that is more than a logit's own, a
+            # series.
+            b_y = b_l * (1.0 / softcap)
+            b_capped = softcap - 2.0 * softcap / (1.0 + tl.exp2(b_y * (2.0 * LOG2E)))
+            b_y *= b_y
+            b_capped = tl.where(b_y < 1e-3, tl.fma(b_l * b_y, -1 / 3, b_l), b_capped)
+            b_l = tl.where(b_l == -float("inf"), b_l, b_capped)  # a masked logit stays masked
+        if (first < 0) | (first + (BN + MORE) > V):
+            b_l = tl.where(((o_c[i] >= 0) & (o_c[i] < V))[None, :], b_l, float("-inf"))
+        tile += pieces(b_l, BM, b_l.shape[1], THREADS, PERMUTED)
+    return tile
 
 
 @triton.jit
@@ -298,6 +345,27 @@ def beside(x, b_y, TARGET: tl.constexpr):
         x = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r,r", [x, b_y], dtype=x.dtype, is_pure=True, pack=1)
     elif TARGET == "hip":
         x = tl.inline_asm_elementwise("v_mov_b32 $0, $1", "=v,v,v", [x, b_y], dtype=x.dtype, is_pure=True, pack=1)
+    return x
+
+
+@triton.jit
+def uniform(x, TARGET: tl.constexpr):
+    """A scalar that is kept once for a warp: ptxas takes what comes from memory for a thread's own. From sm_80 on."""
+    if TARGET == "cuda":
+        x = tl.inline_asm_elementwise(
+            "redux.sync.or.b32 $0, $1, 0xffffffff;", "=r,r", [x], dtype=x.dtype, is_pure=True, pack=1
+        )
+    return x
+
+
+@triton.jit
+def after(x, done, zero):
+    """x, computed after `done`, by a number that is always 0 but not to the compiler.
+
+    ptxas likes to put off a group's statistics for as long as nothing needs them, until registers run out.
+    """
+    for i in tl.static_range(len(done)):
+        x |= (done[i].to(tl.int32, bitcast=True) & zero).to(tl.uint32, bitcast=True)
     return x
 
 

@@ -12,6 +12,7 @@ from grade_kernels.backends.torch import head as fallback
 from grade_kernels.backends.triton import head_support
 from grade_kernels.backends.triton.head import (
     FLOOR,
+    after,
     beside,
     collect,
     distances,
@@ -27,6 +28,7 @@ from grade_kernels.backends.triton.head import (
     row_max,
     split_count,
     total_of,
+    uniform,
 )
 from grade_kernels.backends.triton.philox import LN2, LOG2E, load_key, philox
 from grade_kernels.backends.triton.tiles import launching
@@ -59,8 +61,8 @@ def head_softmax_kernel(
     top, total, moment, ref_top, ref_total, slots, counts, places, room,
     s_slots, s_hn, s_hk, s_wv, s_wk, s_rn, s_rk, s_uv, s_uk,
     N, V, H, R, softcap, ref_softcap, eps, group_start, first_row, first_split, splits, step,
-    SKEW: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TILES: tl.constexpr,
-    EVEN_K: tl.constexpr, EVEN_R: tl.constexpr, THREADS: tl.constexpr, PERMUTED: tl.constexpr,
+    SKEW: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, MORE: tl.constexpr,
+    TILES: tl.constexpr, EVEN_K: tl.constexpr, EVEN_R: tl.constexpr, THREADS: tl.constexpr, PERMUTED: tl.constexpr,
     TARGET: tl.constexpr,
 ):  # fmt: skip
     """One split of BM rows: max, tempered sum and moment, with a reference its max and sum, with slots candidates.
@@ -94,24 +96,27 @@ def head_softmax_kernel(
         b_ref_total = tl.zeros((BM, THREADS), tl.float32)
     if slots is not None:
         k0, k1 = load_key(seed)
+        if MORE:
+            k0, k1 = uniform(k0, TARGET), uniform(k1, TARGET)
         row_lo, row_hi = identities(row_ids, first_row, o_n)
         o_group = (group_start.to(tl.uint32) + tl.arange(0, THREADS).to(tl.uint32)).to(tl.int32, bitcast=True)
         count = tl.zeros((BM, THREADS), tl.int32)
         slots += tl.load(places + i_s)
         capacity = tl.load(room + i_s)
-    for i_t in tl.range(i_s * TILES, tl.minimum(i_s * TILES + TILES, tl.cdiv(V + SKEW, BN)), disable_licm=True):
-        first = i_t * BN - SKEW
+    WIDTH: tl.constexpr = BN + MORE
+    for i_t in tl.range(i_s * TILES, tl.minimum(i_s * TILES + TILES, tl.cdiv(V + SKEW, WIDTH)), disable_licm=True):
+        first = i_t * WIDTH - SKEW
         o_v = (first + 4 * tl.arange(0, THREADS))[None, :]
         tile = logits(
             p_h, s_hk, weight, s_wv, s_wk, bias, softcap, H, V, first, o_n,
-            BM, BN, BK, EVEN_K, THREADS, PERMUTED,
+            BM, BN, BK, MORE, EVEN_K, THREADS, PERMUTED,
         )  # fmt: skip
         if ref_hidden is not None:
             ref_tile = logits(
                 p_r, s_rk, ref_weight, s_uv, s_uk, ref_bias, ref_softcap, R, V, first, o_n,
-                BM, BN, BK, EVEN_R, THREADS, PERMUTED,
+                BM, BN, BK, MORE, EVEN_R, THREADS, PERMUTED,
             )  # fmt: skip
-        for i in tl.static_range(BN // (4 * THREADS)):
+        for i in tl.static_range(WIDTH // (4 * THREADS)):
             x = tile[4 * i : 4 * i + 4]
             b_peak = largest(x)
             b_bad = nan_max(b_bad, b_peak)
@@ -136,8 +141,10 @@ def head_softmax_kernel(
             b_top = b_raised
             if slots is not None:
                 b_bound *= b_scale
-                group = (o_group + (i_t * (BN // 4) + i * THREADS)).to(tl.uint32, bitcast=True)[None, :]
+                group = (o_group + (i_t * (WIDTH // 4) + i * THREADS)).to(tl.uint32, bitcast=True)[None, :]
                 group = beside(group, x[0], TARGET)
+                if MORE:
+                    group = after(group, (b_total, b_moment, b_bad), N >> 31)
                 w = philox(group, row_lo, row_hi, tl.full((), DOMAIN_SUPPORT, tl.uint32), k0, k1, FAST)
                 threshold = tl.fma(b_total, eps, b_bound)
                 count = collect(

@@ -17,6 +17,7 @@ from grade_kernels.backends.triton import head_support
 from grade_kernels.backends.triton.head import (
     FLOOR,
     NOWHERE,
+    after,
     beside,
     collect,
     distances,
@@ -32,6 +33,7 @@ from grade_kernels.backends.triton.head import (
     row_total,
     split_count,
     total_of,
+    uniform,
 )
 from grade_kernels.backends.triton.head_ptx import REFINE, REFINE_OPERANDS
 from grade_kernels.backends.triton.philox import (
@@ -79,8 +81,8 @@ def head_scores_kernel(
     hidden, weight, bias, seed, row_ids, tau, before_max, before_sum,
     best, index, plain_max, plain_sum, top, total, slots, counts, places, room,
     s_slots, s_hn, s_hk, s_wv, s_wk, N, V, H, softcap, eps, group_start, first_row, first_split, splits, step,
-    SKEW: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TILES: tl.constexpr,
-    EVEN_K: tl.constexpr, THREADS: tl.constexpr, PERMUTED: tl.constexpr,
+    SKEW: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, MORE: tl.constexpr,
+    TILES: tl.constexpr, EVEN_K: tl.constexpr, THREADS: tl.constexpr, PERMUTED: tl.constexpr,
     TARGET: tl.constexpr,
 ):  # fmt: skip
     """One split of BM rows: best score and its token, plain max and sum; with tau the tempered sum; with slots too.
@@ -97,6 +99,8 @@ def head_scores_kernel(
     m_n = o_n < N
     o_n = tl.minimum(o_n, N - 1).to(tl.int64)
     k0, k1 = load_key(seed)
+    if MORE:
+        k0, k1 = uniform(k0, TARGET), uniform(k1, TARGET)
     row_lo, row_hi = identities(row_ids, first_row, o_n)
     p_h = hidden + o_n * s_hn
     o_group = (group_start.to(tl.uint32) + tl.arange(0, THREADS).to(tl.uint32)).to(tl.int32, bitcast=True)
@@ -118,21 +122,26 @@ def head_scores_kernel(
         count = tl.zeros((BM, THREADS), tl.int32)
         slots += tl.load(places + i_s)
         capacity = tl.load(room + i_s)
-    for i_t in tl.range(i_s * TILES, tl.minimum(i_s * TILES + TILES, tl.cdiv(V + SKEW, BN)), disable_licm=True):
-        first = i_t * BN - SKEW
+    WIDTH: tl.constexpr = BN + MORE
+    for i_t in tl.range(i_s * TILES, tl.minimum(i_s * TILES + TILES, tl.cdiv(V + SKEW, WIDTH)), disable_licm=True):
+        first = i_t * WIDTH - SKEW
         tile = logits(
             p_h, s_hk, weight, s_wv, s_wk, bias, softcap, H, V, first, o_n,
-            BM, BN, BK, EVEN_K, THREADS, PERMUTED,
+            BM, BN, BK, MORE, EVEN_K, THREADS, PERMUTED,
         )  # fmt: skip
         o_v = (first + 4 * tl.arange(0, THREADS))[None, :]
-        for i in tl.static_range(BN // (4 * THREADS)):
+        if MORE:  # ids of a large tile would each be kept from its start
+            b_in = tl.full((BM, THREADS), -1, tl.int32)  # the best token's place in the tile, if it lies there
+        for i in tl.static_range(WIDTH // (4 * THREADS)):
             x = tile[4 * i : 4 * i + 4]
             b_raised = tl.maximum(b_max, largest(x) * LOG2E)
             b_sum = tl.fma(b_sum, tl.exp2(b_max - b_raised), total_of(powers(distances(x, LOG2E, b_raised))))
             b_max = b_raised
 
-            group = (o_group + (i_t * (BN // 4) + i * THREADS)).to(tl.uint32, bitcast=True)[None, :]
+            group = (o_group + (i_t * (WIDTH // 4) + i * THREADS)).to(tl.uint32, bitcast=True)[None, :]
             group = beside(group, x[0], TARGET)
+            if MORE:
+                group = after(group, (b_sum, b_in) if tau is None else (b_sum, b_in, b_total), N >> 31)
             w = philox(group, row_lo, row_hi, tl.full((), DOMAIN_GUMBEL, tl.uint32), k0, k1, FAST)
             n = (
                 scaled_noise(w[0], w[0], tl.float32, FAST, False), scaled_noise(w[1], w[1], tl.float32, FAST, False),
@@ -143,8 +152,13 @@ def head_scores_kernel(
                 tl.fma(n[0], -LN2, x[0]), tl.fma(n[1], -LN2, x[1]), tl.fma(n[2], -LN2, x[2]), tl.fma(n[3], -LN2, x[3]),
             )  # fmt: skip
             b_peak = largest(s)
-            o_in = tl.where(s[0] == b_peak, 0, tl.where(s[1] == b_peak, 1, tl.where(s[2] == b_peak, 2, 3)))
-            b_id = tl.where(b_peak > b_best, o_v + 4 * THREADS * i + o_in, b_id)
+            if MORE:
+                o_in = tl.where(s[2] == b_peak, 4 * THREADS * i + 2, 4 * THREADS * i + 3)
+                o_in = tl.where(s[1] == b_peak, 4 * THREADS * i + 1, o_in)
+                b_in = tl.where(b_peak > b_best, tl.where(s[0] == b_peak, 4 * THREADS * i, o_in), b_in)
+            else:
+                o_in = tl.where(s[0] == b_peak, 0, tl.where(s[1] == b_peak, 1, tl.where(s[2] == b_peak, 2, 3)))
+                b_id = tl.where(b_peak > b_best, o_v + 4 * THREADS * i + o_in, b_id)
             b_best = nan_max(b_best, b_peak)
             if tau is not None:
                 b_raised = tl.maximum(b_top, b_best * rate)
@@ -158,6 +172,8 @@ def head_scores_kernel(
                 count = collect(
                     slots, s_slots, o_n, count, capacity, threshold, w, e, s, o_v + 4 * THREADS * i, THREADS, TARGET
                 )
+        if MORE:
+            b_id = tl.where(b_in >= 0, o_v + b_in, b_id)
     o_p = o_n * splits + i_s
     m_best = row_max(b_best)
     tl.store(best + o_p, m_best, mask=m_n)
