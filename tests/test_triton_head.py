@@ -179,56 +179,51 @@ def large(small):
         yield
 
 
+LARGE_CASES = {
+    "plain": {"shape": (19, 450, 40), "eps": 0.05},
+    "eps 0": {"shape": (17, 211, 33), "eps": 0.0},
+    "shard": {"shape": (23, 401, 33), "eps": 0.02, "start": 2**34 + 3, "rows": True},
+}
+
+
 @runs
-@pytest.mark.parametrize("columns", [(32, 16), (16, 16), (64, 32)], ids=str)
-@pytest.mark.parametrize(
-    "case",
-    [
-        {"shape": (19, 450, 40), "eps": 0.05},
-        {"shape": (17, 211, 33), "eps": 0.0},
-        {"shape": (23, 401, 33), "eps": 0.02, "start": 2**34 + 3, "rows": True},
-    ],
-    ids=["plain", "eps 0", "shard"],
-)
-def test_large_tiles_give_what_small_ones_give(case, columns, large, monkeypatch):
+@pytest.mark.parametrize("columns", [(32, 16), (16, 16), (64, 0)], ids=str)
+@pytest.mark.parametrize("name", LARGE_CASES)
+def test_large_tiles_give_what_small_ones_give(name, columns, large, monkeypatch):
     """To the bit, for a thread of a row meets the same tokens in the same order."""
     from grade_kernels.backends.triton import head as tiles
 
+    case = LARGE_CASES[name]
     if DEVICE == "cuda":
         case = {**case, "shape": (300, *case["shape"][1:])}
-        if columns != (32, 16) or tiles.target()[1] not in range(90, 100):
-            pytest.skip("GPUs have the one size that is launched, and it is Hopper's")
+        if columns != (32, 16) or tiles.target()[1] // 10 != 9:
+            pytest.skip("GPUs have the sizes that are launched, and Hopper has all of them")
     else:
-        monkeypatch.setattr(tiles, "MANY", tiles.Config(16, columns[0], 32, 4, 2, MORE=columns[1]))
+        size = tiles.Config(16, columns[0], 32, 4, 2, columns[1], ORDERED=True)
+        monkeypatch.setattr(tiles, "LARGE", {(9, 1): size, (9, 2): size})
     head, tau, row_ids, start = arguments(case, torch.bfloat16)
+    ref = make(head.hidden.shape[0], head.weight.shape[0], 24, torch.bfloat16, seed=2)
     inputs = (on(tau), on(seed()), on(row_ids), start, case["eps"])
-
-    def run():
-        return (
-            fused.head_scores(on(head), *inputs),
-            fused.head_sample(on(head), on(seed()), on(row_ids), start),
-            fused.head_softmax(on(head), *inputs, None),
-        )
-
     chosen = []
     choose = tiles.config
     monkeypatch.setattr(tiles, "config", lambda *arguments: chosen.append(choose(*arguments)) or chosen[-1])
-    (sample, total, support), drawn, (sums, sums_support) = run()
-    assert {sizes.MORE > 0 for sizes in chosen} == {True}
-    monkeypatch.setattr(tiles, "many_rows", lambda head: False)
-    (small, small_total, small_support), small_drawn, (small_sums, small_sums_support) = run()
-    assert chosen[-1].MORE == 0
-    for a, b in (
-        *zip(sample, small, strict=True), *zip(drawn, small_drawn, strict=True), *zip(sums, small_sums, strict=True),
-        *zip(support, small_support, strict=True), *zip(sums_support, small_sums_support, strict=True),
-        (total, small_total),
-    ):  # fmt: skip
-        assert torch.equal(a, b)
-    truth, truth_total, truth_support = plain.head_scores(
-        double(head), tau.double(), seed(), row_ids, start, case["eps"]
-    )
+
+    def run():
+        chosen.clear()
+        sample, total, support = fused.head_scores(on(head), *inputs)
+        drawn = fused.head_sample(on(head), on(seed()), on(row_ids), start)
+        sums, sums_support = fused.head_softmax(on(head), *inputs, None)
+        both, both_support = fused.head_softmax(on(head), *inputs, on(ref))
+        return (*sample, total, *support, *drawn, *sums, *sums_support, *both, *both_support), sample, support
+
+    results, sample, support = run()
+    assert all(sizes.ORDERED for sizes in chosen)
+    monkeypatch.setattr(tiles, "many_rows", lambda heads: False)
+    small, _, _ = run()
+    assert not any(sizes.ORDERED for sizes in chosen)
+    assert all(torch.equal(a, b) for a, b in zip(results, small, strict=True))
+    truth, _, truth_support = plain.head_scores(double(head), tau.double(), seed(), row_ids, start, case["eps"])
     assert torch.equal(sample.ids.cpu(), truth.ids)
-    close(total, truth_total)
     same_support(support, truth_support)
 
 
@@ -236,17 +231,21 @@ def test_large_tiles_give_what_small_ones_give(case, columns, large, monkeypatch
 def test_what_takes_registers_keeps_small_tiles():
     from grade_kernels.backends.triton import head as tiles
 
-    assert not tiles.many_rows(make(tiles.NARROW.BM, 8, 8))
-    rows = tiles.NARROW.BM + 1
-    assert tiles.many_rows(make(rows, 8, 8))
-    assert not tiles.many_rows(make(rows, 8, 8, bias=True))
-    assert not tiles.many_rows(make(rows, 8, 8, softcap=3.0))
+    few, many = (make(tiles.NARROW.BM + more, 8, 8) for more in (0, 1))
+    assert not tiles.many_rows((few,))
+    assert tiles.many_rows((many,))
+    assert tiles.many_rows((many, many))
+    for addition in ({"bias": True}, {"softcap": 3.0}):
+        added = make(tiles.NARROW.BM + 1, 8, 8, **addition)
+        assert not tiles.many_rows((added,))
+        assert not tiles.many_rows((many, added))
     for dtype, products, capability in (
-        (torch.float32, 1, 90), (torch.bfloat16, 2, 90), (torch.bfloat16, 1, 80), (torch.bfloat16, 1, 0),
-        (torch.bfloat16, 1, 100), (torch.bfloat16, 1, 120),
+        (torch.float32, 1, 90), (torch.bfloat16, 1, 80), (torch.bfloat16, 1, 0), (torch.bfloat16, 2, 100),
+        (torch.bfloat16, 1, 75),
     ):  # fmt: skip
-        assert tiles.config(dtype, products, capability, True).MORE == 0
-    assert tiles.config(torch.float16, 1, 90, True) == tiles.MANY
+        few, many = (tiles.config(dtype, products, capability, many) for many in (False, True))
+        assert few == many
+    assert tiles.config(torch.float16, 1, 90, True) == tiles.LARGE[9, 1]
 
 
 @runs

@@ -163,7 +163,7 @@ def _heads(dtype: str, target: str) -> list[Build]:
         "head softmax, ref, eps 0": (softmax, no_slots, 2),
         "head softmax, ref, all flags": (softmax, {**every, **every_ref}, 2),
     }
-    added = ("bias", "softcap")
+    added = ("bias", "softcap", "ref_bias", "ref_softcap")
     found = []
     for name, (kernel, changes, products) in variants.items():
         few, many = (head.config(_DTYPES[dtype], products, _capability(target), many=many) for many in (False, True))
@@ -207,7 +207,7 @@ def _capability(target: str) -> int:
 
 def arguments_of_tiles() -> set[str]:
     """Those of `head.tile_options` that kernels take; the others are the compiler's."""
-    return {"BM", "BN", "BK", "MORE", "TILES", "THREADS", "PERMUTED", "TARGET"}
+    return {"BM", "BN", "BK", "MORE", "ORDERED", "TILES", "THREADS", "PERMUTED", "TARGET"}
 
 
 def _gathers(dtype: str) -> list[Build]:

@@ -33,9 +33,12 @@ NOWHERE = tl.constexpr(0x7FFFFFFF)
 
 
 class Config(NamedTuple):
-    """Sizes that a kernel is compiled for: a tile's rows and columns, a step of the width; MORE columns beside BN.
+    """Sizes that a kernel is compiled for.
 
-    Columns are a power of two, and so are those beside it: two products share the tile's hidden rows.
+    Attributes:
+        BM, BN, BK: a tile's rows and columns, and a step of the width.
+        MORE: columns beside BN, a product of their own with the same rows of hidden; both are powers of two.
+        ORDERED: a group of tokens waits for the statistics of the one before, which large tiles' registers ask for.
     """
 
     BM: int
@@ -44,6 +47,7 @@ class Config(NamedTuple):
     num_warps: int
     num_stages: int
     MORE: int = 0
+    ORDERED: bool = False
 
     @property
     def columns(self) -> int:
@@ -60,25 +64,31 @@ class Config(NamedTuple):
 NARROW = Config(128, 64, 32, 4, 4)
 PAIR = Config(128, 32, 32, 4, 4)  # two products per tile
 WIDE = Config(64, 64, 16, 8, 2)  # float32 is multiplied in true float32, which no tensor core does
-# Hopper multiplies faster than its cache can feed small tiles. One program fits, with two thirds of its registers holding
-# the product. A thread of a row meets the same groups in the same order as in NARROW.
-MANY = Config(128, 256, 32, 8, 3, MORE=64)
+# By a compute capability's first figures, and products: tiles for more rows than one tile has. The cache feeds small ones
+# more slowly than tensor cores multiply. Two thirds of Hopper's registers hold the product, so that one program fits.
+# A thread of a row meets the same groups in the same order as in the others.
+LARGE = {
+    (8, 2): Config(128, 64, 32, 8, 3),
+    (9, 1): Config(128, 256, 32, 8, 3, MORE=64, ORDERED=True),
+    (9, 2): Config(128, 128, 32, 8, 3, ORDERED=True),
+    (12, 2): Config(128, 64, 32, 8, 4),
+}
 
 
 def config(dtype: torch.dtype, products: int = 1, capability: int = 0, many: bool = False) -> Config:
     """Tile sizes for a dtype, a number of products per tile, a compute capability (0 outside NVIDIA), and `many_rows`."""
     if dtype == torch.float32:
         return WIDE
-    if many and products == 1 and 90 <= capability < 100:
-        return MANY
+    if many and (large := LARGE.get((capability // 10, products))):
+        return large
     sizes = NARROW if products == 1 else PAIR
     # Ampere's addresses of another stage would be spilled.
     return sizes._replace(num_stages=3) if 80 <= capability < 90 else sizes
 
 
-def many_rows(head: Head) -> bool:
-    """Whether a head has more than one tile of rows, and nothing that takes registers which `MANY` has not."""
-    return head.hidden.shape[0] > NARROW.BM and head.bias is None and head.softcap is None
+def many_rows(heads: tuple[Head, ...]) -> bool:
+    """Whether there is more than one tile of rows, and nothing that takes registers which `LARGE` tiles have not."""
+    return heads[0].hidden.shape[0] > NARROW.BM and all(h.bias is None and h.softcap is None for h in heads)
 
 
 def target() -> tuple[str, int]:
@@ -111,11 +121,12 @@ def tile_options(sizes: Config, dtype: torch.dtype, backend: str, capability: in
     }
 
 
-def head_options(head: Head, vocab_start: int, products: int = 1) -> dict[str, Any]:
-    """Arguments that the kernels over a head share."""
+def head_options(vocab_start: int, *heads: Head) -> dict[str, Any]:
+    """Arguments that the kernels over a head, or over a head and a reference's, share."""
+    head = heads[0]
     rows, width = head.hidden.shape
     backend, capability = target()
-    sizes = config(head.hidden.dtype, products, capability, many_rows(head))
+    sizes = config(head.hidden.dtype, len(heads), capability, many_rows(heads))
     skew = vocab_start & 3
     return {
         "N": rows,

@@ -62,8 +62,8 @@ def head_softmax_kernel(
     s_slots, s_hn, s_hk, s_wv, s_wk, s_rn, s_rk, s_uv, s_uk,
     N, V, H, R, softcap, ref_softcap, eps, group_start, first_row, first_split, splits, step,
     SKEW: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, MORE: tl.constexpr,
-    TILES: tl.constexpr, EVEN_K: tl.constexpr, EVEN_R: tl.constexpr, THREADS: tl.constexpr, PERMUTED: tl.constexpr,
-    TARGET: tl.constexpr,
+    ORDERED: tl.constexpr, TILES: tl.constexpr, EVEN_K: tl.constexpr, EVEN_R: tl.constexpr,
+    THREADS: tl.constexpr, PERMUTED: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
     """One split of BM rows: max, tempered sum and moment, with a reference its max and sum, with slots candidates.
 
@@ -96,7 +96,7 @@ def head_softmax_kernel(
         b_ref_total = tl.zeros((BM, THREADS), tl.float32)
     if slots is not None:
         k0, k1 = load_key(seed)
-        if MORE:
+        if ORDERED:
             k0, k1 = uniform(k0, TARGET), uniform(k1, TARGET)
         row_lo, row_hi = identities(row_ids, first_row, o_n)
         o_group = (group_start.to(tl.uint32) + tl.arange(0, THREADS).to(tl.uint32)).to(tl.int32, bitcast=True)
@@ -143,7 +143,7 @@ def head_softmax_kernel(
                 b_bound *= b_scale
                 group = (o_group + (i_t * (WIDTH // 4) + i * THREADS)).to(tl.uint32, bitcast=True)[None, :]
                 group = beside(group, x[0], TARGET)
-                if MORE:
+                if ORDERED:
                     group = after(group, (b_total, b_moment, b_bad), N >> 31)
                 w = philox(group, row_lo, row_hi, tl.full((), DOMAIN_SUPPORT, tl.uint32), k0, k1, FAST)
                 threshold = tl.fma(b_total, eps, b_bound)
@@ -211,7 +211,7 @@ def _run(
     """One batch of rows."""
     rows, vocab, device = head.hidden.shape[0], head.weight.shape[0], head.hidden.device
     splits = split_count(vocab, vocab_start)
-    options = head_options(head, vocab_start, 1 if ref is None else 2)
+    options = head_options(vocab_start, head, *(() if ref is None else (ref,)))
     shared = {"splits": splits, "BLOCK_S": triton.next_power_of_2(splits)}
     top, total, moment = empties(3, rows, splits, device=device)
     ref_top, ref_total = (None, None) if ref is None else empties(2, rows, splits, device=device)

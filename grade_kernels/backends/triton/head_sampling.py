@@ -82,8 +82,8 @@ def head_scores_kernel(
     best, index, plain_max, plain_sum, top, total, slots, counts, places, room,
     s_slots, s_hn, s_hk, s_wv, s_wk, N, V, H, softcap, eps, group_start, first_row, first_split, splits, step,
     SKEW: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, MORE: tl.constexpr,
-    TILES: tl.constexpr, EVEN_K: tl.constexpr, THREADS: tl.constexpr, PERMUTED: tl.constexpr,
-    TARGET: tl.constexpr,
+    ORDERED: tl.constexpr, TILES: tl.constexpr, EVEN_K: tl.constexpr, THREADS: tl.constexpr,
+    PERMUTED: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
     """One split of BM rows: best score and its token, plain max and sum; with tau the tempered sum; with slots too.
 
@@ -99,7 +99,7 @@ def head_scores_kernel(
     m_n = o_n < N
     o_n = tl.minimum(o_n, N - 1).to(tl.int64)
     k0, k1 = load_key(seed)
-    if MORE:
+    if ORDERED:
         k0, k1 = uniform(k0, TARGET), uniform(k1, TARGET)
     row_lo, row_hi = identities(row_ids, first_row, o_n)
     p_h = hidden + o_n * s_hn
@@ -130,7 +130,7 @@ def head_scores_kernel(
             BM, BN, BK, MORE, EVEN_K, THREADS, PERMUTED,
         )  # fmt: skip
         o_v = (first + 4 * tl.arange(0, THREADS))[None, :]
-        if MORE:  # ids of a large tile would each be kept from its start
+        if ORDERED:  # ids of a large tile would each be kept from its start
             b_in = tl.full((BM, THREADS), -1, tl.int32)  # the best token's place in the tile, if it lies there
         for i in tl.static_range(WIDTH // (4 * THREADS)):
             x = tile[4 * i : 4 * i + 4]
@@ -140,7 +140,7 @@ def head_scores_kernel(
 
             group = (o_group + (i_t * (WIDTH // 4) + i * THREADS)).to(tl.uint32, bitcast=True)[None, :]
             group = beside(group, x[0], TARGET)
-            if MORE:
+            if ORDERED:
                 group = after(group, (b_sum, b_in) if tau is None else (b_sum, b_in, b_total), N >> 31)
             w = philox(group, row_lo, row_hi, tl.full((), DOMAIN_GUMBEL, tl.uint32), k0, k1, FAST)
             n = (
@@ -152,7 +152,7 @@ def head_scores_kernel(
                 tl.fma(n[0], -LN2, x[0]), tl.fma(n[1], -LN2, x[1]), tl.fma(n[2], -LN2, x[2]), tl.fma(n[3], -LN2, x[3]),
             )  # fmt: skip
             b_peak = largest(s)
-            if MORE:
+            if ORDERED:
                 o_in = tl.where(s[2] == b_peak, 4 * THREADS * i + 2, 4 * THREADS * i + 3)
                 o_in = tl.where(s[1] == b_peak, 4 * THREADS * i + 1, o_in)
                 b_in = tl.where(b_peak > b_best, tl.where(s[0] == b_peak, 4 * THREADS * i, o_in), b_in)
@@ -172,7 +172,7 @@ def head_scores_kernel(
                 count = collect(
                     slots, s_slots, o_n, count, capacity, threshold, w, e, s, o_v + 4 * THREADS * i, THREADS, TARGET
                 )
-        if MORE:
+        if ORDERED:
             b_id = tl.where(b_in >= 0, o_v + b_in, b_id)
     o_p = o_n * splits + i_s
     m_best = row_max(b_best)
@@ -201,7 +201,7 @@ def _run(
     """One batch of rows. Without tau only the sample; without eps no support."""
     rows, vocab, device = head.hidden.shape[0], head.weight.shape[0], head.hidden.device
     splits = split_count(vocab, vocab_start)
-    options = head_options(head, vocab_start)
+    options = head_options(vocab_start, head)
     shared = {"splits": splits, "BLOCK_S": triton.next_power_of_2(splits)}
     best, plain_max, plain_sum, top, total = empties(5, rows, splits, device=device)
     index = torch.empty(rows, splits, dtype=torch.int32, device=device)
