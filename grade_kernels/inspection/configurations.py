@@ -169,8 +169,7 @@ def _heads(dtype: str, target: str) -> list[Build]:
         few, many = (head.config(_DTYPES[dtype], products, _capability(target), many=many) for many in (False, True))
         build = head_build(name, dtype, few, target, kernel, changes, products)
         if many != few:
-            rows = ROWS if changes.keys() & set(added) else few.BM
-            found += [build._replace(rows=rows)]
+            found.append(build if any(changes.get(key) for key in added) else build._replace(rows=few.BM))
             build = head_build(name, dtype, many, target, kernel, {**changes, **dict.fromkeys(added)}, products)
         found.append(build)
     if dtype == "bf16":

@@ -88,7 +88,12 @@ def write_plot(path: Path, results: Sequence[tuple[Build, Figures]]) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    points = [(build, found, p) for build, found in results for p in predict(build, found) if build.dtype == "bf16"]
+    points = [
+        (build, found, p)
+        for build, found in results
+        for p in predict(build, found)
+        if build.dtype == "bf16" and p.rows == ROWS
+    ]
     names = [name for name in DEVICES if any(p.device == name for _, _, p in points)]
     if not names:
         raise ValueError("nothing to plot: none of the kernels has a prediction in bfloat16")
