@@ -188,9 +188,10 @@ def test_gradient_checkpointing_changes_nothing_and_stays_out_of_the_rollout():
     assert model.training
     assert torch.equal(out.completion_ids, plain.completion_ids)
     assert worst_difference(gradients(out.loss, model), expected) < 1e-10
-    enable({"use_reentrant": True})
-    with pytest.raises(ValueError, match="must not have reentrant gradient checkpointing"):
-        ours(model, reward, hops=2)
+    for reentrant in ({"use_reentrant": True}, {"preserve_rng_state": True}):  # torch takes no word for "reentrant"
+        enable(reentrant)
+        with pytest.raises(ValueError, match="must not have reentrant gradient checkpointing"):
+            ours(model, reward, hops=2)
 
 
 def test_backends_agree():

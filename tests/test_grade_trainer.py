@@ -454,6 +454,7 @@ def test_bfloat16_autocast_rounds_no_sum_of_rewards(tmp_path):
         ({"reward_weights": [1.0, "2"]}, TypeError, r"reward_weights\[1\] must be a number"),
         ({"reward_weights": [float("nan")]}, ValueError, r"reward_weights\[0\] must be finite"),
         ({f"{CHECKPOINTING}_kwargs": {"use_reentrant": True}}, ValueError, "must not be reentrant"),
+        ({f"{CHECKPOINTING}_kwargs": {"preserve_rng_state": True}}, ValueError, "must not be reentrant"),
         ({"neftune_noise_alpha": 5.0}, ValueError, "neftune_noise_alpha must be None"),
         ({"label_smoothing_factor": 0.1}, ValueError, "label_smoothing_factor must be 0"),
     ],

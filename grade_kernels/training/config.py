@@ -119,9 +119,11 @@ class GRADEConfig(TrainingArguments):
             # One process can not deal out batches of strings and of prompts of unequal length: each reads its own.
             accelerator.dispatch_batches = False
         checkpointing = self.gradient_checkpointing_kwargs  # since 5.23 a mirror of activation_checkpointing_kwargs
-        if isinstance(checkpointing, dict) and checkpointing.get("use_reentrant"):
+        # torch takes no word for "reentrant".
+        if isinstance(checkpointing, dict) and checkpointing.get("use_reentrant") in (None, True):
             raise ValueError(
-                "gradient checkpointing must not be reentrant: the sweeps differentiate to the inputs alone"
+                'gradient checkpointing must not be reentrant, got arguments without "use_reentrant": False: the sweeps '
+                "differentiate to the inputs alone"
             )
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -118,8 +119,10 @@ def check_adapter_reference(model: nn.Module, before: torch.Tensor | None = None
 def check_checkpointing(model: nn.Module) -> None:
     """No reentrant gradient checkpointing, or ValueError: the sweeps differentiate to the inputs alone."""
     for module in model.modules():
-        function: Any = getattr(module, "_gradient_checkpointing_func", None)
-        if getattr(module, "gradient_checkpointing", False) and getattr(function, "keywords", {}).get("use_reentrant"):
+        function = getattr(module, "_gradient_checkpointing_func", None)
+        # torch takes no word for "reentrant".
+        reentrant = isinstance(function, functools.partial) and function.keywords.get("use_reentrant") in (None, True)
+        if getattr(module, "gradient_checkpointing", False) and reentrant:
             raise ValueError(
                 "model must not have reentrant gradient checkpointing, which gives no gradient to the inputs alone: "
                 'enable it with {"use_reentrant": False}'
