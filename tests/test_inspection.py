@@ -31,7 +31,7 @@ HOPPER = (
     *("head sample bf16 128x64*", "head scores bf16 128x64*", "baseline sample fp32 aligned"),
 )
 OTHERS = {
-    "sm_80": ["sample fp32 aligned"],
+    "sm_80": ["sample fp32 aligned", "head sample bf16 128*"],
     "sm_100": ["head sample bf16 128*"],
     "sm_120": ["head sample bf16 128*"],
     "gfx942": ["sample fp32 aligned", "head sample bf16 128*"],

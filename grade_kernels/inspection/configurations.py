@@ -173,9 +173,8 @@ def _heads(dtype: str, target: str) -> list[Build]:
             build = head_build(name, dtype, many, target, kernel, {**changes, **dict.fromkeys(added)}, products)
         found.append(build)
     if dtype == "bf16":
-        sizes = head.config(_DTYPES[dtype], 1, _capability(target))
         kernel = f"{baseline.__name__}:head_sample_kernel"
-        found.append(head_build("baseline head sample", dtype, sizes, target, kernel, {}, 1))
+        found.append(head_build("baseline head sample", dtype, head.NARROW, target, kernel, {}, 1))
     return found
 
 

@@ -59,19 +59,26 @@ class Config(NamedTuple):
         return f"{self.BM}x{self.BN}{more}x{self.BK}x{self.num_warps}x{self.num_stages}"
 
 
-# Warps lie one below the other, so that a row is in one of them. Registers leave room for two programs on a
-# multiprocessor: one's epilogue hides behind the other's product.
+# Registers leave room for two programs on a multiprocessor: one's epilogue hides behind the other's product.
 NARROW = Config(128, 64, 32, 4, 4)
 PAIR = Config(128, 32, 32, 4, 4)  # two products per tile
 WIDE = Config(64, 64, 16, 8, 2)  # float32 is multiplied in true float32, which no tensor core does
-# By a compute capability's first figures, and products: tiles for more rows than one tile has. The cache feeds small ones
-# more slowly than tensor cores multiply. Two thirds of Hopper's registers hold the product, so that one program fits.
-# A thread of a row meets the same groups in the same order as in the others.
+# By a compute capability's first figures, and products per tile. Where warps multiply by themselves, Triton lays four of
+# them one below the other over 32 columns, so that a row is in one of them, but two by two over 64. Ampere's addresses of
+# another stage would be spilled.
+SMALL = {
+    (8, 1): Config(128, 32, 32, 4, 3, MORE=32),
+    (8, 2): Config(128, 32, 32, 4, 3),
+    (12, 1): Config(128, 32, 32, 4, 4, MORE=32, ORDERED=True),
+}
+# The same for more rows than one tile has. The cache feeds small tiles more slowly than tensor cores multiply. Two thirds of
+# Hopper's registers hold the product, so that one program fits. A thread of a row meets the same groups in the same order
+# as in small ones.
 LARGE = {
-    (8, 2): Config(128, 64, 32, 8, 3),
+    (8, 2): Config(128, 32, 32, 8, 3, MORE=32),
     (9, 1): Config(128, 256, 32, 8, 3, MORE=64, ORDERED=True),
     (9, 2): Config(128, 128, 32, 8, 3, ORDERED=True),
-    (12, 2): Config(128, 64, 32, 8, 4),
+    (12, 2): Config(128, 32, 32, 8, 4, MORE=32),
 }
 
 
@@ -79,11 +86,9 @@ def config(dtype: torch.dtype, products: int = 1, capability: int = 0, many: boo
     """Tile sizes for a dtype, a number of products per tile, a compute capability (0 outside NVIDIA), and `many_rows`."""
     if dtype == torch.float32:
         return WIDE
-    if many and (large := LARGE.get((capability // 10, products))):
-        return large
-    sizes = NARROW if products == 1 else PAIR
-    # Ampere's addresses of another stage would be spilled.
-    return sizes._replace(num_stages=3) if 80 <= capability < 90 else sizes
+    key = capability // 10, products
+    small = SMALL.get(key, NARROW if products == 1 else PAIR)
+    return LARGE.get(key, small) if many else small
 
 
 def many_rows(heads: tuple[Head, ...]) -> bool:
