@@ -88,6 +88,7 @@ def test_head_moves_what_its_tiles_need(name, more, monkeypatch):
     sizes = head.Config(16, 32, 16, 4, 2, more)
     split = 2 * sizes.columns
     monkeypatch.setattr(head, "NARROW", sizes)
+    monkeypatch.setattr(head, "SMALL", {})
     for module in (head, head_support):
         monkeypatch.setattr(module, "SPLIT", split)
     for cached in (head_support.schedule, head_support.layout, head_support.stride):

@@ -41,6 +41,7 @@ def small(monkeypatch):
     with monkeypatch.context() as patch:
         for name in ("NARROW", "WIDE", "PAIR"):
             patch.setattr(head, name, tile)
+        patch.setattr(head, "SMALL", {})
         for module in (head, head_support):
             patch.setattr(module, "SPLIT", 64)
         for function in cached:  # they know nothing of SPLIT

@@ -63,10 +63,10 @@ LIMITS: dict[str, dict[str, tuple[float, int]]] = {
         "softmax write fp32 aligned": (33.0, 72),
         "ste sums fp32 aligned": (35.4, 88),
         "ste apply fp32 aligned": (36.5, 88),
-        "head sample bf16 128x64x32x4x4": (62.0, 136),
-        "head scores bf16 128x64x32x4x4": (78.0, 136),
-        "head softmax bf16 128x64x32x4x4": (52.8, 160),
-        "head softmax, ref bf16 128x32x32x4x4": (88.8, 144),
+        "head sample bf16 128x64x32x4x2": (59.9, 139),
+        "head scores bf16 128x64x32x4x2": (77.6, 138),
+        "head softmax bf16 128x64x32x4x2": (50.9, 156),
+        "head softmax, ref bf16 128x64x32x4x2": (66.3, 222),
     },
 }
 

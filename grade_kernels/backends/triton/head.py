@@ -63,10 +63,13 @@ class Config(NamedTuple):
 NARROW = Config(128, 64, 32, 4, 4)
 PAIR = Config(128, 32, 32, 4, 4)  # two products per tile
 WIDE = Config(64, 64, 16, 8, 2)  # float32 is multiplied in true float32, which no tensor core does
-# By a compute capability's first figures, and products per tile. Where warps multiply by themselves, Triton lays four of
-# them one below the other over 32 columns, so that a row is in one of them, but two by two over 64. Ampere's addresses of
-# another stage would be spilled.
+# By a compute capability's first figures, 0 outside NVIDIA, and products per tile. An AMD compute unit has 64 KiB for its
+# programs, so that two stages are several programs. Where NVIDIA's warps multiply by themselves, Triton lays four of them
+# one below the other over 32 columns, so that a row is in one of them, but two by two over 64. Ampere's addresses of another
+# stage would be spilled.
 SMALL = {
+    (0, 1): Config(128, 64, 32, 4, 2),
+    (0, 2): Config(128, 64, 32, 4, 2),
     (8, 1): Config(128, 32, 32, 4, 3, MORE=32),
     (8, 2): Config(128, 32, 32, 4, 3),
     (12, 1): Config(128, 32, 32, 4, 4, MORE=32, ORDERED=True),
