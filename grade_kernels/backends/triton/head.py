@@ -69,7 +69,6 @@ WIDE = Config(64, 64, 16, 8, 2)  # float32 is multiplied in true float32, which 
 # stage would be spilled.
 SMALL = {
     (0, 1): Config(128, 64, 32, 4, 2),
-    (0, 2): Config(128, 64, 32, 4, 2),
     (8, 1): Config(128, 32, 32, 4, 3, MORE=32),
     (8, 2): Config(128, 32, 32, 4, 3),
     (12, 1): Config(128, 32, 32, 4, 4, MORE=32, ORDERED=True),
@@ -78,6 +77,7 @@ SMALL = {
 # Hopper's registers hold the product, so that one program fits. A thread of a row meets the same groups in the same order
 # as in small ones.
 LARGE = {
+    (0, 2): Config(128, 64, 32, 4, 2),
     (8, 2): Config(128, 32, 32, 8, 3, MORE=32),
     (9, 1): Config(128, 256, 32, 8, 3, MORE=64, ORDERED=True),
     (9, 2): Config(128, 128, 32, 8, 3, ORDERED=True),
