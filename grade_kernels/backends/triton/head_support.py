@@ -25,7 +25,9 @@ from grade_kernels.backends.triton.head import FLOOR, NOWHERE, SPLIT, nan_max
 from grade_kernels.backends.triton.philox import LN2, LOG2E, load_key, philox, split_row
 
 GROWTH = 4
-SLOT_BYTES = 2**26  # slots that exist at a time; rows beyond wait for their turn, in batches of at least LEAST_ROWS
+# Slots that exist at a time; rows beyond wait for their turn, in batches of at least LEAST_ROWS. A batch's first launches
+# have few programs, so that a GPU wants batches of several tiles of rows.
+SLOT_BYTES = 2**27
 LEAST_ROWS = 128
 FILTER_BLOCK = tl.constexpr(128)
 # A candidate's bound is a sum in another order than the final one: a margin keeps rounding from losing a token.
