@@ -10,6 +10,7 @@ from typing import Any
 from transformers import SchedulerType, TrainingArguments
 
 from grade_kernels.ops.checks import ESTIMATORS
+from grade_kernels.training.policy import is_reentrant
 from grade_kernels.training.rewards import TRANSFORMS
 from grade_kernels.training.schedules import TAU_SCHEDULES
 
@@ -119,8 +120,7 @@ class GRADEConfig(TrainingArguments):
             # One process can not deal out batches of strings and of prompts of unequal length: each reads its own.
             accelerator.dispatch_batches = False
         checkpointing = self.gradient_checkpointing_kwargs  # since 5.23 a mirror of activation_checkpointing_kwargs
-        # torch takes no word for "reentrant".
-        if isinstance(checkpointing, dict) and checkpointing.get("use_reentrant") in (None, True):
+        if isinstance(checkpointing, dict) and is_reentrant(checkpointing):
             raise ValueError(
                 'gradient checkpointing must not be reentrant, got arguments without "use_reentrant": False: the sweeps '
                 "differentiate to the inputs alone"

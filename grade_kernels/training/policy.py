@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,6 +24,7 @@ __all__ = [
     "check_training_mode",
     "evaluating",
     "gather_root",
+    "is_reentrant",
     "is_sharded",
     "last_hidden_state",
     "position_arguments",
@@ -116,12 +117,17 @@ def check_adapter_reference(model: nn.Module, before: torch.Tensor | None = None
         )
 
 
+def is_reentrant(arguments: Mapping[str, Any]) -> bool:
+    """Whether torch checkpoints reentrantly with these arguments: it does if they don't say."""
+    word = arguments.get("use_reentrant")
+    return word is None or bool(word)
+
+
 def check_checkpointing(model: nn.Module) -> None:
     """No reentrant gradient checkpointing, or ValueError: the sweeps differentiate to the inputs alone."""
     for module in model.modules():
         function = getattr(module, "_gradient_checkpointing_func", None)
-        # torch takes no word for "reentrant".
-        reentrant = isinstance(function, functools.partial) and function.keywords.get("use_reentrant") in (None, True)
+        reentrant = isinstance(function, functools.partial) and is_reentrant(function.keywords)
         if getattr(module, "gradient_checkpointing", False) and reentrant:
             raise ValueError(
                 "model must not have reentrant gradient checkpointing, which gives no gradient to the inputs alone: "

@@ -8,7 +8,8 @@ its tokens it keeps to itself until the end of the split, so that pieces pass on
 NVIDIA's accumulators give a thread pairs of neighbouring columns, so there the columns of the tile are permuted: rows of
 the head are loaded in the order that makes two pairs four neighbouring tokens.
 
-Sizes depend on neither the batch nor the device's size, so a row's result is the same in every batch.
+Sizes do not depend on the device's size, and of the batch only on whether it is more than a tile's rows. Splits are the same
+in either case, and a thread meets a row's groups in the same order, so a row's result is the same in every batch.
 """
 
 from __future__ import annotations
@@ -197,6 +198,16 @@ def row_max(b_x):
 
 
 @triton.jit
+def _factor(p, m_k, EVEN_K: tl.constexpr):
+    """A step of a matrix, 0 beyond its width."""
+    if EVEN_K:
+        b = tl.load(p)
+    else:
+        b = tl.load(p, mask=m_k, other=0.0)
+    return b.to(tl.float32) if INTERPRETED else b  # NumPy has no bfloat16
+
+
+@triton.jit
 def product(
     p_h, s_hk, weight, s_wv, s_wk, H, o_n, o_v,
     BM: tl.constexpr, BK: tl.constexpr, EVEN_K: tl.constexpr,
@@ -211,26 +222,13 @@ def product(
         b_more = tl.zeros((BM, o_v[1].shape[0]), tl.float32)
     # At least one, known to the compiler: it would clear the accumulators twice.
     for i_k in range(0, tl.maximum(tl.cdiv(H, BK), 1)):
-        if EVEN_K:
-            b_a = tl.load(p_a)
-            b_b = tl.load(p_b)
-        else:
-            m_k = (i_k * BK + o_k < H)[None, :]
-            b_a = tl.load(p_a, mask=m_k, other=0.0)
-            b_b = tl.load(p_b, mask=m_k, other=0.0)
-        if INTERPRETED:  # NumPy has no bfloat16
-            b_a, b_b = b_a.to(tl.float32), b_b.to(tl.float32)
+        m_k = (i_k * BK + o_k < H)[None, :]
+        b_a, b_b = _factor(p_a, m_k, EVEN_K), _factor(p_b, m_k, EVEN_K)
         b_acc = tl.dot(b_a, tl.trans(b_b), b_acc, input_precision="ieee")
         p_a += BK * s_hk
         p_b += BK * s_wk
         if len(o_v) == 2:
-            if EVEN_K:
-                b_b = tl.load(p_more)
-            else:
-                b_b = tl.load(p_more, mask=m_k, other=0.0)
-            if INTERPRETED:
-                b_b = b_b.to(tl.float32)
-            b_more = tl.dot(b_a, tl.trans(b_b), b_more, input_precision="ieee")
+            b_more = tl.dot(b_a, tl.trans(_factor(p_more, m_k, EVEN_K)), b_more, input_precision="ieee")
             p_more += BK * s_wk
     if len(o_v) == 2:
         return b_acc, b_more
