@@ -26,8 +26,8 @@ if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
 
 import grade_kernels as gk  # noqa: E402
-from tests.helpers import poisoned_memory  # noqa: E402
-from tests.interpreter import quicken, settle  # noqa: E402
+from tests.support.helpers import poisoned_memory  # noqa: E402
+from tests.support.interpreter import quicken, settle  # noqa: E402
 
 if not HAS_GPU and importlib.util.find_spec("triton") is not None:
     quicken()

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import grade_kernels as gk
 from grade_kernels.noise import DOMAIN_REFINE, gumbel_from_words, philox_4x32_10, seed_on
 from grade_kernels.ops.checks import canonical_tau
-from tests.helpers import truth_noise
+from tests.support.helpers import truth_noise
 
 M32 = 2**32 - 1
 SEED = 0x9E3779B97F4A7C15

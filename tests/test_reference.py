@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import grade_kernels as gk
-from tests.helpers import DTYPES, ESTIMATORS, compute_dtype, grads, leaf, masked, noise_of, randn, truth_noise
+from tests.support.helpers import DTYPES, ESTIMATORS, compute_dtype, grads, leaf, masked, noise_of, randn, truth_noise
 
 ROWS, VOCAB, WIDTH = 4, 11, 3
 
