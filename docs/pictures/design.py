@@ -36,7 +36,9 @@ BOXES = {
     "candidates": Box(8.3, 3.0, 2.8, 1.35, FORWARD, "tokens that the normaliser\nso far does not rule out"),
     "lookup": Box(12.0, 6.4, 2.9, 1.25, FORWARD, "E[ids]: the embedding returned"),
     "support": Box(12.0, 3.85, 2.9, 1.35, KEPT, "tokens v and their p_v, at most\n1/ε a row on average; saved"),
-    "dense": Box(4.3, 0.75, 3.9, 1.4, RARE, "for rows whose candidates did not fit,\nor ε = 0: all tokens again, tile by tile"),
+    "dense": Box(
+        4.3, 0.75, 3.9, 1.4, RARE, "for rows whose candidates did not fit,\nor ε = 0: all tokens again, tile by tile"
+    ),
     "rule": Box(8.3, 0.75, 2.8, 1.4, BACKWARD, "dl_v from p_v and dY_v;\nthe mean of dY leaves v out"),
     "gathers": Box(12.0, 0.75, 2.9, 1.4, BACKWARD, "dY_v = de · E[v], then\ndh = Σ dl_v W[v], dW[v] += dl_v h"),
 }
