@@ -141,7 +141,7 @@ def race(request: pytest.FixtureRequest, benchmark: Any, results: Results) -> It
         if option.contestants is not None:
             contestants = {name: work for name, work in contestants.items() if name in (OURS, *option.contestants)}
         measured = run_race(benchmark, case, contestants, option.budget, (3, 15))
-        benchmark.group = f"{case.op} {case.step}"
+        benchmark.group = f"{case.op} {case.pass_}"
         benchmark.extra_info |= {
             "case": str(case),
             "seconds": measured.medians,

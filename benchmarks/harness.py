@@ -39,7 +39,7 @@ class Case:
     """One operation at one size; H is the hidden size before an LM head, D the width of an embedding table."""
 
     op: str
-    step: str  # forward, backward or forward+backward
+    pass_: str  # forward, backward or forward+backward; the CSV's column "pass"
     dtype: str
     N: int
     V: int
@@ -49,7 +49,7 @@ class Case:
 
     def __str__(self) -> str:
         widths = [f"{name}{size}" for name, size in (("H", self.H), ("D", self.D)) if size is not None]
-        return "-".join([self.op, self.step, self.dtype, str(self.V), f"N{self.N}", *widths])
+        return "-".join([self.op, self.pass_, self.dtype, str(self.V), f"N{self.N}", *widths])
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -172,7 +172,7 @@ class Results:
 
     def _row(self, case: Case, name: str) -> dict[str, Any]:
         fields = asdict(case)
-        fields["pass"] = fields.pop("step")
+        fields["pass"] = fields.pop("pass_")
         if name == OURS:
             backend = gk.backends.select(torch.device(case.device), case.torch_dtype)
         else:
@@ -218,7 +218,7 @@ def _union(names: Any) -> list[str]:
 
 
 def _label(case: Case) -> list[str]:
-    return [f"{case.op} {case.step}", str(case.N), str(case.V), case.dtype]
+    return [f"{case.op} {case.pass_}", str(case.N), str(case.V), case.dtype]
 
 
 def _ratio_cell(race: Race, name: str, target: float | None) -> str:

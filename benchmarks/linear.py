@@ -86,7 +86,7 @@ def _theirs(op: str) -> Callable[[Inputs], torch.Tensor]:
 
 
 def _step(case: Case, function: Callable[[], torch.Tensor], x: Inputs) -> tuple[torch.Tensor, ...]:
-    if case.step == "forward":
+    if case.pass_ == "forward":
         with torch.no_grad():
             return (function(),)
     y = function()
@@ -127,7 +127,7 @@ def _products(case: Case, x: Inputs) -> Contestants:
 def build(case: Case) -> Contestants:
     """Ours, the bare product, eager and compiled PyTorch, and for log-probabilities PyTorch's fused loss."""
     x = Inputs(case)
-    if case.step == "backward":
+    if case.pass_ == "backward":
         return {OURS: _backward_alone(x)}
     theirs = _theirs(case.op)
     squeezed = compiled(theirs)
@@ -183,7 +183,7 @@ def check(case: Case, ours: Callable[[], tuple[torch.Tensor, ...]]) -> None:
     Raises:
         AssertionError: a sample, value or gradient differs.
     """
-    if case.step == "backward":
+    if case.pass_ == "backward":
         case = Case(case.op, "forward+backward", case.dtype, case.N, case.V, case.H, case.D, case.device)
     x, first = Inputs(case), Inputs(case)
     first.hidden, first.upstream = first.hidden.detach()[:1].float().requires_grad_(), first.upstream[:1].float()

@@ -30,7 +30,7 @@ def inputs(case: Case) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor 
     """
     logits = _tensor(case, case.N, case.V, key=1)
     table = None if case.D is None else _tensor(case, case.V, case.D, key=2)
-    if case.step == "forward":
+    if case.pass_ == "forward":
         return logits, table, None
     return logits.requires_grad_(), table, _tensor(case, case.N, case.D or case.V, key=3)
 

@@ -53,7 +53,7 @@ def _sweep(option: Any, vocab: int, rows: int) -> list[tuple[int, int]]:
 
 def test_time(case, race):
     contestants = linear.build(case)
-    targets = dict(TARGETS[case.op, case.step])
+    targets = dict(TARGETS[case.op, case.pass_])
     if case.dtype == "bfloat16" and "eager" in targets:
         targets["eager"] = 8.0
     race(case, contestants, lambda: linear.check(case, contestants[OURS]), targets)

@@ -40,7 +40,7 @@ def cases_time(option: Any) -> list[Case]:
 
 def test_time(case, race):
     contestants = rows.build(case)
-    targets = TARGETS.get((case.op, case.step), {}) if case.V >= 32000 else {}
+    targets = TARGETS.get((case.op, case.pass_), {}) if case.V >= 32000 else {}
     race(case, contestants, lambda: rows.check(case, contestants[OURS]), targets)
 
 
@@ -57,7 +57,7 @@ def cases_memory(option: Any) -> list[Case]:
 
 def test_memory(case, peaks):
     output = case.N * (8 if case.op == "gumbel_sample" else (case.D or case.V) * case.torch_dtype.itemsize)
-    gradient = 0 if case.step == "forward" else case.N * case.V * case.torch_dtype.itemsize
+    gradient = 0 if case.pass_ == "forward" else case.N * case.V * case.torch_dtype.itemsize
     # Page tables and allocator blocks: what a call without any output of size would show.
     floor = 2**20
     peaks(case, rows.build, (OURS, "eager", "compiled"), lambda _: 1.05 * (output + gradient) + floor)
