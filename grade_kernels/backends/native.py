@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 import torch
+from torch._ops import _OpNamespace
 
-__all__ = ["ESTIMATOR", "contiguous", "unit_stride"]
+__all__ = ["ESTIMATOR", "contiguous", "cpu_kernels", "cuda_kernels", "unit_stride"]
 
 # csrc/common/estimators.h's Estimator.
 ESTIMATOR = {"ste": 0, "soft": 0, "st": 1, "reinmax": 2}
+
+
+def cpu_kernels() -> _OpNamespace:
+    """The functions of csrc/cpu, once the library is loaded."""
+    return torch.ops.grade_kernels_cpu
+
+
+def cuda_kernels() -> _OpNamespace:
+    """The functions of csrc/cuda, once the library is loaded."""
+    return torch.ops.grade_kernels_cuda
 
 
 def unit_stride(rows: torch.Tensor) -> torch.Tensor:

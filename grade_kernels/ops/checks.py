@@ -15,15 +15,11 @@ from typing import Any
 
 import torch
 
+from grade_kernels.backends.records import Noise
 from grade_kernels.noise import GumbelNoise
 
 ESTIMATORS = ("ste", "soft", "st", "reinmax")
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The arithmetic that serves a dtype: float64 for itself, float32 for everything narrower."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def reads_values(*tensors: torch.Tensor) -> bool:
@@ -63,10 +59,8 @@ def check_same_device(name: str, value: torch.Tensor, other_name: str, other: to
         raise ValueError(f"{name} is on device {str(value.device)!r}, but {other_name} on {str(other.device)!r}")
 
 
-def canonical_noise(
-    noise: GumbelNoise | None, num_rows: int, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor | None, int]:
-    """Seed, row ids and vocabulary offset of a noise for `num_rows` rows; None draws from torch's default generator."""
+def canonical_noise(noise: GumbelNoise | None, num_rows: int, device: torch.device) -> Noise:
+    """The noise for `num_rows` rows; None draws a seed from torch's default generator."""
     if noise is None:
         noise = GumbelNoise.from_generator()
     elif not isinstance(noise, GumbelNoise):
@@ -80,7 +74,7 @@ def canonical_noise(
             )
     if noise.seed.device.type not in ("cpu", device.type):
         raise ValueError(f"noise.seed is on device {str(noise.seed.device)!r}, but the logits on {str(device)!r}")
-    return noise.seed, noise.row_ids, noise.vocab_start
+    return Noise(noise.seed, noise.row_ids, noise.vocab_start)
 
 
 def positive_number(name: str, value: Any, dtype: torch.dtype, expected: str = "a number") -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from grade_kernels import backends, reference
+from grade_kernels.backends import Noise
 from grade_kernels.noise import GumbelNoise
 from grade_kernels.ops import checks
 from grade_kernels.ops.registry import define
@@ -33,20 +34,19 @@ def gumbel_sample(logits: torch.Tensor, dim: int = -1, *, noise: GumbelNoise | N
     checks.check_logits(logits, dim)
     moved = logits.detach().movedim(dim, -1)
     rows = moved.reshape(-1, moved.shape[-1])
-    seed, row_ids, vocab_start = checks.canonical_noise(noise, rows.shape[0], logits.device)
+    drawn = checks.canonical_noise(noise, rows.shape[0], logits.device)
     backend = backends.select(logits.device, logits.dtype)
     if backend == "reference":
-        noise = GumbelNoise(seed, row_ids, vocab_start=vocab_start)
         if not torch.compiler.is_compiling() and checks.reads_values(rows):
             checks.check_rows(rows, checks.bad_rows(rows))
-        return reference.gumbel_sample(logits, dim, noise=noise)
-    return _gumbel_sample(rows, seed, row_ids, vocab_start, backend).view(moved.shape[:-1])
+        return reference.gumbel_sample(logits, dim, noise=drawn.public())
+    return _gumbel_sample(rows, *drawn, backend).view(moved.shape[:-1])
 
 
 def _kernel(
     logits: torch.Tensor, seed: torch.Tensor, row_ids: torch.Tensor | None, vocab_start: int, backend: str
 ) -> torch.Tensor:
-    sample = backends.module(backend).sample(logits, seed, row_ids, vocab_start, False)
+    sample = backends.get(backend).sample(logits, Noise(seed, row_ids, vocab_start), False)
     if checks.reads_values(logits):
         checks.check_rows(logits, (sample.ids < 0) | sample.score_max.isnan())
     return sample.ids

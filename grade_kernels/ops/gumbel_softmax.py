@@ -8,6 +8,8 @@ from typing import Any
 import torch
 
 from grade_kernels import backends, reference
+from grade_kernels.backends import Noise, Sample
+from grade_kernels.dtypes import compute_dtype
 from grade_kernels.noise import GumbelNoise
 from grade_kernels.ops import checks
 from grade_kernels.ops.registry import define, once_differentiable
@@ -53,17 +55,16 @@ def gumbel_softmax(
     checks.check_logits(logits, dim)
     moved = logits.movedim(dim, -1)
     num_rows = logits.numel() // moved.shape[-1]
-    seed, row_ids, vocab_start = checks.canonical_noise(noise, num_rows, logits.device)
-    row_tau = checks.canonical_tau(tau, moved.shape[:-1], logits.device, checks.compute_dtype(logits.dtype))
+    drawn = checks.canonical_noise(noise, num_rows, logits.device)
+    row_tau = checks.canonical_tau(tau, moved.shape[:-1], logits.device, compute_dtype(logits.dtype))
     backend = backends.select(logits.device, logits.dtype)
     if backend == "reference":
         if not torch.compiler.is_compiling() and checks.reads_values(logits):
             rows = _rows(logits.detach(), dim)
             checks.check_rows(rows, checks.bad_rows(rows))
             checks.check_tau_values(row_tau)
-        noise = GumbelNoise(seed, row_ids, vocab_start=vocab_start)
-        return reference.gumbel_softmax(logits, row_tau, hard, dim=dim, noise=noise)
-    return _gumbel_softmax(logits, row_tau, seed, row_ids, vocab_start, dim, hard, backend)[0]
+        return reference.gumbel_softmax(logits, row_tau, hard, dim=dim, noise=drawn.public())
+    return _gumbel_softmax(logits, row_tau, *drawn, dim, hard, backend)[0]
 
 
 def gumbel_ste(
@@ -101,17 +102,17 @@ def _kernel(
     hard: bool,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    implementation = backends.module(backend)
+    implementation, drawn = backends.get(backend), Noise(seed, row_ids, vocab_start)
     given, logits = logits, _rows(logits, dim)
     if checks.reads_values(tau):
         checks.check_tau_values(tau)
-    sample = implementation.sample(logits, seed, row_ids, vocab_start, False)
+    sample = implementation.sample(logits, drawn, False)
     if checks.reads_values(logits):
         checks.check_rows(logits, (sample.ids < 0) | sample.score_max.isnan())
     if hard:
         y = implementation.one_hot(sample, logits.shape[1], logits.dtype)
     else:
-        y, _ = implementation.softmax(logits, tau, seed, row_ids, vocab_start, sample.score_max, True, logits.dtype)
+        y, _ = implementation.softmax(logits, tau, drawn, sample.score_max, normalize=True, dtype=logits.dtype)
     return _like(y, given, dim), sample.score_max
 
 
@@ -148,12 +149,13 @@ def _backward_kernel(
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     empty = score_max.new_empty(0)
-    sample = backends.Sample(empty, score_max, empty, empty)
+    sample = Sample(empty, score_max, empty, empty)
     rows = _rows(logits, dim)
     dlogits = torch.empty(rows.shape, dtype=logits.dtype, device=logits.device)
-    dtau = backends.module(backend).softmax_backward(
-        _rows(dy, dim), rows, tau, seed, row_ids, vocab_start, "ste", sample, None, needs_dtau, dlogits
-    )
+    dtau = backends.get(backend).softmax_backward(
+        _rows(dy, dim), rows, tau, Noise(seed, row_ids, vocab_start), sample,
+        estimator="ste", dlogprobs=None, needs_dtau=needs_dtau, out=dlogits,
+    )  # fmt: skip
     return _like(dlogits, logits, dim), dtau
 
 

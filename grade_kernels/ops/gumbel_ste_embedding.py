@@ -7,8 +7,9 @@ from typing import Any
 import torch
 
 from grade_kernels import backends, reference
-from grade_kernels.backends.torch.head import PRODUCT_ELEMENTS, Scratch
-from grade_kernels.backends.torch.rows import column_chunks
+from grade_kernels.backends import Backend, Noise, Sample
+from grade_kernels.backends.chunks import Scratch, column_chunks
+from grade_kernels.dtypes import compute_dtype
 from grade_kernels.noise import GumbelNoise
 from grade_kernels.ops import checks
 from grade_kernels.ops.registry import define, once_differentiable, wanted_gradients
@@ -66,8 +67,8 @@ def gumbel_ste_embedding(
     rows = logits.reshape(-1, vocab)
     if ids is not None:
         checks.check_ids(ids, batch, logits)
-    seed, row_ids, vocab_start = checks.canonical_noise(noise, rows.shape[0], logits.device)
-    row_tau = checks.canonical_tau(tau, batch, logits.device, checks.compute_dtype(logits.dtype))
+    drawn = checks.canonical_noise(noise, rows.shape[0], logits.device)
+    row_tau = checks.canonical_tau(tau, batch, logits.device, compute_dtype(logits.dtype))
     backend = backends.select(logits.device, logits.dtype)
     several = isinstance(embedding, (tuple, list))
     if backend == "reference":
@@ -76,13 +77,12 @@ def gumbel_ste_embedding(
             checks.check_tau_values(row_tau)
             if ids is not None:
                 checks.check_ids_values(ids.reshape(-1), vocab)
-        noise = GumbelNoise(seed, row_ids, vocab_start=vocab_start)
         given: Any = tables if several else tables[0]
-        return reference.gumbel_ste_embedding(logits, given, row_tau, estimator=estimator, noise=noise, ids=ids)
+        return reference.gumbel_ste_embedding(
+            logits, given, row_tau, estimator=estimator, noise=drawn.public(), ids=ids
+        )
     flat_ids = None if ids is None else ids.reshape(-1)
-    embedded, out_ids, logprobs = _gumbel_ste_embedding(
-        rows, tables, row_tau, seed, row_ids, vocab_start, flat_ids, estimator, backend
-    )[:3]
+    embedded, out_ids, logprobs = _gumbel_ste_embedding(rows, tables, row_tau, *drawn, flat_ids, estimator, backend)[:3]
     parts = tuple(
         part.to(table.dtype).view(*batch, table.shape[1])
         for part, table in zip(embedded.split([table.shape[1] for table in tables], dim=1), tables, strict=True)
@@ -116,12 +116,12 @@ def _kernel(
     estimator: str,
     backend: str,
 ) -> tuple[torch.Tensor, ...]:
-    implementation = backends.module(backend)
+    implementation, drawn = backends.get(backend), Noise(seed, row_ids, vocab_start)
     if checks.reads_values(tau):
         checks.check_tau_values(tau)
     if ids is not None and checks.reads_values(ids):
         checks.check_ids_values(ids, logits.shape[1])
-    sample = implementation.sample(logits, seed, row_ids, vocab_start, True)
+    sample = implementation.sample(logits, drawn, True)
     if checks.reads_values(logits):
         checks.check_rows(logits, (sample.ids < 0) | sample.score_max.isnan())
     ids = sample.ids if ids is None else ids.clone()
@@ -131,7 +131,7 @@ def _kernel(
     logprobs = (chosen - sample.logit_max) - sample.logit_sum.log() + poison
     total = tau.new_empty(0)
     if estimator == "soft":
-        embedded, total = _soft_lookup(implementation, logits, tables, tau, seed, row_ids, vocab_start, sample)
+        embedded, total = _soft_lookup(implementation, logits, tables, tau, drawn, sample)
     else:
         embedded = torch.cat([table[ids].to(joint_dtype(tables)) for table in tables], dim=1)
         if logits.device.type != "cpu":
@@ -140,22 +140,20 @@ def _kernel(
 
 
 def _soft_lookup(
-    implementation: Any,
+    implementation: Backend,
     logits: torch.Tensor,
     tables: list[torch.Tensor],
     tau: torch.Tensor,
-    seed: torch.Tensor,
-    row_ids: torch.Tensor | None,
-    vocab_start: int,
-    sample: backends.Sample,
+    drawn: Noise,
+    sample: Sample,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`softmax((l + g) / tau) @ [E_1 E_2 ...]` without a dense softmax, and the softmax's denominators."""
     total = torch.zeros_like(tau)
     sums = [torch.zeros(logits.shape[0], table.shape[1], dtype=tau.dtype, device=tau.device) for table in tables]
     dtype = weights_dtype(tables, tau.dtype)
-    for columns in column_chunks(*logits.shape):
+    for columns in implementation.column_chunks(*logits.shape):
         weights, part = implementation.softmax(
-            logits[:, columns], tau, seed, row_ids, vocab_start + columns.start, sample.score_max, False, dtype
+            logits[:, columns], tau, drawn.at(columns), sample.score_max, normalize=False, dtype=dtype
         )
         total += part
         for acc, table in zip(sums, tables, strict=True):
@@ -196,7 +194,7 @@ def _backward_kernel(
     needs: list[bool],
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
-    implementation = backends.module(backend)
+    implementation, drawn = backends.get(backend), Noise(seed, row_ids, vocab_start)
     score_max, logit_max, logit_sum, total = statistics
     widths = [table.shape[1] for table in tables]
     upstream = [part.to(table.dtype) for part, table in zip(dembedded.split(widths, dim=1), tables, strict=True)]
@@ -208,13 +206,14 @@ def _backward_kernel(
         implementation.product(upstream[0], tables[0], dlogits)
         scratch = Scratch(logits.shape[0], tau.dtype, tau.device)
         for part, table in zip(upstream[1:], tables[1:], strict=True):
-            for columns in column_chunks(logits.shape[0], logits.shape[1], PRODUCT_ELEMENTS):
+            for columns in column_chunks(logits.shape[0], logits.shape[1], implementation.sizes.product):
                 place = None if part.dtype == logits.dtype else scratch(columns.stop - columns.start)
                 dlogits[:, columns] += implementation.product(part, table[columns], place)
-        sample = backends.Sample(ids, score_max, logit_max, logit_sum)
+        sample = Sample(ids, score_max, logit_max, logit_sum)
         dtau = implementation.softmax_backward(
-            dlogits, logits, tau, seed, row_ids, vocab_start, estimator, sample, dlogprobs, needs_dtau, dlogits
-        )
+            dlogits, logits, tau, drawn, sample,
+            estimator=estimator, dlogprobs=dlogprobs, needs_dtau=needs_dtau, out=dlogits,
+        )  # fmt: skip
     dtables = []
     for part, table, needed in zip(upstream, tables, needs_tables, strict=True):
         if not needed:
@@ -223,9 +222,9 @@ def _backward_kernel(
             dtables.append(scatter_rows(part, ids, table))
         else:
             dtable = torch.empty_like(table)
-            for columns in column_chunks(*logits.shape):
+            for columns in implementation.column_chunks(*logits.shape):
                 weights, _ = implementation.softmax(
-                    logits[:, columns], tau, seed, row_ids, vocab_start + columns.start, score_max, False, tau.dtype
+                    logits[:, columns], tau, drawn.at(columns), score_max, normalize=False, dtype=tau.dtype
                 )
                 dtable[columns] = (weights / total[:, None]).to(table.dtype).T @ part
             dtables.append(dtable)

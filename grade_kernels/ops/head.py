@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from numbers import Real
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from grade_kernels import reference
-from grade_kernels.backends import Head, Support
-from grade_kernels.backends.torch.head import head_chunks, offsets_of
+from grade_kernels.backends import Backend, Head
+from grade_kernels.backends.records import offsets_of
+from grade_kernels.dtypes import compute_dtype
 from grade_kernels.ops import checks
 
 LEAST_EPS = 2.0**-64
@@ -49,7 +50,7 @@ def check_head(
             raise ValueError(f"{prefix}bias must have shape ({lm_head.shape[0]},), got {tuple(bias.shape)}")
         checks.check_same_device(f"{prefix}bias", bias, f"{prefix}hidden", hidden)
     if logit_softcap is not None:
-        compute = checks.compute_dtype(hidden.dtype)
+        compute = compute_dtype(hidden.dtype)
         checks.positive_number("logit_softcap", logit_softcap, compute, "a number or None")
     hidden, lm_head = autocasted(hidden, lm_head)
     assert hidden is not None
@@ -86,27 +87,10 @@ def needs_graph(*tensors: torch.Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def select_backend(choice: str, dtype: torch.dtype) -> str:
-    """Float64 through a head is for checking: `reference` and `torch` serve it, whatever else was chosen."""
-    return "torch" if dtype == torch.float64 and choice != "reference" else choice
-
-
 def make_head(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, softcap: float | None) -> Head:
     """A head with its bias in compute precision and in plain layout, which kernels read it in."""
-    bias = None if bias is None else bias.to(checks.compute_dtype(hidden.dtype)).contiguous()
+    bias = None if bias is None else bias.to(compute_dtype(hidden.dtype)).contiguous()
     return Head(hidden, weight, bias, softcap)
-
-
-def row_of_entries(support: Support) -> torch.Tensor:
-    """The row `[K]` that each entry of a support belongs to."""
-    counts = support.offsets.diff()
-    rows = torch.arange(len(counts), device=counts.device)
-    return rows.repeat_interleave(counts, output_size=len(support.tokens))
-
-
-def row_sums(values: torch.Tensor, support: Support) -> torch.Tensor:
-    """Sum of entries' values per row, in a fixed order."""
-    return torch.segment_reduce(values, "sum", offsets=support.offsets, initial=0)
 
 
 class Entries(NamedTuple):
@@ -141,14 +125,14 @@ class HeadGradients:
     """Gradients of a head's tensors, of those that are asked for, gathered from sparse and from dense parts.
 
     Args:
-        implementation: the backend's module.
+        backend: whose kernels find them.
         head: the head.
         needs: whether hidden, weight and bias want one.
     """
 
-    def __init__(self, implementation: Any, head: Head, needs: tuple[bool, bool, bool]) -> None:
-        self.implementation, self.head, self.needs = implementation, head, needs
-        self.dtype = checks.compute_dtype(head.hidden.dtype)
+    def __init__(self, backend: Backend, head: Head, needs: tuple[bool, bool, bool]) -> None:
+        self.backend, self.head, self.needs = backend, head, needs
+        self.dtype = compute_dtype(head.hidden.dtype)
         hidden, weight = head.hidden, head.weight
         self.hidden = torch.zeros(hidden.shape, dtype=self.dtype, device=hidden.device) if needs[0] else None
         self.weight: torch.Tensor | None = None
@@ -159,29 +143,29 @@ class HeadGradients:
         rows, tokens, values, offsets = entries.sorted(len(self.head.hidden))
         assert offsets is not None
         if self.head.softcap is not None:
-            logits = self.implementation.head_logits_at(self.head, rows, tokens)
+            logits = self.backend.head_logits_at(self.head, rows, tokens)
             values = values * softcap_slope(logits, self.head.softcap)
         if self.hidden is not None:
-            self.hidden += self.implementation.gather_sum(values, self.head.weight, offsets, tokens)
+            self.hidden += self.backend.gather_sum(values, self.head.weight, offsets, tokens)
         if self.needs[1]:
-            part = self.implementation.scatter_sum(values, self.head.hidden, rows, tokens, self.head.weight)
+            part = self.backend.scatter_sum(values, self.head.hidden, rows, tokens, self.head.weight)
             self.weight = part if self.weight is None else self.weight.add_(part)
         if self.bias is not None:
             column = torch.ones(len(self.head.hidden), 1, dtype=self.dtype, device=values.device)
-            self.bias += self.implementation.scatter_sum(values, column, rows, tokens, self.bias[:, None]).squeeze(1)
+            self.bias += self.backend.scatter_sum(values, column, rows, tokens, self.bias[:, None]).squeeze(1)
 
     def add_dense(self, rows: torch.Tensor, rule: Callable[[slice, torch.Tensor], torch.Tensor]) -> None:
         """Take `rule(columns, logits)`, the gradient of some rows' (capped) logits, chunk by chunk."""
-        head = self.head._replace(hidden=self.head.hidden[rows])
+        head = self.head.rows(rows)
         hidden = torch.zeros(head.hidden.shape, dtype=self.dtype, device=rows.device)
         if self.needs[1] and self.weight is None:
             self.weight = torch.zeros_like(head.weight)
-        for columns, logits in head_chunks(head, self.implementation.product):
+        for columns, logits in self.backend.head_chunks(head):
             dlogits = rule(columns, logits)
             if head.softcap is not None:
                 dlogits = dlogits * softcap_slope(logits, head.softcap)
             if self.hidden is not None:
-                hidden += self.implementation.weighted_sum(dlogits, head.weight[columns])
+                hidden += self.backend.weighted_sum(dlogits, head.weight[columns])
             if self.weight is not None:
                 self.weight[columns] += dlogits.to(head.hidden.dtype).T @ head.hidden
             if self.bias is not None:

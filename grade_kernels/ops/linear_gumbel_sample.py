@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 
 from grade_kernels import backends, reference
-from grade_kernels.backends import Sample
+from grade_kernels.backends import Noise, Sample
+from grade_kernels.dtypes import compute_dtype
 from grade_kernels.noise import GumbelNoise
 from grade_kernels.ops import checks
-from grade_kernels.ops.head import check_head, check_reference_rows, make_head, select_backend
+from grade_kernels.ops.head import check_head, check_reference_rows, make_head
 from grade_kernels.ops.registry import define
 
 __all__ = ["linear_gumbel_sample"]
@@ -42,16 +43,15 @@ def linear_gumbel_sample(
     hidden, lm_head, bias = check_head(hidden, lm_head, bias, logit_softcap)
     batch = hidden.shape[:-1]
     rows = hidden.detach().reshape(-1, hidden.shape[-1])
-    seed, row_ids, vocab_start = checks.canonical_noise(noise, rows.shape[0], hidden.device)
-    backend = select_backend(backends.select(hidden.device, hidden.dtype), hidden.dtype)
+    drawn = checks.canonical_noise(noise, rows.shape[0], hidden.device)
+    backend = backends.select(hidden.device, hidden.dtype, head=True)
     if backend == "reference":
         check_reference_rows(hidden, lm_head, bias, logit_softcap)
-        noise = GumbelNoise(seed, row_ids, vocab_start=vocab_start)
-        return reference.linear_gumbel_sample(hidden, lm_head, bias=bias, logit_softcap=logit_softcap, noise=noise)
+        return reference.linear_gumbel_sample(
+            hidden, lm_head, bias=bias, logit_softcap=logit_softcap, noise=drawn.public()
+        )
     bias = None if bias is None else bias.detach()
-    ids, logprobs = _linear_gumbel_sample(
-        rows, lm_head.detach(), bias, logit_softcap, seed, row_ids, vocab_start, backend
-    )
+    ids, logprobs = _linear_gumbel_sample(rows, lm_head.detach(), bias, logit_softcap, *drawn, backend)
     return ids.view(batch), logprobs.view(batch)
 
 
@@ -70,9 +70,9 @@ def _kernel(
     vocab_start: int,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    implementation = backends.module(backend)
+    implementation = backends.get(backend)
     head = make_head(hidden, lm_head, bias, softcap)
-    sample = implementation.head_sample(head, seed, row_ids, vocab_start)
+    sample = implementation.head_sample(head, Noise(seed, row_ids, vocab_start))
     if checks.reads_values(hidden):
         checks.check_head_rows((sample.ids < 0) | sample.score_max.isnan())
     rows = torch.arange(hidden.shape[0], device=hidden.device)
@@ -92,7 +92,7 @@ def _fake(
     rows = hidden.shape[0]
     return (
         hidden.new_empty(rows, dtype=torch.int64),
-        hidden.new_empty(rows, dtype=checks.compute_dtype(hidden.dtype)),
+        hidden.new_empty(rows, dtype=compute_dtype(hidden.dtype)),
     )
 
 

@@ -10,8 +10,10 @@ import torch
 from typing_extensions import NamedTuple
 
 from grade_kernels import backends, reference
-from grade_kernels.backends import Head, Sample, Support
-from grade_kernels.backends.torch.head import Scratch, empty_support, head_chunks, offsets_of
+from grade_kernels.backends import Backend, Head, Noise, Sample, Support
+from grade_kernels.backends.chunks import Scratch
+from grade_kernels.backends.log_sum_exp import LogSumExp
+from grade_kernels.dtypes import compute_dtype
 from grade_kernels.noise import GumbelNoise
 from grade_kernels.ops import checks
 from grade_kernels.ops.gumbel_ste_embedding import joint_dtype, scatter_rows, weights_dtype
@@ -24,9 +26,6 @@ from grade_kernels.ops.head import (
     fake_gradients,
     make_head,
     needs_graph,
-    row_of_entries,
-    row_sums,
-    select_backend,
     softcap_slope,
 )
 from grade_kernels.ops.linear_gumbel_sample import chosen_logprobs
@@ -95,9 +94,9 @@ def linear_gumbel_ste(
     rows = hidden.reshape(-1, hidden.shape[-1])
     if ids is not None:
         checks.check_ids(ids, batch, hidden, "hidden")
-    seed, row_ids, vocab_start = checks.canonical_noise(noise, rows.shape[0], hidden.device)
-    row_tau = checks.canonical_tau(tau, batch, hidden.device, checks.compute_dtype(hidden.dtype))
-    backend = select_backend(backends.select(hidden.device, hidden.dtype), hidden.dtype)
+    drawn = checks.canonical_noise(noise, rows.shape[0], hidden.device)
+    row_tau = checks.canonical_tau(tau, batch, hidden.device, compute_dtype(hidden.dtype))
+    backend = backends.select(hidden.device, hidden.dtype, head=True)
     several = isinstance(embedding, (tuple, list))
     if backend == "reference":
         if not torch.compiler.is_compiling():
@@ -106,7 +105,6 @@ def linear_gumbel_ste(
             if ids is not None and checks.reads_values(ids):
                 checks.check_ids_values(ids.reshape(-1), vocab)
         check_reference_rows(hidden, lm_head, bias, logit_softcap)
-        noise = GumbelNoise(seed, row_ids, vocab_start=vocab_start)
         given: Any = tables if several else tables[0]
         return LinearGumbelSTE(
             *reference.linear_gumbel_ste(
@@ -117,16 +115,15 @@ def linear_gumbel_ste(
                 bias=bias,
                 logit_softcap=logit_softcap,
                 estimator=estimator,
-                noise=noise,
+                noise=drawn.public(),
                 ids=ids,
             )
         )
     collect = needs_graph(hidden, lm_head, bias, row_tau, *tables)
     flat_ids = None if ids is None else ids.reshape(-1)
     embedded, out_ids, logprobs = _linear_gumbel_ste(
-        rows, lm_head, bias, logit_softcap, tables, row_tau, seed, row_ids, vocab_start, flat_ids,
-        estimator, eps, collect, backend,
-    )[:3]  # fmt: skip
+        rows, lm_head, bias, logit_softcap, tables, row_tau, *drawn, flat_ids, estimator, eps, collect, backend
+    )[:3]
     parts = tuple(
         part.to(table.dtype).view(*batch, table.shape[1])
         for part, table in zip(embedded.split([table.shape[1] for table in tables], dim=1), tables, strict=True)
@@ -161,30 +158,30 @@ def _kernel(
     collect: bool,
     backend: str,
 ) -> tuple[torch.Tensor, ...]:
-    implementation = backends.module(backend)
+    implementation = backends.get(backend)
     if checks.reads_values(tau):
         checks.check_tau_values(tau)
     if ids is not None and checks.reads_values(ids):
         checks.check_ids_values(ids, lm_head.shape[0])
     head = make_head(hidden, lm_head, bias, softcap)
-    noise = (seed, row_ids, vocab_start)
+    noise = Noise(seed, row_ids, vocab_start)
     relaxed_sum = torch.zeros_like(tau)
-    support, plain = (empty_support(hidden.shape[0], hidden) for _ in range(2))
+    support, plain = (Support.empty(hidden.shape[0], hidden) for _ in range(2))
     sparse = collect and eps > 0
     embedded = None
     if estimator == "soft":
         # The support that backward needs costs a pass of its own, which only backward pays.
-        sample, relaxed_sum, embedded = _soft_lookup(implementation, head, tables, tau, *noise)
+        sample, relaxed_sum, embedded = _soft_lookup(implementation, head, tables, tau, noise)
     elif collect and (estimator == "ste" or eps == 0):
         # For the dense backward, too, which takes this pass's product again; head_sample may round otherwise.
-        sample, relaxed_sum, support = implementation.head_scores(head, tau, *noise, eps)
+        sample, relaxed_sum, support = implementation.head_scores(head, tau, noise, eps)
     else:
-        sample = implementation.head_sample(head, *noise)
+        sample = implementation.head_sample(head, noise)
         if sparse and estimator in ("st", "reinmax"):
-            sums, support = implementation.head_softmax(head, tau, *noise, eps, None)
+            sums, support = implementation.head_softmax(head, tau, noise, eps)
             relaxed_sum = sums.total
             if estimator == "reinmax":
-                plain = implementation.head_softmax(head, torch.ones_like(tau), *noise, eps, None)[1]
+                plain = implementation.head_softmax(head, torch.ones_like(tau), noise, eps)[1]
     if checks.reads_values(hidden):
         checks.check_head_rows((sample.ids < 0) | sample.score_max.isnan())
     ids = sample.ids if ids is None else ids.clone()
@@ -203,24 +200,21 @@ def _kernel(
 
 
 def _soft_lookup(
-    implementation: Any,
+    implementation: Backend,
     head: Head,
     tables: list[torch.Tensor],
     tau: torch.Tensor,
-    seed: torch.Tensor,
-    row_ids: torch.Tensor | None,
-    vocab_start: int,
+    noise: Noise,
 ) -> tuple[Sample, torch.Tensor, torch.Tensor]:
     """`softmax((l + g) / tau) @ [E_1 E_2 ...]`, accumulated over chunks of the vocabulary as attention is over keys."""
     rows = len(tau)
-    score_max, logit_max = (torch.full_like(tau, -torch.inf) for _ in range(2))
-    total, logit_sum = torch.zeros_like(tau), torch.zeros_like(tau)
+    score_max, total, untempered = torch.full_like(tau, -torch.inf), torch.zeros_like(tau), LogSumExp(rows, tau)
     ids = torch.full((rows,), -1, dtype=torch.int64, device=tau.device)
     sums = [torch.zeros(rows, table.shape[1], dtype=tau.dtype, device=tau.device) for table in tables]
     dtype = weights_dtype(tables, tau.dtype)
     scratch = Scratch(rows, dtype, tau.device)
-    for columns, logits in head_chunks(head, implementation.product):
-        part = implementation.sample(logits, seed, row_ids, vocab_start + columns.start, True)
+    for columns, logits in implementation.head_chunks(head):
+        part = implementation.sample(logits, noise.at(columns), True)
         chunk_max = logits.amax(dim=1)
         # A chunk may be masked throughout; only a NaN or +inf in it makes the row bad.
         bad = chunk_max.isnan() | (chunk_max == torch.inf)
@@ -231,20 +225,15 @@ def _soft_lookup(
         scale = ((score_max - pivot) / tau).exp()
         score_max = raised
         weights, mass = implementation.softmax(
-            logits, tau, seed, row_ids, vocab_start + columns.start, pivot, False, dtype, scratch(logits.shape[1])
+            logits, tau, noise.at(columns), pivot, normalize=False, dtype=dtype, out=scratch(logits.shape[1])
         )
         total = total * scale + mass
         for acc, table in zip(sums, tables, strict=True):
             acc.mul_(scale[:, None]).add_(implementation.weighted_sum(weights, table[columns]))
-        plain_max = torch.maximum(logit_max, chunk_max)
-        pivot = torch.where(plain_max == -torch.inf, 0.0, plain_max)
-        logit_sum = logit_sum * (logit_max - pivot).exp() + torch.where(
-            chunk_max == -torch.inf, 0.0, part.logit_sum * (chunk_max - pivot).exp()
-        )
-        logit_max = plain_max
+        untempered.merge(chunk_max, part.logit_sum)
     embedded = [(acc / total[:, None]).to(table.dtype) for acc, table in zip(sums, tables, strict=True)]
     score_max = torch.where(score_max.isfinite(), score_max, torch.nan)
-    sample = Sample(ids, score_max, logit_max, logit_sum)
+    sample = Sample(ids, score_max, untempered.max, untempered.total)
     return sample, total, torch.cat([part.to(joint_dtype(tables)) for part in embedded], dim=1)
 
 
@@ -289,12 +278,12 @@ class _Backward:
 
     def __init__(
         self,
-        implementation: Any,
+        implementation: Backend,
         gradients: HeadGradients,
         tables: list[torch.Tensor],
         upstream: list[torch.Tensor],
         tau: torch.Tensor,
-        noise: tuple[torch.Tensor, torch.Tensor | None, int],
+        noise: Noise,
         ids: torch.Tensor,
         statistics: _Statistics,
         eps: float,
@@ -320,24 +309,24 @@ class _Backward:
 
     def relaxed(self, support: Support, factor: torch.Tensor, tempered: bool) -> Entries:
         """`factor * J(p) dY` on a support; unbiased, since each entry sees the mean without its own rounding."""
-        rows, q = row_of_entries(support), support.p.clamp_min(self.eps)
+        rows, q = support.rows(), support.p.clamp_min(self.eps)
         dy = self.dy(rows, support.tokens)
-        mean = row_sums(q * dy, support)[rows] + (support.p - q) * dy
+        mean = support.row_sums(q * dy)[rows] + (support.p - q) * dy
         values = factor[rows] * q * (dy - mean)
         if tempered:  # z - max(z) is log p up to a constant, which a gradient that sums to zero does not see
-            self.dtau -= row_sums(values * support.p.log(), support)
+            self.dtau -= support.row_sums(values * support.p.log())
         return Entries(rows, support.tokens, values, support.offsets)
 
     def reinmax(self, support: Support, plain: Support, sampled_p: torch.Tensor) -> list[Entries]:
         """`2 J((D + p) / 2) dY - J(softmax(l)) dY / 2`; the sampled token is always visited, at its exact value."""
         everyone = torch.arange(len(self.ids), device=self.ids.device)
         sampled_dy, sampled_weight = self.dy(everyone, self.ids), (1.0 + sampled_p) / 2
-        rows = row_of_entries(support)
+        rows = support.rows()
         others = support.tokens != self.ids[rows]
         p = torch.where(others, support.p, 0.0) / 2
         q = torch.where(others, support.p.clamp_min(self.eps), 0.0) / 2
         dy = self.dy(rows, support.tokens)
-        mean = row_sums(q * dy, support) + sampled_weight * sampled_dy
+        mean = support.row_sums(q * dy) + sampled_weight * sampled_dy
         return [
             Entries(rows, support.tokens, 2 * q * (dy - mean[rows] - (p - q) * dy)),
             Entries(everyone, self.ids, self.allowed(2 * sampled_weight * (sampled_dy - mean))),
@@ -356,8 +345,7 @@ class _Backward:
         tau, ids = self.tau[rows, None], self.ids[rows, None]
         upstream = [d[rows] for d in self.upstream]
         statistics = _Statistics(*(x[rows, None] for x in self.statistics))
-        seed, row_ids, vocab_start = self.noise
-        row_ids = rows if row_ids is None else row_ids[rows]
+        drawn = self.noise.rows(rows)
         noisy, reinmax = estimator in ("ste", "soft"), estimator == "reinmax"
 
         scratch = Scratch(len(rows), tau.dtype, tau.device)
@@ -366,8 +354,10 @@ class _Backward:
             """Unnormalised probabilities of the relaxation, until the next chunk's are asked for."""
             out = scratch(logits.shape[1])
             if noisy:
-                noise, pivot = (seed, row_ids, vocab_start + columns.start), statistics.score_max.squeeze(1)
-                return self.implementation.softmax(logits, tau.squeeze(1), *noise, pivot, False, out.dtype, out)[0]
+                return self.implementation.softmax(
+                    logits, tau.squeeze(1), drawn.at(columns), statistics.score_max.squeeze(1),
+                    normalize=False, dtype=out.dtype, out=out,
+                )[0]  # fmt: skip
             return torch.sub(logits, statistics.logit_max, out=out).div_(tau).exp_()
 
         def plain(logits: torch.Tensor) -> torch.Tensor:
@@ -392,9 +382,7 @@ class _Backward:
             self._dense_hidden(rows, estimator, dlogprobs, dtables, weights, plain, dy_chunk)
             return
         total, dot, plain_dot = (torch.zeros_like(tau) for _ in range(3))
-        for columns, logits in head_chunks(
-            self.head._replace(hidden=self.head.hidden[rows]), self.implementation.product
-        ):
+        for columns, logits in self.implementation.head_chunks(self.head.rows(rows)):
             part, dy = weights(columns, logits), dy_chunk(columns)
             total += part.sum(dim=1, keepdim=True)
             dot += (part * dy).sum(dim=1, keepdim=True)
@@ -441,7 +429,7 @@ class _Backward:
         What is summed counts dY from its mean so far, and sums are mended as the mean moves: so terms are nearly the
         gradient's own, and rounding them to bfloat16, if the head is, loses no more than rounding that would.
         """
-        tau, head = self.tau[rows, None], self.head._replace(hidden=self.head.hidden[rows])
+        tau, head = self.tau[rows, None], self.head.rows(rows)
         moment, moment_dot = (torch.zeros_like(tau) for _ in range(2))
         totals = tau.new_zeros(2, len(rows))
         kinds = 2 if dlogprobs is None else 3
@@ -449,7 +437,7 @@ class _Backward:
         # In float16 large terms would be infinite.
         dtype = head.weight.dtype if head.weight.dtype == torch.bfloat16 else tau.dtype
         scratch = Scratch(kinds * len(rows), dtype, tau.device)
-        for columns, logits in head_chunks(head, self.implementation.product):
+        for columns, logits in self.implementation.head_chunks(head):
             stacked = scratch(logits.shape[1])
             terms = stacked.view(kinds, *logits.shape)
             part, dy = weights(columns, logits), dy_chunk(columns)
@@ -502,27 +490,27 @@ def _backward_kernel(
     needs: list[bool],
     backend: str,
 ) -> tuple[list[torch.Tensor], torch.Tensor, list[torch.Tensor]]:
-    implementation = backends.module(backend)
+    implementation = backends.get(backend)
     head = make_head(hidden, lm_head, bias, softcap)
     needs_head, needs_dtau, needs_tables = needs[:3], needs[3], needs[4:]
     widths = [table.shape[1] for table in tables]
     upstream = [part.to(table.dtype) for part, table in zip(dembedded.split(widths, dim=1), tables, strict=True)]
     gradients = HeadGradients(implementation, head, (needs_head[0], needs_head[1], needs_head[2]))
     saved = _Statistics(*statistics.unbind())
-    noise = (seed, row_ids, vocab_start)
+    noise = Noise(seed, row_ids, vocab_start)
     step = _Backward(implementation, gradients, tables, upstream, tau, noise, ids, saved, eps, needs_dtau)
     support = Support(supports[0], supports[1], supports[2], overflow)
     plain = Support(supports[3], supports[4], supports[5], overflow)
     soft = estimator == "soft"
     through_logits = any(needs_head) or needs_dtau
     if eps > 0 and soft and (through_logits or any(needs_tables)):
-        _, _, support = implementation.head_scores(head, tau, *noise, eps)
+        _, _, support = implementation.head_scores(head, tau, noise, eps)
     if eps > 0 and dlogprobs is not None and estimator != "reinmax" and any(needs_head):
-        _, plain = implementation.head_softmax(head, torch.ones_like(tau), *noise, eps, None)
+        _, plain = implementation.head_softmax(head, torch.ones_like(tau), noise, eps)
     overflow = support.overflow | plain.overflow
     dense = torch.arange(len(tau), device=tau.device) if eps == 0 else overflow.nonzero().squeeze(1)
     if eps > 0 and len(dense):
-        support, plain = (_without(rows, overflow) for rows in (support, plain))
+        support, plain = (found.without(overflow) for found in (support, plain))
     if eps > 0 and through_logits:
         if estimator == "reinmax":
             sampled_p = ((saved.chosen - saved.logit_max) / tau).exp() / saved.relaxed_sum
@@ -530,7 +518,7 @@ def _backward_kernel(
         else:
             parts = [step.relaxed(support, 1.0 / tau, tempered=True)]
         if dlogprobs is not None:
-            rows = row_of_entries(plain)
+            rows = plain.rows()
             parts.append(Entries(rows, plain.tokens, -dlogprobs[rows] * plain.p.clamp_min(eps)))
             parts.append(Entries(torch.arange(len(ids), device=ids.device), ids, step.allowed(dlogprobs)))
         entries = Entries.joined(parts)
@@ -545,7 +533,7 @@ def _backward_kernel(
             dtables.append(scatter_rows(part, ids, table))
         else:
             q = support.p.clamp_min(eps)
-            dtables.append(implementation.scatter_sum(q, part, row_of_entries(support), support.tokens, table))
+            dtables.append(implementation.scatter_sum(q, part, support.rows(), support.tokens, table))
     if len(dense) and (through_logits or (soft and any(needs_tables))):
         step.dense(dense, estimator, dlogprobs, dtables)
     return (
@@ -553,13 +541,6 @@ def _backward_kernel(
         step.dtau if needs_dtau and estimator != "reinmax" else torch.zeros_like(tau),
         [table.new_empty(0) if d is None else d for d, table in zip(dtables, tables, strict=True)],
     )
-
-
-def _without(support: Support, rows: torch.Tensor) -> Support:
-    """A support without the entries of the marked rows."""
-    kept = ~rows[row_of_entries(support)]
-    counts = torch.where(rows, 0, support.offsets.diff())
-    return Support(offsets_of(counts), support.tokens[kept], support.p[kept], rows)
 
 
 def _backward_fake(

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from grade_kernels import backends, reference
-from grade_kernels.backends import Head, Softmax, Support
-from grade_kernels.backends.torch.head import head_chunks
+from grade_kernels.backends import Head, Noise, Softmax, Support
+from grade_kernels.dtypes import compute_dtype
 from grade_kernels.noise import GumbelNoise
 from grade_kernels.ops import checks
 from grade_kernels.ops.head import (
@@ -20,8 +20,6 @@ from grade_kernels.ops.head import (
     fake_gradients,
     make_head,
     needs_graph,
-    row_of_entries,
-    select_backend,
 )
 from grade_kernels.ops.registry import define, once_differentiable, wanted_gradients
 
@@ -115,7 +113,7 @@ def _statistic(
 ) -> torch.Tensor:
     hidden, lm_head, bias = check_head(hidden, lm_head, bias, logit_softcap)
     eps = canonical_eps(eps)
-    compute = checks.compute_dtype(hidden.dtype)
+    compute = compute_dtype(hidden.dtype)
     temperature = checks.positive_number("temperature", temperature, compute)
     batch = hidden.shape[:-1]
     if kind == "logprobs":
@@ -128,7 +126,7 @@ def _statistic(
         if ref_hidden.shape[:-1] != batch:
             raise ValueError(f"ref_hidden must have shape {(*batch, 'H')}, got {tuple(ref_hidden.shape)}")
         checks.check_same_device("ref_hidden", ref_hidden, "hidden", hidden)
-    backend = select_backend(backends.select(hidden.device, hidden.dtype), hidden.dtype)
+    backend = backends.select(hidden.device, hidden.dtype, head=True)
     if backend == "reference":
         check_reference_rows(hidden, lm_head, bias, logit_softcap)
         if ref_hidden is not None and ref_lm_head is not None:
@@ -151,11 +149,11 @@ def _statistic(
     if noise is None and eps == 0:  # nothing is drawn, not even a seed
         noise = GumbelNoise(0)
     # Else without a graph, too: a reentrant checkpoint's first forward must leave the generator as its second one will.
-    seed, row_ids, vocab_start = checks.canonical_noise(noise, rows.shape[0], hidden.device)
+    drawn = checks.canonical_noise(noise, rows.shape[0], hidden.device)
     flat_ids = None if ids is None else ids.reshape(-1)
     value = _linear_statistic(
-        rows, lm_head, bias, logit_softcap, ref_hidden, ref_lm_head, ref_bias, flat_ids, tau, seed,
-        row_ids, vocab_start, kind, eps, collect, backend,
+        rows, lm_head, bias, logit_softcap, ref_hidden, ref_lm_head, ref_bias, flat_ids, tau, *drawn, kind, eps,
+        collect, backend,
     )[0]  # fmt: skip
     return value.view(batch)
 
@@ -178,14 +176,15 @@ def _kernel(
     collect: bool,
     backend: str,
 ) -> tuple[torch.Tensor, ...]:
-    implementation = backends.module(backend)
+    implementation = backends.get(backend)
     head = make_head(hidden, lm_head, bias, softcap)
     if ids is not None and checks.reads_values(ids):
         checks.check_ids_values(ids, lm_head.shape[0])
     ref = None
     if ref_hidden is not None and ref_lm_head is not None:
         ref = make_head(ref_hidden, ref_lm_head, ref_bias, softcap)
-    sums, support = implementation.head_softmax(head, tau, seed, row_ids, vocab_start, eps if collect else 0.0, ref)
+    drawn = Noise(seed, row_ids, vocab_start)
+    sums, support = implementation.head_softmax(head, tau, drawn, eps if collect else 0.0, ref)
     sums = Softmax(*(x.to(tau.dtype) for x in sums))  # a float64 reference does not widen a narrower policy's result
     if checks.reads_values(hidden):
         checks.check_head_rows(~(sums.logit_max.isfinite() & sums.total.isfinite()))
@@ -267,7 +266,7 @@ def _backward_kernel(
     needs: list[bool],
     backend: str,
 ) -> list[torch.Tensor]:
-    implementation = backends.module(backend)
+    implementation = backends.get(backend)
     head = make_head(hidden, lm_head, bias, softcap)
     ref = None
     if ref_hidden is not None and ref_lm_head is not None:
@@ -276,7 +275,7 @@ def _backward_kernel(
     scale = dvalue.to(tau.dtype) / tau
     value, logit_max, total, *ref_statistics = statistics.unbind()
     support = Support(offsets, tokens, p, overflow)
-    rows = row_of_entries(support)
+    rows = support.rows()
     logr = None
     if ref is not None:
         ref_max, ref_total = ref_statistics
@@ -317,7 +316,7 @@ def _add_dense(
     tau, scale = tau[dense, None], scale[dense, None]
     ref_chunks = None
     if ref is not None:
-        ref_chunks = head_chunks(ref._replace(hidden=ref.hidden[dense]), gradients.implementation.product)
+        ref_chunks = gradients.backend.head_chunks(ref.rows(dense))
 
     def rule(columns: slice, logits: torch.Tensor) -> torch.Tensor:
         logp = (logits - sums.logit_max) / tau - sums.total.log()

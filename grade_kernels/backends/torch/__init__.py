@@ -1,34 +1,5 @@
-"""The fallback: plain PyTorch operations on any device, chunked over the vocabulary."""
+"""Plain PyTorch operations on any device, chunked over the vocabulary: what serves where no other backend does.
 
-from grade_kernels.backends.torch.head import (
-    exact_weights,
-    gather_dot,
-    gather_sum,
-    head_logits_at,
-    head_sample,
-    head_scores,
-    head_softmax,
-    product,
-    scatter_sum,
-    weight_terms,
-    weighted_sum,
-)
-from grade_kernels.backends.torch.rows import one_hot, sample, softmax, softmax_backward
-
-__all__ = [
-    "exact_weights",
-    "gather_dot",
-    "gather_sum",
-    "head_logits_at",
-    "head_sample",
-    "head_scores",
-    "head_softmax",
-    "one_hot",
-    "product",
-    "sample",
-    "scatter_sum",
-    "softmax",
-    "softmax_backward",
-    "weight_terms",
-    "weighted_sum",
-]
+The noise is that of `grade_kernels.noise`, made one chunk at a time, so nothing of the size of the logits is ever held
+beside inputs and outputs.
+"""
