@@ -244,7 +244,7 @@ def test_boundary_words_in_every_backend(backend: str, device: str) -> None:
         if backend == "reference":
             continue
         seed = torch.tensor(SEED - 2**64, device=device)
-        sample = gk.backends.module(backend).sample(logits.to(device), seed, noise.row_ids, 0, False)
+        sample = gk.backends.get(backend).sample(logits.to(device), gk.backends.Noise(seed, noise.row_ids, 0), False)
         error = (sample.score_max.cpu().double().numpy() - truth) / np.maximum(1, np.abs(truth))
         assert np.abs(error).max() < tolerance, f"{dtype}: {error}"
 

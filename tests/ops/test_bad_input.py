@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import grade_kernels as gk
-from grade_kernels.backends.torch import rows as torch_rows
-from tests.support.helpers import raises
+from grade_kernels.backends import Noise
+from tests.support.helpers import raises, resize
 
 pytestmark = pytest.mark.usefixtures("poison")
 
@@ -350,7 +350,7 @@ def test_bad_value_far_into_a_long_row(backend: str, device: str, op: Op, kind: 
 @pytest.mark.parametrize("kind", BAD_ROWS)
 def test_bad_value_in_a_later_chunk(op: Op, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The torch backend in chunks of 256 tokens: the running maximum of earlier chunks does not hide it."""
-    monkeypatch.setattr(torch_rows, "CHUNK_ELEMENTS", 1)
+    resize(monkeypatch, chunk=1)
     logits = torch.zeros(2, 1000)
     for at in (0, 254, 300, 990):
         logits[1] = -math.inf if kind == "only -inf" else 0.0
@@ -375,17 +375,17 @@ def test_masks_are_legal(backend: str, device: str, op: Op) -> None:
 @pytest.mark.parametrize("kind", BAD_ROWS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_bad_rows_stay_alone_on_a_gpu(place: Any, backend: str, device: str, kind: str, dtype: torch.dtype) -> None:
-    """What the module of the Triton backend itself does, interpreter included: NaN in that row, an id in range, no
-    other row touched. Elsewhere a module marks the row, and the operation raises.
+    """What the Triton backend itself does, interpreter included: NaN in that row, an id in range, no
+    other row touched. Elsewhere a backend marks the row, and the operation raises.
     """
     if backend == "reference":
-        pytest.skip("the reference has no such module")
-    module = gk.backends.module(backend)
-    seed, tau = torch.tensor(3, device=device), torch.full((4,), 0.5, device=device)
+        pytest.skip("the reference is no such backend")
+    chosen = gk.backends.get(backend)
+    noise, tau = Noise(torch.tensor(3, device=device), None, 0), torch.full((4,), 0.5, device=device)
     bad = with_bad_rows(BAD_ROWS[kind], dtype, device, 1)
     good = with_bad_rows(BAD_ROWS[kind], dtype, device)
     others = torch.tensor([0, 2, 3], device=device)
-    ours, expected = (module.sample(x, seed, None, 0, True) for x in (bad, good))
+    ours, expected = (chosen.sample(x, noise, True) for x in (bad, good))
     for a, b in zip(ours, expected, strict=True):
         assert torch.equal(a[others], b[others])
     if backend != "triton" and device == "cpu":
@@ -393,8 +393,8 @@ def test_bad_rows_stay_alone_on_a_gpu(place: Any, backend: str, device: str, kin
         return
     assert 0 <= ours.ids[1] < VOCAB
     assert ours.score_max[1].isnan()
-    y, _ = module.softmax(bad, tau, seed, None, 0, ours.score_max, True, dtype)
-    clean, _ = module.softmax(good, tau, seed, None, 0, expected.score_max, True, dtype)
+    y, _ = chosen.softmax(bad, tau, noise, ours.score_max, normalize=True, dtype=dtype)
+    clean, _ = chosen.softmax(good, tau, noise, expected.score_max, normalize=True, dtype=dtype)
     assert y[1].isnan().all()
     assert torch.equal(y[others], clean[others])
 

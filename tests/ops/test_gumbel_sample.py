@@ -8,7 +8,6 @@ import pytest
 import torch
 
 import grade_kernels as gk
-from grade_kernels.backends.torch import rows as torch_backend
 from tests.support.helpers import (
     DTYPES,
     LAYOUTS,
@@ -17,6 +16,7 @@ from tests.support.helpers import (
     masked,
     noise_of,
     randn,
+    resize,
     top_two_gap,
     truth_noise,
 )
@@ -186,8 +186,8 @@ def test_chunks_of_the_torch_backend(monkeypatch: pytest.MonkeyPatch, width: int
     logits, noise = randn(3, 4099), noise_of(3, 3)
     with gk.use_backend("torch"):
         whole = gk.gumbel_sample(logits, noise=noise)
-        monkeypatch.setattr(torch_backend, "CHUNK_ELEMENTS", width * 3)
-        assert len(list(torch_backend.column_chunks(3, 4099))) == -(-4099 // max(256, width))
+        resize(monkeypatch, chunk=width * 3)
+        assert len(list(gk.backends.get("torch").column_chunks(3, 4099))) == -(-4099 // max(256, width))
         assert torch.equal(gk.gumbel_sample(logits, noise=noise), whole)
         tie = torch.full((3, 4099), -math.inf)
         tie[:, [200, 300, 4098]] = 1e30

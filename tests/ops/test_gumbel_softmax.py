@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 
 import grade_kernels as gk
-from grade_kernels.backends.torch import rows as torch_backend
 from tests.support.helpers import (
     DTYPES,
     LAYOUTS,
@@ -24,6 +23,7 @@ from tests.support.helpers import (
     masked,
     noise_of,
     randn,
+    resize,
     row_taus,
     truth_noise,
 )
@@ -417,7 +417,7 @@ def test_noise_follows_rows_and_shards(backend: str, device: str, rows: int) -> 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_chunks_of_the_torch_backend(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     """Sums over 17 chunks are as accurate as over one."""
-    monkeypatch.setattr(torch_backend, "CHUNK_ELEMENTS", 1)
+    resize(monkeypatch, chunk=1)
     with gk.use_backend("torch"):
         Case(masked(randn(3, 4099, dtype=dtype)), row_taus(3, dtype, "cpu"), noise_of(3, 3)).check()
         # The first 256 tokens, a whole chunk, may be masked.

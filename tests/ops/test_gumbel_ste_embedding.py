@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 
 import grade_kernels as gk
-from grade_kernels.backends.torch import rows as torch_backend
 from tests.support.by_formula import by_formula
 from tests.support.helpers import (
     ESTIMATORS,
@@ -24,6 +23,7 @@ from tests.support.helpers import (
     masked,
     noise_of,
     randn,
+    resize,
     row_taus,
     truth_noise,
 )
@@ -489,7 +489,7 @@ def test_noise_follows_rows(backend: str, device: str, rows: int, estimator: str
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_chunks_of_the_torch_backend(monkeypatch: pytest.MonkeyPatch, estimator: str) -> None:
-    monkeypatch.setattr(torch_backend, "CHUNK_ELEMENTS", 1)
+    resize(monkeypatch, chunk=1)
     with gk.use_backend("torch"):
         logits = masked(randn(3, 1031))
         logits[0, :300] = -math.inf

@@ -160,10 +160,10 @@ def test_compile_follows_the_backend() -> None:
     with gk.use_backend("reference"):
         expected = compiled(logits)
     seen = []
-    module = gk.backends.module("torch")
+    chosen = gk.backends.get("torch")
     with gk.use_backend("torch"), pytest.MonkeyPatch.context() as patch:
-        sample = module.sample
-        patch.setattr(module, "sample", lambda *args: seen.append(1) or sample(*args))
+        sample = chosen.sample
+        patch.setattr(chosen, "sample", lambda *args: seen.append(1) or sample(*args))
         assert torch.equal(compiled(logits), expected)
     assert seen
 

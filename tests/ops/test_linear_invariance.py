@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import grade_kernels as gk
-from tests.support.helpers import ESTIMATORS, leaf, noise_of
+from tests.support.helpers import ESTIMATORS, leaf, noise_of, resize
 from tests.support.problems import (
     Answer,
     Problem,
@@ -84,8 +84,7 @@ def test_chunks(backend: str, device: str, estimator: str, eps: float, monkeypat
         whole = both(p, eps)
         with pytest.MonkeyPatch.context() as patch:
             small_chunks(patch)
-            if backend == "cpu":
-                patch.setattr("grade_kernels.backends.cpu.head.CHUNK_ELEMENTS", 1)
+            resize(patch, tile_buffer=1)
             chunked = both(p, eps)
         tolerance = 5e-5 if dtype == torch.float32 else 1e-11
         for i, (a, b) in enumerate(zip(whole, chunked, strict=True)):

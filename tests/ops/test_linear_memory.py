@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import grade_kernels as gk
-from tests.support.helpers import ESTIMATORS, leaf
+from tests.support.helpers import ESTIMATORS, leaf, resize
 from tests.support.problems import Problem, allocations, problem, run, small_chunks, tiny_capacity
 
 N, V, H = 64, 16411, 3
@@ -28,8 +28,7 @@ def small(backend: str, device: str, interpreted: bool, monkeypatch: pytest.Monk
     if device != "cpu" or interpreted:
         pytest.skip("the account is that of the CPU allocator, and the interpreter's tensors are its own")
     small_chunks(monkeypatch, gather=2**14)
-    if backend == "cpu":
-        monkeypatch.setattr("grade_kernels.backends.cpu.head.CHUNK_ELEMENTS", 2**14)
+    resize(monkeypatch, tile_buffer=2**14)
 
 
 def measured(call: Callable[[], Any]) -> tuple[int, int]:

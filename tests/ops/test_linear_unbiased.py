@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import grade_kernels as gk
-from grade_kernels.backends.torch import head as torch_head
+from grade_kernels.backends.torch import backend as torch_backend
 from tests.support.helpers import ESTIMATORS, leaf, randn, truth_noise
 from tests.support.problems import Problem, Tensor, flat, logits_of, problem, run, small_chunks, widened
 
@@ -173,11 +173,11 @@ def without_leave_one_out(patch: pytest.MonkeyPatch) -> None:
     module = _ste()
 
     def relaxed(self: Any, support: Any, factor: Tensor, tempered: bool) -> Any:
-        rows, q = module.row_of_entries(support), support.p.clamp_min(self.eps)
+        rows, q = support.rows(), support.p.clamp_min(self.eps)
         dy = self.dy(rows, support.tokens)
-        values = factor[rows] * q * (dy - module.row_sums(q * dy, support)[rows])
+        values = factor[rows] * q * (dy - support.row_sums(q * dy)[rows])
         if tempered:
-            self.dtau -= module.row_sums(values * support.p.log(), support)
+            self.dtau -= support.row_sums(values * support.p.log())
         return module.Entries(rows, support.tokens, values)
 
     patch.setattr(module._Backward, "relaxed", relaxed)
@@ -189,10 +189,10 @@ def reinmax_without_leave_one_out(patch: pytest.MonkeyPatch) -> None:
 
     def reinmax(self: Any, support: Any, plain: Any, sampled_p: Tensor) -> list[Any]:
         everyone = torch.arange(len(self.ids))
-        sampled_dy, weight, rows = self.dy(everyone, self.ids), (1.0 + sampled_p) / 2, module.row_of_entries(support)
+        sampled_dy, weight, rows = self.dy(everyone, self.ids), (1.0 + sampled_p) / 2, support.rows()
         q = torch.where(support.tokens != self.ids[rows], support.p.clamp_min(self.eps), 0.0) / 2
         dy = self.dy(rows, support.tokens)
-        mean = module.row_sums(q * dy, support) + weight * sampled_dy
+        mean = support.row_sums(q * dy) + weight * sampled_dy
         return [
             module.Entries(rows, support.tokens, 2 * q * (dy - mean[rows])),
             module.Entries(everyone, self.ids, 2 * weight * (sampled_dy - mean)),
@@ -204,7 +204,7 @@ def reinmax_without_leave_one_out(patch: pytest.MonkeyPatch) -> None:
 
 def dropped(patch: pytest.MonkeyPatch) -> None:
     """Tokens below eps are left out instead of being rounded."""
-    patch.setattr(torch_head, "uniform_from_words", lambda word, dtype: torch.ones(word.shape, dtype=dtype))
+    patch.setattr(torch_backend, "uniform_from_words", lambda word, dtype: torch.ones(word.shape, dtype=dtype))
 
 
 def own_probability(patch: pytest.MonkeyPatch) -> None:
@@ -215,7 +215,7 @@ def own_probability(patch: pytest.MonkeyPatch) -> None:
 
 def wrong_uniform(patch: pytest.MonkeyPatch) -> None:
     """The decision reuses the noise's own word without mixing it."""
-    patch.setattr(torch_head, "uniform_from_words", lambda word, dtype: (word.to(dtype) + 0.5) * 2.0**-32)
+    patch.setattr(torch_backend, "uniform_from_words", lambda word, dtype: (word.to(dtype) + 0.5) * 2.0**-32)
 
 
 MUTATIONS = (without_leave_one_out, dropped, own_probability, wrong_uniform)
@@ -288,13 +288,13 @@ def test_support(
     row_ids = torch.arange(n, device=device) * 2**33 - 5
     p = problem((n,), vocab, 7, mask=vocab > 1, tau="row", device=device,
                 noise=gk.GumbelNoise(3, row_ids, vocab_start=6))  # fmt: skip
-    module = gk.backends.module(backend)
+    chosen = gk.backends.get(backend)
     head = gk.backends.Head(p.hidden, p.lm_head, p.bias, None)
-    seed, row_ids = p.noise.seed.to(device), p.noise.row_ids
+    noise = gk.backends.Noise(p.noise.seed.to(device), p.noise.row_ids, 6)
     if noisy:
-        *_, support = module.head_scores(head, p.tau, seed, row_ids, 6, eps)
+        *_, support = chosen.head_scores(head, p.tau, noise, eps)
     else:
-        *_, support = module.head_softmax(head, p.tau, seed, row_ids, 6, eps, None)
+        *_, support = chosen.head_softmax(head, p.tau, noise, eps)
     probabilities, threshold = expected_support(p, eps, 0 if noisy else 2, noisy)
     assert not support.overflow.any()
     assert support.offsets.tolist()[0] == 0

@@ -7,7 +7,8 @@ import torch
 
 import grade_kernels as gk
 from grade_kernels import backends
-from grade_kernels.ops import repeated_sampler
+from grade_kernels.backends import Head
+from grade_kernels.backends.cpu.screen import Screen
 from grade_kernels.ops.repeated_sampler import RepeatedSampler
 from tests.support.helpers import randn
 
@@ -16,7 +17,14 @@ STEPS = 40
 
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(repeated_sampler, "_PLAIN_STEPS", 0)
+    monkeypatch.setattr(RepeatedSampler, "plain_steps", 0)
+
+
+def screen_of(sampler: RepeatedSampler) -> Screen:
+    """What a sampler has made of its head."""
+    screen = sampler._sampler.__self__
+    assert isinstance(screen, Screen)
+    return screen
 
 
 def _steps(sampler: RepeatedSampler, hidden: torch.Tensor, **noise: object) -> tuple[torch.Tensor, torch.Tensor]:
@@ -41,8 +49,7 @@ def test_tokens_are_those_of_the_operation(dtype: torch.dtype, rows: int, vocab:
     ours, theirs = _steps(sampler, hidden)
     assert torch.equal(ours, theirs)
     if backends.select(weight.device, dtype) == "cpu" and dtype != torch.float64 and rows <= 8:
-        assert sampler._screen is not None
-        assert sampler._screen.usable
+        assert screen_of(sampler).usable
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -64,9 +71,7 @@ def test_with_everything(dtype: torch.dtype, softcap: float | None, start: int) 
 def _screen(weight: torch.Tensor):
     if "cpu" not in backends.available_backends():
         pytest.skip("the C++ library was not built")
-    from grade_kernels.backends.cpu.screen import Screen
-
-    return Screen(weight)
+    return Screen(Head(weight[:0], weight, None, None))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -125,7 +130,7 @@ def test_where_nothing_is_ruled_out_the_operation_is_asked() -> None:
     )
     ours, theirs = _steps(sampler, hidden)
     assert torch.equal(ours, theirs)
-    assert sampler._screen is None or not sampler._screen.usable
+    assert sampler._sampler is None or not screen_of(sampler).usable
 
 
 def test_under_autocast() -> None:

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from grade_kernels import backends
-from grade_kernels.backends.cpu import head as cpu_head
+from grade_kernels.backends.cpu.products import packed
 from grade_kernels.backends.native import unit_stride
 
+cpu = backends.get("cpu")
 pytestmark = pytest.mark.skipif("cpu" not in backends.available_backends(), reason="the C++ library was not built")
 
 
@@ -27,7 +28,7 @@ def kernels(request):
 
 def _product(hidden, weight, dtype=None):
     out = torch.full((len(weight), -(-len(hidden) // 16) * 16), torch.nan, dtype=dtype or hidden.dtype)
-    torch.ops.grade_kernels_cpu.packed_product(cpu_head._packed(hidden), len(hidden), unit_stride(weight), False, out)
+    torch.ops.grade_kernels_cpu.packed_product(packed(hidden), len(hidden), unit_stride(weight), False, out)
     return out[:, : len(hidden)]
 
 
@@ -58,7 +59,7 @@ def test_bfloat16_sums_are_rounded_only_if_asked(by_row):
         torch.full((50, 99) if by_row else (99, 64), torch.nan, dtype=d) for d in (torch.float32, torch.bfloat16)
     )
     for out in (plain, rounded):
-        torch.ops.grade_kernels_cpu.packed_product(cpu_head._packed(x), 50, table, by_row, out)
+        torch.ops.grade_kernels_cpu.packed_product(packed(x), 50, table, by_row, out)
     plain, rounded = ((out if by_row else out[:, :50].T) for out in (plain, rounded))
     assert ((plain - exact.T).abs() <= 2e-5 * exact.abs().max()).all()
     assert torch.equal(rounded, plain.bfloat16())
@@ -69,13 +70,13 @@ def test_bfloat16_sums_are_rounded_only_if_asked(by_row):
 def test_by_row_it_is_the_same(rows, vocab):
     generator = torch.Generator().manual_seed(rows * vocab)
     x, table = torch.randn(rows, 70, generator=generator), torch.randn(vocab, 70, generator=generator)
-    assert torch.equal(cpu_head.product(x, table), _product(x, table).T)
+    assert torch.equal(cpu.product(x, table), _product(x, table).T)
     wide = torch.full((rows, vocab + 5), 7.0)
-    assert cpu_head.product(x, table, wide[:, 2:-3]).data_ptr() == wide[:, 2:].data_ptr()
+    assert cpu.product(x, table, wide[:, 2:-3]).data_ptr() == wide[:, 2:].data_ptr()
     assert torch.equal(wide[:, 2:-3], _product(x, table).T)
     assert (wide[:, :2] == 7).all()
     assert (wide[:, -3:] == 7).all()
-    assert torch.equal(cpu_head.product(x.T.contiguous().T, table.T.contiguous().T), _product(x, table).T)
+    assert torch.equal(cpu.product(x.T.contiguous().T, table.T.contiguous().T), _product(x, table).T)
 
 
 def test_its_error_is_about_half_of_torchs():
@@ -174,11 +175,11 @@ def test_weighted_sums_round_the_values_of_neither_dtype(poison, rows, tokens, w
     torchs = _sums_error(values @ table.float(), values, table)
     # In bfloat16 values have two parts of eight bits and a sign each; narrow ones have one, and lose nothing.
     slack = 2.0**-23 if dtype == torch.float32 else 2.0**-17
-    assert _sums_error(cpu_head.weighted_sum(values, table), values, table) <= torchs + slack
+    assert _sums_error(cpu.weighted_sum(values, table), values, table) <= torchs + slack
     narrow = values.bfloat16()
-    found = cpu_head.weighted_sum(narrow.float(), table)
+    found = cpu.weighted_sum(narrow.float(), table)
     assert _sums_error(found, narrow, table) <= _sums_error(narrow.float() @ table.float(), narrow, table) + 2.0**-23
-    assert torch.equal(cpu_head.weighted_sum(narrow if dtype == torch.bfloat16 else narrow.float(), table), found)
+    assert torch.equal(cpu.weighted_sum(narrow if dtype == torch.bfloat16 else narrow.float(), table), found)
 
 
 @DTYPES
@@ -189,16 +190,16 @@ def test_weighted_sums_of_any_layout_rows_and_threads(dtype):
     table = torch.full((1200, 400), torch.nan, dtype=dtype)
     table[::2, :300] = torch.randn(600, 300, generator=generator).to(dtype)
     values, table = values[::2, :600], table[::2, :300]  # what lies beside them is NaN, and must not be seen
-    whole = cpu_head.weighted_sum(values.clone(), table.clone())
+    whole = cpu.weighted_sum(values.clone(), table.clone())
     assert whole.isfinite().all()
-    assert torch.equal(cpu_head.weighted_sum(values, table), whole)
-    assert torch.equal(cpu_head.weighted_sum(values.T.contiguous().T, table.T.contiguous().T), whole)
-    assert torch.equal(cpu_head.weighted_sum(values[3:30], table[:, 40:77]), whole[3:30, 40:77])
+    assert torch.equal(cpu.weighted_sum(values, table), whole)
+    assert torch.equal(cpu.weighted_sum(values.T.contiguous().T, table.T.contiguous().T), whole)
+    assert torch.equal(cpu.weighted_sum(values[3:30], table[:, 40:77]), whole[3:30, 40:77])
     threads = torch.get_num_threads()
     try:
         for count in (1, 3):
             torch.set_num_threads(count)
-            assert torch.equal(cpu_head.weighted_sum(values, table), whole)
+            assert torch.equal(cpu.weighted_sum(values, table), whole)
     finally:
         torch.set_num_threads(threads)
 
@@ -207,19 +208,19 @@ def test_weighted_sums_of_any_layout_rows_and_threads(dtype):
 def test_weighted_sums_that_are_not_finite_are_torchs_and_stay_alone(dtype):
     generator = torch.Generator().manual_seed(0)
     values, table = torch.rand(40, 90, generator=generator), torch.randn(90, 50, generator=generator).to(dtype)
-    clean = cpu_head.weighted_sum(values, table)
+    clean = cpu.weighted_sum(values, table)
     values[3, 5], values[4, 6], values[5, 7] = (
         torch.nan,
         torch.inf,
         3.4e38,
     )  # the last rounds to an infinity in bfloat16
-    found, kept = cpu_head.weighted_sum(values, table), [i for i in range(40) if i not in (3, 4, 5)]
+    found, kept = cpu.weighted_sum(values, table), [i for i in range(40) if i not in (3, 4, 5)]
     assert torch.equal(found[kept], clean[kept])
     expected = (values.to(dtype) @ table).float()
     assert torch.allclose(found[3:6], expected[3:6], rtol=1e-2, equal_nan=True)
     table[2, 9], table[3, 20] = torch.inf, torch.nan
     expected = (values.to(dtype) @ table).float()
-    found = cpu_head.weighted_sum(values, table)
+    found = cpu.weighted_sum(values, table)
     assert torch.allclose(found, expected, rtol=1e-2, atol=1e-1, equal_nan=True)
     assert (found[kept][:, 9] == torch.inf).all()
 
@@ -240,21 +241,21 @@ found = results(torch.float32)
 assert gk.backends.select(hidden.device, hidden.dtype) == "cpu"
 for x, y in zip(found, results(torch.float64)):
     torch.testing.assert_close(x.double(), y.double(), rtol=2e-4, atol=2e-5)
-from grade_kernels.backends import cpu
+cpu, torch_backend = gk.backends.get("cpu"), gk.backends.get("torch")
 halves = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.float16).reshape(-1, 16)
 halves = halves[halves.isfinite().all(dim=1)]  # all that there are, subnormal ones too
 places = torch.arange(16).repeat(len(halves)), torch.arange(len(halves)).repeat_interleave(16)
 assert torch.equal(cpu.gather_dot(torch.eye(16), halves, *places), halves.float().flatten())
-from grade_kernels.backends.cpu import head
-from grade_kernels.backends.torch import head as plain
+from grade_kernels.backends.cpu.products import HeadProduct
+from grade_kernels.backends.torch import products as plain
 def check(dtype):  # 16 bits, whether or not PyTorch has kernels for them here
     x, w, p = hidden.to(dtype), lm_head.to(dtype), torch.rand(5, 333, generator=generator).to(dtype)
     exact, close = x.double() @ w.double().T, dict(rtol=2 * torch.finfo(dtype).eps, atol=1e-2)
-    torch.testing.assert_close(head.product(x, w).double(), exact, **close)
-    torch.testing.assert_close(plain.product(x, w).double(), exact, **close)
-    torch.testing.assert_close(head._Product(x, w, 333)(slice(0, 333))[:, :21].T.double(), exact, **close)
-    for module in (head, plain):
-        torch.testing.assert_close(module.weighted_sum(p.float(), w).double(), p.double() @ w.double(), rtol=0.02, atol=0.05)
+    torch.testing.assert_close(cpu.product(x, w).double(), exact, **close)
+    torch.testing.assert_close(torch_backend.product(x, w).double(), exact, **close)
+    torch.testing.assert_close(HeadProduct(x, w, 333, 2**18)(slice(0, 333))[:, :21].T.double(), exact, **close)
+    for backend in (cpu, torch_backend):
+        torch.testing.assert_close(backend.weighted_sum(p.float(), w).double(), p.double() @ w.double(), rtol=0.02, atol=0.05)
 for dtype in (torch.float16, torch.bfloat16):
     check(dtype)
 plain._onednn_has = lambda dtype: False

@@ -16,10 +16,10 @@ from grade_kernels.noise import DOMAIN_REFINE, GumbelNoise, gumbel_from_words
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 import triton.language as tl  # noqa: E402
 
-from grade_kernels.backends import triton as triton_backend  # noqa: E402
 from tests.support import ROOT  # noqa: E402
 from tests.support.rows import DEVICE, ROWS, SEED, on, seed_tensor  # noqa: E402
 
+triton_backend = backends.get("triton")
 REASON = triton_backend.why_unavailable()
 runs = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 
