@@ -170,7 +170,7 @@ def head_logits(
     lm_head: torch.Tensor,
     bias: torch.Tensor | None = None,
     logit_softcap: float | None = None,
-    temperature: float = 1.0,
+    temperature: float | torch.Tensor = 1.0,
 ) -> torch.Tensor:
     """Logits `[..., V]` of a head in compute precision: `softcap(hidden @ lm_head.T + bias) / temperature`."""
     dtype = torch.float64 if torch.float64 in (hidden.dtype, lm_head.dtype) else torch.float32
@@ -232,7 +232,7 @@ def linear_logprobs(
     *,
     bias: torch.Tensor | None = None,
     logit_softcap: float | None = None,
-    temperature: float = 1.0,
+    temperature: float | torch.Tensor = 1.0,
     eps: float = 2**-11,
     noise: GumbelNoise | None = None,
 ) -> torch.Tensor:
@@ -251,7 +251,7 @@ def linear_kl(
     bias: torch.Tensor | None = None,
     ref_bias: torch.Tensor | None = None,
     logit_softcap: float | None = None,
-    temperature: float = 1.0,
+    temperature: float | torch.Tensor = 1.0,
     eps: float = 2**-11,
     noise: GumbelNoise | None = None,
 ) -> torch.Tensor:
@@ -268,7 +268,7 @@ def linear_entropy(
     *,
     bias: torch.Tensor | None = None,
     logit_softcap: float | None = None,
-    temperature: float = 1.0,
+    temperature: float | torch.Tensor = 1.0,
     eps: float = 2**-11,
     noise: GumbelNoise | None = None,
 ) -> torch.Tensor:

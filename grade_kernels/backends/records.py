@@ -46,8 +46,14 @@ class Head(NamedTuple):
 
     hidden: torch.Tensor  # [N, H]
     weight: torch.Tensor  # [V, H], same dtype
-    bias: torch.Tensor | None  # [V] compute, contiguous
+    bias: torch.Tensor | None  # [V]; backends get it in compute precision and contiguous
     softcap: float | None
+
+    def canonical(self) -> Head:
+        """The head as backends take it."""
+        if self.bias is None:
+            return self
+        return self._replace(bias=self.bias.to(compute_dtype(self.hidden.dtype)).contiguous())
 
     def rows(self, rows: slice | torch.Tensor) -> Head:
         """The head over some of the hidden rows."""

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 
 from grade_kernels.backends.records import Noise
+from grade_kernels.estimators import ESTIMATORS
 from grade_kernels.noise import GumbelNoise
 
-ESTIMATORS = ("ste", "soft", "st", "reinmax")
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -146,6 +146,17 @@ def check_rows(logits: torch.Tensor, bad: torch.Tensor) -> None:
     else:
         what = "only -inf"
     raise ValueError(f"logits must be finite or -inf with one finite value per row, but row {row} holds {what}")
+
+
+def may_read(*tensors: torch.Tensor) -> bool:
+    """Whether values may be read outside an operation, where torch.compile traces."""
+    return not torch.compiler.is_compiling() and reads_values(*tensors)
+
+
+def check_reference_rows(logits: torch.Tensor) -> None:
+    """The error of a row without a distribution, for the `reference` backend, which would compute with it."""
+    if may_read(logits):
+        check_rows(logits.detach(), bad_rows(logits.detach()))
 
 
 def check_head_rows(bad: torch.Tensor, prefix: str = "") -> None:

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Generic, TypeVar
 
 import torch
+from typing_extensions import NamedTuple
 
 from grade_kernels import backends, reference
 from grade_kernels.backends import Backend, Noise, Sample
 from grade_kernels.backends.chunks import Scratch, column_chunks
 from grade_kernels.dtypes import compute_dtype
 from grade_kernels.noise import GumbelNoise
-from grade_kernels.ops import checks
-from grade_kernels.ops.registry import define, once_differentiable, wanted_gradients
+from grade_kernels.ops import checks, tables
+from grade_kernels.ops.registry import answered_by, differentiable
+from grade_kernels.ops.tables import Embedded
 from grade_kernels.reference import Embedding, GumbelSTEEmbedding
 
 __all__ = ["GumbelSTEEmbedding", "gumbel_ste_embedding"]
+
+T = TypeVar("T")
 
 
 def gumbel_ste_embedding(
@@ -63,65 +68,50 @@ def gumbel_ste_embedding(
     checks.check_logits(logits)
     checks.check_estimator(estimator)
     batch, vocab = logits.shape[:-1], logits.shape[-1]
-    tables = checks.check_tables(embedding, vocab, logits)
+    given = checks.check_tables(embedding, vocab, logits)
     rows = logits.reshape(-1, vocab)
     if ids is not None:
         checks.check_ids(ids, batch, logits)
     drawn = checks.canonical_noise(noise, rows.shape[0], logits.device)
     row_tau = checks.canonical_tau(tau, batch, logits.device, compute_dtype(logits.dtype))
-    backend = backends.select(logits.device, logits.dtype)
-    several = isinstance(embedding, (tuple, list))
-    if backend == "reference":
-        if not torch.compiler.is_compiling() and checks.reads_values(rows):
-            checks.check_rows(rows, checks.bad_rows(rows))
-            checks.check_tau_values(row_tau)
-            if ids is not None:
-                checks.check_ids_values(ids.reshape(-1), vocab)
-        given: Any = tables if several else tables[0]
-        return reference.gumbel_ste_embedding(
-            logits, given, row_tau, estimator=estimator, noise=drawn.public(), ids=ids
-        )
     flat_ids = None if ids is None else ids.reshape(-1)
-    embedded, out_ids, logprobs = _gumbel_ste_embedding(rows, tables, row_tau, *drawn, flat_ids, estimator, backend)[:3]
-    parts = tuple(
-        part.to(table.dtype).view(*batch, table.shape[1])
-        for part, table in zip(embedded.split([table.shape[1] for table in tables], dim=1), tables, strict=True)
-    )
-    result: Any = parts if several else parts[0]
-    return GumbelSTEEmbedding(result, out_ids.view(batch), logprobs.view(batch))
+    backend = backends.select(logits.device, logits.dtype)
+    found = _draw_and_embed(_Draw(rows, list(given), row_tau, drawn, flat_ids, estimator, backend))
+    parts = tuple(x.view(*batch, x.shape[1]) for x in found.embedding)
+    result: Any = parts if isinstance(embedding, (tuple, list)) else parts[0]
+    return GumbelSTEEmbedding(result, found.ids.view(batch), found.logprobs.view(batch))
 
 
-def joint_dtype(tables: list[torch.Tensor]) -> torch.dtype:
-    """The dtype that holds every table's values exactly, so that one tensor can carry all embeddings."""
-    dtype = tables[0].dtype
-    for table in tables[1:]:
-        dtype = torch.promote_types(dtype, table.dtype)
-    return dtype
+class _Draw(NamedTuple):
+    logits: torch.Tensor  # [N, V]
+    tables: list[torch.Tensor]  # [V, D]
+    tau: torch.Tensor  # [N]
+    noise: Noise
+    ids: torch.Tensor | None  # [N]
+    estimator: str
+    backend: str
 
 
-def weights_dtype(tables: list[torch.Tensor], compute: torch.dtype) -> torch.dtype:
-    """The dtype of the weights that tables are to be multiplied by: their own where it has 16 bits, less to read."""
-    dtype = joint_dtype(tables)
-    return dtype if dtype.itemsize == 2 and compute == torch.float32 else compute
+class _Kept(NamedTuple):
+    score_max: torch.Tensor  # [N], as the other statistics of a `Sample`
+    logit_max: torch.Tensor
+    logit_sum: torch.Tensor
+    total: torch.Tensor  # [N] with `soft`: the relaxation's normaliser; else empty
 
 
-def _kernel(
-    logits: torch.Tensor,
-    tables: list[torch.Tensor],
-    tau: torch.Tensor,
-    seed: torch.Tensor,
-    row_ids: torch.Tensor | None,
-    vocab_start: int,
-    ids: torch.Tensor | None,
-    estimator: str,
-    backend: str,
-) -> tuple[torch.Tensor, ...]:
-    implementation, drawn = backends.get(backend), Noise(seed, row_ids, vocab_start)
+class _Gradients(NamedTuple, Generic[T]):
+    logits: T
+    tables: list[T]
+    tau: T
+
+
+def _kernel(draw: _Draw) -> tuple[Embedded[torch.Tensor], _Kept]:
+    backend, logits, tau, ids = backends.get(draw.backend), draw.logits, draw.tau, draw.ids
     if checks.reads_values(tau):
         checks.check_tau_values(tau)
     if ids is not None and checks.reads_values(ids):
         checks.check_ids_values(ids, logits.shape[1])
-    sample = implementation.sample(logits, drawn, True)
+    sample = backend.sample(logits, draw.noise, True)
     if checks.reads_values(logits):
         checks.check_rows(logits, (sample.ids < 0) | sample.score_max.isnan())
     ids = sample.ids if ids is None else ids.clone()
@@ -130,191 +120,105 @@ def _kernel(
     poison = sample.score_max - sample.score_max
     logprobs = (chosen - sample.logit_max) - sample.logit_sum.log() + poison
     total = tau.new_empty(0)
-    if estimator == "soft":
-        embedded, total = _soft_lookup(implementation, logits, tables, tau, drawn, sample)
+    if draw.estimator == "soft":
+        embedded, total = _soft_lookup(draw, sample)
     else:
-        embedded = torch.cat([table[ids].to(joint_dtype(tables)) for table in tables], dim=1)
-        if logits.device.type != "cpu":
-            embedded = embedded + poison.to(embedded.dtype)[:, None]
-    return embedded, ids, logprobs, sample.score_max, sample.logit_max, sample.logit_sum, total
+        embedded = tables.look_up(draw.tables, ids, poison)
+    return Embedded(embedded, ids, logprobs), _Kept(*sample[1:], total)
 
 
-def _soft_lookup(
-    implementation: Backend,
-    logits: torch.Tensor,
-    tables: list[torch.Tensor],
-    tau: torch.Tensor,
-    drawn: Noise,
-    sample: Sample,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _soft_lookup(draw: _Draw, sample: Sample) -> tuple[torch.Tensor, torch.Tensor]:
     """`softmax((l + g) / tau) @ [E_1 E_2 ...]` without a dense softmax, and the softmax's denominators."""
+    backend, logits, tau = backends.get(draw.backend), draw.logits, draw.tau
     total = torch.zeros_like(tau)
-    sums = [torch.zeros(logits.shape[0], table.shape[1], dtype=tau.dtype, device=tau.device) for table in tables]
-    dtype = weights_dtype(tables, tau.dtype)
-    for columns in implementation.column_chunks(*logits.shape):
-        weights, part = implementation.softmax(
-            logits[:, columns], tau, drawn.at(columns), sample.score_max, normalize=False, dtype=dtype
+    sums = [torch.zeros(logits.shape[0], table.shape[1], dtype=tau.dtype, device=tau.device) for table in draw.tables]
+    dtype = tables.weights_dtype(draw.tables, tau.dtype)
+    for columns in backend.column_chunks(*logits.shape):
+        weights, part = backend.softmax(
+            logits[:, columns], tau, draw.noise.at(columns), sample.score_max, normalize=False, dtype=dtype
         )
         total += part
-        for acc, table in zip(sums, tables, strict=True):
-            acc += implementation.weighted_sum(weights, table[columns])
-    embedded = [(acc / total[:, None]).to(table.dtype) for acc, table in zip(sums, tables, strict=True)]
-    return torch.cat([part.to(joint_dtype(tables)) for part in embedded], dim=1), total
+        for acc, table in zip(sums, draw.tables, strict=True):
+            acc += backend.weighted_sum(weights, table[columns])
+    embedded = [(acc / total[:, None]).to(table.dtype) for acc, table in zip(sums, draw.tables, strict=True)]
+    return tables.joined(embedded, draw.tables), total
 
 
-def _fake(
-    logits: torch.Tensor,
-    tables: list[torch.Tensor],
-    tau: torch.Tensor,
-    seed: torch.Tensor,
-    row_ids: torch.Tensor | None,
-    vocab_start: int,
-    ids: torch.Tensor | None,
-    estimator: str,
-    backend: str,
-) -> tuple[torch.Tensor, ...]:
-    rows = logits.shape[0]
-    embedded = logits.new_empty(rows, sum(table.shape[1] for table in tables), dtype=joint_dtype(tables))
-    total = tau.new_empty(rows if estimator == "soft" else 0)
-    return embedded, logits.new_empty(rows, dtype=torch.int64), *(tau.new_empty(rows) for _ in range(4)), total
+def _fake(draw: _Draw) -> tuple[Embedded[torch.Tensor], _Kept]:
+    rows = draw.logits.shape[0]
 
+    def statistic() -> torch.Tensor:
+        return draw.tau.new_empty(rows)
 
-def _backward_kernel(
-    dembedded: torch.Tensor,
-    dlogprobs: torch.Tensor | None,
-    logits: torch.Tensor,
-    tables: list[torch.Tensor],
-    tau: torch.Tensor,
-    seed: torch.Tensor,
-    row_ids: torch.Tensor | None,
-    vocab_start: int,
-    ids: torch.Tensor,
-    statistics: list[torch.Tensor],
-    estimator: str,
-    needs: list[bool],
-    backend: str,
-) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
-    implementation, drawn = backends.get(backend), Noise(seed, row_ids, vocab_start)
-    score_max, logit_max, logit_sum, total = statistics
-    widths = [table.shape[1] for table in tables]
-    upstream = [part.to(table.dtype) for part, table in zip(dembedded.split(widths, dim=1), tables, strict=True)]
-    needs_dlogits, needs_dtau, *needs_tables = needs
-    dlogits, dtau = logits.new_empty(0), tau.new_empty(0)
-    if needs_dlogits or needs_dtau:
-        # dY is written where its product, the gradient of the logits, belongs.
-        dlogits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-        implementation.product(upstream[0], tables[0], dlogits)
-        scratch = Scratch(logits.shape[0], tau.dtype, tau.device)
-        for part, table in zip(upstream[1:], tables[1:], strict=True):
-            for columns in column_chunks(logits.shape[0], logits.shape[1], implementation.sizes.product):
-                place = None if part.dtype == logits.dtype else scratch(columns.stop - columns.start)
-                dlogits[:, columns] += implementation.product(part, table[columns], place)
-        sample = Sample(ids, score_max, logit_max, logit_sum)
-        dtau = implementation.softmax_backward(
-            dlogits, logits, tau, drawn, sample,
-            estimator=estimator, dlogprobs=dlogprobs, needs_dtau=needs_dtau, out=dlogits,
-        )  # fmt: skip
-    dtables = []
-    for part, table, needed in zip(upstream, tables, needs_tables, strict=True):
-        if not needed:
-            dtables.append(table.new_empty(0))
-        elif estimator != "soft":
-            dtables.append(scatter_rows(part, ids, table))
-        else:
-            dtable = torch.empty_like(table)
-            for columns in implementation.column_chunks(*logits.shape):
-                weights, _ = implementation.softmax(
-                    logits[:, columns], tau, drawn.at(columns), score_max, normalize=False, dtype=tau.dtype
-                )
-                dtable[columns] = (weights / total[:, None]).to(table.dtype).T @ part
-            dtables.append(dtable)
-    return dlogits, dtau, dtables
-
-
-def scatter_rows(values: torch.Tensor, ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """Gradient of `table[ids]`: values summed by id, deterministically and in at least float32, in table's dtype."""
-    add = torch.ops.aten.embedding_dense_backward
-    if values.dtype in (torch.float32, torch.float64):
-        return add(values, ids, table.shape[0], -1, False)
-    # Narrow dtypes would lose repeated ids in the sum, so compact the ids and sum in float32 first.
-    order = ids.argsort(stable=True)
-    ids = ids[order]
-    segment = torch.zeros_like(ids)
-    segment[1:] = (ids[1:] != ids[:-1]).cumsum(0)
-    sums = add(values[order].float(), segment, ids.numel(), -1, False)
-    out = torch.zeros_like(table)
-    out[ids] = sums[segment].to(table.dtype)  # repeated ids write the same value
-    return out
-
-
-def _backward_fake(
-    dembedded: torch.Tensor,
-    dlogprobs: torch.Tensor | None,
-    logits: torch.Tensor,
-    tables: list[torch.Tensor],
-    tau: torch.Tensor,
-    seed: torch.Tensor,
-    row_ids: torch.Tensor | None,
-    vocab_start: int,
-    ids: torch.Tensor,
-    statistics: list[torch.Tensor],
-    estimator: str,
-    needs: list[bool],
-    backend: str,
-) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
-    dense = needs[0] or needs[1]
-    return (
-        torch.empty(logits.shape if dense else (0,), dtype=logits.dtype, device=logits.device),
-        tau.new_empty(tau.shape if dense else (0,)),
-        [torch.empty_like(t) if needed else t.new_empty(0) for t, needed in zip(tables, needs[2:], strict=True)],
+    ids, total = (
+        draw.logits.new_empty(rows, dtype=torch.int64),
+        draw.tau.new_empty(rows if draw.estimator == "soft" else 0),
     )
+    found = Embedded(tables.empty(rows, draw.tables), ids, statistic())
+    return found, _Kept(statistic(), statistic(), statistic(), total)
 
 
-_gumbel_ste_embedding = define(
-    "gumbel_ste_embedding(Tensor logits, Tensor[] tables, Tensor tau, Tensor seed, Tensor? row_ids, "
-    "SymInt vocab_start, Tensor? ids, str estimator, str backend) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _kernel,
-    _fake,
-)
-_gumbel_ste_embedding_backward = define(
-    "gumbel_ste_embedding_backward(Tensor dembedded, Tensor? dlogprobs, Tensor logits, Tensor[] tables, Tensor tau, "
-    "Tensor seed, Tensor? row_ids, SymInt vocab_start, Tensor ids, Tensor[] statistics, str estimator, "
-    "bool[] needs, str backend) -> (Tensor, Tensor, Tensor[])",
-    _backward_kernel,
-    _backward_fake,
-)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-    logits, tables, tau, seed, row_ids, ctx.vocab_start, _, ctx.estimator, ctx.backend = inputs
-    ctx.save_for_backward(logits, tau, seed, row_ids, *output[1:2], *output[3:], *tables)
-    ctx.mark_non_differentiable(output[1], *output[3:])
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx: Any, dembedded: torch.Tensor | None, *rest: torch.Tensor | None) -> tuple[Any, ...]:
-    logits, tau, seed, row_ids, ids, score_max, logit_max, logit_sum, total, *tables = ctx.saved_tensors
-    dlogprobs = rest[1]
-    if dembedded is None and dlogprobs is None:
-        return None, [None] * len(tables), *(None,) * 7
-    if dembedded is None:
-        width = sum(table.shape[1] for table in tables)
-        dembedded = torch.zeros(logits.shape[0], width, dtype=joint_dtype(tables), device=logits.device)
-    needed = ctx.needs_input_grad
-    first, *others, needs_tau = wanted_gradients(ctx, [logits, *tables, tau], [needed[0], *needed[1], needed[2]])
-    needs = [first, needs_tau, *others]
-    dlogits, dtau, dtables = _gumbel_ste_embedding_backward(
-        dembedded, dlogprobs, logits, tables, tau, seed, row_ids, ctx.vocab_start, ids,
-        [score_max, logit_max, logit_sum, total], ctx.estimator, needs, ctx.backend,
+def _by_reference(draw: _Draw) -> GumbelSTEEmbedding[tuple[torch.Tensor, ...]]:
+    if checks.may_read(draw.logits):
+        checks.check_reference_rows(draw.logits)
+        checks.check_tau_values(draw.tau)
+        if draw.ids is not None:
+            checks.check_ids_values(draw.ids, draw.logits.shape[1])
+    return reference.gumbel_ste_embedding(
+        draw.logits, tuple(draw.tables), draw.tau,
+        estimator=draw.estimator, noise=draw.noise.public(), ids=draw.ids,
     )  # fmt: skip
-    return (
-        dlogits if needs[0] else None,
-        [dtable if needed else None for dtable, needed in zip(dtables, needs[2:], strict=True)],
-        dtau if needs[1] else None,
-        *(None,) * 6,
-    )
 
 
-torch.library.register_autograd("grade_kernels::gumbel_ste_embedding", _backward, setup_context=_setup_context)
-once_differentiable("gumbel_ste_embedding_backward")
+def _backward(
+    draw: _Draw, kept: _Kept, arrived: Embedded[torch.Tensor | None], wanted: _Gradients[bool]
+) -> _Gradients[torch.Tensor | None]:
+    backend, logits, tau = backends.get(draw.backend), draw.logits, draw.tau
+    upstream = tables.upstream(arrived.embedded, len(logits), draw.tables)
+    dlogits = dtau = None
+    if wanted.logits or wanted.tau:
+        dlogits = _product_of_all(backend, upstream, draw)
+        dtau = backend.softmax_backward(
+            dlogits, logits, tau, draw.noise, Sample(arrived.ids, *kept[:3]),
+            estimator=draw.estimator, dlogprobs=arrived.logprobs, needs_dtau=wanted.tau, out=dlogits,
+        )  # fmt: skip
+    dtables: list[torch.Tensor | None] = []
+    for part, table, needed in zip(upstream, draw.tables, wanted.tables, strict=True):
+        if not needed:
+            dtables.append(None)
+        elif draw.estimator != "soft":
+            dtables.append(tables.scatter_rows(part, arrived.ids, table))
+        else:
+            dtable = torch.empty(table.shape, dtype=table.dtype, device=table.device)
+            for columns in backend.column_chunks(*logits.shape):
+                weights, _ = backend.softmax(
+                    logits[:, columns], tau, draw.noise.at(columns), kept.score_max, normalize=False, dtype=tau.dtype
+                )
+                dtable[columns] = (weights / kept.total[:, None]).to(table.dtype).T @ part
+            dtables.append(dtable)
+    return _Gradients(dlogits, dtables, dtau)
+
+
+def _product_of_all(backend: Backend, upstream: Sequence[torch.Tensor], draw: _Draw) -> torch.Tensor:
+    """`dY`, the sum of `de @ E.T` over the tables, written where its product, the gradient of the logits, belongs."""
+    logits = draw.logits
+    dy = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    backend.product(upstream[0], draw.tables[0], dy)
+    scratch = Scratch(logits.shape[0], draw.tau.dtype, draw.tau.device)
+    for part, table in zip(upstream[1:], draw.tables[1:], strict=True):
+        for columns in column_chunks(logits.shape[0], logits.shape[1], backend.sizes.product):
+            place = None if part.dtype == logits.dtype else scratch(columns.stop - columns.start)
+            dy[:, columns] += backend.product(part, table[columns], place)
+    return dy
+
+
+_gumbel_ste_embedding = differentiable(
+    "gumbel_ste_embedding", _Draw, Embedded, _Kept, _Gradients,
+    kernel=_kernel, fake=_fake, backward=_backward, unsaved=("ids",),
+)  # fmt: skip
+
+
+@answered_by(_by_reference)
+def _draw_and_embed(draw: _Draw) -> GumbelSTEEmbedding[tuple[torch.Tensor, ...]]:
+    found = _gumbel_ste_embedding(draw)
+    return GumbelSTEEmbedding(tables.split(found.embedded, draw.tables), found.ids, found.logprobs)

@@ -8,10 +8,10 @@ from typing import ClassVar
 import torch
 
 from grade_kernels import backends
-from grade_kernels.backends import Backend, Noise
+from grade_kernels.backends import Backend, Head, Noise
 from grade_kernels.noise import GumbelNoise
 from grade_kernels.ops import checks
-from grade_kernels.ops.head import autocasted, check_head, make_head
+from grade_kernels.ops.head import autocasted, check_head
 from grade_kernels.ops.linear_gumbel_sample import linear_gumbel_sample
 
 __all__ = ["RepeatedSampler"]
@@ -65,8 +65,8 @@ class RepeatedSampler:
     def _sampled(self, backend: Backend, hidden: torch.Tensor, noise: GumbelNoise) -> torch.Tensor | None:
         if self._sampler is None:
             example, weight, bias = check_head(hidden.detach(), self.lm_head, self._bias, self._softcap)
-            head = make_head(example, weight.detach(), None if bias is None else bias.detach(), self._softcap)
-            self._sampler = backend.repeated_sampler(head)
+            head = Head(example, weight.detach(), None if bias is None else bias.detach(), self._softcap)
+            self._sampler = backend.repeated_sampler(head.canonical())
         (rows,) = autocasted(hidden.detach().reshape(-1, hidden.shape[-1]))
         assert rows is not None
         ids = self._sampler(rows, checks.canonical_noise(noise, len(rows), hidden.device))

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from grade_kernels.dtypes import compute_dtype
 from grade_kernels.noise import GumbelNoise
 from grade_kernels.ops import checks
 from grade_kernels.ops.head import canonical_eps
@@ -163,7 +164,7 @@ def objectives_loss(
         policy, input_ids, attention_mask, max_new_tokens=max_new_tokens, noise=noise, eos_token_ids=ends,
         pad_token_id=pad, soft_tau=tau if soft else None, keep_hidden=soft,
     )  # fmt: skip
-    dtype = checks.compute_dtype(policy.table.dtype)
+    dtype = compute_dtype(policy.table.dtype)
     row_weights = torch.full((len(input_ids),), 1.0 / len(input_ids), dtype=dtype, device=input_ids.device)
     if skip_truncated:
         row_weights = row_weights * completed(sample, ends)

@@ -198,7 +198,8 @@ def op_arguments(backend: str, device: str) -> dict[str, list[tuple]]:
             (logits, tau, seed, r, 4, -1, hard, backend) for r in (rows, None) for hard in (False, True)
         ],
         "gumbel_softmax_backward": [
-            (matrix, plain_logits, plain_tau, seed, rows, 4, -1, score_max, needs, backend) for needs in (False, True)
+            (matrix, plain_logits, plain_tau, seed, rows, 4, -1, False, backend, score_max, [True, needs])
+            for needs in (False, True)
         ],
         "gumbel_ste_embedding": [],
         "gumbel_ste_embedding_backward": [],
@@ -213,13 +214,13 @@ def op_arguments(backend: str, device: str) -> dict[str, list[tuple]]:
         out = torch.ops.grade_kernels.gumbel_ste_embedding(
             plain_logits, plain_tables, plain_tau, *common, ids, estimator, backend
         )
-        upstream, frozen_arguments = torch.ones_like(out[0]), (plain_logits, plain_tables, plain_tau)
-        needed = {"ste": (vector, [True] * 4), "soft": (None, [True, False, True, False]),
-                  "st": (None, [False] * 3 + [True]), "reinmax": (vector, [False, True, False, False])}  # fmt: skip
-        for dlogprobs, needs in (needed[estimator],):
-            arguments["gumbel_ste_embedding_backward"].append(
-                (upstream, dlogprobs, *frozen_arguments, *common, ids, list(out[3:]), estimator, needs, backend)
-            )
+        frozen_arguments = (plain_logits, plain_tables, plain_tau, *common, None, estimator, backend)
+        dlogprobs, wanted = {"ste": (vector, [True] * 4), "soft": (None, [True, True, False, False]),
+                             "st": (None, [False, False, True, False]),
+                             "reinmax": (vector, [False, False, False, True])}[estimator]  # fmt: skip
+        arguments["gumbel_ste_embedding_backward"].append(
+            (torch.ones_like(out[0]), out[1], dlogprobs, *frozen_arguments, *out[3:], wanted)
+        )
     return arguments
 
 

@@ -186,25 +186,22 @@ def op_arguments(backend: str, device: str) -> dict[str, list[tuple]]:
                     for a in args
                 )
                 out = ops.linear_gumbel_ste(*plain)
-                needs = [True, True, b is not None, True, True, True]
-                for upstream, wanted in ((dlogprobs, needs), (None, [True, False, False, False, False, True])):
-                    arguments["linear_gumbel_ste_backward"].append((
-                        torch.ones_like(out[0]), upstream, *plain[:9], out[1], out[3], list(out[4:10]), out[10],
-                        estimator, eps, wanted, backend,
-                    ))  # fmt: skip
+                everything = [True, True, b is not None, True, True, True]
+                for upstream, wanted in ((dlogprobs, everything), (None, [True, False, False, False, True, False])):
+                    arguments["linear_gumbel_ste_backward"].append(
+                        (torch.ones_like(out[0]), out[1], upstream, *plain[:9], None, *plain[10:], *out[3:], wanted)
+                    )
     for kind in ("logprobs", "kl", "entropy"):
         for eps in (0.0, 0.1):
-            ref = (hidden.detach().sin(), head.detach(), bias.detach()) if kind == "kl" else (None, None, None)
+            ref = (hidden.detach().sin(), head.detach(), bias.detach(), None) if kind == "kl" else (None,) * 4
             given = ids if kind == "logprobs" else None
             for b, cap, rows in ((bias, 4.0, row_ids), (None, None, None)):
                 args = (hidden, head, b, cap, *ref, given, tau.detach(), seed, rows, 0, kind, eps, True, backend)
                 arguments["linear_statistic"].append(args)
                 plain = tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in args)
                 out = ops.linear_statistic(*plain)
-                needs = [True, True, b is not None]
-                arguments["linear_statistic_backward"].append(
-                    (dlogprobs, *plain[:9], *out[1:], kind, eps, needs, backend)
-                )
+                wanted = [True, True, b is not None]
+                arguments["linear_statistic_backward"].append((dlogprobs, *plain, *out[1:], wanted))
     return arguments
 
 

@@ -18,7 +18,10 @@ import pytest
 import torch
 
 import grade_kernels as gk
+from grade_kernels.backends import Support
 from grade_kernels.backends.torch import backend as torch_backend
+from grade_kernels.ops.head_gradients import Entries
+from grade_kernels.ops.linear_gumbel_ste.sparse import SparseRows
 from tests.support.helpers import ESTIMATORS, leaf, randn, truth_noise
 from tests.support.problems import Problem, Tensor, flat, logits_of, problem, run, small_chunks, widened
 
@@ -155,51 +158,37 @@ def test_statistics(rounding_backend: str, device: str, kind: str, temperature: 
 # --- the check has teeth
 
 
-def _ste() -> Any:
-    """The module, whose name in the package is the function's."""
-    import importlib
-
-    return importlib.import_module("grade_kernels.ops.linear_gumbel_ste")
-
-
-def _statistics() -> Any:
-    import importlib
-
-    return importlib.import_module("grade_kernels.ops.linear_statistics")
-
-
 def without_leave_one_out(patch: pytest.MonkeyPatch) -> None:
     """The mean of an entry includes its own rounded value."""
-    module = _ste()
 
-    def relaxed(self: Any, support: Any, factor: Tensor, tempered: bool) -> Any:
+    def relaxed(self: SparseRows, support: Support, factor: Tensor, tempered: bool) -> Entries:
         rows, q = support.rows(), support.p.clamp_min(self.eps)
-        dy = self.dy(rows, support.tokens)
+        dy = self.upstream.at(rows, support.tokens)
         values = factor[rows] * q * (dy - support.row_sums(q * dy)[rows])
         if tempered:
             self.dtau -= support.row_sums(values * support.p.log())
-        return module.Entries(rows, support.tokens, values)
+        return Entries(rows, support.tokens, values)
 
-    patch.setattr(module._Backward, "relaxed", relaxed)
+    patch.setattr(SparseRows, "relaxed", relaxed)
 
 
 def reinmax_without_leave_one_out(patch: pytest.MonkeyPatch) -> None:
     """The same in ReinMax's own rule."""
-    module = _ste()
 
-    def reinmax(self: Any, support: Any, plain: Any, sampled_p: Tensor) -> list[Any]:
-        everyone = torch.arange(len(self.ids))
-        sampled_dy, weight, rows = self.dy(everyone, self.ids), (1.0 + sampled_p) / 2, support.rows()
+    def reinmax(self: SparseRows, support: Support, untempered: Support) -> list[Entries]:
+        of, everyone = self.statistics, torch.arange(len(self.ids))
+        sampled_p = ((of.chosen - of.logit_max) / self.tau).exp() / of.relaxed_sum
+        sampled_dy, weight, rows = self.upstream.at(everyone, self.ids), (1.0 + sampled_p) / 2, support.rows()
         q = torch.where(support.tokens != self.ids[rows], support.p.clamp_min(self.eps), 0.0) / 2
-        dy = self.dy(rows, support.tokens)
+        dy = self.upstream.at(rows, support.tokens)
         mean = support.row_sums(q * dy) + weight * sampled_dy
         return [
-            module.Entries(rows, support.tokens, 2 * q * (dy - mean[rows])),
-            module.Entries(everyone, self.ids, 2 * weight * (sampled_dy - mean)),
-            self.relaxed(plain, torch.full_like(self.tau, -0.5), tempered=False),
+            Entries(rows, support.tokens, 2 * q * (dy - mean[rows])),
+            Entries(everyone, self.ids, 2 * weight * (sampled_dy - mean)),
+            self.relaxed(untempered, torch.full_like(self.tau, -0.5), tempered=False),
         ]
 
-    patch.setattr(module._Backward, "reinmax", reinmax)
+    patch.setattr(SparseRows, "reinmax", reinmax)
 
 
 def dropped(patch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from grade_kernels.backends.records import Head, Noise, Sample, Softmax, Support
 from grade_kernels.backends.torch.candidates import Candidates
 from grade_kernels.backends.torch.products import product, weighted_sum
 from grade_kernels.dtypes import compute_dtype
+from grade_kernels.estimators import Rule, is_noisy
 from grade_kernels.noise import DOMAIN_GUMBEL, DOMAIN_REFINE, DOMAIN_SUPPORT, gumbel_from_words, uniform_from_words
 
 __all__ = ["TorchBackend"]
@@ -130,11 +131,11 @@ class TorchBackend(Backend):
     ) -> torch.Tensor:
         rows, vocab = logits.shape
         scores = _Scores(logits, noise)
-        noisy, reinmax = estimator in ("ste", "soft"), estimator == "reinmax"
+        noisy, reinmax = is_noisy(estimator), estimator == "reinmax"
         pivot = (sample.score_max if noisy else sample.logit_max)[:, None]
-        tau = tau[:, None]
+        rule, dtau = Rule(estimator, tau[:, None], sample.ids[:, None]), torch.zeros_like(tau)
 
-        def tempered(columns: slice) -> torch.Tensor:
+        def distance(columns: slice) -> torch.Tensor:
             """Argument of the relaxation's exponential, before the division by tau; its maximum is 0."""
             return (scores.chunk(columns) if noisy else logits[:, columns].to(scores.dtype)) - pivot
 
@@ -142,33 +143,20 @@ class TorchBackend(Backend):
             """softmax(l)."""
             return (logits[:, columns].to(scores.dtype) - sample.logit_max[:, None]).exp() / sample.logit_sum[:, None]
 
-        zeros = torch.zeros(rows, 1, dtype=scores.dtype, device=logits.device)
-        total, dot, untempered_dot, dtau = zeros.clone(), zeros.clone(), zeros.clone(), zeros.clone()
         for columns in self.column_chunks(rows, vocab):
-            part, upstream = (tempered(columns) / tau).exp(), dy[:, columns].to(scores.dtype)
-            total += part.sum(dim=1, keepdim=True)
-            dot += (part * upstream).sum(dim=1, keepdim=True)
-            if reinmax:
-                untempered_dot += (untempered(columns) * upstream).sum(dim=1, keepdim=True)
-        dot /= total
-        if reinmax:
-            dot = 0.5 * (dot + dy.gather(1, sample.ids[:, None]).to(scores.dtype))
+            weights, upstream = (distance(columns) / rule.tau).exp(), dy[:, columns].to(scores.dtype)
+            rule.measure(weights, upstream, untempered(columns) if reinmax else None)
+        rule.settle(dy.gather(1, sample.ids[:, None]).to(scores.dtype) if reinmax else None)
         for columns in self.column_chunks(rows, vocab):
-            distance, upstream = tempered(columns), dy[:, columns].to(scores.dtype)
-            p = (distance / tau).exp() / total
-            tokens = torch.arange(columns.start, columns.stop, device=logits.device)
-            hit = sample.ids[:, None] == tokens[None, :]
-            if reinmax:
-                p = 0.5 * (p + hit)
-                part = 2.0 * p * (upstream - dot) - 0.5 * untempered(columns) * (upstream - untempered_dot)
-            else:
-                part = p * (upstream - dot) / tau
-                if needs_dtau:
-                    dtau -= torch.where(p > 0, part * distance, 0.0).sum(dim=1, keepdim=True) / tau
+            height, upstream = distance(columns), dy[:, columns].to(scores.dtype, copy=True)
+            p = (height / rule.tau).exp() / rule.total
+            dl = rule.gradient(p, upstream, columns, untempered(columns) if reinmax else None)
+            if needs_dtau and not reinmax:
+                dtau -= torch.where(p > 0, dl * height, 0.0).sum(dim=1) / tau
             if dlogprobs is not None:
-                part = part + dlogprobs[:, None] * (hit.to(scores.dtype) - untempered(columns))
-            out[:, columns] = torch.where(logits[:, columns] == -torch.inf, 0.0, part)
-        return dtau.squeeze(1)
+                dl = rule.with_logprobs(dl, dlogprobs[:, None], columns, untempered(columns))
+            out[:, columns] = torch.where(logits[:, columns] == -torch.inf, 0.0, dl)
+        return dtau
 
     # Through a head
 
