@@ -23,11 +23,14 @@ from grade_kernels.ops.head import (
     row_of_entries,
     select_backend,
 )
-from grade_kernels.ops.registry import define, once_differentiable, wanted_gradients
+from grade_kernels.ops.registry import define, once_differentiable, public, wanted_gradients
+from grade_kernels.ops.transforms import serving, without_wrappers
+from grade_kernels.reference import ignored_rows
 
 __all__ = ["linear_entropy", "linear_kl", "linear_logprobs"]
 
 
+@public
 def linear_logprobs(
     hidden: torch.Tensor,
     lm_head: torch.Tensor,
@@ -36,6 +39,7 @@ def linear_logprobs(
     bias: torch.Tensor | None = None,
     logit_softcap: float | None = None,
     temperature: float = 1.0,
+    ignore_index: int | None = None,
     eps: float = 2**-11,
     noise: GumbelNoise | None = None,
 ) -> torch.Tensor:
@@ -48,6 +52,8 @@ def linear_logprobs(
         bias: `[V]`, optional; -inf masks a token.
         logit_softcap: c in `c * tanh(l / c)`, optional.
         temperature: a positive number.
+        ignore_index: rows of this id are ignored, as `torch.nn.functional.cross_entropy` does: their result is 0, no
+            gradient comes of them, and their hidden states may be anything. None: every id must be a token's.
         eps: stochastic support of the backward pass: a token of probability p is visited with probability
             `min(1, p / eps)`, which leaves the gradient unbiased. 0 visits every token, exactly.
         noise: seed and row identities of those visits. None draws a fresh seed from torch's default generator.
@@ -60,9 +66,12 @@ def linear_logprobs(
         ValueError: shapes that do not match (with both numbers), ids out of range, eps outside [0, 1), temperature or
             logit_softcap not positive, tensors on different devices; on CPU a row without a distribution.
     """
-    return _statistic("logprobs", hidden, lm_head, bias, logit_softcap, temperature, eps, noise, ids=ids)
+    return _statistic(
+        "logprobs", hidden, lm_head, bias, logit_softcap, temperature, eps, noise, ids=ids, ignore_index=ignore_index
+    )
 
 
+@public
 def linear_kl(
     hidden: torch.Tensor,
     lm_head: torch.Tensor,
@@ -86,6 +95,7 @@ def linear_kl(
     )
 
 
+@public
 def linear_entropy(
     hidden: torch.Tensor,
     lm_head: torch.Tensor,
@@ -111,6 +121,7 @@ def _statistic(
     noise: GumbelNoise | None,
     *,
     ids: torch.Tensor | None = None,
+    ignore_index: int | None = None,
     ref: tuple[Any, Any, Any] | None = None,
 ) -> torch.Tensor:
     hidden, lm_head, bias = check_head(hidden, lm_head, bias, logit_softcap)
@@ -120,6 +131,12 @@ def _statistic(
     batch = hidden.shape[:-1]
     if kind == "logprobs":
         checks.check_ids(ids, batch, hidden, "hidden")
+    ignored, safe_ids, open_hidden = ignored_rows(ids, checks.canonical_ignore_index(ignore_index, ids), hidden)
+    if ignored is not None:
+        value = _statistic(
+            kind, open_hidden, lm_head, bias, logit_softcap, temperature, eps, noise, ids=safe_ids, ref=ref
+        )
+        return torch.where(ignored, 0.0, value)
     ref_hidden = ref_lm_head = ref_bias = None
     if ref is not None:
         ref_hidden, ref_lm_head, ref_bias = check_head(*ref, logit_softcap, prefix="ref_")
@@ -128,7 +145,7 @@ def _statistic(
         if ref_hidden.shape[:-1] != batch:
             raise ValueError(f"ref_hidden must have shape {(*batch, 'H')}, got {tuple(ref_hidden.shape)}")
         checks.check_same_device("ref_hidden", ref_hidden, "hidden", hidden)
-    backend = select_backend(backends.select(hidden.device, hidden.dtype), hidden.dtype)
+    backend = select_backend(serving(backends.select(hidden.device, hidden.dtype), hidden, lm_head, bias), hidden.dtype)
     if backend == "reference":
         check_reference_rows(hidden, lm_head, bias, logit_softcap)
         if ref_hidden is not None and ref_lm_head is not None:
@@ -140,7 +157,7 @@ def _statistic(
             return reference.linear_entropy(hidden, lm_head, **options)
         assert ids is not None
         if not torch.compiler.is_compiling() and checks.reads_values(ids):
-            checks.check_ids_values(ids.reshape(-1), lm_head.shape[0])
+            checks.check_ids_values(without_wrappers(ids.reshape(-1)), lm_head.shape[0])
         return reference.linear_logprobs(hidden, lm_head, ids, **options)
     rows = hidden.reshape(-1, hidden.shape[-1])
     if ref_hidden is not None and ref_lm_head is not None:

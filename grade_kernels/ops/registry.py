@@ -4,12 +4,28 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.autograd import forward_ad
 
+from grade_kernels.ops.transforms import has_tangent
+
 library = torch.library.Library("grade_kernels", "DEF")
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+_WAY_ROUND = (
+    "call the operation inside `with grade_kernels.use_backend('reference'):`, which is plain differentiable PyTorch, "
+    "with the logits held in memory"
+)
+
+
+def public(function: Function) -> Function:
+    """Mark a public operation: torch.jit.script, which would try to compile its Python, is told why it cannot."""
+    name = function.__name__
+    reason = f"grade_kernels.{name} cannot be scripted; use torch.compile or torch.export, or call it outside the script"
+    setattr(function, "__script_unsupported", reason)  # noqa: B010 - the name is torch's
+    return function
 
 
 def define(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> Any:
@@ -19,7 +35,8 @@ def define(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) ->
     is its own.
 
     Returns:
-        The operation, to call. Forward-mode derivatives raise NotImplementedError.
+        The operation, to call. Forward-mode derivatives raise NotImplementedError, which names the way round: the
+        public functions go it by themselves (`ops.transforms`).
     """
     name = schema.split("(", 1)[0]
 
@@ -37,24 +54,18 @@ def define(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) ->
 
     def call(*args: Any) -> Any:
         # An operation without a rule for them would drop tangents, which then pass for zeros.
-        if forward_ad._current_level >= 0 and any(_has_tangent(x) for x in args):
-            raise NotImplementedError(f"grade_kernels::{name} has no forward-mode derivative")
+        if forward_ad._current_level >= 0 and any(has_tangent(x) for x in args):
+            raise NotImplementedError(f"grade_kernels::{name} has no forward-mode derivative; {_WAY_ROUND}")
         return op(*args)
 
     return call
-
-
-def _has_tangent(x: Any) -> bool:
-    if isinstance(x, (tuple, list)):
-        return any(_has_tangent(y) for y in x)
-    return isinstance(x, torch.Tensor) and forward_ad.unpack_dual(x).tangent is not None
 
 
 def once_differentiable(name: str) -> None:
     """Make a backward operation refuse to be differentiated itself, instead of passing for a constant."""
 
     def refuse(*_: Any) -> Any:
-        raise NotImplementedError(f"grade_kernels::{name} has no second derivative")
+        raise NotImplementedError(f"grade_kernels::{name} has no second derivative; {_WAY_ROUND}")
 
     torch.library.register_autograd(f"grade_kernels::{name}", refuse, lib=library)
 
