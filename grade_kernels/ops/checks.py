@@ -45,10 +45,9 @@ def check_layout(name: str, value: torch.Tensor) -> None:
 def check_local(name: str, value: torch.Tensor) -> None:
     """Not a DTensor, which is recognised by its attributes: importing its class would import torch.distributed."""
     placements = getattr(value, "placements", None)
-    if placements is not None and hasattr(value, "to_local"):
-        where = ", ".join(map(str, placements))
+    if placements is not None and hasattr(value, "device_mesh"):
         raise TypeError(
-            f"{name} must be an ordinary tensor, got a DTensor with placements ({where}); "
+            f"{name} must be an ordinary tensor, got a DTensor with placements {tuple(placements)}; "
             f"pass {name}.full_tensor(), or {name}.to_local() where this rank's part is what is meant"
         )
 
@@ -70,7 +69,7 @@ def check_logits(logits: object, dim: object = -1) -> int:
     """
     check_floating("logits", logits)
     assert isinstance(logits, torch.Tensor)
-    index = canonical_int("dim", dim)
+    index = dim if type(dim) is int else canonical_int("dim", dim)
     if logits.dim() == 0:
         raise IndexError("logits must have shape [..., V], got a 0-d tensor")
     if logits.size(index) == 0:
@@ -80,8 +79,6 @@ def check_logits(logits: object, dim: object = -1) -> int:
 
 def canonical_int(name: str, value: object, expected: str = "an int") -> int:
     """An int of Python, for that or for any other type of whole number, such as NumPy's; a bool is none."""
-    if type(value) is int:
-        return value
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be {expected}, got {type(value).__name__}")
     return int(value)

@@ -36,7 +36,9 @@ def gumbel_sample(logits: torch.Tensor, dim: int = -1, *, noise: GumbelNoise | N
     if isinstance(logits, torch.Tensor) and logits.dim() == 0:
         return gumbel_sample(logits.reshape(1), dim, noise=noise)
     dim = checks.check_logits(logits, dim)
-    moved = logits.detach().movedim(dim, -1)
+    moved = logits.detach()
+    if dim != -1:
+        moved = moved.movedim(dim, -1)
     rows = moved.reshape(-1, moved.shape[-1])
     seed, row_ids, vocab_start = checks.canonical_noise(noise, rows.shape[0], logits.device)
     backend = serving(backends.select(logits.device, logits.dtype))
