@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, Generic, ParamSpec, TypeVar
 
 import torch
-import torch.nn.functional as F
 from typing_extensions import NamedTuple  # typing's is generic from Python 3.11 only; torch brings this one
 
 from grade_kernels.noise import GumbelNoise
@@ -132,6 +131,11 @@ def _temper(scores: torch.Tensor, tau: float | torch.Tensor) -> torch.Tensor:
     return torch.where(masked, -torch.inf, torch.where(masked, 0.0, scores) / tau)
 
 
+def _one_hot(ids: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """`F.one_hot` of ids `[...]` in the shape and dtype of `like` `[..., V]`; that one reads values, which vmap forbids."""
+    return (ids.unsqueeze(-1) == torch.arange(like.shape[-1], device=like.device)).to(like.dtype)
+
+
 def _jacobian(p: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """`J(p) x = p * (x - p . x)`, the (symmetric) Jacobian of softmax at probabilities p, applied to x."""
     return p * (x - (p * x).sum(-1, keepdim=True))
@@ -163,7 +167,7 @@ def gumbel_softmax(
     y = _temper(scores, _column(tau, logits, dim)).softmax(-1)
     if hard:
         # Written so that the forward value is exactly one-hot.
-        y = F.one_hot(scores.argmax(-1), scores.shape[-1]).to(y.dtype) + (y - y.detach())
+        y = _one_hot(scores.argmax(-1), scores) + (y - y.detach())
     return y.to(logits.dtype).movedim(-1, dim).contiguous()
 
 
@@ -191,7 +195,7 @@ def gumbel_ste_embedding(
     scores = _scores(logits, noise)
     wide, tau = _widen(logits), _column(tau, logits)
     ids = scores.argmax(-1) if ids is None else ids.clone()
-    one_hot = F.one_hot(ids, wide.shape[-1]).to(wide.dtype)
+    one_hot = _one_hot(ids, wide)
     # The straight-through surrogates are linear around the logits; a masked token has no neighbourhood.
     step = torch.where(wide == -torch.inf, 0.0, wide - wide.detach())
     if estimator == "soft":

@@ -13,7 +13,14 @@ from grade_kernels.backends.torch.rows import column_chunks
 from grade_kernels.noise import GumbelNoise
 from grade_kernels.ops import checks
 from grade_kernels.ops.registry import define, once_differentiable, public, wanted_gradients
-from grade_kernels.ops.transforms import differentiable_gradients, records_gradients, serving, without_wrappers
+from grade_kernels.ops.transforms import (
+    FIRST_ORDER,
+    check_order,
+    differentiable_gradients,
+    records_gradients,
+    serving,
+    without_wrappers,
+)
 from grade_kernels.reference import Embedding, GumbelSTEEmbedding, ignored_rows
 
 __all__ = ["GumbelSTEEmbedding", "gumbel_ste_embedding"]
@@ -90,6 +97,7 @@ def gumbel_ste_embedding(
                 checks.check_ids_values(without_wrappers(ids.reshape(-1)), vocab)
         noise = GumbelNoise(seed, row_ids, vocab_start=vocab_start)
         given: Any = tables if several else tables[0]
+        check_order(estimator)
         kept_tau = row_tau.view(batch).unsqueeze(-1)
         return reference.gumbel_ste_embedding(logits, given, kept_tau, estimator=estimator, noise=noise, ids=ids)
     flat_ids = None if ids is None else ids.reshape(-1)
@@ -366,7 +374,7 @@ def _differentiable(
     """Gradients of logits, tau and tables that can be differentiated again."""
     if estimator == "reinmax":
         # Its gradient is no function's derivative, so the reference has no graph behind it, either.
-        raise NotImplementedError("estimator 'reinmax' defines a first derivative only; use 'ste', 'soft' or 'st'")
+        raise NotImplementedError(FIRST_ORDER)
 
     def forward(logits: torch.Tensor, tau: torch.Tensor, *tables: torch.Tensor) -> tuple[torch.Tensor, ...]:
         out = reference.gumbel_ste_embedding(

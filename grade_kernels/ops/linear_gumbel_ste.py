@@ -37,7 +37,7 @@ from grade_kernels.ops.head import (
 )
 from grade_kernels.ops.linear_gumbel_sample import chosen_logprobs
 from grade_kernels.ops.registry import define, once_differentiable, public, wanted_gradients
-from grade_kernels.ops.transforms import serving, without_wrappers
+from grade_kernels.ops.transforms import check_order, serving, without_wrappers
 from grade_kernels.reference import Embedding, ignored_rows
 
 __all__ = ["LinearGumbelSTE", "linear_gumbel_ste"]
@@ -121,6 +121,7 @@ def linear_gumbel_ste(
     backend = select_backend(backend, hidden.dtype)
     several = isinstance(embedding, (tuple, list))
     if backend == "reference":
+        check_order(estimator)
         if not torch.compiler.is_compiling():
             if checks.reads_values(row_tau):
                 checks.check_tau_values(without_wrappers(row_tau))

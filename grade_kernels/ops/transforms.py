@@ -13,7 +13,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch.autograd import forward_ad
 
-__all__ = ["differentiable_gradients", "has_tangent", "records_gradients", "serving", "without_wrappers"]
+FIRST_ORDER = "estimator 'reinmax' defines a first derivative only; use 'ste', 'soft' or 'st' for higher ones"
+
+__all__ = ["FIRST_ORDER", "check_order", "differentiable_gradients", "has_tangent", "records_gradients", "serving", "without_wrappers"]
 
 
 def serving(backend: str, *tensors: object) -> str:
@@ -30,6 +32,16 @@ def has_tangent(x: object) -> bool:
     if isinstance(x, (tuple, list)):
         return any(has_tangent(y) for y in x)
     return isinstance(x, torch.Tensor) and forward_ad.unpack_dual(x).tangent is not None
+
+
+def check_order(estimator: str) -> None:
+    """`reinmax` is a rule for the first derivative, and no function's, so a transform that nests another is refused."""
+    if estimator != "reinmax" or torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+        return
+    kinds = [interpreter.key() for interpreter in torch._C._functorch.get_interpreter_stack() or []]
+    differentiating = (torch._C._functorch.TransformType.Grad, torch._C._functorch.TransformType.Jvp)
+    if sum(kind in differentiating for kind in kinds) > 1:
+        raise NotImplementedError(FIRST_ORDER)
 
 
 def without_wrappers(x: torch.Tensor) -> torch.Tensor:
