@@ -168,7 +168,8 @@ def gumbel_softmax(
     if hard:
         # Written so that the forward value is exactly one-hot.
         y = _one_hot(scores.argmax(-1), scores) + (y - y.detach())
-    return y.to(logits.dtype).movedim(-1, dim).contiguous()
+    # In the layout of torch.softmax, where a view would do for other dimensions of size 1 as well.
+    return y.to(logits.dtype).movedim(-1, dim).clone(memory_format=torch.contiguous_format)
 
 
 def gumbel_ste(

@@ -146,7 +146,10 @@ def _statistic(
             raise ValueError(f"ref_hidden must have shape {(*batch, 'H')}, got {tuple(ref_hidden.shape)}")
         checks.check_same_device("ref_hidden", ref_hidden, "hidden", hidden)
     backend = select_backend(serving(backends.select(hidden.device, hidden.dtype), hidden, lm_head, bias), hidden.dtype)
+    num_rows = hidden.numel() // hidden.shape[-1]
     if backend == "reference":
+        if noise is not None:  # nothing is drawn there, but what is wrong stays wrong
+            checks.canonical_noise(noise, num_rows, hidden.device)
         check_reference_rows(hidden, lm_head, bias, logit_softcap)
         if ref_hidden is not None and ref_lm_head is not None:
             check_reference_rows(ref_hidden, ref_lm_head, ref_bias, logit_softcap, "ref_")
@@ -168,7 +171,7 @@ def _statistic(
     if noise is None and eps == 0:  # nothing is drawn, not even a seed
         noise = GumbelNoise(0)
     # Else without a graph, too: a reentrant checkpoint's first forward must leave the generator as its second one will.
-    seed, row_ids, vocab_start = checks.canonical_noise(noise, rows.shape[0], hidden.device)
+    seed, row_ids, vocab_start = checks.canonical_noise(noise, num_rows, hidden.device)
     flat_ids = None if ids is None else ids.reshape(-1)
     value = _linear_statistic(
         rows, lm_head, bias, logit_softcap, ref_hidden, ref_lm_head, ref_bias, flat_ids, tau, seed,

@@ -15,7 +15,15 @@ from torch.autograd import forward_ad
 
 FIRST_ORDER = "estimator 'reinmax' defines a first derivative only; use 'ste', 'soft' or 'st' for higher ones"
 
-__all__ = ["FIRST_ORDER", "check_order", "differentiable_gradients", "has_tangent", "records_gradients", "serving", "without_wrappers"]
+__all__ = [
+    "FIRST_ORDER",
+    "check_order",
+    "differentiable_gradients",
+    "has_tangent",
+    "records_gradients",
+    "serving",
+    "without_wrappers",
+]
 
 
 def serving(backend: str, *tensors: object) -> str:

@@ -10,6 +10,7 @@ import torch
 from torch.autograd import forward_ad
 
 import grade_kernels as gk
+from grade_kernels.ops.gumbel_softmax import _gumbel_softmax
 from tests.support.helpers import ESTIMATORS, leaf, noise_of, randn
 
 N, H, V, D = 3, 4, 7, 2
@@ -138,7 +139,9 @@ def test_hessian(backend: str, device: str, call: Function, request: pytest.Fixt
     torch.testing.assert_close(torch.func.hessian(lambda x: call(gk, x, tau))(x), expected)
 
 
-@pytest.mark.parametrize("name", ["gumbel_softmax", "gumbel_ste_embedding ste", "linear_gumbel_ste ste", "linear_entropy"])
+@pytest.mark.parametrize(
+    "name", ["gumbel_softmax", "gumbel_ste_embedding ste", "linear_gumbel_ste ste", "linear_entropy"]
+)
 def test_compiled_transforms(backend: str, device: str, name: str) -> None:
     """One graph of a transform, a transform of a graph, and the same graph without it afterwards."""
     call, (x, tau) = ALL[name], inputs(device)
@@ -180,10 +183,10 @@ def test_values_are_checked_behind_the_wrappers(backend: str, device: str, monke
     bad[1, 2, 3] = torch.nan
     mapped = torch.func.vmap(torch.func.grad(lambda x: gk.gumbel_softmax(x, noise=noise_of()).sum()))
     mapped(x)
-    with pytest.raises(ValueError, match="logits.*row 5 holds NaN"):
+    with pytest.raises(ValueError, match=r"logits.*row 5 holds NaN"):
         mapped(bad)
     tau = torch.tensor([1.0, -2.0], dtype=torch.float64, device=device)
-    with pytest.raises(ValueError, match="tau must be positive.*-2"):
+    with pytest.raises(ValueError, match=r"tau must be positive.*-2"):
         torch.func.vmap(lambda x, t: gk.gumbel_softmax(x, t, noise=noise_of()))(x, tau)
     ids, table = torch.tensor([[0, 1, 2], [0, V, 2]], device=device), _table(x)
     with pytest.raises(ValueError, match=f"ids must lie in .*got {V}"):
@@ -299,5 +302,13 @@ def test_where_there_is_no_second_derivative(backend: str, device: str) -> None:
         torch.autograd.grad(first.square().sum(), x)
     logits = leaf(randn(N, V, device=device))
     out = gk.gumbel_ste_embedding(logits, _table(logits).float(), estimator="reinmax", noise=noise_of())
-    with pytest.raises(NotImplementedError, match="reinmax.*'ste', 'soft' or 'st'"):
+    with pytest.raises(NotImplementedError, match=r"reinmax.*'ste', 'soft' or 'st'"):
         torch.autograd.grad(out.embedding.sum(), logits, create_graph=True)
+
+
+def test_operations_themselves_refuse_tangents() -> None:
+    """Whoever calls a registered operation past the public function is told as well, not given zeros."""
+    with forward_ad.dual_level():
+        x = forward_ad.make_dual(torch.zeros(2, 3), torch.ones(2, 3))
+        with pytest.raises(NotImplementedError, match=r"forward-mode.*use_backend\('reference'\)"):
+            _gumbel_softmax(x, torch.ones(2), torch.tensor(1), None, 0, -1, False, "torch")
