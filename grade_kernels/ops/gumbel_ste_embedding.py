@@ -50,7 +50,8 @@ def gumbel_ste_embedding(
     | `reinmax` | `2 J((D + softmax(l / tau)) / 2) dY - J(softmax(l)) dY / 2` | Liu et al. 2023 |
 
     plus that of `logprobs`. Tables receive `de` at the sampled rows (`soft`: `p.T @ de`). Under transforms of
-    `torch.func` and for forward-mode and second derivatives, `grade_kernels.reference` serves the call.
+    `torch.func` and for forward-mode and second derivatives, `grade_kernels.reference` serves the call; `reinmax`, a rule
+    for the first derivative and no function's, has no second.
 
     Args:
         logits: `[..., V]`, float32, float64, bfloat16 or float16. -inf masks a token.
@@ -68,9 +69,11 @@ def gumbel_ste_embedding(
         `logprobs = log softmax(l)[ids]`, untempered, float32 (float64 for float64 logits), differentiable.
 
     Raises:
-        TypeError: a tensor of a wrong type, tau that is no number, noise that is no GumbelNoise.
+        TypeError: a tensor of a wrong type, tau that is no number, noise that is no GumbelNoise, ignore_index that is no
+            int.
+        IndexError: 0-d logits.
         ValueError: an unknown estimator; an empty vocabulary; a table that is not `[V, D]`; ids of a wrong shape or out
-            of range; tau not positive and finite or of a wrong shape; row_ids of the wrong length; tensors on
+            of range; ignore_index without ids; tau not positive and finite or of a wrong shape; row_ids of the wrong length; tensors on
             different devices; on CPU a row of NaN, +inf or only -inf.
     """
     checks.check_logits(logits)
@@ -342,10 +345,8 @@ def _backward(ctx: Any, dembedded: torch.Tensor | None, *rest: torch.Tensor | No
     if records_gradients():
         flags = [needed[0], needed[2], *needed[1]]
         noise = GumbelNoise(seed, row_ids, vocab_start=ctx.vocab_start)
-        first, second, *others = _differentiable(
-            dembedded, dlogprobs, logits, tables, tau, noise, ids, ctx.estimator, flags
-        )
-        return first, others, second, *(None,) * 6
+        found = _differentiable(dembedded, dlogprobs, logits, tables, tau, noise, ids, ctx.estimator, flags)
+        return found[0], found[2:], found[1], *(None,) * 6
     first, *others, needs_tau = wanted_gradients(ctx, [logits, *tables, tau], [needed[0], *needed[1], needed[2]])
     needs = [first, needs_tau, *others]
     dlogits, dtau, dtables = _gumbel_ste_embedding_backward(

@@ -71,7 +71,7 @@ def linear_gumbel_ste(
     What it computes is `gumbel_ste_embedding(softcap(hidden @ lm_head.T + bias), embedding, ...)`, estimators included,
     but `[N, V]` never exists, neither forward nor backward. Under transforms of `torch.func` and for forward-mode
     derivatives `grade_kernels.reference` serves the call, where it does. There is no second derivative, except under
-    `use_backend("reference")`.
+    `use_backend("reference")`; `reinmax` has none anywhere.
 
     Args:
         hidden: `[..., H]`, float32, bfloat16, float16 or float64.
@@ -95,15 +95,16 @@ def linear_gumbel_ste(
 
     Raises:
         TypeError: a tensor of a wrong type, hidden and lm_head of different dtypes, tau or eps that is no number, noise
-            that is no GumbelNoise.
-        ValueError: shapes that do not match (with both numbers), an unknown estimator, ids out of range, eps outside
-            [0, 1), tau or logit_softcap not positive and finite, row_ids of the wrong length, tensors on different
-            devices; on CPU a row without a distribution.
+            that is no GumbelNoise, ignore_index that is no int.
+        ValueError: shapes that do not match (with both numbers), an unknown estimator, ids out of range, ignore_index
+            without ids, eps outside [0, 1), tau or logit_softcap not positive and finite, row_ids of the wrong length,
+            tensors on different devices; on CPU a row without a distribution.
     """
     hidden, lm_head, bias = check_head(hidden, lm_head, bias, logit_softcap)
     checks.check_estimator(estimator)
     eps = canonical_eps(eps)
-    batch, vocab = hidden.shape[:-1], lm_head.shape[0]
+    batch: tuple[int, ...] = hidden.shape[:-1]
+    vocab = lm_head.shape[0]
     tables = checks.check_tables(embedding, vocab, hidden, "hidden")
     rows = hidden.reshape(-1, hidden.shape[-1])
     if ids is not None:

@@ -45,6 +45,9 @@ def linear_logprobs(
 ) -> torch.Tensor:
     """Log-probability of given tokens, `log softmax(l / temperature)[ids]`, `l = softcap(hidden @ lm_head.T + bias)`.
 
+    Under transforms of `torch.func` and for forward-mode derivatives `grade_kernels.reference` serves the call, with the
+    logits in memory. There is no second derivative, except under `use_backend("reference")`.
+
     Args:
         hidden: `[..., H]`, float32, bfloat16, float16 or float64.
         lm_head: `[V, H]`, hidden's dtype.
@@ -62,7 +65,7 @@ def linear_logprobs(
         `[...]`, float32 (float64 for float64). Gradients go to hidden, lm_head and bias.
 
     Raises:
-        TypeError: a tensor of a wrong type, or hidden and lm_head of different dtypes.
+        TypeError: a tensor of a wrong type, hidden and lm_head of different dtypes, ignore_index that is no int.
         ValueError: shapes that do not match (with both numbers), ids out of range, eps outside [0, 1), temperature or
             logit_softcap not positive, tensors on different devices; on CPU a row without a distribution.
     """
