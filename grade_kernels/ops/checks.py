@@ -33,6 +33,14 @@ def reads_values(*tensors: torch.Tensor) -> bool:
     return os.environ.get("GRADE_KERNELS_CHECK") == "1" or all(t.device.type == "cpu" for t in tensors)
 
 
+def reads_values_here(*tensors: torch.Tensor) -> bool:
+    """`reads_values` outside a registered operation, where tensors may be those of a tracer, which have no values."""
+    if torch.compiler.is_compiling() or not reads_values(*tensors):
+        return False
+    tracers = (torch._C._TorchDispatchModeKey.PROXY, torch._C._TorchDispatchModeKey.FAKE)
+    return all(torch._C._get_dispatch_mode(key) is None for key in tracers)
+
+
 def check_layout(name: str, value: torch.Tensor) -> None:
     """An ordinary tensor: not a sparse or nested one, which have no rows to view, nor a part of a distributed one."""
     if type(value) not in _ORDINARY:

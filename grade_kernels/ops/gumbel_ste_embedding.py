@@ -73,8 +73,8 @@ def gumbel_ste_embedding(
             int.
         IndexError: 0-d logits.
         ValueError: an unknown estimator; an empty vocabulary; a table that is not `[V, D]`; ids of a wrong shape or out
-            of range; ignore_index without ids; tau not positive and finite or of a wrong shape; row_ids of the wrong length; tensors on
-            different devices; on CPU a row of NaN, +inf or only -inf.
+            of range; ignore_index without ids; tau not positive and finite or of a wrong shape; row_ids of the wrong
+            length; tensors on different devices; on CPU a row of NaN, +inf or only -inf.
     """
     checks.check_logits(logits)
     checks.check_estimator(estimator)
@@ -92,7 +92,7 @@ def gumbel_ste_embedding(
     backend = serving(backends.select(logits.device, logits.dtype), logits, row_tau, tables)
     several = isinstance(embedding, (tuple, list))
     if backend == "reference":
-        if not torch.compiler.is_compiling() and checks.reads_values(rows):
+        if checks.reads_values_here(rows):
             rows = without_wrappers(rows)
             checks.check_rows(rows, checks.bad_rows(rows))
             checks.check_tau_values(without_wrappers(row_tau))

@@ -123,11 +123,10 @@ def linear_gumbel_ste(
     several = isinstance(embedding, (tuple, list))
     if backend == "reference":
         check_order(estimator)
-        if not torch.compiler.is_compiling():
-            if checks.reads_values(row_tau):
-                checks.check_tau_values(without_wrappers(row_tau))
-            if ids is not None and checks.reads_values(ids):
-                checks.check_ids_values(without_wrappers(ids.reshape(-1)), vocab)
+        if checks.reads_values_here(row_tau):
+            checks.check_tau_values(without_wrappers(row_tau))
+        if ids is not None and checks.reads_values_here(ids):
+            checks.check_ids_values(without_wrappers(ids.reshape(-1)), vocab)
         check_reference_rows(hidden, lm_head, bias, logit_softcap)
         noise = GumbelNoise(seed, row_ids, vocab_start=vocab_start)
         given: Any = tables if several else tables[0]

@@ -162,7 +162,7 @@ def _statistic(
         if kind == "entropy":
             return reference.linear_entropy(hidden, lm_head, **options)
         assert ids is not None
-        if not torch.compiler.is_compiling() and checks.reads_values(ids):
+        if checks.reads_values_here(ids):
             checks.check_ids_values(without_wrappers(ids.reshape(-1)), lm_head.shape[0])
         return reference.linear_logprobs(hidden, lm_head, ids, **options)
     rows = hidden.reshape(-1, hidden.shape[-1])

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch.autograd import forward_ad
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from grade_kernels.ops.transforms import has_tangent
 
@@ -64,12 +65,35 @@ def define(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) ->
 
 
 def once_differentiable(name: str) -> None:
-    """Make a backward operation refuse to be differentiated itself, instead of passing for a constant."""
+    """Make a backward operation refuse to be differentiated itself, instead of passing for a constant.
+
+    Several upstream gradients at once, which `torch.func.vmap` over `torch.autograd.grad` hands over, are served one after
+    the other.
+    """
 
     def refuse(*_: Any) -> Any:
         raise NotImplementedError(f"grade_kernels::{name} has no second derivative; {_WAY_ROUND}")
 
     torch.library.register_autograd(f"grade_kernels::{name}", refuse, lib=library)
+    op = getattr(torch.ops.grade_kernels, name).default
+
+    def one_by_one(info: Any, dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        results = [
+            tree_flatten(op(*(_part(x, dim, i) for x, dim in zip(args, dims, strict=True))))
+            for i in range(info.batch_size)
+        ]
+        leaves = [torch.stack(parts) for parts in zip(*(flat for flat, _ in results), strict=True)]
+        return tree_unflatten(leaves, results[0][1]), tree_unflatten([0] * len(leaves), results[0][1])
+
+    torch.library.register_vmap(f"grade_kernels::{name}", one_by_one, lib=library)
+
+
+def _part(x: Any, dim: Any, i: int) -> Any:
+    """Argument x of the i-th of several calls, which are stacked along dim where that is no None."""
+    if isinstance(x, (list, tuple)):
+        dims = dim if isinstance(dim, (list, tuple)) else [dim] * len(x)
+        return [_part(y, d, i) for y, d in zip(x, dims, strict=True)]
+    return x if dim is None else x.select(dim, i)
 
 
 def wanted_gradients(ctx: Any, inputs: list[torch.Tensor | None], needs: list[bool]) -> list[bool]:

@@ -8,10 +8,13 @@ from typing import Any
 import pytest
 import torch
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import grade_kernels as gk
 from grade_kernels.ops.gumbel_softmax import _gumbel_softmax
 from tests.support.helpers import ESTIMATORS, leaf, noise_of, randn
+
+pytestmark = pytest.mark.thin(5)
 
 N, H, V, D = 3, 4, 7, 2
 Tensor = torch.Tensor
@@ -158,6 +161,35 @@ def test_compiled_transforms(backend: str, device: str, name: str) -> None:
     torch.testing.assert_close(plain(x), value)
     torch.testing.assert_close(torch.func.grad(plain)(x), expected)
     torch.testing.assert_close(plain(x), value)
+
+
+@every_function
+def test_upstream_gradients_that_are_mapped(backend: str, device: str, call: Function) -> None:
+    """vmap over torch.autograd.grad, with a graph that was made outside: the kernels' own backward, one at a time."""
+    x, tau = inputs(device)
+    x = leaf(x)
+    value = call(gk, x, tau)
+    scales = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64, device=device)
+    mapped = torch.func.vmap(lambda dy: torch.autograd.grad(value, x, dy, retain_graph=True)[0])(scales)
+    torch.testing.assert_close(mapped, scales[:, None, None] * truth(call, x, tau)[0])
+
+
+@pytest.mark.parametrize(
+    "name", ["gumbel_softmax", "gumbel_ste_embedding ste", "linear_gumbel_ste ste", "linear_entropy"]
+)
+def test_traced_transforms(backend: str, device: str, name: str) -> None:
+    """A tracer's tensors have no values to check: linearize, and make_fx of a gradient."""
+    call = ALL[name]
+    x, tau = inputs(device)
+    dx, _ = truth(call, x, tau)
+
+    def f(x: Tensor) -> Tensor:
+        return call(gk, x, tau)
+
+    value, tangent = torch.func.linearize(f, x)
+    torch.testing.assert_close(value, call(gk.reference, x, tau))
+    torch.testing.assert_close(tangent(x), (dx * x).sum())
+    torch.testing.assert_close(make_fx(torch.func.grad(f))(x)(x), dx)
 
 
 def test_samples_under_transforms(backend: str, device: str) -> None:
