@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
@@ -17,13 +16,12 @@ from grade_kernels.ops import checks
 from grade_kernels.ops.head import canonical_eps
 from grade_kernels.training.policy import (
     LanguageModel,
-    check_adapter_reference,
     check_checkpointing,
-    evaluating,
     gather_root,
     read_language_model,
     unwrap,
 )
+from grade_kernels.training.reference import Reference, reference_for_loss
 from grade_kernels.training.replay import replay
 from grade_kernels.training.rewards import DifferentiableReward, Objective, weighted_sum
 from grade_kernels.training.rollout import Rollout, rollout
@@ -68,7 +66,8 @@ def grade_loss(
     estimator: str = "ste",
     feedback_hops: int | str = 4,
     eps: float = 2**-11,
-    ref_model: nn.Module | None = None,
+    ref_model: nn.Module | Reference | None = None,
+    ref_adapter_name: str | None = None,
     beta: float = 0.0,
     eos_token_id: int | Sequence[int] | None = None,
     pad_token_id: int | None = None,
@@ -94,7 +93,10 @@ def grade_loss(
         estimator: `ste`, `st`, `reinmax`, or `soft`, which feeds mixtures of embeddings instead of tokens.
         feedback_hops: how many relaxed samples in a row a path of the gradient may be fed back through, or "exact".
         eps: stochastic support of the sparse, unbiased backward; 0 is dense and exact.
-        ref_model: the frozen reference of the KL. Default with `beta`: a PEFT model without its adapter.
+        ref_model: the frozen reference of the KL: a model, or a `Reference`. `FrozenCopy(model)`, made before the first
+            step, is the model as it was then, in the memory of its trained parameters; `WithoutAdapter()` is a PEFT
+            model's bare base. Default with `beta`: the latter, with a warning where the adapter came trained.
+        ref_adapter_name: the reference is the PEFT model with this other one of its adapters, which nothing trains.
         beta: factor of the KL; 0 needs no reference.
         eos_token_id: token or tokens that end a completion. None: nothing does.
         pad_token_id: what stands behind an end. Default: the first end of sequence, or 0.
@@ -108,8 +110,9 @@ def grade_loss(
     """
     return objectives_loss(
         model, [Objective(reward)], input_ids, attention_mask, max_new_tokens=max_new_tokens, noise=noise, tau=tau,
-        estimator=estimator, feedback_hops=feedback_hops, eps=eps, ref_model=ref_model, beta=beta,
-        eos_token_id=eos_token_id, pad_token_id=pad_token_id, columns=columns,
+        estimator=estimator, feedback_hops=feedback_hops, eps=eps, ref_model=ref_model,
+        ref_adapter_name=ref_adapter_name, beta=beta, eos_token_id=eos_token_id, pad_token_id=pad_token_id,
+        columns=columns,
     )  # fmt: skip
 
 
@@ -125,11 +128,12 @@ def objectives_loss(
     estimator: str,
     feedback_hops: int | str,
     eps: float,
-    ref_model: nn.Module | None,
+    ref_model: nn.Module | Reference | None,
     beta: float,
     eos_token_id: int | Sequence[int] | None,
     pad_token_id: int | None,
     columns: dict[str, Any] | None,
+    ref_adapter_name: str | None = None,
     skip_truncated: bool = False,
 ) -> GradeLoss:
     """`grade_loss` for several weighted rewards; with `skip_truncated`, completions that never ended count nothing."""
@@ -152,10 +156,9 @@ def objectives_loss(
         raise TypeError(f"beta must be a number, got {type(beta).__name__}")
     if not 0.0 <= beta < math.inf:
         raise ValueError(f"beta must not be negative, and finite, got {beta}")
-    if beta != 0.0 and ref_model is None and not hasattr(unwrap(model), "disable_adapter"):
-        raise ValueError(f"ref_model must be given for beta = {beta}: the model has no adapter to switch off")
-    if beta != 0.0 and ref_model is None:
-        check_adapter_reference(model)
+    reference = reference_for_loss(model, ref_model, ref_adapter_name, float(beta))
+    if reference is not None:
+        reference.check(model, policy, int(attention_mask.sum(dim=1).max()) + max_new_tokens)
     if hops != 0:
         check_checkpointing(policy.model)
     soft = estimator == "soft"
@@ -170,7 +173,7 @@ def objectives_loss(
     result = replay(
         model, policy, objectives, input_ids, attention_mask, sample, noise=noise, tau=tau, estimator=estimator,
         feedback_hops=hops, eps=eps, beta=beta, row_weights=row_weights, columns=columns or {},
-        reference=reference_of(model, ref_model) if beta != 0.0 or ref_model is not None else None,
+        reference=None if reference is None else reference.parts(model),
     )  # fmt: skip
     return GradeLoss(
         loss=result.loss,
@@ -188,19 +191,6 @@ def completed(sample: Rollout, ends: Sequence[int]) -> torch.Tensor:
     """Whether each completion came to its end of sequence, bool `[B]`."""
     last = (sample.mask.sum(dim=1) - 1).clamp_min(0)
     return torch.isin(sample.ids.gather(1, last[:, None])[:, 0], torch.tensor(list(ends), device=last.device))
-
-
-@contextmanager
-def reference_of(model: nn.Module, ref_model: nn.Module | None) -> Iterator[LanguageModel]:
-    """The reference's parts: of a model of its own, or of the policy with its adapter switched off meanwhile."""
-    if ref_model is not None:
-        reference = read_language_model(ref_model, name="ref_model")
-        with evaluating(reference.model):
-            yield reference
-        return
-    inner: Any = unwrap(model)
-    with inner.disable_adapter(), evaluating(inner):
-        yield read_language_model(inner)
 
 
 def token_ids(name: str, value: int | Sequence[int] | None, vocab_size: int) -> tuple[int, ...]:

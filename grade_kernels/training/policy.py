@@ -19,7 +19,6 @@ __all__ = [
     "LanguageModel",
     "cache_arguments",
     "cache_of",
-    "check_adapter_reference",
     "check_checkpointing",
     "check_training_mode",
     "evaluating",
@@ -30,7 +29,6 @@ __all__ = [
     "position_arguments",
     "position_ids",
     "read_language_model",
-    "some_states",
     "sweeping",
     "unwrap",
 ]
@@ -93,30 +91,6 @@ class LanguageModel:
         return hidden.to(weight.dtype), weight
 
 
-def check_adapter_reference(model: nn.Module, before: torch.Tensor | None = None) -> None:
-    """Without its adapter, a PEFT model is what it was before training, or ValueError.
-
-    Args:
-        model: the model.
-        before: `some_states` of it before it got the adapter.
-    """
-    adapted: Any = unwrap(model)
-    with adapted.disable_adapter():  # which also freezes what belongs to it
-        left = [name for name, parameter in adapted.named_parameters() if parameter.requires_grad]
-        now = None if before is None else some_states(adapted)
-    if before is not None and now is not None and not _difference(now, before) < 1e-3:
-        raise ValueError(
-            "the KL needs a reference, which is model without its adapter, but peft_config changes that too (as the "
-            "init_lora_weights of PiSSA and OLoRA do); use another, or beta = 0"
-        )
-    if left:
-        raise ValueError(
-            "the KL needs a reference, which is model without its adapter, but training would change that too: "
-            f"{len(left)} parameters outside of the adapter require gradients, the first of them {left[0]} "
-            '(an adapter with a `bias` other than "none" has such); freeze them'
-        )
-
-
 def is_reentrant(arguments: Mapping[str, Any]) -> bool:
     """Whether torch checkpoints reentrantly with these arguments: it does if they don't say."""
     word = arguments.get("use_reentrant")
@@ -136,7 +110,7 @@ def check_checkpointing(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def some_states(model: nn.Module, training: bool = False) -> torch.Tensor | None:
+def _some_states(model: nn.Module, training: bool = False) -> torch.Tensor | None:
     """Hidden states of a few tokens in eval or training mode; None where the weights are not here."""
     parts = read_language_model(model)
     if _is_abstract(parts.table):
@@ -148,7 +122,7 @@ def some_states(model: nn.Module, training: bool = False) -> torch.Tensor | None
 
 def check_training_mode(model: nn.Module) -> None:
     """The same hidden states in training mode as in the eval mode of the rollout, or ValueError."""
-    expected, *trained = (some_states(model, training) for training in (False, True, True))
+    expected, *trained = (_some_states(model, training) for training in (False, True, True))
     if expected is None:
         return
     difference = max(_difference(states, expected) for states in trained if states is not None)
