@@ -10,6 +10,7 @@ from typing import Any
 from transformers import SchedulerType, TrainingArguments
 
 from grade_kernels.ops.checks import ESTIMATORS
+from grade_kernels.training.foreign_names import refusing_foreign_settings
 from grade_kernels.training.policy import is_reentrant
 from grade_kernels.training.rewards import TRANSFORMS
 from grade_kernels.training.schedules import TAU_SCHEDULES
@@ -17,6 +18,7 @@ from grade_kernels.training.schedules import TAU_SCHEDULES
 __all__ = ["GRADEConfig"]
 
 
+@refusing_foreign_settings
 @dataclass
 class GRADEConfig(TrainingArguments):
     """Settings of `GRADETrainer`, on top of those of `transformers.TrainingArguments`.
@@ -27,7 +29,8 @@ class GRADEConfig(TrainingArguments):
 
     Raises:
         TypeError: a setting of a wrong type.
-        ValueError: a setting out of range, or settings that contradict each other.
+        ValueError: a setting out of range, settings that contradict each other, or one of TRL's that would be ignored
+            here, with the reason.
     """
 
     # Adam with a reward's gradient needs no advantage normalisation and no clipping of ratios; a rate between that of
@@ -72,6 +75,11 @@ class GRADEConfig(TrainingArguments):
     feedback_hops: int | str = field(default=4, metadata={"help": 'Sweeps through time, or "exact".'})
     # 0.02 holds the demo at a reward of 0.86 and KL 1.5 nats per completion; 0.01 reaches 0.94 at 2.6.
     beta: float = field(default=0.01, metadata={"help": "Factor of the KL to the reference; 0 holds no reference."})
+    # By its name in TRL's DPOConfig.
+    ref_adapter_name: str | None = field(
+        default=None,
+        metadata={"help": "The adapter of the policy that is the KL's reference, in place of the policy as it came."},
+    )
     max_completion_length: int = field(default=64, metadata={"help": "Completions are cut off after so many tokens."})
     # A pathwise gradient needs no group of completions to compare: more prompts teach more than more completions.
     num_generations: int = field(default=1, metadata={"help": "Completions per prompt."})
@@ -87,8 +95,30 @@ class GRADEConfig(TrainingArguments):
         default=None,
         metadata={"help": "Keywords of from_pretrained, where the model is a name (on the command line: JSON)."},
     )
+    # Code of a model's repository runs on this machine, so somebody must have said that it may.
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Whether models and tokenizers given by name may bring code of their own."}
+    )
+    shuffle_dataset: bool = field(
+        default=True,
+        metadata={"help": "Whether prompts come in random order; False is train_sampling_strategy=sequential."},
+    )
+    # What such a checkpoint lacks begins anew, so a run that goes on from it is not the uninterrupted one.
+    allow_partial_checkpoint: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether to resume, from what is there, from a checkpoint that another trainer wrote or whose "
+            "optimizer files were removed."
+        },
+    )
     log_completions: bool = field(
         default=False, metadata={"help": "Whether to show a table of prompts and completions at every logging step."}
+    )
+    log_unique_prompts: bool = field(
+        default=False, metadata={"help": "Whether that table shows each prompt once, with its first completion."}
+    )
+    log_multimodal: bool = field(
+        default=True, metadata={"help": "TRL's switch for images in that table; there are none, so it changes nothing."}
     )
     num_completions_to_print: int | None = field(
         default=8, metadata={"help": "Rows of that table; None shows the whole batch."}
@@ -174,6 +204,8 @@ class GRADEConfig(TrainingArguments):
                 raise ValueError(f"model_init_kwargs must be JSON, got {self.model_init_kwargs!r}: {error}") from error
         if not isinstance(self.model_init_kwargs, dict | None):
             raise TypeError(f"model_init_kwargs must be a dict or None, got {self.model_init_kwargs!r}")
+        if self.ref_adapter_name is not None and not isinstance(self.ref_adapter_name, str):
+            raise TypeError(f"ref_adapter_name must be an adapter's name or None, got {self.ref_adapter_name!r}")
         rows = self.num_completions_to_print
         if rows is not None and (isinstance(rows, bool) or not isinstance(rows, int)):
             raise TypeError(f"num_completions_to_print must be an int or None, got {rows!r}")

@@ -7,6 +7,7 @@ of the trained parameters alone.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import warnings
 from abc import ABC, abstractmethod
@@ -35,6 +36,7 @@ __all__ = [
     "has_adapter",
     "is_adapted",
     "reference_for_loss",
+    "reference_for_training",
 ]
 
 # Models whose trained adapter `reference_for_loss` has warned of, or found to be fresh.
@@ -52,6 +54,7 @@ class Reference(ABC):
             model: the policy, in whatever wrapper. It is as it was again on leaving.
         """
 
+    @abstractmethod
     def check(self, model: nn.Module, policy: LanguageModel, length: int = 0) -> None:
         """ValueError where this can not be the reference of a policy.
 
@@ -155,9 +158,7 @@ class NamedAdapter(Reference):
             raise ValueError(f"ref_adapter_name must be one of the model's adapters {known}, got {self.name!r}")
         if self.name in inner.active_adapters:
             raise ValueError(f"ref_adapter_name = {self.name!r} is the adapter that the policy itself uses")
-        trained = [
-            name for name, p in inner.named_parameters() if p.requires_grad and f".{self.name}." in f".{name}."
-        ]
+        trained = [name for name, p in inner.named_parameters() if p.requires_grad and f".{self.name}." in f".{name}."]
         if trained:
             raise ValueError(
                 f"ref_adapter_name = {self.name!r} must not be trained, but {len(trained)} of its parameters require "
@@ -278,7 +279,7 @@ class FrozenCopy(Reference):
                 parameter = parameters[name]
                 value = self._value_for(name, parameter)
                 if isinstance(parameter, DTensor):
-                    local = parameter.detach().to_local()
+                    local = _local(parameter)
                     overwritten.append((local, local.clone()))
                     local.copy_(value)
                 else:
@@ -297,7 +298,7 @@ class FrozenCopy(Reference):
     def _value_for(self, name: str, parameter: torch.Tensor) -> torch.Tensor:
         """The copied value as the parameter is held here: on its device, in its dtype, its shard of it."""
         placed = self._placed.get(name)
-        local = parameter.detach().to_local() if isinstance(parameter, DTensor) else parameter
+        local = _local(parameter)
         if placed is None or placed.device != local.device or placed.dtype != local.dtype:
             value = self._values[name]
             if isinstance(parameter, DTensor) and not isinstance(value, DTensor):
@@ -330,18 +331,18 @@ def changes_nothing(model: nn.Module) -> bool:
     inner: Any = unwrap(model)
     active = list(inner.active_adapters)
     configs = [inner.peft_config[name] for name in active]
-    if any(str(getattr(c.peft_type, "value", c.peft_type)) != "LORA" or c.use_dora for c in configs):
+    if any(str(getattr(c.peft_type, "value", c.peft_type)) != "LORA" or getattr(c, "use_dora", False) for c in configs):
         return False
     if any(_merged(module) for module in inner.modules()):
         return False
+    factors = {"lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B"}
     for name, parameter in inner.named_parameters():
-        parts = name.split(".")
-        if parameter.requires_grad and not {"lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B"} & set(parts):
-            if "modules_to_save" not in parts:
-                return False
-        if {"lora_B", "lora_embedding_B"} & set(parts) and set(active) & set(parts):
-            if parameter.is_meta or bool(parameter.detach().ne(0).any()):
-                return False
+        parts = set(name.split("."))
+        if parameter.requires_grad and not parts & (factors | {"modules_to_save"}):
+            return False
+        outer = parts & {"lora_B", "lora_embedding_B"} and parts & set(active)
+        if outer and (parameter.is_meta or bool(parameter.detach().ne(0).any())):
+            return False
     for module in inner.modules():
         copies = getattr(module, "modules_to_save", None)
         if isinstance(copies, nn.ModuleDict):
@@ -389,6 +390,34 @@ def reference_for_loss(
     return WithoutAdapter()
 
 
+def reference_for_training(
+    policy: nn.Module, ref_model: nn.Module | Reference | None, ref_adapter_name: str | None, beta: float
+) -> Reference | None:
+    """What the trainer compares with: what was given, or the policy as training begins; None for no KL.
+
+    Raises:
+        ValueError: two references, or one that can not be the policy's.
+    """
+    if ref_model is not None and ref_adapter_name is not None:
+        raise ValueError("give ref_model or ref_adapter_name, not both")
+    reference: Reference
+    if isinstance(ref_model, Reference):
+        reference = ref_model
+    elif ref_model is not None:
+        reference = OtherModel(ref_model.eval().requires_grad_(False))
+    elif ref_adapter_name is not None:
+        reference = NamedAdapter(ref_adapter_name)
+    elif beta == 0.0:
+        return None
+    elif has_adapter(policy) and changes_nothing(policy):
+        reference = WithoutAdapter()
+    elif is_adapted(policy):
+        reference = FrozenCopy(policy)
+    else:
+        reference = OtherModel(copy.deepcopy(policy).eval().requires_grad_(False))
+    return reference
+
+
 @torch.no_grad()
 def fingerprint(model: nn.Module) -> str | None:
     """A digest of a few values of every parameter, to know a reference again; None where they are not all here."""
@@ -406,6 +435,12 @@ def fingerprint(model: nn.Module) -> str | None:
 def _named(model: nn.Module) -> dict[str, nn.Parameter]:
     """Parameters by the name that they have without the wrapper of activation checkpointing."""
     return {name.replace("_checkpoint_wrapped_module.", ""): p for name, p in model.named_parameters()}
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    """What this process holds of a tensor, without graph."""
+    detached = tensor.detach()
+    return detached.to_local() if isinstance(detached, DTensor) else detached
 
 
 def _belongs(model: Any, name: str) -> bool:

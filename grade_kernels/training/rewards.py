@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from grade_kernels.training.text_rewards import is_async
+
 __all__ = [
     "TRANSFORMS",
     "DifferentiableReward",
@@ -57,9 +59,14 @@ def reward_table(reward: Any, name: str = "reward") -> torch.Tensor:
     """The reward's table `[V, D]`.
 
     Raises:
-        TypeError: no callable, or without a floating `embedding`.
+        TypeError: no callable, one that returns a coroutine, or without a floating `embedding`.
         ValueError: a table that is not two-dimensional.
     """
+    if is_async(reward):
+        raise TypeError(
+            f"{name} is asynchronous, but a differentiable reward is a part of the graph that backward runs through: it "
+            "must return its tensor at once (only rewards of text may be `async def`)"
+        )
     table = getattr(reward, "embedding", None)
     if isinstance(table, nn.Embedding):
         table = table.weight

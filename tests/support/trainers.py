@@ -21,7 +21,10 @@ def config(path, **changes):
 
 
 def build(path, model=None, reward=None, dataset=None, **changes):
-    others = ("eval_dataset", "peft_config", "callbacks", "reward_processing_classes")
+    others = (
+        "eval_dataset", "peft_config", "callbacks", "reward_processing_classes", "ref_model", "compute_metrics",
+        "model_init", "optimizers", "optimizer_cls_and_kwargs",
+    )  # fmt: skip
     arguments = {name: changes.pop(name) for name in others if name in changes}
     return GRADETrainer(
         model=policy("gpt2", dtype=torch.float32) if model is None else model,
