@@ -176,6 +176,10 @@ class GRADETrainer(Trainer):
             enable_full_determinism(args.seed) if args.full_determinism else set_seed(args.seed)
             self.model_init = model_init
             model = super().call_model_init()
+        if model is None:
+            raise ValueError("model must be given, or model_init")
+        if reward_funcs is None:
+            raise ValueError("reward_funcs must be given")
         self._peft_config, self._ref_model_given = peft_config, None
         policy = _load_policy(model, args, peft_config, quantization_config)
         parts = read_language_model(policy)

@@ -11,8 +11,9 @@ import torch
 
 pytest.importorskip("transformers")
 pytest.importorskip("datasets")
-peft = pytest.importorskip("peft")
+pytest.importorskip("peft")
 
+import peft
 from datasets import Dataset
 from safetensors.torch import load_file
 
@@ -20,7 +21,7 @@ from grade_kernels import GumbelNoise
 from grade_kernels.training import FrozenCopy, NamedAdapter, OtherModel, WithoutAdapter, checkpoints, grade_loss
 from grade_kernels.training.reference import changes_nothing
 from tests.support.trainers import PROMPTS, build, same, weights
-from tests.support.training_models import VOCAB, BagReward, gradients, policy, prompts, worst_difference
+from tests.support.training_models import BagReward, gradients, policy, prompts, worst_difference
 
 TARGETS = {"target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
 KINDS = {
@@ -40,7 +41,9 @@ def shaken(model, by=0.3, seed=11):
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
-                parameter.add_(by * torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(parameter))
+                parameter.add_(
+                    by * torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(parameter)
+                )
     return model
 
 
@@ -235,9 +238,9 @@ def test_the_functional_core_says_which_reference_it_takes():
         loss_of(model, ref_model="gpt2")
     with pytest.raises(ValueError, match="not both"):
         loss_of(model, ref_model=other, ref_adapter_name="default")
+    frozen = FrozenCopy(model)
+    next(p for name, p in model.named_parameters() if "layernorm" in name).requires_grad_(True)
     with pytest.raises(ValueError, match="training would change the reference too: 1 parameters"):
-        frozen = FrozenCopy(model)
-        next(p for name, p in model.named_parameters() if "layernorm" in name).requires_grad_(True)
         loss_of(model, ref_model=frozen)
     with pytest.raises(ValueError, match="parameters outside of the adapter require gradients"):
         loss_of(model)
@@ -335,7 +338,7 @@ def test_a_whole_model_that_came_trained_is_not_its_own_reference(tmp_path, capl
     whole.train()
     folder = tmp_path / "run" / "checkpoint-2"
     assert json.loads((folder / "grade_reference.json").read_text())["kind"] == "OtherModel"
-    with pytest.raises(ValueError, match="was trained with another reference .* give model as at the beginning"):
+    with pytest.raises(ValueError, match=r"was trained with another reference .* give model as at the beginning"):
         saving(tmp_path / "run", type(whole.model).from_pretrained(folder)).train(resume_from_checkpoint=str(folder))
     trained = type(whole.model).from_pretrained(folder)
     trainer = saving(tmp_path / "run", trained, ref_model=policy("llama", dtype=torch.float32))
@@ -350,6 +353,5 @@ def test_a_whole_model_that_came_trained_is_not_its_own_reference(tmp_path, capl
 def test_a_copy_of_another_policy_is_not_taken(tmp_path):
     saving(tmp_path, trained_adapter()).train()
     frozen = FrozenCopy(trained_adapter("ia3"))
-    with pytest.raises(ValueError, match="holds the reference of another policy: .* differ in name or shape"):
+    with pytest.raises(ValueError, match=r"holds the reference of another policy: .* differ in name or shape"):
         frozen.load(tmp_path / "checkpoint-2" / "grade_reference.safetensors")
-    assert VOCAB == 61

@@ -308,25 +308,16 @@ def test_lora_trains_the_adapter_alone_and_refers_to_the_model_without_it(tmp_pa
     assert trainer.ref_model is None
     train_adapter_alone(trainer)
     logs = [entry for entry in trainer.state.log_history if "kl" in entry]
-    assert abs(logs[0]["kl"]) < 1e-4 < logs[-1]["kl"]
+    assert logs[0]["kl"] == 0.0
+    assert logs[-1]["kl"] > 1e-4
     with pytest.raises(ValueError, match="has an adapter already"):
         build(tmp_path, model=trainer.model, peft_config=adapter)
     bad = peft.LoraConfig(r=4, target_modules=["lm_head"], task_type="CAUSAL_LM")
     with pytest.raises(ValueError, match="must leave the LM head"):
         build(tmp_path, peft_config=bad)
-    bad = peft.LoraConfig(r=4, target_modules=["c_attn"], bias="all")
-    with pytest.raises(ValueError, match="parameters outside of the adapter require gradients"):
+    bad = peft.LoraConfig(r=4, target_modules=["c_attn"], task_type="CAUSAL_LM", alora_invocation_tokens=[3])
+    with pytest.raises(ValueError, match="an adapter that tokens invoke"):
         build(tmp_path, peft_config=bad)
-    for bad, message in (
-        ({"init_lora_weights": "olora"}, "peft_config changes that too"),
-        ({"alora_invocation_tokens": [3]}, "an adapter that tokens invoke"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            build(tmp_path, peft_config=peft.LoraConfig(r=4, target_modules=["c_attn"], task_type="CAUSAL_LM", **bad))
-    adapted = peft.get_peft_model(policy("gpt2", dtype=torch.float32), adapter)
-    adapted.base_model.model.transformer.ln_f.weight.requires_grad_(True)  # which the reference would share
-    with pytest.raises(ValueError, match=r"the first of them base_model.model.transformer.ln_f.weight"):
-        build(tmp_path, model=adapted)
 
 
 def test_adapters_of_transformers_own(tmp_path):
