@@ -13,6 +13,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from weakref import WeakSet
@@ -23,7 +24,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from grade_kernels.training.policy import LanguageModel, evaluating, gather_root, read_language_model, unwrap
+from grade_kernels.training.policy import LanguageModel, _active, evaluating, gather_root, read_language_model, unwrap
 
 __all__ = [
     "FrozenCopy",
@@ -204,7 +205,7 @@ class FrozenCopy(Reference):
         """The policy's parts, meanwhile with the copied values in them."""
         inner = unwrap(model)
         with _unmerged(inner), self._in_place(inner), evaluating(inner):
-            yield read_language_model(inner)
+            yield self._with_own_head(inner, read_language_model(inner))
 
     def check(self, model: nn.Module, policy: LanguageModel, length: int = 0) -> None:
         """ValueError where the policy trains other parameters than were copied."""
@@ -253,6 +254,21 @@ class FrozenCopy(Reference):
             else:
                 self._values[name] = state[name].to(value.device, value.dtype)
         self._placed.clear()
+
+    def _with_own_head(self, inner: nn.Module, parts: LanguageModel) -> LanguageModel:
+        """Parts whose LM head keeps the copied values: it is read once more when the policy has its own ones again."""
+        active = _active(parts.head)
+        weight, bias = active.weight.detach(), None if active.bias is None else active.bias.detach()
+        names = {name for name, module in inner.named_modules() if module is active}
+        trained = any(f"{name}.{own}" in self._values for name in names for own in ("weight", "bias"))
+        if trained and any(isinstance(module, FSDPModule) for module in inner.modules()):
+            # What is gathered is overwritten where it stands.
+            weight, bias = weight.clone(), None if bias is None else bias.clone()
+        head = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+        head.weight = nn.Parameter(weight, requires_grad=False)
+        if bias is not None:
+            head.bias = nn.Parameter(bias, requires_grad=False)
+        return replace(parts, head=head)
 
     @contextmanager
     def _in_place(self, inner: nn.Module) -> Iterator[None]:

@@ -80,9 +80,13 @@ def weights_of(model):
     return {name: value.clone() for name, value in model.state_dict().items()}
 
 
-@pytest.mark.parametrize("kind", list(KINDS))
-def test_a_frozen_copy_equals_a_copy_of_the_whole_model(kind):
-    model = trained_adapter(kind, dtype=torch.float64)
+@pytest.mark.parametrize(
+    ("kind", "family"), [*((kind, "llama") for kind in KINDS), ("lora with every bias", "phi"), ("lora", "qwen2")]
+)
+def test_a_frozen_copy_equals_a_copy_of_the_whole_model(kind, family):
+    model = trained_adapter(kind, family=family, dtype=torch.float64)
+    if family == "phi":
+        assert model.get_output_embeddings().bias.requires_grad, "the LM head's own bias is trained too"
     whole, frozen = copy.deepcopy(model).requires_grad_(False), FrozenCopy(model)
     assert sum(value.numel() for value in frozen.state().values()) == sum(
         p.numel() for p in model.parameters() if p.requires_grad
