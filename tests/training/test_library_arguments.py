@@ -58,6 +58,8 @@ def test_metrics_are_computed_of_completions_and_their_prompts(tmp_path):
     assert "eval_reward" in log
     assert predictions.shape == (6, 6)
     tokenizer = word_tokenizer()
+    assert (labels == -100).any()
+    assert labels[labels != -100].min() > 0, "no padding"
     decoded = [tokenizer.decode(row[row != -100], skip_special_tokens=True) for row in labels]
     assert decoded == PROMPTS[:6]
     answer = trainer.predict(HELD_OUT)
@@ -120,6 +122,14 @@ def test_a_model_is_built_anew_for_every_training(tmp_path):
     plain.train()
     assert same(first, weights(plain))
     assert plain.state.log_history[0]["kl"] == 0.0 == trainer.state.log_history[0]["kl"], "its own reference each time"
+
+
+def test_each_model_that_is_built_is_its_own_reference(tmp_path):
+    seeds = iter(range(9))
+    trainer = from_init(tmp_path, lambda: tiny(next(seeds)), max_steps=1)
+    for _ in range(2):
+        trainer.train()
+        assert trainer.state.log_history[0]["kl"] == 0.0
 
 
 def test_a_model_that_is_built_gets_dropout_off_and_an_adapter(tmp_path):

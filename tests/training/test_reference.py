@@ -165,6 +165,19 @@ def test_a_named_adapter_is_the_reference(tmp_path):
     assert same(sft, {name: value for name, value in weights(trainer).items() if ".sft." in name})
 
 
+@pytest.mark.parametrize("reference", ["named", "without"])
+def test_what_was_frozen_by_hand_stays_frozen(reference):
+    model = trained_adapter(name="policy", dtype=torch.float64)
+    model.add_adapter("sft", KINDS["lora"]())
+    model.set_adapter("policy")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad and "lora_B" in name)
+    flags = [p.requires_grad for p in model.parameters()]
+    options = {"ref_adapter_name": "sft"} if reference == "named" else {"ref_model": WithoutAdapter()}
+    loss_of(model, **options).loss.backward()
+    assert flags == [p.requires_grad for p in model.parameters()]
+
+
 def test_a_reference_of_ones_own(tmp_path):
     other = policy("llama", seed=5, dtype=torch.float32)
     other.save_pretrained(tmp_path / "other")
