@@ -18,7 +18,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, HfAr
 from grade_kernels.training.callbacks import TrainingInterrupted
 from grade_kernels.training.checkpoints import complete_checkpoints
 from grade_kernels.training.config import GRADEConfig
-from grade_kernels.training.foreign_names import asks_for_nothing, reason_for_setting
+from grade_kernels.training.foreign_names import reason_for_setting
 from grade_kernels.training.rewards import OUTPUTS, SequenceClassificationReward
 from grade_kernels.training.trainer import GRADETrainer, load_by_name
 
@@ -120,7 +120,6 @@ def parse(argv: Sequence[str]) -> tuple[RunArguments, GRADEConfig]:
     parser.add_argument("--config", help="A YAML file of settings by these names; the command line overrides it.")
     settings = {} if file.config is None else _read_yaml(Path(file.config))
     known = {action.dest for action in parser._actions}
-    settings = {name: value for name, value in settings.items() if name in known or not asks_for_nothing(name, value)}
     unknown = sorted(settings.keys() - known)
     if unknown:
         reasons = [f"{name}: {reason}" for name in unknown if (reason := reason_for_setting(name))]

@@ -1,8 +1,8 @@
 """Arguments and settings of transformers' and TRL's trainers that have no meaning here, each with the reason.
 
-Whoever comes from `GRPOTrainer` or `RLOOTrainer` passes them by habit. A value that asks for nothing (`use_vllm=False`,
-`temperature=1.0`) is taken without a word; any other one is refused, since it would be ignored. docs/training.md has the
-same as a table.
+Whoever comes from `GRPOTrainer` or `RLOOTrainer` passes them by habit. In Python a value that asks for nothing
+(`use_vllm=False`, `temperature=1.0`) is taken without a word; any other one is refused, since it would be ignored. The
+command line knows none of the names, and says why. docs/training.md has the same as a table.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ __all__ = [
     "ARGUMENTS",
     "PREFIXES",
     "SETTINGS",
-    "asks_for_nothing",
     "reason_for_setting",
     "refuse_arguments",
     "refusing_foreign_settings",
@@ -103,6 +102,8 @@ SETTINGS: dict[str, Foreign] = {
     "pad_to_multiple_of": Foreign("batches are padded to their longest row"),
     "max_tool_calling_iterations": Foreign(_TOOLS),
     "log_completions_hub_repo": Foreign("completions are shown in the terminal alone"),
+    "wandb_log_unique_prompts": Foreign("it is called log_unique_prompts", (None, False)),
+    "use_liger_loss": Foreign("operations through the LM head are this package's own", (None, False)),
     "use_vllm": Foreign(_NO_ENGINE, (None, False)),
     "use_transformers_paged": Foreign(_NO_ENGINE, (None, False)),
     "use_transformers_continuous_batching": Foreign(_NO_ENGINE, (None, False)),
@@ -120,12 +121,6 @@ def reason_for_setting(name: str) -> str | None:
     """Why there is no such setting; None for a name that is nobody's."""
     foreign = _setting(name)
     return None if foreign is None else foreign.reason
-
-
-def asks_for_nothing(name: str, value: Any) -> bool:
-    """Whether a setting of others has a value that changes nothing here either."""
-    foreign = _setting(name)
-    return foreign is not None and value in foreign.harmless
 
 
 def refuse_arguments(trainer: str, given: Mapping[str, Any]) -> None:

@@ -357,7 +357,7 @@ def changes_nothing(model: nn.Module) -> bool:
         if parameter.requires_grad and not parts & (factors | {"modules_to_save"}):
             return False
         outer = parts & {"lora_B", "lora_embedding_B"} and parts & set(active)
-        if outer and (parameter.is_meta or bool(parameter.detach().ne(0).any())):
+        if outer and (parameter.is_meta or bool(_local(parameter).ne(0).any())):
             return False
     for module in inner.modules():
         copies = getattr(module, "modules_to_save", None)
@@ -365,7 +365,9 @@ def changes_nothing(model: nn.Module) -> bool:
             original = module.original_module.state_dict()  # type: ignore[union-attr, operator]
             for name in set(active) & set(copies):
                 state = copies[name].state_dict()
-                if any(not torch.equal(state[key], original[key].to(state[key].dtype)) for key in state):
+                if any(
+                    not torch.equal(_local(state[key]), _local(original[key]).to(state[key].dtype)) for key in state
+                ):
                     return False
     return True
 

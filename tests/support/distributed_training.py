@@ -115,6 +115,7 @@ def fsdp_reference(path: Path) -> None:
     from torch.distributed.fsdp import fully_shard
 
     from grade_kernels.training import FrozenCopy, WithoutAdapter
+    from grade_kernels.training.reference import changes_nothing
 
     dist.init_process_group("gloo")
     ids, mask = prompts((4, 2, 3, 5))
@@ -144,6 +145,7 @@ def fsdp_reference(path: Path) -> None:
             moved(model)
             moved(plain)
         assert expected.kl.min() > 1e-3
+        assert not changes_nothing(model)
         if kind != "without":
             state = reference.state()
             assert all(torch.equal(value, whole.state()[name]) for name, value in state.items())
