@@ -15,6 +15,7 @@ from torch import nn
 from grade_kernels.noise import GumbelNoise
 from grade_kernels.ops import checks
 from grade_kernels.ops.head import canonical_eps
+from grade_kernels.training.numbers import plain
 from grade_kernels.training.policy import (
     LanguageModel,
     check_adapter_reference,
@@ -24,6 +25,7 @@ from grade_kernels.training.policy import (
     read_language_model,
     unwrap,
 )
+from grade_kernels.training.positions import check_positions, position_limit
 from grade_kernels.training.replay import replay
 from grade_kernels.training.rewards import DifferentiableReward, Objective, weighted_sum
 from grade_kernels.training.rollout import Rollout, rollout
@@ -133,6 +135,8 @@ def objectives_loss(
     skip_truncated: bool = False,
 ) -> GradeLoss:
     """`grade_loss` for several weighted rewards; with `skip_truncated`, completions that never ended count nothing."""
+    max_new_tokens, tau, feedback_hops, eps, beta = map(plain, (max_new_tokens, tau, feedback_hops, eps, beta))
+    eos_token_id, pad_token_id = plain(eos_token_id), plain(pad_token_id)
     gather_root(unwrap(model))
     policy = read_language_model(model)
     hops = _checked_hops(feedback_hops)
@@ -154,6 +158,12 @@ def objectives_loss(
         raise ValueError(f"beta must not be negative, and finite, got {beta}")
     if beta != 0.0 and ref_model is None and not hasattr(unwrap(model), "disable_adapter"):
         raise ValueError(f"ref_model must be given for beta = {beta}: the model has no adapter to switch off")
+    ref_config: Any = getattr(ref_model, "config", None)
+    if ref_config is not None and position_limit(ref_config) != position_limit(policy.model.config):
+        lengths = attention_mask.sum(dim=1)
+        check_positions(
+            ref_config, "max_new_tokens", max_new_tokens, int(lengths.min()), int(lengths.max()), "reference"
+        )
     if beta != 0.0 and ref_model is None:
         check_adapter_reference(model)
     if hops != 0:
@@ -259,29 +269,8 @@ def check_prompts(
     low, high = int(input_ids.min()), int(input_ids.max())
     if low < 0 or high >= policy.vocab_size:
         raise ValueError(f"input_ids must lie in [0, {policy.vocab_size}), got values in [{low}, {high}]")
-    limit = getattr(policy.model.config, "max_position_embeddings", None)
-    longest = int(real.sum(dim=1).max())
-    if isinstance(limit, int) and limit > 0 and longest + max_new_tokens > limit:
-        raise ValueError(
-            f"max_new_tokens = {max_new_tokens} after a prompt of {longest} tokens is more than the model's "
-            f"{limit} positions"
-        )
-    shortest = int(real.sum(dim=1).min())
-    for original in _frequency_limits(policy.model.config):
-        # What is cached of the first tokens would be of other frequencies than what a replay reads of them.
-        if shortest <= original < longest + max_new_tokens - 1:
-            raise ValueError(
-                f"max_new_tokens = {max_new_tokens} after prompts of {shortest} to {longest} tokens passes position "
-                f"{original}, where the model's rotary frequencies (longrope) change for all positions"
-            )
-
-
-def _frequency_limits(config: Any) -> list[int]:
-    """Lengths beyond which a model reads every position by other rotary frequencies."""
-    rope = getattr(config, "rope_parameters", None) or {}
-    # Either one set of parameters, or one for each type of layer.
-    sets = [rope, *(value for value in rope.values() if isinstance(value, dict))]
-    return [int(one["original_max_position_embeddings"]) for one in sets if one.get("rope_type") == "longrope"]
+    lengths = real.sum(dim=1)
+    check_positions(policy.model.config, "max_new_tokens", max_new_tokens, int(lengths.min()), int(lengths.max()))
 
 
 def _checked_hops(feedback_hops: object) -> int | None:

@@ -54,13 +54,14 @@ from grade_kernels.training.policy import (
     some_states,
     unwrap,
 )
-from grade_kernels.training.prompts import (
-    PromptCollator,
-    RepeatedPrompts,
-    check_prompt_dataset,
+from grade_kernels.training.prompt_tokens import (
+    TEMPLATE_COLUMNS,
+    PromptTokenizer,
     is_conversation,
     prompt_text,
+    tokenizer_of,
 )
+from grade_kernels.training.prompts import PromptCollator, RepeatedPrompts, check_prompt_dataset, room_for
 from grade_kernels.training.replay import Layout, completion_kl, completion_logprobs, refer, score_completions
 from grade_kernels.training.rewards import (
     NonFiniteRewardError,
@@ -91,9 +92,12 @@ class GRADETrainer(Trainer):
             which is logged and not optimised; in conversations a completion is a list of one message. At least one must
             be differentiable. Columns are the data set's, as lists.
         args: settings. Default: `GRADEConfig` with an output directory named after the model.
-        train_dataset: with a column `prompt`, strings or lists of messages.
+        train_dataset: with a column `prompt`, strings or lists of messages. Columns `tools`, `documents` and
+            `chat_template_kwargs` reach the chat template; those and all others are columns of the rewards. Its prompts
+            are checked here where it has a length (see `PromptCollator.fitting`).
         eval_dataset: the same, or a dict of such.
-        processing_class: the policy's tokenizer. Default: the one saved with the model.
+        processing_class: the policy's tokenizer, or a processor, whose tokenizer is used and which is saved with the
+            model as it is. Default: the tokenizer saved with the model.
         reward_processing_classes: a reward's tokenizer, or one per reward (None where there is none), to check that it
             gives every token the same id.
         callbacks: in addition to the library's.
@@ -139,26 +143,19 @@ class GRADETrainer(Trainer):
         if args.torch_compile:
             logger.warning("torch_compile has no effect: replay reads hidden states from inside the model")
         for name, dataset in (("train_dataset", train_dataset), *_named_datasets(eval_dataset)):
-            check_prompt_dataset(name, dataset)
+            check_prompt_dataset(name, dataset, args.remove_unused_columns)
         if args.num_generations > 1 and isinstance(train_dataset, torch.utils.data.IterableDataset):
             raise ValueError("num_generations > 1 needs a train_dataset with a length, got an iterable one")
         policy = _load_policy(model, args, peft_config)
         parts = read_language_model(policy)
-        limit = getattr(parts.model.config, "max_position_embeddings", None)
-        if isinstance(limit, int) and 0 < limit <= args.max_completion_length:
-            raise ValueError(
-                f"max_completion_length = {args.max_completion_length} leaves no room for a prompt in the model's {limit} "
-                "positions"
-            )
         if processing_class is None:
             name = parts.model.config._name_or_path
             if not name:
                 raise ValueError("processing_class must be the policy's tokenizer: the model has no name to find it by")
             processing_class = load_by_name("the tokenizer of model", AutoTokenizer, name)
-        if not callable(processing_class):
-            raise TypeError(f"processing_class must be a tokenizer, got {type(processing_class).__name__}")
-        self._end_ids = _end_of_sequence(parts, processing_class)
-        pad = getattr(processing_class, "pad_token_id", None)
+        self._tokenizer = tokenizer_of(processing_class)
+        self._end_ids = _end_of_sequence(parts, self._tokenizer)
+        pad = getattr(self._tokenizer, "pad_token_id", None)
         self._pad_id = int(pad) if pad is not None else (self._end_ids or (0,))[0]
         if args.mask_truncated_completions and not self._end_ids:
             raise ValueError(
@@ -177,14 +174,25 @@ class GRADETrainer(Trainer):
             check_training_mode(policy)
         for objective in self.objectives:
             check_vocabulary(objective, parts)
-        _check_tokenizers(reward_funcs, reward_processing_classes, processing_class)
+        room = room_for(parts.model.config, self.objectives, args)
+        _check_tokenizers(reward_funcs, reward_processing_classes, self._tokenizer)
         self.ref_model = None
         if args.beta > 0.0 and hasattr(policy, "disable_adapter"):
             check_adapter_reference(policy)
         elif args.beta > 0.0:
             self.ref_model = copy.deepcopy(policy).eval().requires_grad_(False)
 
-        self._collator = PromptCollator(processing_class, self._pad_id)
+        tokens = PromptTokenizer(processing_class, self._end_ids, args.chat_template_kwargs, parts.model.config)
+        self._collator = PromptCollator(
+            tokens,
+            self._pad_id,
+            room,
+            vocab_size=parts.vocab_size,
+            drops_columns=args.remove_unused_columns,
+            progress=not args.disable_tqdm,
+        )
+        train_dataset = self._collator.fitting("train_dataset", train_dataset)
+        eval_dataset = self._collator.fitting("eval_dataset", eval_dataset)
         self._metrics: dict[str, list[float]] = defaultdict(list)
         self._eval_rows: dict[str, list[torch.Tensor]] = defaultdict(list)
         self._eval_batches = self._micro_step = 0
@@ -396,7 +404,7 @@ class GRADETrainer(Trainer):
 
     def _texts(self, ids: torch.Tensor, mask: torch.Tensor) -> list[str]:
         rows = [row[m.bool()] for row, m in zip(ids, mask, strict=True)]
-        return self.processing_class.batch_decode(rows, skip_special_tokens=True)
+        return self._tokenizer.batch_decode(rows, skip_special_tokens=True)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The library's, timed; `step_time` is that of an optimizer step, with all batches that it accumulates."""
@@ -435,7 +443,17 @@ class GRADETrainer(Trainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
-            self._signature_columns: Any = ["prompt"]
+            self._signature_columns: Any = ["prompt", *TEMPLATE_COLUMNS]
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """The library's, of a data set of its own checked as those of the constructor were."""
+        if eval_dataset is not None and not isinstance(eval_dataset, str):
+            eval_dataset = self._collator.fitting("eval_dataset", eval_dataset)
+        return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
+        """The library's, of a data set checked as those of the constructor were."""
+        return super().get_test_dataloader(self._collator.fitting("test_dataset", test_dataset))
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         dataset = self.train_dataset if train_dataset is None else train_dataset
@@ -764,6 +782,8 @@ def _check_tokenizers(reward_funcs: Any, given: Any, tokenizer: Any) -> None:
     for i, (function, other) in enumerate(zip(functions, others, strict=True)):
         if other is None and isinstance(function, str):
             other = load_by_name("the tokenizer of reward", AutoTokenizer, function)
+        if other is not None:
+            other = tokenizer_of(other, f"reward_processing_classes[{i}]")
         if other is None or not hasattr(other, "get_vocab") or not hasattr(tokenizer, "get_vocab"):
             continue
         ours, theirs = tokenizer.get_vocab(), other.get_vocab()
