@@ -232,7 +232,7 @@ class PromptTokenizer:
     # -------------------------------------------------------------------------------------------------- conversations
 
     def _conversation(self, example: dict[str, Any]) -> list[int]:
-        messages = [_without_none(message) for message in example["prompt"]]
+        messages = [_uniform(_without_none(message)) for message in example["prompt"]]
         tools, arguments = self._arguments(example)
         template = arguments["chat_template"]
         ignored = [
@@ -387,6 +387,16 @@ def _without_none(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _without_none(item) for key, item in value.items() if item is not None}
     return [_without_none(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _uniform(message: dict[str, Any]) -> dict[str, Any]:
+    """A message whose content, where it is a list, is a list of parts that say what they are."""
+    content = message.get("content")
+    content = [content] if isinstance(content, dict) else content
+    if not isinstance(content, (list, tuple)):
+        return message
+    parts = [{"type": "text", "text": part} if isinstance(part, str) else {"type": "text", **part} for part in content]
+    return {**message, "content": parts}
 
 
 def _joined(content: Any) -> str:
