@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +20,12 @@ _TABLES = ("position_embeddings", "wpe", "embed_positions", "positions_embed")
 
 def text_config(config: Any) -> Any:
     """The language model's configuration, also where it is a part of a multimodal one."""
-    return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+    if not hasattr(config, "get_text_config"):
+        return config
+    try:
+        return config.get_text_config(decoder=True)
+    except ValueError:  # several parts read text
+        return config
 
 
 def position_limit(config: Any) -> int | None:
@@ -87,20 +93,26 @@ def check_positions(config: Any, name: str, new_tokens: int, shortest: int, long
     """
     limit = position_limit(config)
     if limit is not None and longest + new_tokens > limit:
-        raise ValueError(
-            _too_long(name, new_tokens, f"a prompt of {longest} tokens", f"the {whose}'s {limit} positions")
-        )
-    for original in frequency_limits(config):
+        raise ValueError(_too_long(name, new_tokens, longest, f"the {whose}", limit))
+    wrong = _frequencies_change(name, new_tokens, shortest, longest, frequency_limits(config))
+    if wrong is not None:
+        raise ValueError(wrong)
+
+
+def _too_long(name: str, new_tokens: int, length: int, whose: str, limit: int) -> str:
+    return f"{name} = {new_tokens} after a prompt of {length} tokens is more than {whose}'s {limit} positions"
+
+
+def _frequencies_change(name: str, new_tokens: int, shortest: int, longest: int, limits: Sequence[int]) -> str | None:
+    """What is wrong where prompts of one batch end, or go on, on both sides of such a limit; None where nothing is."""
+    for original in limits:
         # What is cached of the first tokens would be of other frequencies than what a replay reads of them.
         if shortest <= original < longest + new_tokens - 1:
-            raise ValueError(
+            return (
                 f"{name} = {new_tokens} after prompts of {shortest} to {longest} tokens passes position {original}, where "
-                f"the {whose}'s rotary frequencies (longrope) change for all positions"
+                "the model's rotary frequencies (longrope) change for all positions"
             )
-
-
-def _too_long(name: str, new_tokens: int, after: str, limit: str) -> str:
-    return f"{name} = {new_tokens} after {after} is more than {limit}"
+    return None
 
 
 @dataclass(frozen=True)
@@ -135,19 +147,16 @@ class Room:
 
     def excess(self, length: int) -> str | None:
         """Why a prompt of so many tokens does not fit, or None."""
-        prompt = f"a prompt of {length} tokens"
         if self.longest_prompt is not None and length > self.longest_prompt:
-            return f"{prompt} is longer than max_prompt_length = {self.longest_prompt}"
+            return f"a prompt of {length} tokens is longer than max_prompt_length = {self.longest_prompt}"
         for whose, limit in self.positions.items():
             if length + self.completion > limit:
-                return _too_long("max_completion_length", self.completion, prompt, f"{whose}'s {limit} positions")
-        for original in self.frequencies:
-            if length <= original < length + self.completion - 1:
-                return (
-                    f"max_completion_length = {self.completion} after {prompt} passes position {original}, where the "
-                    "model's rotary frequencies (longrope) change for all positions"
-                )
-        return None
+                return _too_long("max_completion_length", self.completion, length, whose, limit)
+        return self.mixture(length, length)
+
+    def mixture(self, shortest: int, longest: int) -> str | None:
+        """Why prompts of these lengths can not be completed in one batch, or None."""
+        return _frequencies_change("max_completion_length", self.completion, shortest, longest, self.frequencies)
 
     def cut(self, length: int) -> int:
         """How many tokens stay of a prompt that does not fit."""

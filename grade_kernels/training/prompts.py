@@ -106,6 +106,9 @@ class PromptCollator:
         """
         rows = [self._fitted(example) for example in examples]
         longest = max(len(row) for row in rows)
+        wrong = self.room.mixture(min(len(row) for row in rows), longest)
+        if wrong is not None:
+            raise ValueError(f"{wrong}; let each batch have prompts of one side")
         ids = torch.full((len(rows), longest), self.pad_token_id, dtype=torch.int64)
         mask = torch.zeros_like(ids)
         for i, row in enumerate(rows):
@@ -121,8 +124,8 @@ class PromptCollator:
         """A data set, or every one of a dict of such, with its prompts checked and without those to skip.
 
         All prompts of a data set with a length are looked at once. Those that are so short that they must fit are not
-        tokenized, which makes it a matter of seconds for a million short ones; examples of a data set without a length are
-        checked as they come.
+        tokenized, which makes it a matter of half a minute for a million short ones, and of some minutes for as many long
+        ones. Examples of a data set without a length are checked as they come.
 
         Args:
             name: what errors and warnings call it.
@@ -134,8 +137,9 @@ class PromptCollator:
         """
         if dataset is None:
             return None
-        if isinstance(dataset, dict):
+        if isinstance(dataset, dict) and "prompt" not in dataset:
             return {key: self.fitting(f"{name}[{key!r}]", part) for key, part in dataset.items()}
+        check_prompt_dataset(name, dataset, self.drops_columns)
         if not hasattr(dataset, "__len__") or isinstance(dataset, IterableDataset):
             self._counted = False
             return _Fitting.of(dataset, self._fits) if self.room.choice == "skip" else dataset

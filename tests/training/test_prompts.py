@@ -143,7 +143,7 @@ def test_byte_level_tokenizers_and_functions():
 
 
 def test_tokenizers_of_python_add_and_end_alike():
-    class Characters(tf.PythonBackend):
+    class Characters(tf.PreTrainedTokenizer):
         vocab_size = 40
 
         def get_vocab(self):
@@ -401,6 +401,8 @@ def test_prompts_that_are_too_long_are_refused_before_the_first_step(tmp_path):
     )
     for family in ("gpt2", "llama"):
         model = policy(family, dtype=torch.float32)
+        with pytest.raises(ValueError, match="test_dataset has columns"):
+            build(tmp_path, model=model).predict(Dataset.from_dict({"prompt": PROMPTS, "self": PROMPTS}))
         with pytest.raises(ValueError, match="train_dataset" + says):
             build(tmp_path, model=model, dataset=data)
         with pytest.raises(ValueError, match="eval_dataset" + says):
@@ -545,6 +547,11 @@ def test_limits_of_positions_by_family():
     room = Room(6, positions={"the model": 64}, frequencies=(16,))
     assert [length for length in range(1, 70) if room.excess(length)] == [*range(12, 17), *range(59, 70)]
     assert (room.cut(13), room.cut(70), room.unquestioned) == (11, 58, 11)
+    collator = PromptCollator(PromptTokenizer(tokenizer()), 0, room)
+    with pytest.raises(
+        ValueError, match=r"max_completion_length = 6 after prompts of 2 to 31 tokens passes position 16"
+    ):
+        collator([{"prompt": "w3"}, {"prompt": "w3 " * 30}])
 
 
 def test_prompts_that_fit_by_their_bytes_are_not_tokenized(monkeypatch):
@@ -604,8 +611,8 @@ def test_numbers_of_numpy_are_numbers(tmp_path):
         tmp_path, num_generations=np.int64(2), tau=np.float32(0.5), beta=np.float64(0.25), eps=np.float16(0.125),
         max_completion_length=np.int32(6), feedback_hops=np.uint8(2), reward_weights=np.array([1, 2]),
         max_steps=np.int64(1), per_device_train_batch_size=np.int64(4), learning_rate=np.float32(0.5), seed=np.int16(3),
-        max_prompt_length=np.int64(9), disable_dropout=np.bool_(True), num_completions_to_print=np.int64(1), chat_template_kwargs={"budget": np.int64(4)},
-        tau_schedule="linear", tau_final=np.float32(0.25),
+        max_prompt_length=np.int64(9), disable_dropout=np.bool_(True), num_completions_to_print=np.int64(1),
+        chat_template_kwargs={"budget": np.int64(4)}, tau_schedule="linear", tau_final=np.float32(0.25),
     )  # fmt: skip
     plain = {
         "num_generations": 2,
