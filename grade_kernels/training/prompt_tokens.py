@@ -254,7 +254,12 @@ class PromptTokenizer:
                 f"the chat template fails: {type(error).__name__}: {error}; the prompt begins "
                 f"{beginning_of(example['prompt'])}"
             ) from error
-        return self._around(rendered) if self._processed else list(rendered["input_ids"])
+        if not self._processed:
+            return list(rendered["input_ids"])
+        bos = getattr(self.tokenizer, "bos_token", None)
+        if bos is not None and rendered.startswith(bos):  # then processors add nothing
+            return list(self.tokenizer(rendered, add_special_tokens=False)["input_ids"])
+        return self._around(rendered)
 
     def _arguments(self, example: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """An example's tools, and all else that its chat template gets, the template itself among it."""

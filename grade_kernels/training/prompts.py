@@ -7,14 +7,13 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import nn
 from torch.utils.data import IterableDataset, Sampler, Subset
 from tqdm.auto import tqdm
 
 from grade_kernels.training.config import GRADEConfig
 from grade_kernels.training.positions import Room, frequency_limits, position_limit, position_table_limit
 from grade_kernels.training.prompt_tokens import MEDIA_COLUMNS, TEMPLATE_COLUMNS, PromptTokenizer, beginning_of
-from grade_kernels.training.rewards import Objective
+from grade_kernels.training.rewards import Objective, SequenceClassificationReward
 
 __all__ = ["PromptCollator", "RepeatedPrompts", "check_prompt_dataset", "room_for"]
 
@@ -210,7 +209,12 @@ class PromptCollator:
         """Say how many prompts were too long so far, the more seldom the more there are."""
         self._long += 1
         if str(self._long).strip("0") == "1":
-            logger.warning("%d prompts so far were %s; this one: %s", self._long, what, _explained(excess, example))
+            logger.warning(
+                "prompts %s so far because they are too long: %d; this one: %s",
+                what,
+                self._long,
+                _explained(excess, example),
+            )
 
 
 def _explained(excess: str, example: dict[str, Any]) -> str:
@@ -261,8 +265,8 @@ def room_for(config: Any, objectives: Sequence[Objective], args: GRADEConfig) ->
     if limit is not None:
         positions["the model"] = limit
     for objective in objectives:
-        model = getattr(objective.reward, "model", None)
-        table = position_table_limit(model) if isinstance(model, nn.Module) else None
+        reward = objective.reward
+        table = position_table_limit(reward.model) if isinstance(reward, SequenceClassificationReward) else None
         if table is not None:
             positions[objective.name] = table
     for whose, limit in positions.items():

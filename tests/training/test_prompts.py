@@ -382,12 +382,28 @@ def test_a_processors_tokenizer_is_taken_and_the_processor_saved(tmp_path):
         tokenizer_of(image_processor())
 
 
-def test_a_processors_beginning_is_not_doubled():
-    with_bos = PromptTokenizer(llava_processor(tokenizer("<bos> $A <eos>"), "<bos> " + PARTS))
-    without = PromptTokenizer(llava_processor(tokenizer("<bos> $A <eos>")))
-    for tokens in (with_bos, without):
-        assert tokens({"prompt": user("w3")}) == [1, 40, 3, 41]
-        assert tokens({"prompt": "w3"}) == [1, 3]
+@pytest.mark.parametrize("template", ["<bos> " + PARTS, PARTS])
+@pytest.mark.parametrize("family", ["llava", "gemma3"])
+def test_a_processors_beginning_is_not_doubled(tmp_path, family, template):
+    if family == "llava":
+        processor = llava_processor(tokenizer("<bos> $A <eos>"), template)
+    else:
+        placeholders = {"image_token": "w57", "boi_token": "w55", "eoi_token": "w56"}
+        made = tf.PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer("<bos> $A <eos>")._tokenizer, pad_token="<pad>", bos_token="<bos>",
+            eos_token="<eos>", extra_special_tokens=placeholders,
+        )  # fmt: skip
+        processor = tf.Gemma3Processor(tf.Gemma3ImageProcessor(), made, chat_template=template, image_seq_length=4)
+    trainer = build(
+        tmp_path,
+        model=multimodal(family),
+        processing_class=processor,
+        dataset=[{"prompt": user("w3")}, {"prompt": "w3 w4"}],
+    )
+    assert trainer._collator.tokens({"prompt": user("w3")}) == [1, 40, 3, 41]
+    assert trainer._collator.tokens({"prompt": "w3"}) == [1, 3]
+    trainer.save_model()
+    assert type(tf.AutoProcessor.from_pretrained(tmp_path)) is type(processor)
 
 
 # -------------------------------------------------------------------------------------------------------------- lengths
@@ -476,10 +492,8 @@ def test_long_prompts_of_a_stream_are_cut_or_skipped_as_they_come(tmp_path, capl
             )
             rows[choice] = [batch["input_ids"][0].tolist() for batch in trainer.get_train_dataloader()]
         assert rows == {"truncate": [[1, 3], [5, 6, 7], [1, 8, 9], [1, 15]], "skip": [[1, 3], [1, 8, 9], [1, 15]]}
-    assert (
-        "1 prompts so far were skipped; this one: a prompt of 5 tokens is longer than max_prompt_length" in caplog.text
-    )
-    assert "1 prompts so far were cut on the left" in caplog.text
+    for what in ("skipped", "cut on the left"):
+        assert f"prompts {what} so far because they are too long: 1; this one: a prompt of 5 tokens" in caplog.text
 
 
 def test_without_a_longest_prompt_what_leaves_no_room_is_cut_or_skipped(tmp_path):
