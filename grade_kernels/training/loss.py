@@ -15,6 +15,7 @@ from torch import nn
 from grade_kernels.noise import GumbelNoise
 from grade_kernels.ops import checks
 from grade_kernels.ops.head import canonical_eps
+from grade_kernels.training.allowed_tokens import AllowedTokens, TokenIds
 from grade_kernels.training.policy import (
     LanguageModel,
     check_adapter_reference,
@@ -73,6 +74,8 @@ def grade_loss(
     eos_token_id: int | Sequence[int] | None = None,
     pad_token_id: int | None = None,
     columns: dict[str, Any] | None = None,
+    suppress_tokens: TokenIds | None = None,
+    begin_suppress_tokens: TokenIds | None = None,
 ) -> GradeLoss:
     """Sample completions, and return a loss whose `backward()` is the gradient of their reward through the samples.
 
@@ -99,6 +102,11 @@ def grade_loss(
         eos_token_id: token or tokens that end a completion. None: nothing does.
         pad_token_id: what stands behind an end. Default: the first end of sequence, or 0.
         columns: keywords for the reward.
+        suppress_tokens: tokens that are never sampled, as ids or as a mask, bool `[V]`, True at each of them. Their
+            logits are -inf for policy and reference alike, and get no gradient; prompts may have them. Here belong the
+            rows of the head that no token has: `range(len(tokenizer), model.config.vocab_size)`. The model's
+            `generation_config` is not read.
+        begin_suppress_tokens: tokens that are not sampled as the first of a completion, given in the same way.
 
     Raises:
         NonFiniteRewardError: the reward is NaN or infinite somewhere.
@@ -109,7 +117,8 @@ def grade_loss(
     return objectives_loss(
         model, [Objective(reward)], input_ids, attention_mask, max_new_tokens=max_new_tokens, noise=noise, tau=tau,
         estimator=estimator, feedback_hops=feedback_hops, eps=eps, ref_model=ref_model, beta=beta,
-        eos_token_id=eos_token_id, pad_token_id=pad_token_id, columns=columns,
+        eos_token_id=eos_token_id, pad_token_id=pad_token_id, columns=columns, suppress_tokens=suppress_tokens,
+        begin_suppress_tokens=begin_suppress_tokens,
     )  # fmt: skip
 
 
@@ -130,21 +139,27 @@ def objectives_loss(
     eos_token_id: int | Sequence[int] | None,
     pad_token_id: int | None,
     columns: dict[str, Any] | None,
+    suppress_tokens: TokenIds | None = None,
+    begin_suppress_tokens: TokenIds | None = None,
     skip_truncated: bool = False,
 ) -> GradeLoss:
     """`grade_loss` for several weighted rewards; with `skip_truncated`, completions that never ended count nothing."""
     gather_root(unwrap(model))
     policy = read_language_model(model)
+    policy = policy.allowing(
+        AllowedTokens.without(policy.vocab_size, suppress_tokens, begin_suppress_tokens, policy.table.device)
+    )
     hops = _checked_hops(feedback_hops)
     checks.check_estimator(estimator)
     eps = canonical_eps(eps)
     ends = token_ids("eos_token_id", eos_token_id, policy.vocab_size)
     pads = token_ids("pad_token_id", pad_token_id, policy.vocab_size)
+    policy.allowed.check_ends(ends)
     pad = (pads or ends or (0,))[0]
     check_prompts(policy, input_ids, attention_mask, max_new_tokens)
     attention_mask = attention_mask.ne(0).long()
     for objective in objectives:
-        check_vocabulary(objective, policy)
+        check_vocabulary(objective, policy, pad)
         check_reward_device(objective, input_ids.device)
     if not isinstance(noise, GumbelNoise):
         raise TypeError(f"noise must be a GumbelNoise, got {type(noise).__name__}")
@@ -214,14 +229,19 @@ def token_ids(name: str, value: int | Sequence[int] | None, vocab_size: int) -> 
     return ids
 
 
-def check_vocabulary(objective: Objective, policy: LanguageModel) -> None:
-    """The reward's table has one row for every token of the policy, or ValueError."""
-    rows = objective.table.shape[0]
-    if rows != policy.vocab_size:
+def check_vocabulary(objective: Objective, policy: LanguageModel, pad_token_id: int) -> None:
+    """The reward's table has a row for every token that the policy may sample and for the padding, or ValueError.
+
+    Policy and reward with one tokenizer may be padded to different sizes: rows that are never sampled are not compared.
+    """
+    rows, last = objective.table.shape[0], policy.allowed.last(policy.vocab_size)
+    if rows <= last:
         raise ValueError(
             f"{objective.name} must share the policy's vocabulary: its embedding table has {rows} tokens, the policy "
-            f"scores {policy.vocab_size}"
+            f"scores {policy.vocab_size} and samples ids up to {last}"
         )
+    if rows <= pad_token_id:
+        raise ValueError(f"{objective.name} must have a row for pad_token_id = {pad_token_id}, but has {rows}")
 
 
 def check_reward_device(objective: Objective, device: torch.device) -> None:

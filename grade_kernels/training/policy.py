@@ -6,13 +6,15 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
+
+from grade_kernels.training.allowed_tokens import AllowedTokens
 
 __all__ = [
     "Capture",
@@ -56,6 +58,7 @@ class LanguageModel:
         reads_left_padding: whether a row that is padded on the left has the hidden states of the row alone. Not so
             where positions are counted from the row's start whatever the mask says (Bart), or where a state that stands
             for a cache counts padding (MiniMax).
+        allowed: the tokens that may be sampled.
     """
 
     model: Any
@@ -65,6 +68,7 @@ class LanguageModel:
     logit_scale: float
     softcap: float | None
     reads_left_padding: bool = True
+    allowed: AllowedTokens = field(default_factory=AllowedTokens)
 
     @property
     def vocab_size(self) -> int:
@@ -81,9 +85,14 @@ class LanguageModel:
         """Factor between a row of the table and the embedding the model reads (1 for most; Gemma has one)."""
         return _scale_of(_active(self.embedding))
 
-    def head_options(self) -> dict[str, Any]:
-        """Keyword arguments of the `linear_*` operations that describe this head."""
-        return {"bias": _active(self.head).bias, "logit_softcap": self.softcap}
+    def allowing(self, allowed: AllowedTokens) -> LanguageModel:
+        """The same model, which samples nothing but these tokens."""
+        return replace(self, allowed=allowed.to(self.table.device))
+
+    def head_options(self, first: bool = False) -> dict[str, Any]:
+        """Keyword arguments of the `linear_*` operations that describe this head, for the first tokens or for others."""
+        head = _active(self.head)
+        return {"bias": self.allowed.bias(head.weight, head.bias, first), "logit_softcap": self.softcap}
 
     def head_input(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Hidden states as the head's product takes them, scaled and in its dtype, and the head's weight."""

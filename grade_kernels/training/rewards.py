@@ -259,6 +259,16 @@ class Objective:
         """The reward's embedding table `[V, D]`."""
         return reward_table(self.reward, self.name)
 
+    def embeds(self, ids: torch.Tensor) -> torch.Tensor:
+        """The rows `[..., D]` of the table at some tokens, or ValueError where it has none."""
+        table = self.table
+        if int(ids.max()) >= len(table):
+            raise ValueError(
+                f"{self.name} must have a row for every token it reads: its embedding table has {len(table)}, but a prompt "
+                f"or its padding has token {int(ids.max())}"
+            )
+        return table[ids]
+
     def __call__(
         self, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor, columns: dict[str, Any]
     ) -> tuple[torch.Tensor, torch.Tensor]:

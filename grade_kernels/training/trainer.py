@@ -27,6 +27,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from grade_kernels.noise import GumbelNoise
 from grade_kernels.training import checkpoints, model_card
+from grade_kernels.training.allowed_tokens import ids_without_token, read_generation_config
 from grade_kernels.training.callbacks import (
     StopOnNonFiniteGradient,
     StopOnSignal,
@@ -35,6 +36,7 @@ from grade_kernels.training.callbacks import (
     show_completions,
 )
 from grade_kernels.training.config import GRADEConfig
+from grade_kernels.training.decoding import completion_texts
 from grade_kernels.training.loss import (
     GradeLoss,
     check_prompts,
@@ -157,7 +159,11 @@ class GRADETrainer(Trainer):
             processing_class = load_by_name("the tokenizer of model", AutoTokenizer, name)
         if not callable(processing_class):
             raise TypeError(f"processing_class must be a tokenizer, got {type(processing_class).__name__}")
-        self._end_ids = _end_of_sequence(parts, processing_class)
+        without_token = ids_without_token(processing_class, parts.vocab_size)
+        config = getattr(parts.model, "generation_config", None)
+        self._allowed = read_generation_config(config, parts.vocab_size, without_token)
+        self._end_ids = _end_of_sequence(parts, processing_class, without_token)
+        self._allowed.check_ends(self._end_ids)
         pad = getattr(processing_class, "pad_token_id", None)
         self._pad_id = int(pad) if pad is not None else (self._end_ids or (0,))[0]
         if args.mask_truncated_completions and not self._end_ids:
@@ -176,7 +182,7 @@ class GRADETrainer(Trainer):
             _switch_off_dropout(policy)
             check_training_mode(policy)
         for objective in self.objectives:
-            check_vocabulary(objective, parts)
+            check_vocabulary(objective, parts.allowing(self._allowed), self._pad_id)
         _check_tokenizers(reward_funcs, reward_processing_classes, processing_class)
         self.ref_model = None
         if args.beta > 0.0 and hasattr(policy, "disable_adapter"):
@@ -205,6 +211,7 @@ class GRADETrainer(Trainer):
         # The loss is the mean over a batch; without this, accumulated steps would be logged and scaled as sums.
         self.model_accepts_loss_kwargs = False
         device = self.accelerator.device
+        self._allowed = self._allowed.to(device)
         for objective in self.objectives:
             if isinstance(objective.reward, nn.Module):
                 objective.reward.to(device).eval()
@@ -236,6 +243,7 @@ class GRADETrainer(Trainer):
                 noise=self._training_noise(batch), tau=self.tau, estimator=args.estimator,
                 feedback_hops=args.feedback_hops, eps=args.eps, ref_model=self.ref_model, beta=args.beta,
                 eos_token_id=self._end_ids or None, pad_token_id=self._pad_id, columns=inputs["columns"],
+                suppress_tokens=self._allowed.suppressed, begin_suppress_tokens=self._allowed.begin_suppressed,
                 skip_truncated=args.mask_truncated_completions,
             )  # fmt: skip
         self._note_training(inputs, out)
@@ -287,7 +295,7 @@ class GRADETrainer(Trainer):
         ids, mask, args = inputs["input_ids"], inputs["attention_mask"], self.args
         with torch.no_grad(), self.accelerator.autocast():
             gather_root(unwrap(model))
-            policy = read_language_model(model)
+            policy = read_language_model(model).allowing(self._allowed)
             sample = rollout(
                 policy, ids, mask, max_new_tokens=args.max_completion_length, noise=self._evaluation_noise(len(ids)),
                 eos_token_ids=self._end_ids, pad_token_id=self._pad_id, keep_hidden=True,
@@ -300,7 +308,7 @@ class GRADETrainer(Trainer):
                 with reference_of(model, self.ref_model) as reference:
                     referred = refer(reference, Layout.of(ids, mask, sample))
                 assert sample.hidden is not None
-                kl = completion_kl(policy, referred, sample.hidden, sample.mask)
+                kl = completion_kl(policy, referred, sample.hidden, sample)
             logprobs = completion_logprobs(policy, sample)
         rows = self._rows(inputs, sample.ids, sample.mask, logprobs, values, rewards, kl)
         for name, value in rows.items():
@@ -395,8 +403,7 @@ class GRADETrainer(Trainer):
         """Nothing: completions are counted with their prompts, once they are there."""
 
     def _texts(self, ids: torch.Tensor, mask: torch.Tensor) -> list[str]:
-        rows = [row[m.bool()] for row, m in zip(ids, mask, strict=True)]
-        return self.processing_class.batch_decode(rows, skip_special_tokens=True)
+        return completion_texts(self.processing_class, ids, mask)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The library's, timed; `step_time` is that of an optimizer step, with all batches that it accumulates."""
@@ -596,7 +603,7 @@ class GRADETrainer(Trainer):
         for objective in self.objectives:
             check_reward_device(objective, ids.device)
             with torch.enable_grad(), self.accelerator.autocast():
-                embeds = objective.table[ids].requires_grad_()
+                embeds = objective.embeds(ids).requires_grad_()
                 try:
                     value, _ = objective(embeds.clone(), mask, inputs["columns"])
                 except NonFiniteRewardError:
@@ -674,12 +681,13 @@ def _load_policy(model: Any, args: GRADEConfig, peft_config: Any) -> nn.Module:
     return model
 
 
-def _end_of_sequence(parts: LanguageModel, tokenizer: Any) -> tuple[int, ...]:
+def _end_of_sequence(parts: LanguageModel, tokenizer: Any, without_token: Sequence[int]) -> tuple[int, ...]:
     """Every token that ends a completion, by tokenizer and generation config."""
     own = getattr(tokenizer, "eos_token_id", None)
     more = getattr(getattr(parts.model, "generation_config", None), "eos_token_id", None)
     # A small model of one's own may have kept the end of sequence that is its configuration's default.
-    known = [token for token in ([more] if isinstance(more, int) else more or []) if 0 <= token < parts.vocab_size]
+    has_token = set(range(parts.vocab_size)).difference(without_token)
+    known = [token for token in ([more] if isinstance(more, int) else more or []) if token in has_token]
     return token_ids("eos_token_id", list(dict.fromkeys([*([] if own is None else [own]), *known])), parts.vocab_size)
 
 
