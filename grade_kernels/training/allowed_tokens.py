@@ -151,9 +151,13 @@ def ids_without_token(tokenizer: Any, vocab_size: int) -> list[int]:
 
     Of a tokenizer that does not tell its tokens, they are the ids from its length on; without a length, none.
     """
-    if not hasattr(tokenizer, "get_vocab"):
-        return list(range(len(tokenizer), vocab_size)) if hasattr(tokenizer, "__len__") else []
-    known = set(tokenizer.get_vocab().values())
+    try:
+        known = set(tokenizer.get_vocab().values())
+    except (AttributeError, NotImplementedError):  # the base class of slow tokenizers has one that is not written
+        try:
+            return list(range(len(tokenizer), vocab_size))
+        except (TypeError, NotImplementedError):
+            return []
     # Two ids may have one text, under which a slow tokenizer's vocabulary holds only one of them.
     return [id for id in range(vocab_size) if id not in known and not _has_text(tokenizer, id)]
 

@@ -87,7 +87,7 @@ class LanguageModel:
 
     def allowing(self, allowed: AllowedTokens) -> LanguageModel:
         """The same model, which samples nothing but these tokens."""
-        return replace(self, allowed=allowed.to(self.table.device))
+        return replace(self, allowed=allowed)
 
     def head_options(self, first: bool = False) -> dict[str, Any]:
         """Keyword arguments of the `linear_*` operations that describe this head, for the first tokens or for others."""

@@ -239,9 +239,13 @@ def test_a_reference_may_be_padded_otherwise(family, estimator):
         torch.testing.assert_close(out.kl, expected.kl, rtol=1e-10, atol=1e-12)
         assert worst_difference(gradients(out.loss, model), gradients(expected.loss, model)) < 1e-10
         expected = loss_of(model, reward, reference=reference, **options)
-    with pytest.raises(ValueError, match="ref_model must score every token.* has 40 rows, but the policy samples.* 60"):
+    with pytest.raises(
+        ValueError, match=r"ref_model must score every token.* has 40 rows, but the policy samples.* 60"
+    ):
         loss_of(model, reward, reference=cut(reference), **(options | {"suppress_tokens": None, "max_new_tokens": 1}))
-    with pytest.raises(ValueError, match="ref_model must have a row for every token it reads.* has 40, but .* token 4"):
+    with pytest.raises(
+        ValueError, match=r"ref_model must have a row for every token it reads.* has 40, but .* token \d\d"
+    ):
         loss_of(
             model, reward, reference=cut(reference), **(options | {"ids": ids + 20, "suppress_tokens": range(55, 61)})
         )
@@ -418,9 +422,10 @@ def test_no_row_without_a_token_is_sampled_in_training(tmp_path, caplog, monkeyp
         trainer.train()
         prediction = trainer.predict(trainer.eval_dataset).predictions
     said = [record.getMessage() for record in caplog.records if "never sampled" in record.getMessage()]
-    assert said == [
-        "The policy's head scores 16 tokens, of which its tokenizer has 9: the rows 4, 10 to 15 are never sampled"
-    ]
+    (message,) = said
+    assert message.endswith(
+        "head scores 16 tokens, of which its tokenizer has 9: the rows 4, 10 to 15 are never sampled"
+    )
     ids = torch.cat([out.completion_ids[out.completion_mask.bool()] for out in seen])
     assert len(seen) == 30
     missing = torch.tensor([4, *range(10, 16)])
