@@ -295,3 +295,36 @@ def word_tokenizer() -> Any:
     return tf.PreTrainedTokenizerFast(
         tokenizer_object=inner, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", padding_side="left"
     )
+
+
+class SlowTokenizer(tf.PreTrainedTokenizer):
+    """A Python tokenizer of nine words, with a hole at 4: `<pad> <bos> <eos> w3`, and `w5` to `w9`."""
+
+    def __init__(self, **options: Any) -> None:
+        self.words = {word: i for i, word in enumerate(["<pad>", "<bos>", "<eos>", *(f"w{i}" for i in range(3, 10))])}
+        del self.words["w4"]
+        self.texts = {id: word for word, id in self.words.items()}
+        super().__init__(**({"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>"} | options))
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.words)
+
+    def get_vocab(self) -> dict[str, int]:
+        return dict(self.words)
+
+    def _tokenize(self, text: str, **options: Any) -> list[str]:
+        return text.split()
+
+    def _convert_token_to_id(self, token: str) -> int:
+        return self.words.get(token, 3)
+
+    def _convert_id_to_token(self, index: int) -> Any:
+        return self.texts.get(index)
+
+
+def padded_policy(seed: int = 0, **changes: Any) -> Any:
+    """A policy of 16 rows for the slow tokenizer's nine tokens."""
+    torch.manual_seed(seed)
+    size = {"vocab_size": 16, "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 64, "initializer_range": 0.3}
+    return tf.GPT2LMHeadModel(tf.GPT2Config(**size, tie_word_embeddings=False, **changes)).eval()

@@ -16,18 +16,21 @@ from datasets import Dataset
 
 import grade_kernels as gk
 from grade_kernels import GumbelNoise
-from grade_kernels.training import GRADEConfig, GRADETrainer, SequenceClassificationReward, grade_loss
+from grade_kernels.training import GRADETrainer, SequenceClassificationReward, grade_loss
 from grade_kernels.training.allowed_tokens import (
     _UNFOLLOWED,
     AllowedTokens,
     ids_without_token,
     read_generation_config,
 )
-from tests.training_models import (
+from tests.support import trainers
+from tests.support.training_models import (
     VOCAB,
     BagReward,
+    SlowTokenizer,
     classifier,
     gradients,
+    padded_policy,
     policy,
     prompts,
     sequential_loss,
@@ -335,40 +338,7 @@ def test_holes_and_padding_are_found():
     assert ids_without_token(Doubled(), 12) == [4, 10, 11], "5 has a text, though the vocabulary does not list it"
 
 
-class SlowTokenizer(tf.PreTrainedTokenizer):
-    """A Python tokenizer of nine words, with a hole at 4: `<pad> <bos> <eos> w3`, and `w5` to `w9`."""
-
-    def __init__(self, **options):
-        self.words = {word: i for i, word in enumerate(["<pad>", "<bos>", "<eos>", *(f"w{i}" for i in range(3, 10))])}
-        del self.words["w4"]
-        self.texts = {id: word for word, id in self.words.items()}
-        super().__init__(**({"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>"} | options))
-
-    @property
-    def vocab_size(self):
-        return len(self.words)
-
-    def get_vocab(self):
-        return dict(self.words)
-
-    def _tokenize(self, text, **options):
-        return text.split()
-
-    def _convert_token_to_id(self, token):
-        return self.words.get(token, 3)
-
-    def _convert_id_to_token(self, index):
-        return self.texts.get(index)
-
-
 # ------------------------------------------------------------------------------------------------------------- trainer
-
-
-def padded(seed=0, **changes):
-    """A policy of 16 rows for the slow tokenizer's nine tokens."""
-    torch.manual_seed(seed)
-    size = {"vocab_size": 16, "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 64, "initializer_range": 0.3}
-    return tf.GPT2LMHeadModel(tf.GPT2Config(**size, tie_word_embeddings=False, **changes)).eval()
 
 
 class Inviting(BagReward):
@@ -380,20 +350,13 @@ class Inviting(BagReward):
 
 
 def build(path, model=None, reward=None, tokenizer=None, **changes):
-    defaults = {
-        "output_dir": str(path), "use_cpu": True, "report_to": "none", "max_steps": 30, "per_device_train_batch_size": 4,
-        "per_device_eval_batch_size": 4, "max_completion_length": 6, "logging_steps": 1, "save_strategy": "no",
-        "disable_tqdm": True, "beta": 0.01, "feedback_hops": 2, "learning_rate": 1e-2, "warmup_steps": 0,
-        "weight_decay": 0.0,
-    }  # fmt: skip
-    evaluation = changes.pop("eval_dataset", None)
-    return GRADETrainer(
-        padded() if model is None else model,
+    return trainers.build(
+        path,
+        padded_policy() if model is None else model,
         Inviting() if reward is None else reward,
-        GRADEConfig(**(defaults | changes)),
         Dataset.from_dict({"prompt": ["w3 w5", "w7", "w9 w3 w6", "w8"]}),
-        evaluation,
         processing_class=SlowTokenizer() if tokenizer is None else tokenizer,
+        **({"max_steps": 30, "beta": 0.01, "weight_decay": 0.0} | changes),
     )
 
 
@@ -412,7 +375,7 @@ def test_no_row_without_a_token_is_sampled_in_training(tmp_path, caplog, monkeyp
         return [float(len(text)) for text in completions]
 
     monkeypatch.setattr(GRADETrainer, "_note_training", noting)
-    model = padded()
+    model = padded_policy()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with caplog.at_level(logging.WARNING):
         trainer = build(
@@ -440,7 +403,7 @@ def test_no_row_without_a_token_is_sampled_in_training(tmp_path, caplog, monkeyp
 
 def test_evaluation_measures_the_renormalised_distributions(tmp_path):
     """KL and log-probability of held-out completions, from dense float64 logits without the masked rows."""
-    model = padded().double()
+    model = padded_policy().double()
     model.generation_config.begin_suppress_tokens = [2, 5]
     reward = BagReward(vocab=16)
     trainer = build(tmp_path, model=model, reward=reward, eval_dataset=Dataset.from_dict({"prompt": ["w3 w6"] * 8}))
@@ -476,7 +439,7 @@ def test_a_classifier_without_the_policys_padding_trains(tmp_path):
     judge = tf.BertForSequenceClassification(
         tf.BertConfig(**sizes, num_attention_heads=2, max_position_embeddings=64, num_labels=2)
     )
-    model = padded(eos_token_id=15)
+    model = padded_policy(eos_token_id=15)
     trainer = build(tmp_path, model=model, reward=judge, max_steps=2)
     assert trainer._end_ids == (2,)
     trainer.train()
@@ -489,7 +452,7 @@ def test_masks_and_adapters(tmp_path):
     """A PEFT policy: masks hold in it and in the base model that is its reference."""
     peft = pytest.importorskip("peft")
     adapter = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["c_attn"], init_lora_weights=False)
-    model = peft.get_peft_model(padded(), adapter)
+    model = peft.get_peft_model(padded_policy(), adapter)
     reward = BagReward(dtype=torch.float32, vocab=16)
     ids, mask = torch.tensor([[3, 5], [7, 4]]), torch.ones(2, 2, dtype=torch.int64)  # a prompt may hold what is masked
     out = loss_of(
@@ -501,11 +464,11 @@ def test_masks_and_adapters(tmp_path):
 
 
 def test_ends_that_are_masked_are_refused(tmp_path):
-    model = padded()
+    model = padded_policy()
     model.generation_config.suppress_tokens = [2]
     with pytest.raises(ValueError, match="eos_token_id = 2 must be sampled for a completion to end"):
         build(tmp_path, model=model)
-    model = padded()
+    model = padded_policy()
     model.generation_config.suppress_tokens = list(range(16))
     with pytest.raises(ValueError, match="must leave a token to sample"):
         build(tmp_path, model=model)

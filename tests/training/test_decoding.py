@@ -14,8 +14,8 @@ from datasets import Dataset
 
 from grade_kernels.training import decoding
 from grade_kernels.training.decoding import completion_texts
-from tests.training.test_allowed_tokens import SlowTokenizer, build, padded
-from tests.training_models import BagReward, word_tokenizer
+from tests.support.trainers import build
+from tests.support.training_models import BagReward, SlowTokenizer, padded_policy, word_tokenizer
 
 
 @pytest.fixture(autouse=True)
@@ -87,9 +87,14 @@ def test_training_and_evaluation_go_on(tmp_path, capsys):
         return [float("\ufffd" in text) for text in completions]
 
     trainer = build(
-        tmp_path, model=padded(), reward=[BagReward(dtype=torch.float32, vocab=16), replaced], tokenizer=Failing(),
-        max_steps=4, log_completions=True, eval_dataset=Dataset.from_dict({"prompt": ["w3", "w5"]}),
-    )  # fmt: skip
+        tmp_path,
+        padded_policy(),
+        [BagReward(dtype=torch.float32, vocab=16), replaced],
+        Dataset.from_dict({"prompt": ["w3 w5", "w7", "w9 w3 w6", "w8"]}),
+        processing_class=Failing(),
+        log_completions=True,
+        eval_dataset=Dataset.from_dict({"prompt": ["w3", "w5"]}),
+    )
     trainer.train()
     assert any("\ufffd" in text for text in seen)
     assert not any("w6" in text for text in seen)
