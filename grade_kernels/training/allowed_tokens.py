@@ -152,14 +152,19 @@ def ids_without_token(tokenizer: Any, vocab_size: int) -> list[int]:
     Of a tokenizer that does not tell its tokens, they are the ids from its length on; without a length, none.
     """
     try:
+        length = len(tokenizer)
+    except (TypeError, NotImplementedError):
+        length = 0
+    try:
         known = set(tokenizer.get_vocab().values())
     except (AttributeError, NotImplementedError):  # the base class of slow tokenizers has one that is not written
-        try:
-            return list(range(len(tokenizer), vocab_size))
-        except (TypeError, NotImplementedError):
-            return []
-    # Two ids may have one text, under which a slow tokenizer's vocabulary holds only one of them.
-    return [id for id in range(vocab_size) if id not in known and not _has_text(tokenizer, id)]
+        known = set()
+    if not known:
+        return list(range(length, vocab_size)) if length else []
+    size = max(length, max(known) + 1)
+    # Two ids may have one text, under which a slow tokenizer's vocabulary holds only one of them. Beyond its size none
+    # is asked for: tokenizers of characters have a text for every number.
+    return [id for id in range(vocab_size) if id not in known and (id >= size or not _has_text(tokenizer, id))]
 
 
 def _has_text(tokenizer: Any, id: int) -> bool:

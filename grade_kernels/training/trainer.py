@@ -85,7 +85,8 @@ class GRADETrainer(Trainer):
     """A `transformers.Trainer` whose loss is the reward of sampled completions, differentiated through the samples.
 
     Args:
-        model: a causal language model, plain or PEFT's, or the name of one.
+        model: a causal language model, plain or PEFT's, or the name of one. Tokens that its `generation_config` suppresses
+            are never sampled; what training does not follow of that is warned of.
         reward_funcs: one or several of: a sequence classifier of transformers or the name of one (see
             `SequenceClassificationReward` for its label and output), any differentiable
             `reward(inputs_embeds, attention_mask, **columns) -> [B]` with its table as `reward.embedding` (a module is
@@ -95,7 +96,8 @@ class GRADETrainer(Trainer):
         args: settings. Default: `GRADEConfig` with an output directory named after the model.
         train_dataset: with a column `prompt`, strings or lists of messages.
         eval_dataset: the same, or a dict of such.
-        processing_class: the policy's tokenizer. Default: the one saved with the model.
+        processing_class: the policy's tokenizer. Default: the one saved with the model. Ids that none of its tokens has
+            are never sampled.
         reward_processing_classes: a reward's tokenizer, or one per reward (None where there is none), to check that it
             gives every token the same id.
         callbacks: in addition to the library's.

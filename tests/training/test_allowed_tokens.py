@@ -324,6 +324,8 @@ def test_holes_and_padding_are_found():
     assert ids_without_token(word_tokenizer(), 40) == []
     assert ids_without_token(SlowTokenizer(), 16) == [4, *range(10, 16)]
 
+    assert ids_without_token(tf.ByT5Tokenizer(), 390) == [*range(384, 390)], "it has a text for every number"
+
     class Counted:
         def __len__(self):
             return 5
