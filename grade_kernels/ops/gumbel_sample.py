@@ -7,16 +7,19 @@ import torch
 from grade_kernels import backends, reference
 from grade_kernels.noise import GumbelNoise
 from grade_kernels.ops import checks
-from grade_kernels.ops.registry import define
+from grade_kernels.ops.registry import define, public
+from grade_kernels.ops.transforms import serving, without_wrappers
 
 __all__ = ["gumbel_sample"]
 
 
+@public
 def gumbel_sample(logits: torch.Tensor, dim: int = -1, *, noise: GumbelNoise | None = None) -> torch.Tensor:
     """Draw one token per row from `softmax(logits)`, as `argmax(logits + g)` with Gumbel noise g.
 
     Args:
-        logits: `[..., V]` (V at `dim`), float32, float64, bfloat16 or float16. -inf masks a token.
+        logits: `[..., V]` (V at `dim`), float32, float64, bfloat16 or float16. -inf masks a token. A 0-d tensor is one
+            token, as for `torch.argmax`.
         dim: the vocabulary's dimension.
         noise: which noise to use. None draws a fresh seed from torch's default generator.
 
@@ -30,14 +33,19 @@ def gumbel_sample(logits: torch.Tensor, dim: int = -1, *, noise: GumbelNoise | N
 
     Source: Maddison, Tarlow, Minka: A* sampling. NeurIPS 2014.
     """
-    checks.check_logits(logits, dim)
-    moved = logits.detach().movedim(dim, -1)
+    if isinstance(logits, torch.Tensor) and logits.dim() == 0:
+        return gumbel_sample(logits.reshape(1), dim, noise=noise)
+    dim = checks.check_logits(logits, dim)
+    moved = logits.detach()
+    if dim != -1:
+        moved = moved.movedim(dim, -1)
     rows = moved.reshape(-1, moved.shape[-1])
     seed, row_ids, vocab_start = checks.canonical_noise(noise, rows.shape[0], logits.device)
-    backend = backends.select(logits.device, logits.dtype)
+    backend = serving(backends.select(logits.device, logits.dtype))
     if backend == "reference":
         noise = GumbelNoise(seed, row_ids, vocab_start=vocab_start)
-        if not torch.compiler.is_compiling() and checks.reads_values(rows):
+        if checks.reads_values_here(rows):
+            rows = without_wrappers(rows)
             checks.check_rows(rows, checks.bad_rows(rows))
         return reference.gumbel_sample(logits, dim, noise=noise)
     return _gumbel_sample(rows, seed, row_ids, vocab_start, backend).view(moved.shape[:-1])

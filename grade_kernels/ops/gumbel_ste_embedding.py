@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,12 +12,21 @@ from grade_kernels.backends.torch.head import PRODUCT_ELEMENTS, Scratch
 from grade_kernels.backends.torch.rows import column_chunks
 from grade_kernels.noise import GumbelNoise
 from grade_kernels.ops import checks
-from grade_kernels.ops.registry import define, once_differentiable, wanted_gradients
-from grade_kernels.reference import Embedding, GumbelSTEEmbedding
+from grade_kernels.ops.registry import define, once_differentiable, public, wanted_gradients
+from grade_kernels.ops.transforms import (
+    FIRST_ORDER,
+    check_order,
+    differentiable_gradients,
+    records_gradients,
+    serving,
+    without_wrappers,
+)
+from grade_kernels.reference import Embedding, GumbelSTEEmbedding, ignored_rows
 
 __all__ = ["GumbelSTEEmbedding", "gumbel_ste_embedding"]
 
 
+@public
 def gumbel_ste_embedding(
     logits: torch.Tensor,
     embedding: Embedding,
@@ -25,6 +35,7 @@ def gumbel_ste_embedding(
     estimator: str = "ste",
     noise: GumbelNoise | None = None,
     ids: torch.Tensor | None = None,
+    ignore_index: int | None = None,
 ) -> GumbelSTEEmbedding[Embedding]:
     """Sample tokens from logits and return their embeddings, differentiable in logits and tables.
 
@@ -38,26 +49,32 @@ def gumbel_ste_embedding(
     | `st` | `J(softmax(l / tau)) dY / tau` | Bengio, Leonard, Courville 2013 |
     | `reinmax` | `2 J((D + softmax(l / tau)) / 2) dY - J(softmax(l)) dY / 2` | Liu et al. 2023 |
 
-    plus that of `logprobs`. Tables receive `de` at the sampled rows (`soft`: `p.T @ de`).
+    plus that of `logprobs`. Tables receive `de` at the sampled rows (`soft`: `p.T @ de`). Under transforms of
+    `torch.func` and for forward-mode and second derivatives, `grade_kernels.reference` serves the call; `reinmax`, a rule
+    for the first derivative and no function's, has no second.
 
     Args:
         logits: `[..., V]`, float32, float64, bfloat16 or float16. -inf masks a token.
         embedding: a table `[V, D]`, or a tuple of tables, all of which are looked up. Dtypes may differ.
-        tau: temperature: a positive number, a 0-d tensor, or one value per row. A tensor receives its gradient
-            (`reinmax` defines none, so there it is zero).
+        tau: temperature: a positive number, or a tensor with one value for all rows or one per row, as in
+            `gumbel_softmax`. A tensor receives its gradient (`reinmax` defines none, so there it is zero).
         estimator: a name of the table above.
         noise: which noise to use. None draws a fresh seed from torch's default generator.
         ids: int64 `[...]`: return these tokens instead of sampled ones, with the same noise in the relaxation.
+        ignore_index: rows of this id are ignored, as `torch.nn.functional.cross_entropy` does: embedding and logprobs
+            are 0, no gradient comes of them, and the logits may be anything. None: every id must be a token's.
 
     Returns:
         `embedding` `[..., D]` in the table's dtype (a tuple for a tuple), `ids` int64 `[...]`, and
         `logprobs = log softmax(l)[ids]`, untempered, float32 (float64 for float64 logits), differentiable.
 
     Raises:
-        TypeError: a tensor of a wrong type, tau that is no number, noise that is no GumbelNoise.
+        TypeError: a tensor of a wrong type, tau that is no number, noise that is no GumbelNoise, ignore_index that is no
+            int.
+        IndexError: 0-d logits.
         ValueError: an unknown estimator; an empty vocabulary; a table that is not `[V, D]`; ids of a wrong shape or out
-            of range; tau not positive and finite or of a wrong shape; row_ids of the wrong length; tensors on
-            different devices; on CPU a row of NaN, +inf or only -inf.
+            of range; ignore_index without ids; tau not positive and finite or of a wrong shape; row_ids of the wrong
+            length; tensors on different devices; on CPU a row of NaN, +inf or only -inf.
     """
     checks.check_logits(logits)
     checks.check_estimator(estimator)
@@ -66,29 +83,51 @@ def gumbel_ste_embedding(
     rows = logits.reshape(-1, vocab)
     if ids is not None:
         checks.check_ids(ids, batch, logits)
+    ignored, safe_ids, open_logits = ignored_rows(ids, checks.canonical_ignore_index(ignore_index, ids), logits)
+    if ignored is not None and ids is not None:
+        out = gumbel_ste_embedding(open_logits, embedding, tau, estimator=estimator, noise=noise, ids=safe_ids)
+        return GumbelSTEEmbedding(*without_ignored(*out, ignored, ids))
     seed, row_ids, vocab_start = checks.canonical_noise(noise, rows.shape[0], logits.device)
-    row_tau = checks.canonical_tau(tau, batch, logits.device, checks.compute_dtype(logits.dtype))
-    backend = backends.select(logits.device, logits.dtype)
+    row_tau = checks.canonical_tau(tau, logits.shape, logits.device, checks.compute_dtype(logits.dtype))
+    backend = serving(backends.select(logits.device, logits.dtype), logits, row_tau, tables)
     several = isinstance(embedding, (tuple, list))
     if backend == "reference":
-        if not torch.compiler.is_compiling() and checks.reads_values(rows):
+        if checks.reads_values_here(rows):
+            rows = without_wrappers(rows)
             checks.check_rows(rows, checks.bad_rows(rows))
-            checks.check_tau_values(row_tau)
+            checks.check_tau_values(without_wrappers(row_tau))
             if ids is not None:
-                checks.check_ids_values(ids.reshape(-1), vocab)
+                checks.check_ids_values(without_wrappers(ids.reshape(-1)), vocab)
         noise = GumbelNoise(seed, row_ids, vocab_start=vocab_start)
         given: Any = tables if several else tables[0]
-        return reference.gumbel_ste_embedding(logits, given, row_tau, estimator=estimator, noise=noise, ids=ids)
+        check_order(estimator)
+        kept_tau = row_tau.view(batch).unsqueeze(-1)
+        return reference.gumbel_ste_embedding(logits, given, kept_tau, estimator=estimator, noise=noise, ids=ids)
     flat_ids = None if ids is None else ids.reshape(-1)
     embedded, out_ids, logprobs = _gumbel_ste_embedding(
         rows, tables, row_tau, seed, row_ids, vocab_start, flat_ids, estimator, backend
     )[:3]
-    parts = tuple(
-        part.to(table.dtype).view(*batch, table.shape[1])
-        for part, table in zip(embedded.split([table.shape[1] for table in tables], dim=1), tables, strict=True)
-    )
+    parts = per_table(embedded, tables, batch)
     result: Any = parts if several else parts[0]
     return GumbelSTEEmbedding(result, out_ids.view(batch), logprobs.view(batch))
+
+
+def per_table(embedded: torch.Tensor, tables: Sequence[torch.Tensor], batch: Sequence[int]) -> tuple[torch.Tensor, ...]:
+    """Embeddings of all tables, side by side in `[N, ...]`, as a contiguous tensor `[..., D]` for each, in its dtype."""
+    widths = [table.shape[1] for table in tables]
+    return tuple(
+        part.to(table.dtype).contiguous().view(*batch, table.shape[1])
+        for part, table in zip(embedded.split(widths, dim=1), tables, strict=True)
+    )
+
+
+def without_ignored(
+    embedding: Any, _: torch.Tensor, logprobs: torch.Tensor, ignored: torch.Tensor, ids: torch.Tensor
+) -> tuple[Any, torch.Tensor, torch.Tensor]:
+    """A result with zeros in the ignored rows, where it has the ids that were given."""
+    several = isinstance(embedding, tuple)
+    parts = tuple(torch.where(ignored.unsqueeze(-1), 0.0, e) for e in (embedding if several else (embedding,)))
+    return parts if several else parts[0], ids.clone(), torch.where(ignored, 0.0, logprobs)
 
 
 def joint_dtype(tables: list[torch.Tensor]) -> torch.dtype:
@@ -303,6 +342,11 @@ def _backward(ctx: Any, dembedded: torch.Tensor | None, *rest: torch.Tensor | No
         width = sum(table.shape[1] for table in tables)
         dembedded = torch.zeros(logits.shape[0], width, dtype=joint_dtype(tables), device=logits.device)
     needed = ctx.needs_input_grad
+    if records_gradients():
+        flags = [needed[0], needed[2], *needed[1]]
+        noise = GumbelNoise(seed, row_ids, vocab_start=ctx.vocab_start)
+        found = _differentiable(dembedded, dlogprobs, logits, tables, tau, noise, ids, ctx.estimator, flags)
+        return found[0], found[2:], found[1], *(None,) * 6
     first, *others, needs_tau = wanted_gradients(ctx, [logits, *tables, tau], [needed[0], *needed[1], needed[2]])
     needs = [first, needs_tau, *others]
     dlogits, dtau, dtables = _gumbel_ste_embedding_backward(
@@ -315,6 +359,35 @@ def _backward(ctx: Any, dembedded: torch.Tensor | None, *rest: torch.Tensor | No
         dtau if needs[1] else None,
         *(None,) * 6,
     )
+
+
+def _differentiable(
+    dembedded: torch.Tensor,
+    dlogprobs: torch.Tensor | None,
+    logits: torch.Tensor,
+    tables: list[torch.Tensor],
+    tau: torch.Tensor,
+    noise: GumbelNoise,
+    ids: torch.Tensor,
+    estimator: str,
+    needs: list[bool],
+) -> list[torch.Tensor | None]:
+    """Gradients of logits, tau and tables that can be differentiated again."""
+    if estimator == "reinmax":
+        # Its gradient is no function's derivative, so the reference has no graph behind it, either.
+        raise NotImplementedError(FIRST_ORDER)
+
+    def forward(logits: torch.Tensor, tau: torch.Tensor, *tables: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        out = reference.gumbel_ste_embedding(
+            logits, tables, tau.unsqueeze(-1), estimator=estimator, noise=noise, ids=ids
+        )
+        return *out.embedding, out.logprobs
+
+    upstream = [
+        part.to(table.dtype)
+        for part, table in zip(dembedded.split([table.shape[1] for table in tables], dim=1), tables, strict=True)
+    ]
+    return differentiable_gradients(forward, (logits, tau, *tables), needs, (*upstream, dlogprobs))
 
 
 torch.library.register_autograd("grade_kernels::gumbel_ste_embedding", _backward, setup_context=_setup_context)

@@ -12,6 +12,7 @@ from grade_kernels import reference
 from grade_kernels.backends import Head, Support
 from grade_kernels.backends.torch.head import head_chunks, offsets_of
 from grade_kernels.ops import checks
+from grade_kernels.ops.transforms import without_wrappers
 
 LEAST_EPS = 2.0**-64
 
@@ -65,11 +66,11 @@ def check_reference_rows(
     hidden: torch.Tensor, lm_head: torch.Tensor, bias: torch.Tensor | None, softcap: float | None, prefix: str = ""
 ) -> None:
     """The error of a row without a distribution, for the `reference` backend, which would compute with it."""
-    if torch.compiler.is_compiling() or not checks.reads_values(hidden):
+    if not checks.reads_values_here(hidden):
         return
     with torch.no_grad():
         logits = reference.head_logits(hidden.reshape(-1, hidden.shape[-1]), lm_head, bias, softcap)
-        checks.check_head_rows(checks.bad_rows(logits), prefix)
+        checks.check_head_rows(checks.bad_rows(without_wrappers(logits)), prefix)
 
 
 def canonical_eps(eps: object) -> float:
@@ -82,8 +83,10 @@ def canonical_eps(eps: object) -> float:
 
 
 def needs_graph(*tensors: torch.Tensor | None) -> bool:
-    """Whether a backward pass can follow, so that its support is worth collecting."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    """Whether a backward pass can follow, so that its support is worth collecting. Meta tensors have none to collect."""
+    return torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad and t.device.type != "meta" for t in tensors
+    )
 
 
 def select_backend(choice: str, dtype: torch.dtype) -> str:

@@ -9,11 +9,13 @@ from grade_kernels.backends import Sample
 from grade_kernels.noise import GumbelNoise
 from grade_kernels.ops import checks
 from grade_kernels.ops.head import check_head, check_reference_rows, make_head, select_backend
-from grade_kernels.ops.registry import define
+from grade_kernels.ops.registry import define, public
+from grade_kernels.ops.transforms import serving
 
 __all__ = ["linear_gumbel_sample"]
 
 
+@public
 def linear_gumbel_sample(
     hidden: torch.Tensor,
     lm_head: torch.Tensor,
@@ -43,7 +45,7 @@ def linear_gumbel_sample(
     batch = hidden.shape[:-1]
     rows = hidden.detach().reshape(-1, hidden.shape[-1])
     seed, row_ids, vocab_start = checks.canonical_noise(noise, rows.shape[0], hidden.device)
-    backend = select_backend(backends.select(hidden.device, hidden.dtype), hidden.dtype)
+    backend = select_backend(serving(backends.select(hidden.device, hidden.dtype)), hidden.dtype)
     if backend == "reference":
         check_reference_rows(hidden, lm_head, bias, logit_softcap)
         noise = GumbelNoise(seed, row_ids, vocab_start=vocab_start)

@@ -14,7 +14,13 @@ from grade_kernels.backends import Head, Sample, Support
 from grade_kernels.backends.torch.head import Scratch, empty_support, head_chunks, offsets_of
 from grade_kernels.noise import GumbelNoise
 from grade_kernels.ops import checks
-from grade_kernels.ops.gumbel_ste_embedding import joint_dtype, scatter_rows, weights_dtype
+from grade_kernels.ops.gumbel_ste_embedding import (
+    joint_dtype,
+    per_table,
+    scatter_rows,
+    weights_dtype,
+    without_ignored,
+)
 from grade_kernels.ops.head import (
     Entries,
     HeadGradients,
@@ -30,8 +36,9 @@ from grade_kernels.ops.head import (
     softcap_slope,
 )
 from grade_kernels.ops.linear_gumbel_sample import chosen_logprobs
-from grade_kernels.ops.registry import define, once_differentiable, wanted_gradients
-from grade_kernels.reference import Embedding
+from grade_kernels.ops.registry import define, once_differentiable, public, wanted_gradients
+from grade_kernels.ops.transforms import check_order, serving, without_wrappers
+from grade_kernels.reference import Embedding, ignored_rows
 
 __all__ = ["LinearGumbelSTE", "linear_gumbel_ste"]
 
@@ -44,6 +51,7 @@ class LinearGumbelSTE(NamedTuple, Generic[Embedding]):
     logprobs: torch.Tensor  # [...], log softmax(logits)[ids], untempered
 
 
+@public
 def linear_gumbel_ste(
     hidden: torch.Tensor,
     lm_head: torch.Tensor,
@@ -55,24 +63,29 @@ def linear_gumbel_ste(
     estimator: str = "ste",
     noise: GumbelNoise | None = None,
     ids: torch.Tensor | None = None,
+    ignore_index: int | None = None,
     eps: float = 2**-11,
 ) -> LinearGumbelSTE[Embedding]:
     """Sample tokens from a head's logits and return their embeddings, differentiable in hidden states, head and tables.
 
     What it computes is `gumbel_ste_embedding(softcap(hidden @ lm_head.T + bias), embedding, ...)`, estimators included,
-    but `[N, V]` never exists, neither forward nor backward.
+    but `[N, V]` never exists, neither forward nor backward. Under transforms of `torch.func` and for forward-mode
+    derivatives `grade_kernels.reference` serves the call, where it does. There is no second derivative, except under
+    `use_backend("reference")`; `reinmax` has none anywhere.
 
     Args:
         hidden: `[..., H]`, float32, bfloat16, float16 or float64.
         lm_head: `[V, H]`, hidden's dtype.
         embedding: a table `[V, D]`, or a tuple of tables, all of which are looked up. Dtypes may differ.
-        tau: temperature: a positive number, a 0-d tensor, or one value per row. A tensor receives its gradient
-            (`reinmax` defines none, so there it is zero).
+        tau: temperature: a positive number, or a tensor with one value for all rows or one per row, as in
+            `gumbel_softmax` for logits `[..., V]`. A tensor receives its gradient (`reinmax` defines none, so there it
+            is zero).
         bias: `[V]`, optional; -inf masks a token.
         logit_softcap: c in `c * tanh(l / c)`, optional.
         estimator: `ste`, `soft`, `st` or `reinmax`; see `gumbel_ste_embedding`.
         noise: which noise to use. None draws a fresh seed from torch's default generator.
         ids: int64 `[...]`: return these tokens instead of sampled ones, with the same noise in the relaxation.
+        ignore_index: rows of this id are ignored, as in `gumbel_ste_embedding`.
         eps: stochastic support: backward visits a token of probability p with probability `min(1, p / eps)`, about
             `2 / eps` tokens a row at most, and stays exactly unbiased. 0 is the dense, exact backward.
 
@@ -82,29 +95,38 @@ def linear_gumbel_ste(
 
     Raises:
         TypeError: a tensor of a wrong type, hidden and lm_head of different dtypes, tau or eps that is no number, noise
-            that is no GumbelNoise.
-        ValueError: shapes that do not match (with both numbers), an unknown estimator, ids out of range, eps outside
-            [0, 1), tau or logit_softcap not positive and finite, row_ids of the wrong length, tensors on different
-            devices; on CPU a row without a distribution.
+            that is no GumbelNoise, ignore_index that is no int.
+        ValueError: shapes that do not match (with both numbers), an unknown estimator, ids out of range, ignore_index
+            without ids, eps outside [0, 1), tau or logit_softcap not positive and finite, row_ids of the wrong length,
+            tensors on different devices; on CPU a row without a distribution.
     """
     hidden, lm_head, bias = check_head(hidden, lm_head, bias, logit_softcap)
     checks.check_estimator(estimator)
     eps = canonical_eps(eps)
-    batch, vocab = hidden.shape[:-1], lm_head.shape[0]
+    batch: tuple[int, ...] = hidden.shape[:-1]
+    vocab = lm_head.shape[0]
     tables = checks.check_tables(embedding, vocab, hidden, "hidden")
     rows = hidden.reshape(-1, hidden.shape[-1])
     if ids is not None:
         checks.check_ids(ids, batch, hidden, "hidden")
+    ignored, safe_ids, open_hidden = ignored_rows(ids, checks.canonical_ignore_index(ignore_index, ids), hidden)
+    if ignored is not None and ids is not None:
+        out = linear_gumbel_ste(
+            open_hidden, lm_head, embedding, tau, bias=bias, logit_softcap=logit_softcap, estimator=estimator,
+            noise=noise, ids=safe_ids, eps=eps,
+        )  # fmt: skip
+        return LinearGumbelSTE(*without_ignored(*out, ignored, ids))
     seed, row_ids, vocab_start = checks.canonical_noise(noise, rows.shape[0], hidden.device)
-    row_tau = checks.canonical_tau(tau, batch, hidden.device, checks.compute_dtype(hidden.dtype))
-    backend = select_backend(backends.select(hidden.device, hidden.dtype), hidden.dtype)
+    row_tau = checks.canonical_tau(tau, (*batch, vocab), hidden.device, checks.compute_dtype(hidden.dtype))
+    backend = serving(backends.select(hidden.device, hidden.dtype), hidden, lm_head, bias, row_tau, tables)
+    backend = select_backend(backend, hidden.dtype)
     several = isinstance(embedding, (tuple, list))
     if backend == "reference":
-        if not torch.compiler.is_compiling():
-            if checks.reads_values(row_tau):
-                checks.check_tau_values(row_tau)
-            if ids is not None and checks.reads_values(ids):
-                checks.check_ids_values(ids.reshape(-1), vocab)
+        check_order(estimator)
+        if checks.reads_values_here(row_tau):
+            checks.check_tau_values(without_wrappers(row_tau))
+        if ids is not None and checks.reads_values_here(ids):
+            checks.check_ids_values(without_wrappers(ids.reshape(-1)), vocab)
         check_reference_rows(hidden, lm_head, bias, logit_softcap)
         noise = GumbelNoise(seed, row_ids, vocab_start=vocab_start)
         given: Any = tables if several else tables[0]
@@ -113,7 +135,7 @@ def linear_gumbel_ste(
                 hidden,
                 lm_head,
                 given,
-                row_tau,
+                row_tau.view(batch).unsqueeze(-1),
                 bias=bias,
                 logit_softcap=logit_softcap,
                 estimator=estimator,
@@ -127,10 +149,7 @@ def linear_gumbel_ste(
         rows, lm_head, bias, logit_softcap, tables, row_tau, seed, row_ids, vocab_start, flat_ids,
         estimator, eps, collect, backend,
     )[:3]  # fmt: skip
-    parts = tuple(
-        part.to(table.dtype).view(*batch, table.shape[1])
-        for part, table in zip(embedded.split([table.shape[1] for table in tables], dim=1), tables, strict=True)
-    )
+    parts = per_table(embedded, tables, batch)
     result: Any = parts if several else parts[0]
     return LinearGumbelSTE(result, out_ids.view(batch), logprobs.view(batch))
 

@@ -23,11 +23,14 @@ from grade_kernels.ops.head import (
     row_of_entries,
     select_backend,
 )
-from grade_kernels.ops.registry import define, once_differentiable, wanted_gradients
+from grade_kernels.ops.registry import define, once_differentiable, public, wanted_gradients
+from grade_kernels.ops.transforms import serving, without_wrappers
+from grade_kernels.reference import ignored_rows
 
 __all__ = ["linear_entropy", "linear_kl", "linear_logprobs"]
 
 
+@public
 def linear_logprobs(
     hidden: torch.Tensor,
     lm_head: torch.Tensor,
@@ -36,10 +39,14 @@ def linear_logprobs(
     bias: torch.Tensor | None = None,
     logit_softcap: float | None = None,
     temperature: float = 1.0,
+    ignore_index: int | None = None,
     eps: float = 2**-11,
     noise: GumbelNoise | None = None,
 ) -> torch.Tensor:
     """Log-probability of given tokens, `log softmax(l / temperature)[ids]`, `l = softcap(hidden @ lm_head.T + bias)`.
+
+    Under transforms of `torch.func` and for forward-mode derivatives `grade_kernels.reference` serves the call, with the
+    logits in memory. There is no second derivative, except under `use_backend("reference")`.
 
     Args:
         hidden: `[..., H]`, float32, bfloat16, float16 or float64.
@@ -48,6 +55,8 @@ def linear_logprobs(
         bias: `[V]`, optional; -inf masks a token.
         logit_softcap: c in `c * tanh(l / c)`, optional.
         temperature: a positive number.
+        ignore_index: rows of this id are ignored, as `torch.nn.functional.cross_entropy` does: their result is 0, no
+            gradient comes of them, and their hidden states may be anything. None: every id must be a token's.
         eps: stochastic support of the backward pass: a token of probability p is visited with probability
             `min(1, p / eps)`, which leaves the gradient unbiased. 0 visits every token, exactly.
         noise: seed and row identities of those visits. None draws a fresh seed from torch's default generator.
@@ -56,13 +65,16 @@ def linear_logprobs(
         `[...]`, float32 (float64 for float64). Gradients go to hidden, lm_head and bias.
 
     Raises:
-        TypeError: a tensor of a wrong type, or hidden and lm_head of different dtypes.
+        TypeError: a tensor of a wrong type, hidden and lm_head of different dtypes, ignore_index that is no int.
         ValueError: shapes that do not match (with both numbers), ids out of range, eps outside [0, 1), temperature or
             logit_softcap not positive, tensors on different devices; on CPU a row without a distribution.
     """
-    return _statistic("logprobs", hidden, lm_head, bias, logit_softcap, temperature, eps, noise, ids=ids)
+    return _statistic(
+        "logprobs", hidden, lm_head, bias, logit_softcap, temperature, eps, noise, ids=ids, ignore_index=ignore_index
+    )
 
 
+@public
 def linear_kl(
     hidden: torch.Tensor,
     lm_head: torch.Tensor,
@@ -86,6 +98,7 @@ def linear_kl(
     )
 
 
+@public
 def linear_entropy(
     hidden: torch.Tensor,
     lm_head: torch.Tensor,
@@ -111,6 +124,7 @@ def _statistic(
     noise: GumbelNoise | None,
     *,
     ids: torch.Tensor | None = None,
+    ignore_index: int | None = None,
     ref: tuple[Any, Any, Any] | None = None,
 ) -> torch.Tensor:
     hidden, lm_head, bias = check_head(hidden, lm_head, bias, logit_softcap)
@@ -120,6 +134,12 @@ def _statistic(
     batch = hidden.shape[:-1]
     if kind == "logprobs":
         checks.check_ids(ids, batch, hidden, "hidden")
+    ignored, safe_ids, open_hidden = ignored_rows(ids, checks.canonical_ignore_index(ignore_index, ids), hidden)
+    if ignored is not None:
+        value = _statistic(
+            kind, open_hidden, lm_head, bias, logit_softcap, temperature, eps, noise, ids=safe_ids, ref=ref
+        )
+        return torch.where(ignored, 0.0, value)
     ref_hidden = ref_lm_head = ref_bias = None
     if ref is not None:
         ref_hidden, ref_lm_head, ref_bias = check_head(*ref, logit_softcap, prefix="ref_")
@@ -128,8 +148,11 @@ def _statistic(
         if ref_hidden.shape[:-1] != batch:
             raise ValueError(f"ref_hidden must have shape {(*batch, 'H')}, got {tuple(ref_hidden.shape)}")
         checks.check_same_device("ref_hidden", ref_hidden, "hidden", hidden)
-    backend = select_backend(backends.select(hidden.device, hidden.dtype), hidden.dtype)
+    backend = select_backend(serving(backends.select(hidden.device, hidden.dtype), hidden, lm_head, bias), hidden.dtype)
+    num_rows = hidden.numel() // hidden.shape[-1]
     if backend == "reference":
+        if noise is not None:  # nothing is drawn there, but what is wrong stays wrong
+            checks.canonical_noise(noise, num_rows, hidden.device)
         check_reference_rows(hidden, lm_head, bias, logit_softcap)
         if ref_hidden is not None and ref_lm_head is not None:
             check_reference_rows(ref_hidden, ref_lm_head, ref_bias, logit_softcap, "ref_")
@@ -139,8 +162,8 @@ def _statistic(
         if kind == "entropy":
             return reference.linear_entropy(hidden, lm_head, **options)
         assert ids is not None
-        if not torch.compiler.is_compiling() and checks.reads_values(ids):
-            checks.check_ids_values(ids.reshape(-1), lm_head.shape[0])
+        if checks.reads_values_here(ids):
+            checks.check_ids_values(without_wrappers(ids.reshape(-1)), lm_head.shape[0])
         return reference.linear_logprobs(hidden, lm_head, ids, **options)
     rows = hidden.reshape(-1, hidden.shape[-1])
     if ref_hidden is not None and ref_lm_head is not None:
@@ -151,7 +174,7 @@ def _statistic(
     if noise is None and eps == 0:  # nothing is drawn, not even a seed
         noise = GumbelNoise(0)
     # Else without a graph, too: a reentrant checkpoint's first forward must leave the generator as its second one will.
-    seed, row_ids, vocab_start = checks.canonical_noise(noise, rows.shape[0], hidden.device)
+    seed, row_ids, vocab_start = checks.canonical_noise(noise, num_rows, hidden.device)
     flat_ids = None if ids is None else ids.reshape(-1)
     value = _linear_statistic(
         rows, lm_head, bias, logit_softcap, ref_hidden, ref_lm_head, ref_bias, flat_ids, tau, seed,

@@ -4,12 +4,31 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.autograd import forward_ad
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from grade_kernels.ops.transforms import has_tangent
 
 library = torch.library.Library("grade_kernels", "DEF")
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+_WAY_ROUND = (
+    "call the operation inside `with grade_kernels.use_backend('reference'):`, which is plain differentiable PyTorch, "
+    "with the logits held in memory"
+)
+
+
+def public(function: Function) -> Function:
+    """Mark a public operation: torch.jit.script, which would try to compile its Python, is told why it cannot."""
+    name = function.__name__
+    reason = (
+        f"grade_kernels.{name} cannot be scripted; use torch.compile or torch.export, or call it outside the script"
+    )
+    setattr(function, "__script_unsupported", reason)
+    return function
 
 
 def define(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> Any:
@@ -19,7 +38,8 @@ def define(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) ->
     is its own.
 
     Returns:
-        The operation, to call. Forward-mode derivatives raise NotImplementedError.
+        The operation, to call. Forward-mode derivatives raise NotImplementedError, which names the way round: the
+        public functions go it by themselves (`ops.transforms`).
     """
     name = schema.split("(", 1)[0]
 
@@ -37,26 +57,43 @@ def define(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) ->
 
     def call(*args: Any) -> Any:
         # An operation without a rule for them would drop tangents, which then pass for zeros.
-        if forward_ad._current_level >= 0 and any(_has_tangent(x) for x in args):
-            raise NotImplementedError(f"grade_kernels::{name} has no forward-mode derivative")
+        if forward_ad._current_level >= 0 and any(has_tangent(x) for x in args):
+            raise NotImplementedError(f"grade_kernels::{name} has no forward-mode derivative; {_WAY_ROUND}")
         return op(*args)
 
     return call
 
 
-def _has_tangent(x: Any) -> bool:
-    if isinstance(x, (tuple, list)):
-        return any(_has_tangent(y) for y in x)
-    return isinstance(x, torch.Tensor) and forward_ad.unpack_dual(x).tangent is not None
-
-
 def once_differentiable(name: str) -> None:
-    """Make a backward operation refuse to be differentiated itself, instead of passing for a constant."""
+    """Make a backward operation refuse to be differentiated itself, instead of passing for a constant.
+
+    Several upstream gradients at once, which `torch.func.vmap` over `torch.autograd.grad` hands over, are served one after
+    the other.
+    """
 
     def refuse(*_: Any) -> Any:
-        raise NotImplementedError(f"grade_kernels::{name} has no second derivative")
+        raise NotImplementedError(f"grade_kernels::{name} has no second derivative; {_WAY_ROUND}")
 
     torch.library.register_autograd(f"grade_kernels::{name}", refuse, lib=library)
+    op = getattr(torch.ops.grade_kernels, name).default
+
+    def one_by_one(info: Any, dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        results = [
+            tree_flatten(op(*(_part(x, dim, i) for x, dim in zip(args, dims, strict=True))))
+            for i in range(info.batch_size)
+        ]
+        leaves = [torch.stack(parts) for parts in zip(*(flat for flat, _ in results), strict=True)]
+        return tree_unflatten(leaves, results[0][1]), tree_unflatten([0] * len(leaves), results[0][1])
+
+    torch.library.register_vmap(f"grade_kernels::{name}", one_by_one, lib=library)
+
+
+def _part(x: Any, dim: Any, i: int) -> Any:
+    """Argument x of the i-th of several calls, which are stacked along dim where that is no None."""
+    if isinstance(x, (list, tuple)):
+        dims = dim if isinstance(dim, (list, tuple)) else [dim] * len(x)
+        return [_part(y, d, i) for y, d in zip(x, dims, strict=True)]
+    return x if dim is None else x.select(dim, i)
 
 
 def wanted_gradients(ctx: Any, inputs: list[torch.Tensor | None], needs: list[bool]) -> list[bool]:
