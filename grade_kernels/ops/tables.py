@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from typing_extensions import NamedTuple
+
+from grade_kernels.reference import Embedding, GumbelSTEEmbedding
 
 __all__ = ["Embedded", "joint_dtype", "look_up", "scatter_rows", "split", "weights_dtype"]
 
@@ -45,6 +47,28 @@ def split(embedded: torch.Tensor, tables: Sequence[torch.Tensor]) -> tuple[torch
     """The rows of each table, in its dtype."""
     parts = embedded.split([table.shape[1] for table in tables], dim=1)
     return tuple(part.to(table.dtype) for part, table in zip(parts, tables, strict=True))
+
+
+def shaped(
+    found: GumbelSTEEmbedding[tuple[torch.Tensor, ...]], batch: Sequence[int], embedding: Embedding
+) -> GumbelSTEEmbedding[Embedding]:
+    """The result of flat rows as the caller gets it: of the batch's shape, and one tensor where one table was given."""
+    parts = tuple(x.contiguous().view(*batch, x.shape[1]) for x in found.embedding)
+    result: Any = parts if isinstance(embedding, (tuple, list)) else parts[0]
+    return GumbelSTEEmbedding(result, found.ids.view(batch), found.logprobs.view(batch))
+
+
+def without_ignored(
+    found: GumbelSTEEmbedding[Embedding], ignored: torch.Tensor, ids: torch.Tensor
+) -> GumbelSTEEmbedding[Embedding]:
+    """A result with zeros in the ignored rows, and with the ids that were given."""
+
+    def zeroed(x: torch.Tensor) -> torch.Tensor:
+        return torch.where(ignored.unsqueeze(-1), 0.0, x)
+
+    embedding: Any = found.embedding
+    embedding = tuple(map(zeroed, embedding)) if isinstance(embedding, tuple) else zeroed(embedding)
+    return GumbelSTEEmbedding(embedding, ids.clone(), torch.where(ignored, 0.0, found.logprobs))
 
 
 def look_up(tables: Sequence[torch.Tensor], ids: torch.Tensor, poison: torch.Tensor) -> torch.Tensor:
