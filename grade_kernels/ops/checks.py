@@ -11,7 +11,7 @@ import math
 import os
 from collections.abc import Sequence
 from numbers import Integral, Real
-from typing import Any
+from typing import cast
 
 import torch
 
@@ -116,11 +116,12 @@ def canonical_noise(noise: GumbelNoise | None, num_rows: int, device: torch.devi
     return Noise(noise.seed, noise.row_ids, noise.vocab_start)
 
 
-def positive_number(name: str, value: Any, dtype: torch.dtype, expected: str = "a number") -> Any:
-    """A number that is positive and finite in `dtype`'s arithmetic, too; kernels take its subnormals for zero."""
+def positive_number(name: str, value: object, dtype: torch.dtype, expected: str = "a number") -> float:
+    """A number that is positive and finite in `dtype`, too. Its subnormals are refused: kernels treat them as zero."""
     if isinstance(value, bool) or not isinstance(value, (Real, torch.SymFloat, torch.SymInt)):
         raise TypeError(f"{name} must be {expected}, got {type(value).__name__}")
-    number: Any = value if isinstance(value, (int, float, torch.SymFloat, torch.SymInt)) else float(value)
+    # torch.compile's symbols must stay symbols: float() would make constants of them.
+    number = cast("float", value) if isinstance(value, (int, float, torch.SymFloat, torch.SymInt)) else float(value)
     limits = torch.finfo(dtype)
     if not limits.tiny <= number <= limits.max:
         raise ValueError(f"{name} must be positive and finite in {dtype}, got {value}")

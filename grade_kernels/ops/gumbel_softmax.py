@@ -82,8 +82,8 @@ def gumbel_ste(
     return gumbel_softmax(logits, tau, hard=True, dim=dim, noise=noise)
 
 
-# The operations take logits of any shape, with V at dim, so that what is saved for backward is what the caller holds,
-# never a copy that the kernels' layout needs.
+# Kernels take `[N, V]`, which may need a copy of the logits. If the operation took those, the copy would be saved for
+# backward. So the operation takes the caller's logits, of any shape and with V at dim.
 
 
 def _rows(x: torch.Tensor, dim: int) -> torch.Tensor:

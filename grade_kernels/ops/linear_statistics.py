@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypedDict, TypeVar
 
 import torch
 from typing_extensions import NamedTuple
@@ -118,7 +118,7 @@ def _statistic(
     *,
     ids: torch.Tensor | None = None,
     ignore_index: int | None = None,
-    ref: tuple[Any, Any, Any] | None = None,
+    ref: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None = None,
 ) -> torch.Tensor:
     hidden, lm_head, bias = check_head(hidden, lm_head, bias, logit_softcap)
     eps = canonical_eps(eps)
@@ -151,7 +151,8 @@ def _statistic(
     head = Head(rows, lm_head, bias, logit_softcap)
     if noise is None and (eps == 0 or reference_serves(backend, head)):  # nothing is drawn, not even a seed
         noise = GumbelNoise(0)
-    # Else without a graph, too: a reentrant checkpoint's first forward must leave the generator as its second one will.
+    # Otherwise a seed is drawn even if no graph is wanted. Reentrant checkpointing runs forward once without and once with a
+    # graph, and both must leave the generator in the same state.
     drawn = checks.canonical_noise(noise, rows.shape[0], hidden.device)
     flat_ids = None if ids is None else ids.reshape(-1)
     wants_support = eps > 0 and needs_graph(hidden, lm_head, bias)
@@ -232,12 +233,18 @@ def _fake(call: _Call) -> tuple[_Statistic[torch.Tensor], _Kept]:
     )
 
 
+class _Options(TypedDict):
+    bias: torch.Tensor | None
+    logit_softcap: float | None
+    temperature: torch.Tensor
+
+
 def _by_reference(call: _Call) -> torch.Tensor:
     check_reference_rows(call.head)
     if call.ref is not None:
         check_reference_rows(call.ref, "ref_")
     hidden, weight, bias, softcap = call.head
-    options: dict[str, Any] = {"bias": bias, "logit_softcap": softcap, "temperature": call.tau[:, None]}
+    options = _Options(bias=bias, logit_softcap=softcap, temperature=call.tau[:, None])
     if call.ref is not None:
         ref = call.ref
         return reference.linear_kl(hidden, weight, ref.hidden, ref.weight, ref_bias=ref.bias, **options)

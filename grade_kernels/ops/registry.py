@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch.autograd import forward_ad
@@ -32,6 +32,22 @@ _WAY_ROUND = (
     "call the operation inside `with grade_kernels.use_backend('reference'):`, which is plain differentiable PyTorch, "
     "with the logits held in memory"
 )
+
+
+class _Context(Protocol):
+    """What torch hands to the forward and the backward of an operation, and what is kept in it."""
+
+    needs_input_grad: tuple[Any, ...]  # a truth value for each argument, in lists where these are
+    saved_tensors: tuple[torch.Tensor | None, ...]
+    next_functions: tuple[tuple[Any, int], ...]
+    values: list[Any]  # arguments that are no tensors; of lists of tensors, how many they are
+    present: list[bool]  # which arguments are not None
+
+    def save_for_backward(self, *tensors: torch.Tensor | None) -> None: ...
+
+    def mark_non_differentiable(self, *tensors: torch.Tensor) -> None: ...
+
+    def set_materialize_grads(self, value: bool) -> None: ...
 
 
 def public(function: Function) -> Function:
@@ -160,12 +176,11 @@ def differentiable(
         fake_backward,
     )
 
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    def setup_context(ctx: _Context, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         given = [None if i in forgotten else x for i, x in enumerate(inputs)]
         tensors = [x for leaf, value in zip(layout, given, strict=True) for x in _tensors(leaf, value)]
         constants = [x for leaf, x in zip(outputs.leaves, output, strict=False) if not leaf.varies] + [*output[count:]]
         ctx.save_for_backward(*tensors, *constants)
-        # Of what is no tensor, the value; of lists of tensors, how many they are.
         ctx.values = [len(_tensors(leaf, x)) if leaf.is_list else x
                       for leaf, x in zip(layout, given, strict=True) if not leaf.is_tensor]  # fmt: skip
         ctx.present = [x is not None for x in inputs]
@@ -190,7 +205,7 @@ def differentiable(
         found = differentiable_gradients(forward, tensors, flags, upstream)
         return [x for x, flag in zip(found, flags, strict=True) if flag]
 
-    def gradient(ctx: Any, *upstream: torch.Tensor | None) -> tuple[Any, ...]:
+    def gradient(ctx: _Context, *upstream: torch.Tensor | None) -> tuple[Any, ...]:
         tensors, values = iter(ctx.saved_tensors), iter(ctx.values)
         given = [_restored(leaf, tensors, values) for leaf in layout]
         # torch asks for a gradient of each argument, in lists where these are.
@@ -212,7 +227,7 @@ def differentiable(
         return tuple(answer)
 
     def refuse(*_: Any) -> Any:
-        # Without this, autograd would take a gradient for a constant, and its own gradient for zero.
+        # Without this, autograd would silently treat the gradient as a constant.
         raise NotImplementedError(f"grade_kernels::{name}_backward has no second derivative; {_WAY_ROUND}")
 
     torch.library.register_autograd(f"grade_kernels::{name}", gradient, setup_context=setup_context, lib=library)
@@ -315,7 +330,7 @@ def _wanted_only(gradients: tuple[Any, ...], flags: Sequence[bool]) -> list[torc
     return [x for x, flag in zip(flat, flags, strict=True) if flag]
 
 
-def _running(ctx: Any, leaves: list[Leaf], given: list[Any]) -> list[Any]:
+def _running(ctx: _Context, leaves: list[Leaf], given: list[Any]) -> list[Any]:
     """Which arguments want a gradient from the backward pass that is running, in lists where these are.
 
     `ctx.needs_input_grad` says which of them require one at all. `torch.autograd.grad(..., inputs)` may want fewer, and
