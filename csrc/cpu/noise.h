@@ -33,7 +33,8 @@ struct RowKey {
 using wide = __m512i;
 GK_INLINE wide w_set(uint32_t x) { return _mm512_set1_epi32(int32_t(x)); }
 GK_INLINE wide w_mul(wide a, wide b) { return _mm512_mul_epu32(a, b); }
-// A shuffle, not a shift: the multiplies are on the shift's port already. What is left above is ignored by the next multiply.
+// A shuffle, not a shift: the multiplies are on the shift's port already. What is left above is ignored by the next
+// multiply.
 GK_INLINE wide w_high(wide a) { return _mm512_shuffle_epi32(a, _MM_PERM_DDBB); }
 GK_INLINE wide w_xor3(wide a, wide b, wide c) { return _mm512_ternarylogic_epi32(a, b, c, 0x96); }
 // Even 32-bit lanes of a, even 32-bit lanes of b in the odd places.
@@ -83,12 +84,12 @@ GK_INLINE void philox_call(const RowKey& key, uint32_t q, uint32_t* out) {
   *(wide*)out = w_low(w01, w23);
   *(wide*)(out + 2 * kCountersPerCall) = w_high_pairs(w01, w23);
 }
-GK_STEP void noise_words(const RowKey& key, uint32_t q, u32 out[4]) {
+GK_INLINE_IF_WIDE void noise_words(const RowKey& key, uint32_t q, u32 out[4]) {
 #pragma GCC unroll 4
   for (int i = 0; i < 16; i += kCountersPerCall) philox_call(key, q + uint32_t(i), (uint32_t*)out + 4 * i);
 }
 #else
-GK_STEP void noise_words(const RowKey& key, uint32_t q, u32 out[4]) {
+GK_INLINE_IF_WIDE void noise_words(const RowKey& key, uint32_t q, u32 out[4]) {
   uint32_t c0[16], c1[16], c2[16], c3[16];
   for (int i = 0; i < 16; ++i) {
     c0[i] = q + uint32_t(i);
@@ -125,7 +126,7 @@ GK_STEP void noise_words(const RowKey& key, uint32_t q, u32 out[4]) {
 }
 
 // E = -log1p(-u) of a pack of words, but for the refinement of the few below kRefineBelow.
-GK_STEP f32p exponential_unrefined(u32p w) {
+GK_INLINE_IF_WIDE f32p exponential_unrefined(u32p w) {
   f32p y, k, f;
   for (int i = 0; i < kPack; ++i) y.v[i] = to_float(~w.v[i]) * 0x1p-32f + 0x1p-33f;  // 1 - u, exact where u is near 1
   split(y, k, f);
@@ -137,7 +138,7 @@ GK_STEP f32p exponential_unrefined(u32p w) {
 }
 
 // E of the tokens of a pack that starts at `token`.
-GK_STEP f32p exponential(const RowKey& key, int64_t token, u32p w) {
+GK_INLINE_IF_WIDE f32p exponential(const RowKey& key, int64_t token, u32p w) {
   f32p e = exponential_unrefined(w);
   u32 least = w.v[0];
   for (int i = 1; i < kPack; ++i) least = least < w.v[i] ? least : w.v[i];
@@ -151,7 +152,9 @@ GK_STEP f32p exponential(const RowKey& key, int64_t token, u32p w) {
 }
 
 // Gumbel noise of the tokens of a pack.
-GK_STEP f32p gumbel(const RowKey& key, int64_t token, u32p w) { return vlog(exponential(key, token, w)) * -1.0f; }
+GK_INLINE_IF_WIDE f32p gumbel(const RowKey& key, int64_t token, u32p w) {
+  return vlog(exponential(key, token, w)) * -1.0f;
+}
 
 // An upper bound of the noise, loose by at most 0.07, for five instructions: g <= -log(u), and the bits of a float read
 // as an integer are a lower bound of its logarithm.

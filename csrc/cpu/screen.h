@@ -1,7 +1,7 @@
 // Sampling through a head that stands in eight bits beside itself: a quarter of float32's bytes to read.
 //
-// Codes give each logit within a bound, by Cauchy and Schwarz, of the head's error. Noise is known, so a token whose upper
-// bound with its noise stays below the best lower bound cannot win; the few others are looked at in full.
+// Codes give each logit within a bound, by Cauchy and Schwarz, of the head's error. Noise is known, so a token whose
+// upper bound with its noise stays below the best lower bound cannot win; the few others are looked at in full.
 #pragma once
 
 #include <cstdint>
@@ -19,7 +19,8 @@ struct ScreenCodes {
   int64_t width, stride;
   const float* columns;  // [padded], what a column is divided by, inverted; zeros up to a multiple of sixteen
   int64_t padded;
-  // Token's weights in units of their columns are scale * codes within `slack` (a length, with room for float32's rounding).
+  // Token's weights in units of their columns are scale * codes within `slack` (a length, with room for float32's
+  // rounding).
   int8_t* codes;  // [tokens, padded]
   float *scale, *slack;
 };
@@ -31,7 +32,7 @@ struct Contender {
 };
 
 struct ScreenArgs {
-  const float* x;  // [rows, padded], in units of the columns
+  const float* x;     // [rows, padded], in units of the columns
   const float* norm;  // [rows], its length
   int64_t rows, padded;
   const int8_t* codes;

@@ -1,16 +1,16 @@
 // Sixteen lanes in the compiler's own vector types, so that one source serves AVX-512, AVX2, NEON and the rest.
 //
-// Included once by each rows_<isa>.cpp inside its own namespace and under its own target pragma; hence no include guard,
-// and no includes of its own (a standard function compiled for one instruction set must never serve another).
+// Included once by each rows_<isa>.cpp inside its own namespace and under its own target pragma; hence no include
+// guard, and no includes of its own (a standard function compiled for one instruction set must never serve another).
 
 #define GK_INLINE [[gnu::always_inline]] static inline
 
 // A step of a kernel's inner loop. Without 512-bit registers a vector is many instructions, and inlining every step
 // everywhere makes a library four times the size that takes a minute to compile; there a call costs nothing beside it.
 #ifdef GK_AVX512
-#define GK_STEP GK_INLINE
+#define GK_INLINE_IF_WIDE GK_INLINE
 #else
-#define GK_STEP [[gnu::noinline]] static
+#define GK_INLINE_IF_WIDE [[gnu::noinline]] static
 #endif
 
 using f32 = float __attribute__((vector_size(64)));
@@ -22,6 +22,22 @@ using i8u = int8_t __attribute__((vector_size(16), aligned(1)));
 using u16u = uint16_t __attribute__((vector_size(32), aligned(2)));
 
 constexpr int kLanes = 16;
+
+// The C++ type of a dtype's numbers; see with_dtype.
+template <Dtype kDtype>
+struct ElementOf {
+  using Type = float;
+};
+template <>
+struct ElementOf<Dtype::kBFloat16> {
+  using Type = BFloat16;
+};
+template <>
+struct ElementOf<Dtype::kHalf> {
+  using Type = Half;
+};
+template <Dtype kDtype>
+using Element = typename ElementOf<kDtype>::Type;
 
 GK_INLINE f32 splat(float x) { return f32{} + x; }
 GK_INLINE i32 splat_i(int32_t x) { return i32{} + x; }
@@ -130,7 +146,7 @@ GK_INLINE f32 load(const BFloat16* p) {
   return (f32)(__builtin_convertvector(x, u32) << 16);
 #endif
 }
-GK_STEP f32 load(const Half* p) {
+GK_INLINE_IF_WIDE f32 load(const Half* p) {
   const u16 x = *(const u16u*)p;
 #ifdef GK_AVX512
   return (f32)_mm512_cvtph_ps((__m256i)x);
@@ -142,8 +158,8 @@ GK_STEP f32 load(const Half* p) {
 #else
   const u32 h = __builtin_convertvector(x, u32);
   const u32 magnitude = h & 0x7FFFu, sign = (h & 0x8000u) << 16;
-  // Subnormals are whole numbers of 2^-24: as float32's own they would be flushed to zero. Infinities and NaN keep a full
-  // exponent.
+  // Subnormals are whole numbers of 2^-24: as float32's own they would be flushed to zero. Infinities and NaN keep a
+  // full exponent.
   const u32 small = (u32)(__builtin_convertvector((i32)magnitude, f32) * 0x1p-24f);
   const u32 rebiased = (magnitude << 13) + ((u32)(magnitude >= 0x7C00u) & (112u << 23)) + (112u << 23);
   return (f32)(((magnitude < 0x400u) ? small : rebiased) | sign);
@@ -151,7 +167,7 @@ GK_STEP f32 load(const Half* p) {
 }
 
 GK_INLINE void store(float* p, f32 x) { *(f32u*)p = x; }
-GK_STEP void store(BFloat16* p, f32 x) {
+GK_INLINE_IF_WIDE void store(BFloat16* p, f32 x) {
   const u32 bits = (u32)x;
   const u32 rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;  // to nearest, ties to even
   const u32 quiet = (bits >> 16) | 0x40u;
@@ -162,12 +178,13 @@ GK_STEP void store(BFloat16* p, f32 x) {
   *(u16u*)p = __builtin_convertvector(narrow, u16);
 #endif
 }
-GK_STEP void store(Half* p, f32 x) {
+GK_INLINE_IF_WIDE void store(Half* p, f32 x) {
 #ifdef GK_AVX512
   *(u16u*)p = (u16)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #elif defined(GK_AVX2)
   for (int i = 0; i < 2; ++i) {
-    _mm_storeu_si128((__m128i*)p + i, _mm256_cvtps_ph(((const __m256*)&x)[i], _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    _mm_storeu_si128((__m128i*)p + i,
+                     _mm256_cvtps_ph(((const __m256*)&x)[i], _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
   }
 #else
   for (int i = 0; i < kLanes; ++i) p[i] = Half(x[i]);
@@ -192,27 +209,50 @@ using f32p = Packed<f32>;
 using i32p = Packed<i32>;
 using u32p = Packed<u32>;
 
-#define GK_EACH(expression)                                  \
-  for (int each = 0; each < kPack; ++each) {                 \
-    out.v[each] = expression;                                \
-  }                                                          \
+// make(i) for every vector of a pack.
+template <typename Make>
+GK_INLINE f32p each(const Make& make) {
+  f32p out;
+  for (int i = 0; i < kPack; ++i) out.v[i] = make(i);
   return out;
+}
+#define GK_EACH(i) [&](int i) __attribute__((always_inline))
 
-GK_INLINE f32p operator+(f32p a, f32p b) { f32p out; GK_EACH(a.v[each] + b.v[each]) }
-GK_INLINE f32p operator-(f32p a, f32p b) { f32p out; GK_EACH(a.v[each] - b.v[each]) }
-GK_INLINE f32p operator*(f32p a, f32p b) { f32p out; GK_EACH(a.v[each] * b.v[each]) }
-GK_INLINE f32p operator*(f32p a, float b) { f32p out; GK_EACH(a.v[each] * b) }
-GK_INLINE f32p operator-(f32p a, float b) { f32p out; GK_EACH(a.v[each] - b) }
-GK_INLINE f32p operator-(f32p a, f32 b) { f32p out; GK_EACH(a.v[each] - b) }
-GK_INLINE f32p fma(f32p a, f32p b, float c) { f32p out; GK_EACH(a.v[each] * b.v[each] + c) }
-GK_INLINE f32p fma(f32p a, f32p b, f32p c) { f32p out; GK_EACH(a.v[each] * b.v[each] + c.v[each]) }
-GK_INLINE f32p fma(f32p a, float b, f32p c) { f32p out; GK_EACH(a.v[each] * b + c.v[each]) }
-GK_INLINE f32p fma(f32p a, float b, float c) { f32p out; GK_EACH(a.v[each] * b + c) }
+GK_INLINE f32p operator+(f32p a, f32p b) {
+  return each(GK_EACH(i) { return a.v[i] + b.v[i]; });
+}
+GK_INLINE f32p operator-(f32p a, f32p b) {
+  return each(GK_EACH(i) { return a.v[i] - b.v[i]; });
+}
+GK_INLINE f32p operator*(f32p a, f32p b) {
+  return each(GK_EACH(i) { return a.v[i] * b.v[i]; });
+}
+GK_INLINE f32p operator*(f32p a, float b) {
+  return each(GK_EACH(i) { return a.v[i] * b; });
+}
+GK_INLINE f32p operator-(f32p a, float b) {
+  return each(GK_EACH(i) { return a.v[i] - b; });
+}
+GK_INLINE f32p operator-(f32p a, f32 b) {
+  return each(GK_EACH(i) { return a.v[i] - b; });
+}
+GK_INLINE f32p fma(f32p a, f32p b, float c) {
+  return each(GK_EACH(i) { return a.v[i] * b.v[i] + c; });
+}
+GK_INLINE f32p fma(f32p a, f32p b, f32p c) {
+  return each(GK_EACH(i) { return a.v[i] * b.v[i] + c.v[i]; });
+}
+GK_INLINE f32p fma(f32p a, float b, f32p c) {
+  return each(GK_EACH(i) { return a.v[i] * b + c.v[i]; });
+}
+GK_INLINE f32p fma(f32p a, float b, float c) {
+  return each(GK_EACH(i) { return a.v[i] * b + c; });
+}
 
 // ---- Logarithm and exponential ------------------------------------------------------------------------------------
 
 // log1p(f) for f in [-0.25, 0.5], minimax: relative error 5e-9 before rounding.
-GK_STEP f32p log1p_core(f32p f) {
+GK_INLINE_IF_WIDE f32p log1p_core(f32p f) {
   f32p q = fma(f, -0.044909629970788956f, 0.10448333621025085f);
   q = fma(q, f, -0.1316223293542862f);
   q = fma(q, f, 0.14482061564922333f);
@@ -235,14 +275,14 @@ GK_INLINE void split(f32p x, f32p& k, f32p& f) {
 }
 
 // Natural logarithm of positive normal numbers.
-GK_STEP f32p vlog(f32p x) {
+GK_INLINE_IF_WIDE f32p vlog(f32p x) {
   f32p k, f;
   split(x, k, f);
   return fma(k, kLn2, log1p_core(f));
 }
 
 // 2^x for x up to 100 or so; zero below 2^-126, so that nothing is ever subnormal.
-GK_STEP f32p vexp2(f32p x) {
+GK_INLINE_IF_WIDE f32p vexp2(f32p x) {
   f32p n, f, out;
   for (int i = 0; i < kPack; ++i) {
     const f32 clamped = vmax(x.v[i], splat(-126.0f));

@@ -71,8 +71,8 @@ struct BackwardArgs {
   int64_t dy_stride;
   void* out;  // may be dy
   int64_t out_stride;
-  float* partial;  // [3, rows, pieces]: sums of w, w dy and exp(l - max) dy
-  float* chosen;   // [rows]: dy of the sampled token, for reinmax
+  float* partial;       // [3, rows, pieces]: sums of w, w dy and exp(l - max) dy
+  float* chosen;        // [rows]: dy of the sampled token, for reinmax
   float* partial_dtau;  // [rows, pieces], null: not wanted
   float* dtau;
 };

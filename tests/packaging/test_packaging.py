@@ -197,7 +197,7 @@ def test_compile_error_is_the_reason(source_tree):
 @pytest.mark.skipif(_build.library_path() is None, reason="nothing can be compiled here")
 def test_wheel_serves_every_python(source_tree):
     """A library of one small source stands in for csrc, which takes longer to compile than it is worth here."""
-    for source in (source_tree / "csrc" / "cpu").glob("*.cpp"):
+    for source in (source_tree / "csrc" / "cpu").rglob("*.cpp"):
         source.unlink()
     (source_tree / "csrc" / "cpu" / "small.cpp").write_text(
         "#include <torch/csrc/stable/library.h>\n"
