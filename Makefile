@@ -23,10 +23,11 @@ bench: venv  ## check, then time every operation against plain PyTorch
 	$(BIN)/python -m pytest benchmarks $(ARGS)
 	$(if $(findstring --quick,$(ARGS)),,$(BIN)/python -m benchmarks.training)
 
-lint: venv  ## ruff and mypy
+lint: venv  ## ruff, mypy, and clang-format for C++
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	find csrc tests -type f -name '*.h' -o -name '*.inl' -o -name '*.cpp' -o -name '*.cu' | xargs $(BIN)/clang-format --dry-run --Werror
 
 # Ninja looks after the sources of csrc, so this costs a fraction of a second when nothing has changed.
 venv: .venv/.stamp  ## the set-up alone

@@ -1,5 +1,5 @@
-// From a 32-bit word to exponential and Gumbel noise: g = -log(E), E = -log1p(-u), u = (w + 0.5) / 2^32. Host and
-// device.
+// From a 32-bit word to exponential and Gumbel noise: g = -log(E), E = -log1p(-u), u = (w + 0.5) / 2^32.
+// Host and device.
 #pragma once
 
 #include <cmath>

@@ -1,5 +1,5 @@
-// Products with rows of a table: sparse ones, which the backward pass takes on a support, and a few rows with all of
-// it.
+// Products with rows of a table: sparse ones, which the backward pass takes on a support, and those of a few rows of x
+// with the whole table.
 #pragma once
 
 #include <cstdint>

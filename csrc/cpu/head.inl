@@ -126,19 +126,6 @@ GK_INLINE_IF_WIDE void lane_gumbel(const f32 e[kTokensPerPhilox], f32 out[kToken
   for (int j = 0; j < kTokensPerPhilox; j += kPack) unpack(vlog(pack(e + j)) * -1.0f, out + j);
 }
 
-// c tanh(x / c). What is masked stays so, and NaN is NaN.
-GK_INLINE f32 softcapped(f32 x, float softcap) {
-  // tanh(y) = sign(y) (1 - t) / (1 + t) with t = exp(-2 |y|).
-  const f32 y = x * (1.0f / softcap), magnitude = y < 0.0f ? -y : y;
-  const f32 t = vexp2_one(magnitude * (-2.0f * kLog2E));
-  // Small arguments cancel in 1 - t, where the odd series is exact enough.
-  const f32 square = y * y;
-  const f32 series = x * (1.0f + square * (-0.333333333f + square * (0.133333333f - square * 0.053968254f)));
-  const f32 ratio = (1.0f - t) / (1.0f + t);
-  const f32 value = select(magnitude < 0.1f, series, (y < 0.0f ? -ratio : ratio) * softcap);
-  return select((x == x) & (x > -__builtin_inff()), value, x);
-}
-
 // The logits of a quad; those outside the span are masked.
 template <typename T>
 GK_INLINE_IF_WIDE void load_quad(const HeadChunk& in, const void* logits, const float* bias, const Span& span,
@@ -173,8 +160,8 @@ GK_INLINE_IF_WIDE f32 quad_weights(const f32 x[kTokensPerPhilox], f32 max, f32 s
 struct LaneSum {
   f32 max, sum;
 
-  // Starts at the most negative number: from -inf, -inf - -inf would make NaN. (Constructors are written out, because the
-  // compiler's own would be compiled without this file's instruction set.)
+  // Starts at the most negative number: from -inf, -inf - -inf would make NaN. (Constructors are written out, because
+  // the compiler's own would be compiled without this file's instruction set.)
   [[gnu::always_inline]] LaneSum() : max(splat(-3.402823466e38f)), sum{} {}
 
   // Raises the maximum to cover x. Returns whether anything changed and, if so, the factor of what was summed before.

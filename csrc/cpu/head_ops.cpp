@@ -1,5 +1,5 @@
-// Registers the head's and the gather kernels with torch (stable ABI): pieces of a chunk over threads, and their
-// merging.
+// Registers the kernels of head.h, gather.h and products.h with torch (stable ABI). Spreads pieces of a chunk over
+// threads and merges what they found.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>

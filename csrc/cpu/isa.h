@@ -37,7 +37,7 @@ inline bool lends_tiles() {
 #endif
 }
 
-// The best that the processor has; GRADE_KERNELS_CPU_ISA (generic, avx2, avx512) asks for less, so that each can be
+// The best that the processor has. GRADE_KERNELS_CPU_ISA (generic, avx2, avx512) asks for less, so that each can be
 // tested.
 inline Isa machine_isa() {
   static const Isa chosen = [] {

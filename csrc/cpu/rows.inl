@@ -52,21 +52,6 @@ GK_INLINE_IF_WIDE void store_block(T* row, const Block& block, const f32 x[kVect
   for (int i = block.first; i < block.last; ++i) row[block.column + i] = staged[i];
 }
 
-template <typename V>
-GK_INLINE Packed<V> pack(const V* x) {
-  Packed<V> out;
-  for (int i = 0; i < kPack; ++i) out.v[i] = x[i];
-  return out;
-}
-GK_INLINE void unpack(f32p x, f32* out) {
-  for (int i = 0; i < kPack; ++i) out[i] = x.v[i];
-}
-GK_INLINE f32 vexp2_one(f32 x) {
-  f32p all;
-  for (int i = 0; i < kPack; ++i) all.v[i] = x;
-  return vexp2(all).v[0];
-}
-
 // Sum over a row, lane by lane.
 struct Sum {
   f32 inner[kVectors] = {}, outer = {};

@@ -67,9 +67,10 @@ static void screen_tokens(const ScreenArgs& args, int64_t begin, int64_t end, Sc
       load_block(args.bias, block, -__builtin_inff(), bias);
     } else {
       for (int j = 0; j < kVectors; ++j) {
-        for (int i = 0; i < kLanes; ++i)
-          bias[j][i] =
-              block.full() || (j * kLanes + i >= block.first && j * kLanes + i < block.last) ? 0.0f : -__builtin_inff();
+        for (int i = 0; i < kLanes; ++i) {
+          const int at = j * kLanes + i;
+          bias[j][i] = block.full() || (at >= block.first && at < block.last) ? 0.0f : -__builtin_inff();
+        }
       }
     }
     for (int row = 0; row < args.rows; ++row) {

@@ -280,8 +280,9 @@ class Multiplier {
       Tiles::load_table(panel, panel + kTile, 32);
     }
     Tiles::multiply_add<kWide>();
-    for (int64_t i = ask_from_; i < ask_to_; ++i)
+    for (int64_t i = ask_from_; i < ask_to_; ++i) {
       _mm_prefetch(reinterpret_cast<const char*>(tiles + far_ + i * args_.stride), _MM_HINT_T1);
+    }
   }
 
   // The same in float32, and between the products the panel of the next step: the matrix unit and the vector units
@@ -505,8 +506,9 @@ class Summer {
     }
   }
 
-  // Some tokens' columns as tiles, row by row, as they lie in memory. Neighbours in bfloat16 meet in each quarter of a
-  // vector, which parts their columns: the first tile has the first four of every eight, the second the others.
+  // Some tokens' columns as tiles, row by row, as they lie in memory. In bfloat16 two tokens' numbers are brought side
+  // by side by unpacklo and unpackhi, which work within the quarters of a vector: of every eight columns the first tile
+  // gets the first four (0 to 3, 8 to 11, ...), the second the last four. `put` undoes it.
   void fill(int64_t token, int64_t tokens, int64_t first, int64_t last) {
     for (int64_t step = 0; step < tile_steps(tokens); ++step) {
       for (int64_t block = first; block < last; ++block) {
@@ -542,7 +544,7 @@ class Summer {
                                              int64_t group) {
     const uint16_t* x = values_ + group * kSteps * kParts * 2 * kTile;
     GK_MEMORY;
-    kSplit || fresh ? Tiles::clear<kWide>() : Tiles::resume<kWide>(sums);
+    kSplit || fresh ? Tiles::clear<kWide>() : Tiles::resume<kWide>(sums);  // in bfloat16 one long sum is exact enough
     for (int64_t step = 0; step < steps; ++step, x += kParts * 2 * kTile, tiles += kTableParts * 2 * kTile) {
       if constexpr (kSplit) {
 #pragma GCC unroll 6
@@ -571,7 +573,7 @@ class Summer {
     }
   }
 
-  // A block of columns to where it belongs. Returns whether it is finite.
+  // A block of columns to where it belongs, in the order that `fill` changed. Returns whether it is finite.
   bool put(int64_t block) const {
     __m512 unlike = _mm512_setzero_ps();  // x - x is 0 or NaN
     const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
@@ -595,15 +597,18 @@ class Summer {
 
   const WeightedSum& args_;
   const int64_t begin_, end_, groups_;
-  char* const memory_;         // no container's: what it would compile for this instruction set might serve another
+  // new[], not std::vector: a member of that compiled here would contain AVX-512 code, and the linker may pick it to
+  // serve other files, too.
+  char* const memory_;
   uint16_t *panel_, *values_;  // of kSteps steps
   float* sums_;                // by blocks of columns and of rows, for tiles to be side by side
   int32_t* parts_;             // of values, by blocks of rows: numbers that are bfloat16 already have but one
 };
 
 void pack_tiles(const Packing& args, int64_t begin, int64_t end) {
-  for (int64_t block = begin; block < end; ++block)
+  for (int64_t block = begin; block < end; ++block) {
     args.dtype == Dtype::kFloat ? pack<Dtype::kFloat>(args, block) : pack<Dtype::kBFloat16>(args, block);
+  }
 }
 
 void multiply_tiles(const Product& args, int64_t begin, int64_t end) {

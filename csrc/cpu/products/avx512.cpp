@@ -396,7 +396,9 @@ class Summer {
 
   const WeightedSum& args_;
   const int64_t strip_;
-  char* const memory_;  // no container's: what it would compile for this instruction set might serve another
+  // new[], not std::vector: a member of that compiled here would contain AVX-512 code, and the linker may pick it to
+  // serve other files, too.
+  char* const memory_;
   float *panel_, *sums_, *values_;
 };
 

@@ -12,7 +12,7 @@ struct TwoParts {
 
 // In two parts: the nearest bfloat16 number (ties to even), then the one nearest to what that leaves.
 //
-// Greatest error of nearest + rest: 2^-18 of the number. Valid: 2^-101 <= |x| < kLargest, and 0. Numbers that are
+// Greatest error of nearest + rest: 2^-17 of the number. Valid: 2^-103 <= |x| < kLargest, and 0. Numbers that are
 // bfloat16 already have a rest of 0. Needs AVX512_BF16, which takes subnormal numbers for zero.
 [[gnu::always_inline]] inline TwoParts split_in_two(__m512 low, __m512 high) {
   const __m512i nearest = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low));
@@ -28,7 +28,8 @@ struct TwoParts {
 // upper halves of two float32 vectors meet by one shift and one select.
 //
 // A part is the nearest to what the parts before it leave (ties away from zero), so that the next one is small. The
-// last part leaves nothing: the sum of the three is the number, exactly. Valid: 2^-109 <= |x| < kLargest, and 0.
+// last part leaves nothing: the sum of the three is the number, exactly. Valid: 2^-103 <= |x| < kLargest, and 0; parts
+// of smaller numbers are subnormal, which the products take for zero.
 [[gnu::always_inline]] inline void split_in_three(__m512 low, __m512 high, __m512i out[kTileParts]) {
   const __m512i upper = _mm512_set1_epi32(int(0xFFFF0000u)), half = _mm512_set1_epi32(0x8000);
   for (int part = 0; part < kTileParts; ++part) {

@@ -53,7 +53,8 @@ struct ProductKernels {
   // Blocks [begin, end): of x's rows, of the table's rows, of its columns.
   void (*pack)(const Packing& args, int64_t begin, int64_t end);
   void (*multiply)(const Product& args, int64_t begin, int64_t end);
-  bool (*sum)(const WeightedSum& args, int64_t begin, int64_t end);  // whether no sum lost what an infinity stands for
+  // False if an infinity in the arguments made a sum NaN; the caller must take the sums that are not finite again.
+  bool (*sum)(const WeightedSum& args, int64_t begin, int64_t end);
 };
 
 #if defined(__x86_64__)

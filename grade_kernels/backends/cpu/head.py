@@ -19,7 +19,7 @@ from grade_kernels.backends.torch import head as fallback
 CHUNK_ELEMENTS = 2**20  # logits that exist at a time
 _LANES, _PIECES = 16, 8  # kHeadLanes and kPieces of csrc/cpu
 _FEW_ROWS = 8  # hidden rows up to which padding them to whole lanes is most of the work
-_CANDIDATE_WORDS = 3  # int32 words of csrc/cpu/head.h's Candidate and of its Found
+_CANDIDATE_WORDS = 3  # int32 words of csrc/cpu/head.h's Candidate and of its Hit
 _SAMPLE, _SCORES, _SOFTMAX = range(3)
 
 
@@ -28,12 +28,12 @@ def _kernels() -> Any:
 
 
 def _has_product(x: torch.Tensor) -> bool:
-    """Whether products of x go to csrc/cpu/products.h."""
+    """Whether products of x go to csrc/cpu/products/products.h."""
     return x.numel() > 0 and x.dtype != torch.float64 and bool(_kernels().has_product(x))
 
 
 def _packed(x: torch.Tensor) -> torch.Tensor:
-    """x as csrc/cpu/products.h wants it."""
+    """x as csrc/cpu/products/products.h wants it."""
     packed = x.new_empty(_kernels().packed_numbers(x), dtype=torch.int16)
     _kernels().product_pack(unit_stride(x), packed)
     return packed
@@ -198,7 +198,7 @@ class _Pass:
     def __init__(self, kind: int, head: Head, tau: torch.Tensor, eps: float) -> None:
         rows, vocab = head.hidden.shape[0], head.weight.shape[0]
         self.kind, self.head, self.tau, self.eps = kind, head, tau.contiguous(), eps
-        self.state = tau.new_zeros(5, rows)  # csrc/cpu/head_ops.cpp's State: two maxima, two sums, a moment
+        self.state = tau.new_zeros(5, rows)  # score max, score sum, logit max, logit sum, moment
         self.state[0::2][:2] = torch.finfo(torch.float32).min
         self.ids = tau.new_full((rows,), -1, dtype=torch.int64)
         self.flags = tau.new_zeros(3, rows, dtype=torch.int32)  # bad, entries, overflow

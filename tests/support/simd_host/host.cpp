@@ -99,11 +99,13 @@ extern "C" __attribute__((visibility("default"))) bool apply(const char* name, c
   } else if (is("load int8")) {
     each_vector<int8_t>(in, out, n, [](const int8_t* x, float* y) { store(y, load(x)); });
   } else if (is("store bfloat16")) {
-    for (int64_t i = 0; i < n; i += kLanes) store(static_cast<BFloat16*>(out) + i, load(static_cast<const float*>(in) + i));
+    for (int64_t i = 0; i < n; i += kLanes)
+      store(static_cast<BFloat16*>(out) + i, load(static_cast<const float*>(in) + i));
   } else if (is("store float16")) {
     for (int64_t i = 0; i < n; i += kLanes) store(static_cast<Half*>(out) + i, load(static_cast<const float*>(in) + i));
   } else if (is("store int8")) {
-    for (int64_t i = 0; i < n; i += kLanes) store(static_cast<int8_t*>(out) + i, load(static_cast<const float*>(in) + i));
+    for (int64_t i = 0; i < n; i += kLanes)
+      store(static_cast<int8_t*>(out) + i, load(static_cast<const float*>(in) + i));
 #ifdef GK_AVX512
   } else if (is("split_in_two")) {  // out is [n, 2] bfloat16 numbers
     for (int64_t i = 0; i < n; i += 32) {
