@@ -19,7 +19,7 @@ GK_INLINE void rows_of(const void* x, int64_t stride, const int64_t* rows, int64
   for (int q = 0; q < kEntries; ++q) out[q] = static_cast<const T*>(x) + rows[k + q < end ? k + q : end - 1] * stride;
 }
 
-// Entries k and after. Those of one row of x (kShared), which most are, load it once.
+// kEntries entries from k on. kShared: they all are of one row of x, as most are, which is then loaded once.
 template <bool kShared, typename X, typename Y>
 GK_INLINE void dot_some(const GatherArgs& args, int64_t k, int64_t end) {
   constexpr int64_t kStep = 2 * kLanes;

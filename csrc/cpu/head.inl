@@ -104,7 +104,7 @@ GK_INLINE_IF_WIDE void lane_words(const LaneKey& key, uint32_t counter, u32 out[
   }
 }
 
-// E of one call's four tokens for the sixteen rows; the noise is -log(E).
+// E of a quad for the sixteen rows, refined. `token` is the quad's first. Errors as in exponential().
 GK_INLINE_IF_WIDE void lane_exponential(const LaneKey& key, int64_t token, const u32 w[kTokensPerPhilox],
                                         f32 out[kTokensPerPhilox]) {
   for (int j = 0; j < kTokensPerPhilox; j += kPack) {
@@ -122,6 +122,7 @@ GK_INLINE_IF_WIDE void lane_exponential(const LaneKey& key, int64_t token, const
   }
 }
 
+// Gumbel noise -log(E) of a quad. Error as in gumbel().
 GK_INLINE_IF_WIDE void lane_gumbel(const f32 e[kTokensPerPhilox], f32 out[kTokensPerPhilox]) {
   for (int j = 0; j < kTokensPerPhilox; j += kPack) unpack(vlog(pack(e + j)) * -1.0f, out + j);
 }
@@ -146,14 +147,15 @@ GK_INLINE_IF_WIDE void load_quad(const HeadChunk& in, const void* logits, const 
   }
 }
 
-// exp2((x - max) * scale) of a quad; returns their sum.
-GK_INLINE_IF_WIDE f32 quad_weights(const f32 x[kTokensPerPhilox], f32 max, f32 scale, f32 out[kTokensPerPhilox]) {
+// exp2((x - max) * scale) of a quad, and `sum` plus these. Vectors come by reference, since a call would copy them.
+GK_INLINE_IF_WIDE f32 add_weights(const f32& sum, const f32 x[kTokensPerPhilox], const f32& max, const f32& scale,
+                                  f32 out[kTokensPerPhilox]) {
   for (int j = 0; j < kTokensPerPhilox; j += kPack) {
     f32p y;
     for (int i = 0; i < kPack; ++i) y.v[i] = (x[j + i] - max) * scale;
     unpack(vexp2(y), out + j);
   }
-  return (out[0] + out[1]) + (out[2] + out[3]);
+  return sum + ((out[0] + out[1]) + (out[2] + out[3]));
 }
 
 // Running maximum and sum of exp2((x - max) * scale), lane by lane.
@@ -175,7 +177,7 @@ struct LaneSum {
     return true;
   }
   [[gnu::always_inline]] void weigh(const f32 x[kTokensPerPhilox], f32 scale, f32 out[kTokensPerPhilox]) {
-    sum += quad_weights(x, max, scale, out);
+    sum = add_weights(sum, x, max, scale, out);
   }
   [[gnu::always_inline]] void add(const f32 x[kTokensPerPhilox], f32 scale) {
     f32 factor, unused[kTokensPerPhilox];

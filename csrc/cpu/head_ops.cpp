@@ -456,7 +456,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(grade_kernels_cpu, m) {
   m.def("gather_dot(Tensor x, Tensor table, Tensor rows, Tensor tokens, Tensor(a!) out) -> ()");
   m.def("few_product(Tensor x, Tensor table, Tensor(a!) out) -> ()");
   m.def(
-      "weight_terms(Tensor weights, Tensor dy, Tensor? slope, Tensor(a!) out, Tensor(b!) sums, Tensor(c!) shift) -> ()");
+      "weight_terms(Tensor weights, Tensor dy, Tensor? slope, Tensor(a!) out, Tensor(b!) sums, Tensor(c!) shift) "
+      "-> ()");
   m.def("has_product(Tensor x) -> bool");
   m.def("packed_numbers(Tensor x) -> int");
   m.def("product_pack(Tensor x, Tensor(a!) packed) -> ()");

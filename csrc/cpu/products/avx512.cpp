@@ -30,7 +30,7 @@ constexpr int64_t kRowsAhead = 16;           // of the table, that are asked for
 constexpr int64_t kStrip = 8;                // lines of the table's columns that a panel has at most
 constexpr int64_t kSumsAtATime = 1 << 17;    // numbers that stay in the second-level cache
 
-// Rows of sums that fill the registers beside so many vectors.
+// BroadcastRows of sums that fill the registers beside so many vectors.
 constexpr int tall(int wide) { return wide == 4 ? 6 : wide == 3 ? 8 : 12; }
 
 // What numbers are multiplied as.
@@ -57,14 +57,15 @@ template <Dtype kDtype>
   return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
 }
 
-// One operand: rows of numbers, of which each is multiplied by a whole line of the other.
-struct Rows {
+// One operand: rows of which each number is multiplied by a whole line of the other operand.
+struct BroadcastRows {
   const char* first;
   int64_t stride;  // bytes
   bool half;       // the last step is a single number of bfloat16, and beyond it nothing may be read
 };
 
-// Rows of memory that will be wanted next. They are asked for a few lines at a time, while there is work to do.
+// BroadcastRows of memory that will be wanted next. They are asked for a few lines at a time, while there is work to
+// do.
 class Ahead {
  public:
   // All of them within `calls` calls of ask().
@@ -99,7 +100,7 @@ constexpr int64_t calls_of(int wide, int64_t rows, int64_t steps) {
 
 // sums[kTall][kWide] of `steps` steps, in lines of kLine numbers; they replace what is there or are added to it.
 template <Dtype kDtype, int kTall, int kWide>
-[[gnu::noinline]] void multiply(const Rows& rows, const float* lines, int64_t steps, bool fresh, float* sums,
+[[gnu::noinline]] void multiply(const BroadcastRows& rows, const float* lines, int64_t steps, bool fresh, float* sums,
                                 Ahead& ahead) {
   __m512 sum[kTall][kWide];
 #pragma GCC unroll 12
@@ -155,7 +156,8 @@ template <Dtype kDtype, int kTall, int kWide>
 
 // The same for any number of rows.
 template <Dtype kDtype, int kWide>
-void multiply_rows(Rows rows, int64_t count, const float* lines, int64_t steps, bool fresh, float* sums, Ahead& ahead) {
+void multiply_rows(BroadcastRows rows, int64_t count, const float* lines, int64_t steps, bool fresh, float* sums,
+                   Ahead& ahead) {
   const auto some = [&]<int kTall>() {
     for (; count >= kTall; count -= kTall) {
       multiply<kDtype, kTall, kWide>(rows, lines, steps, fresh, sums, ahead);
@@ -170,8 +172,8 @@ void multiply_rows(Rows rows, int64_t count, const float* lines, int64_t steps, 
 }
 
 template <Dtype kDtype>
-void multiply_any(int wide, const Rows& rows, int64_t count, const float* lines, int64_t steps, bool fresh, float* sums,
-                  Ahead& ahead) {
+void multiply_any(int wide, const BroadcastRows& rows, int64_t count, const float* lines, int64_t steps, bool fresh,
+                  float* sums, Ahead& ahead) {
   switch (wide) {
     case 1: return multiply_rows<kDtype, 1>(rows, count, lines, steps, fresh, sums, ahead);
     case 2: return multiply_rows<kDtype, 2>(rows, count, lines, steps, fresh, sums, ahead);
@@ -243,7 +245,8 @@ void multiply_blocks(const Product& args, int64_t begin, int64_t end) {
       const float* lines = reinterpret_cast<const float*>(args.packed) + pass.first * kLanes * steps;
       for (int64_t step = 0; step < steps; step += segment_of(kDtype)) {
         const int64_t now = std::min(segment_of(kDtype), steps - step);
-        Rows rows{table + 4 * step, stride, kDtype == Dtype::kBFloat16 && args.width % 2 && step + now == steps};
+        BroadcastRows rows{table + 4 * step, stride,
+                           kDtype == Dtype::kBFloat16 && args.width % 2 && step + now == steps};
         if constexpr (kDtype == Dtype::kHalf) {
           rows = {reinterpret_cast<const char*>(wider), segment_of(kDtype) * 4, false};
           for (int64_t i = 0; i < tokens; ++i) {
@@ -292,7 +295,8 @@ class Summer {
         Ahead ahead(values(token + tokens), args_.values_stride * bytes, behind > 0 ? args_.rows : 0, behind * bytes,
                     calls);
         for (int part = 0; part < parts; ++part) {
-          const Rows rows{reinterpret_cast<const char*>(values_ + part * args_.rows * kSegment), kSegment * 4, false};
+          const BroadcastRows rows{reinterpret_cast<const char*>(values_ + part * args_.rows * kSegment), kSegment * 4,
+                                   false};
           for (int64_t block = first; block < last; ++block) {
             multiply_any<computed(kDtype)>(wide(block), rows, args_.rows, panel_ + (block - first) * kSegment * kLine,
                                            steps_of(kDtype, tokens), token == 0 && part == 0,
@@ -351,9 +355,10 @@ class Summer {
     }
   }
 
-  // Values of some tokens, side by side: rows far apart may all want the same places of a cache. In bfloat16 pairs of
-  // tokens: the nearest numbers, then those nearest to what they leave. Returns how many parts there are: numbers that
-  // are bfloat16 already have but one.
+  // Copies the values of some tokens, so that they lie side by side: in the tensor, rows that are a power of two apart
+  // would compete for the same places of the cache. In bfloat16 a pair of tokens is one step, and a float32 value
+  // becomes two parts, [parts, rows, steps]. Returns how many parts there are: values that are bfloat16 already have
+  // but one.
   int copy(int64_t token, int64_t tokens) {
     constexpr int64_t kAtOnce = kPairs ? 2 * kLanes : kLanes;
     __m512i rests = _mm512_setzero_si512();
@@ -381,7 +386,8 @@ class Summer {
     return _mm512_test_epi32_mask(rests, rests) ? 2 : 1;
   }
 
-  // A line of columns to where it belongs. An infinity's second part is NaN, and what it stands for is lost.
+  // A line of columns to where it belongs. False if a sum of bfloat16 parts is not finite: an infinity's second part is
+  // NaN.
   bool put(int64_t block, const float* sums) const {
     __m512 unlike = _mm512_setzero_ps();  // x - x is 0 or NaN
     for (int64_t row = 0; row < args_.rows; ++row) {
