@@ -242,6 +242,7 @@ GK_INLINE f32p each(const Make& make) {
   for (int i = 0; i < kPack; ++i) out.v[i] = make(i);
   return out;
 }
+// Begins such a function of a vector's number: a lambda that is always inlined.
 #define GK_EACH(i) [&](int i) __attribute__((always_inline))
 
 GK_INLINE f32p operator+(f32p a, f32p b) {

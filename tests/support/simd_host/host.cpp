@@ -136,3 +136,6 @@ extern "C" __attribute__((visibility("default"))) bool apply(const char* name, c
   }
   return true;
 }
+#if defined(__clang__) && (defined(GK_AVX512) || defined(GK_AVX2))
+#pragma clang attribute pop
+#endif
