@@ -15,8 +15,9 @@ from grade_kernels.backends import Head
 from grade_kernels.backends import triton as fused
 from grade_kernels.backends.triton import head, head_support, tiles
 from grade_kernels.inspection import traffic
+from tests.support.needs import needs
 
-pytestmark = pytest.mark.skipif(not tiles.INTERPRETED, reason="kernels are compiled here, not interpreted")
+pytestmark = needs("Triton's interpreter", tiles.INTERPRETED)
 
 SEED = torch.tensor(-2401053089206453570)
 ROWS, VOCAB = 2, 9001

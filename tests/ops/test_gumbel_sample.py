@@ -21,8 +21,7 @@ from tests.support.helpers import (
     truth_noise,
 )
 
-# A test may say otherwise about thinning.
-pytestmark = [pytest.mark.usefixtures("poison"), pytest.mark.thin(3)]
+pytestmark = pytest.mark.usefixtures("poison")
 
 
 def truth_scores(logits: torch.Tensor, noise: gk.GumbelNoise) -> torch.Tensor:
@@ -31,7 +30,6 @@ def truth_scores(logits: torch.Tensor, noise: gk.GumbelNoise) -> torch.Tensor:
     return flat + truth_noise(noise, *flat.shape)
 
 
-@pytest.mark.thin(7)
 @pytest.mark.parametrize("mask", [False, True], ids=["open", "masked"])
 @pytest.mark.parametrize("vocab", ODD_VOCABS)
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -70,7 +68,6 @@ def test_large_vocabulary(backend: str, device: str) -> None:
     assert_same_ids(gk.gumbel_sample(logits, noise=noise), truth_scores(logits, noise), torch.bfloat16)
 
 
-@pytest.mark.thin(3)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_strides(backend: str, device: str, rows: int, layout: str, dtype: torch.dtype) -> None:

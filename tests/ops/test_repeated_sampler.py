@@ -10,6 +10,7 @@ from grade_kernels import backends
 from grade_kernels.ops import repeated_sampler
 from grade_kernels.ops.repeated_sampler import RepeatedSampler
 from tests.support.helpers import randn
+from tests.support.needs import needs_backend
 
 STEPS = 40
 
@@ -62,13 +63,12 @@ def test_with_everything(dtype: torch.dtype, softcap: float | None, start: int) 
 
 
 def _screen(weight: torch.Tensor):
-    if "cpu" not in backends.available_backends():
-        pytest.skip("the C++ library was not built")
     from grade_kernels.backends.cpu.screen import Screen
 
     return Screen(weight)
 
 
+@needs_backend("cpu")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_codes_are_within_their_slack(dtype: torch.dtype) -> None:
     """For states that are as bad as can be: along the errors themselves. Columns and rows differ by orders of magnitude."""
@@ -84,6 +84,7 @@ def test_codes_are_within_their_slack(dtype: torch.dtype) -> None:
     )
 
 
+@needs_backend("cpu")
 def test_a_column_that_outweighs_all_others_costs_nothing() -> None:
     """As in trained heads: without factors of columns, codes of all others would be zero and no token be ruled out."""
     weight = randn(4096, 128)

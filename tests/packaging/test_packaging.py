@@ -18,6 +18,7 @@ import torch
 import grade_kernels as gk
 from grade_kernels import _build, cli, doctor
 from tests.support import ROOT
+from tests.support.needs import needs_backend
 
 
 def python(*arguments, **environment):
@@ -183,7 +184,7 @@ def test_a_missing_compiler_can_be_made_an_error(source_tree):
     assert wheel is None
 
 
-@pytest.mark.skipif(_build.library_path() is None, reason="nothing can be compiled here")
+@needs_backend("cpu")
 def test_compile_error_is_the_reason(source_tree):
     shutil.rmtree(source_tree / "csrc")
     (source_tree / "csrc" / "cpu").mkdir(parents=True)
@@ -194,7 +195,7 @@ def test_compile_error_is_the_reason(source_tree):
         assert "what is wrong with it" in json.loads(archive.read("grade_kernels/_build_info.json"))["reason"]
 
 
-@pytest.mark.skipif(_build.library_path() is None, reason="nothing can be compiled here")
+@needs_backend("cpu")
 def test_wheel_serves_every_python(source_tree):
     """A library of one small source stands in for csrc, which takes longer to compile than it is worth here."""
     for source in (source_tree / "csrc" / "cpu").glob("*.cpp"):
