@@ -14,8 +14,6 @@ from grade_kernels.ops.linear_gumbel_sample import linear_gumbel_sample
 
 __all__ = ["RepeatedSampler"]
 
-_PLAIN_STEPS = 8  # as long as a screen takes to be made
-
 
 class RepeatedSampler:
     """Ids of `linear_gumbel_sample`, step after step, through one head that stays as it is meanwhile.
@@ -28,10 +26,14 @@ class RepeatedSampler:
         lm_head: `[V, H]`.
         bias: `[V]`, optional.
         logit_softcap: optional.
+        plain_steps: steps before that copy is made; by default as many as take as long as making it.
     """
 
-    def __init__(self, lm_head: torch.Tensor, *, bias: torch.Tensor | None, logit_softcap: float | None) -> None:
+    def __init__(
+        self, lm_head: torch.Tensor, *, bias: torch.Tensor | None, logit_softcap: float | None, plain_steps: int = 8
+    ) -> None:
         self.lm_head, self._bias, self._softcap = lm_head, bias, logit_softcap
+        self._plain_steps = plain_steps
         self._steps = 0
         self._head: Head | None = None  # as the screen was made from it
         self._screen: Screen | None = None
@@ -39,7 +41,7 @@ class RepeatedSampler:
     def __call__(self, hidden: torch.Tensor, noise: GumbelNoise) -> torch.Tensor:
         """One token per row, int64 `[...]`; see `linear_gumbel_sample` for shapes, dtypes and errors."""
         self._steps += 1
-        if self._steps > _PLAIN_STEPS and self._can_screen(hidden):
+        if self._steps > self._plain_steps and self._can_screen(hidden):
             ids = self._screened(hidden, noise)
             if ids is not None:
                 return ids
