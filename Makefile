@@ -13,10 +13,10 @@ help:  ## show this list
 demo: venv  ## align a small language model with the package's kernels, on this machine
 	$(BIN)/grade-kernels demo $(ARGS)
 
-test: venv  ## run all tests
+test: venv  ## run all tests, each on the cases that cover the others; with ARGS=--all on every combination
 	$(BIN)/python -m pytest -n logical --dist worksteal $(ARGS)
 
-test-gpu: venv  ## run the tests that a GPU is needed for, on it
+test-gpu: venv  ## run the tests that need a GPU, on it, in the same way
 	$(BIN)/python -m pytest -m gpu $(ARGS)
 
 bench: venv  ## check, then time every operation against plain PyTorch

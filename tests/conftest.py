@@ -29,11 +29,12 @@ if not HAS_GPU:
 import grade_kernels as gk  # noqa: E402
 from tests.support.covering import Case, covering  # noqa: E402
 from tests.support.helpers import poisoned_memory  # noqa: E402
-from tests.support.interpreter import quicken, settle  # noqa: E402
+from tests.support.interpreter import quicken, settle, share_shapes  # noqa: E402
 from tests.support.needs import needs_backend  # noqa: E402
 
 if not HAS_GPU and importlib.util.find_spec("triton") is not None:
     quicken()
+    share_shapes()
     settle()
 
 

@@ -62,6 +62,42 @@ def quicken() -> None:
     interpreter._get_np_dtype = cached_dtype
 
 
+def share_shapes() -> None:
+    """Have blocks of one shape share what Triton's language derives from it, anew for each result of each operation.
+
+    No kernel changes a type or a shape. A Triton whose blocks hold something else is left alone.
+    """
+    from triton.language import core
+
+    make_type, make_tensor = core.block_type.__init__, core.tensor.__init__
+    scalar = core.tensor(None, core.float32)
+    if vars(core.block_type(core.float32, [4, 2])).keys() != {"element_ty", "shape", "numel", "name"}:
+        return
+    if vars(scalar).keys() != {"handle", "shape", "numel", "type", "dtype"}:
+        return
+    examples: dict[tuple[int, ...], tuple[Any, Any]] = {}  # a type and a tensor of each shape
+
+    def example(extents: tuple[int, ...]) -> tuple[Any, Any]:
+        if extents not in examples:
+            block = object.__new__(core.block_type)
+            make_type(block, core.float32, list(extents))
+            tensor = object.__new__(core.tensor)
+            make_tensor(tensor, None, block)
+            examples[extents] = block, tensor
+        return examples[extents]
+
+    def init_type(self: Any, element_ty: Any, shape: Any) -> None:
+        like, self.like = example(tuple([s.value if isinstance(s, core.constexpr) else s for s in shape]))
+        self.element_ty, self.shape, self.numel = element_ty, like.shape, like.numel
+        self.name = f"<{self.shape}, {element_ty}>"
+
+    def init_tensor(self: Any, handle: Any, type: Any) -> None:
+        like = type.like if type.is_block() else scalar
+        self.handle, self.type, self.dtype, self.shape, self.numel = handle, type, type.scalar, like.shape, like.numel
+
+    core.block_type.__init__, core.tensor.__init__ = init_type, init_tensor
+
+
 def settle() -> None:
     """Have the interpreter's products depend on what is multiplied alone.
 
