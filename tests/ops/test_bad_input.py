@@ -14,7 +14,8 @@ import grade_kernels as gk
 from grade_kernels.backends.torch import rows as torch_rows
 from tests.support.helpers import raises
 
-pytestmark = pytest.mark.usefixtures("poison")
+# Arguments are checked in front of all backends; what backends find in values, they find by themselves.
+pytestmark = [pytest.mark.usefixtures("poison"), pytest.mark.cover(1)]
 
 VOCAB = 5
 Op = Callable[..., Any]
@@ -369,6 +370,7 @@ def with_bad_rows(values: list[float], dtype: torch.dtype, device: str, *bad: in
     return logits.to(device)
 
 
+@pytest.mark.cover(2)
 @every_op
 @pytest.mark.parametrize("kind", BAD_ROWS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
@@ -384,6 +386,7 @@ def test_row_without_a_distribution(
         op(with_bad_rows(BAD_ROWS[kind], dtype, device, 2).view(2, 2, VOCAB))
 
 
+@pytest.mark.cover(2)
 @every_op
 @pytest.mark.parametrize("kind", BAD_ROWS)
 def test_bad_value_far_into_a_long_row(backend: str, device: str, op: Op, kind: str,
@@ -403,6 +406,7 @@ def test_bad_value_far_into_a_long_row(backend: str, device: str, op: Op, kind: 
             return
 
 
+@pytest.mark.cover(2)
 @every_op
 @pytest.mark.parametrize("kind", BAD_ROWS)
 def test_bad_value_in_a_later_chunk(op: Op, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -416,6 +420,7 @@ def test_bad_value_in_a_later_chunk(op: Op, kind: str, monkeypatch: pytest.Monke
             op(logits)
 
 
+@pytest.mark.cover(2)
 @every_op
 def test_masks_are_legal(backend: str, device: str, op: Op) -> None:
     logits = torch.full((3, VOCAB), -math.inf, device=device)
@@ -428,6 +433,7 @@ def test_masks_are_legal(backend: str, device: str, op: Op) -> None:
         assert (out if out.dim() == 1 else out.argmax(-1)).tolist() == [2, 2, 2]
 
 
+@pytest.mark.cover(2)
 @pytest.mark.uncollect_if(lambda backend: backend == "reference", "the reference has no such module")
 @pytest.mark.parametrize("kind", BAD_ROWS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -454,6 +460,7 @@ def test_bad_rows_stay_alone_on_a_gpu(place: Any, backend: str, device: str, kin
     assert torch.equal(y[others], clean[others])
 
 
+@pytest.mark.cover(2)
 @pytest.mark.uncollect_if(lambda device: device == "cpu", "on the CPU such a row raises")
 @pytest.mark.uncollect_if(lambda backend: backend == "reference", "the reference is not meant for production")
 @pytest.mark.parametrize("kind", BAD_ROWS)

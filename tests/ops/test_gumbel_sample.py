@@ -94,6 +94,7 @@ def test_expanded_rows(backend: str, device: str, interpreted: bool) -> None:
     assert torch.equal(ids.cpu(), truth_noise(gk.GumbelNoise(5), n, 37).argmax(1))
 
 
+@pytest.mark.cover(1)
 @pytest.mark.parametrize("dim", [0, 1, 2, -1, -2, -3])
 def test_dims(backend: str, device: str, dim: int) -> None:
     logits = randn(2, 3, 5, device=device)
@@ -103,6 +104,7 @@ def test_dims(backend: str, device: str, dim: int) -> None:
     assert_same_ids(ids, truth_scores(moved, gk.GumbelNoise(2)), torch.float32)
 
 
+@pytest.mark.cover(1)
 @pytest.mark.parametrize("shape", [(7,), (1, 7), (2, 1, 7), (2, 3, 4, 7), (0, 7), (2, 0, 7), (0, 0, 7), (0, 1)])
 def test_leading_shapes(backend: str, device: str, shape: tuple[int, ...]) -> None:
     logits = randn(*shape, device=device)

@@ -231,6 +231,7 @@ def test_expanded_logits_and_gradients(backend: str, device: str, rows: int) -> 
     assert grads(y.sum(), repeated)[0].abs().max() < 1e-6  # the sum is 1 whatever the logits
 
 
+@pytest.mark.cover(1)
 @pytest.mark.parametrize("dim", [0, 1, 2, -1, -2, -3])
 @pytest.mark.parametrize("hard", [False, True])
 def test_dims(backend: str, device: str, interpreted: bool, dim: int, hard: bool) -> None:
@@ -247,6 +248,7 @@ def test_dims(backend: str, device: str, interpreted: bool, dim: int, hard: bool
     assert torch.equal(gk.gumbel_ste(x, tau, dim, noise=gk.GumbelNoise(2)).argmax(dim), y.argmax(dim))
 
 
+@pytest.mark.cover(1)
 @pytest.mark.parametrize("shape", [(7,), (1, 7), (2, 1, 7), (2, 3, 2, 7), (0, 7), (2, 0, 7), (0, 0, 7), (0, 1)])
 @pytest.mark.parametrize("hard", [False, True])
 def test_leading_shapes(backend: str, device: str, shape: tuple[int, ...], hard: bool) -> None:
@@ -265,6 +267,7 @@ def test_leading_shapes(backend: str, device: str, shape: tuple[int, ...], hard:
 # --- tau
 
 
+@pytest.mark.cover(1)
 @pytest.mark.parametrize("hard", [False, True])
 def test_forms_of_tau(backend: str, device: str, interpreted: bool, hard: bool) -> None:
     """A number, 0-d tensors of several dtypes, and one value per row as [2, 3], [2, 3, 1] and [6]: the same result."""

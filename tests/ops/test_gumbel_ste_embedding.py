@@ -244,6 +244,7 @@ def test_upstream_of_stride_zero(backend: str, device: str, rows: int, estimator
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.cover(1)
 @pytest.mark.parametrize("shape", [(7,), (1, 7), (2, 1, 7), (2, 3, 2, 7), (0, 7), (2, 0, 7), (0, 0, 7), (0, 1)])
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_leading_shapes(backend: str, device: str, shape: tuple[int, ...], estimator: str) -> None:

@@ -13,7 +13,8 @@ import torch
 import grade_kernels as gk
 from tests.support.helpers import ESTIMATORS, raises
 
-pytestmark = pytest.mark.usefixtures("poison")
+# Arguments are checked in front of all backends; what backends find in values, they find by themselves.
+pytestmark = [pytest.mark.usefixtures("poison"), pytest.mark.cover(1)]
 
 N, H, V, D = 3, 4, 6, 2
 Op = Callable[..., Any]
@@ -253,6 +254,7 @@ def test_estimator_noise_and_tau(backend: str, device: str) -> None:
         _ste(device, **good(device, embedding=()))
 
 
+@pytest.mark.cover(2)
 @pytest.mark.uncollect_if(lambda device: device != "cpu", "values are not read there")
 @every_op
 @pytest.mark.parametrize("where", ["hidden", "lm_head", "bias"])
@@ -274,6 +276,7 @@ def test_rows_without_a_distribution(backend: str, device: str, op: Op, where: s
             op(device, **arguments)
 
 
+@pytest.mark.cover(2)
 @pytest.mark.uncollect_if(lambda device: device != "cpu", "values are not read there")
 @every_op
 def test_only_masked_tokens(backend: str, device: str, op: Op) -> None:
@@ -281,6 +284,7 @@ def test_only_masked_tokens(backend: str, device: str, op: Op) -> None:
         op(device, **good(bias=torch.full((V,), -math.inf)))
 
 
+@pytest.mark.cover(2)
 @pytest.mark.uncollect_if(lambda device: device != "cpu", "values are not read there")
 @pytest.mark.parametrize("value", [math.nan, math.inf, "masked"])
 def test_a_reference_without_a_distribution(backend: str, device: str, value: Any) -> None:
@@ -294,6 +298,7 @@ def test_a_reference_without_a_distribution(backend: str, device: str, value: An
         _kl(device, **good(ref_hidden=ref_hidden, ref_bias=ref_bias))
 
 
+@pytest.mark.cover(2)
 @pytest.mark.uncollect_if(lambda device: device != "cpu", "values are not read there")
 @every_op
 def test_only_minus_infinity_rows_are_named(backend: str, device: str, op: Op) -> None:
@@ -304,6 +309,7 @@ def test_only_minus_infinity_rows_are_named(backend: str, device: str, op: Op) -
         op(device, **good(hidden=hidden))
 
 
+@pytest.mark.cover(2)
 @pytest.mark.uncollect_if(lambda device: device != "cpu", "values are not read there")
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_bad_rows_are_found_for_every_estimator(backend: str, device: str, estimator: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,7 @@ class _Nothing:
 
 
 def quicken() -> None:
-    """Have the interpreter patch triton.language once a kernel, and look NumPy's dtypes up once.
+    """Have the interpreter patch triton.language once a kernel, look NumPy's dtypes up once, and check nothing in vain.
 
     It patches the language again for every device function that a kernel calls, though all of it is patched already:
     of that it only looks through the modules' members. A Triton whose interpreter is written in another way is left
@@ -58,6 +59,9 @@ def quicken() -> None:
             dtypes[name] = numpy_dtype(of)
         return dtypes[name]
 
+    options = interpreter.interpreter_builder.options
+    if not options.debug:  # sums that overflow are looked for all the same, and then nothing comes of it
+        interpreter.interpreter_builder.options = dataclasses.replace(options, sanitize_overflow=False)
     interpreter._patch_lang = patch
     interpreter._get_np_dtype = cached_dtype
 
