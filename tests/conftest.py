@@ -29,7 +29,7 @@ if not HAS_GPU:
 import grade_kernels as gk  # noqa: E402
 from tests.support.covering import Case, covering  # noqa: E402
 from tests.support.helpers import poisoned_memory  # noqa: E402
-from tests.support.interpreter import quicken, settle, share_shapes  # noqa: E402
+from tests.support.interpreter import INTERPRETED, quicken, settle, share_shapes  # noqa: E402
 from tests.support.needs import needs_backend  # noqa: E402
 
 if not HAS_GPU and importlib.util.find_spec("triton") is not None:
@@ -47,13 +47,13 @@ def pytest_configure(config: pytest.Config) -> None:
         "needs(what, met): not collected unless met; the summary says how many cases need `what`",
         "uncollect_if(condition, reason): there is no case where condition, a function of parameters, is true",
         "cover(strength): how many values together a selection of cases covers; without this mark pairs",
+        "takes_long(reason): a case that is run with --all only, and what else notices most of its faults",
         "costs(cost): of running a case, relative to others of the same test; the selection has fewer of dear ones",
     ):
         config.addinivalue_line("markers", line)
     config.stash[LEFT_OUT] = {}
 
 
-INTERPRETED = 8.0  # what a case in Triton's interpreter costs, compiled code being 1: a rough ratio is enough
 LEFT_OUT = pytest.StashKey[dict[str, int]]()  # what the summary says to numbers of cases
 
 
@@ -69,7 +69,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if is_no_case(item):
             continue
         if unmet:
-            line = f"need {unmet[0]}: not collected"
+            line = f"cases that need {unmet[0]}, not collected"
             left_out[line] = left_out.get(line, 0) + 1
         else:
             kept.append(item)
@@ -79,8 +79,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             tests.setdefault((item.parent.nodeid, getattr(item, "originalname", item.name)), []).append(item)
         chosen = {item for cases in tests.values() for item in selection(cases)}
         if len(chosen) < len(kept):
-            left_out["are combinations of what others cover: not run without --all"] = len(kept) - len(chosen)
+            left_out["cases that others cover, not run without --all"] = len(kept) - len(chosen)
         kept = [item for item in kept if item in chosen]
+        short = [item for item in kept if item.get_closest_marker("takes_long") is None]
+        if 0 < len(short) < len(kept):  # who asks for such cases alone has them
+            left_out["cases that take long, not run without --all"] = len(kept) - len(short)
+            kept = short
     if hasattr(config, "workeroutput"):
         config.workeroutput["left_out"] = left_out
     if len(kept) < len(items):
@@ -128,7 +132,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     if config.stash[LEFT_OUT]:
         terminalreporter.section("left out", sep="-")
     for line, count in config.stash[LEFT_OUT].items():
-        terminalreporter.write_line(f"{count:,} cases {line}")
+        terminalreporter.write_line(f"{line}: {count:,}")
 
 
 class Place(NamedTuple):
@@ -140,7 +144,7 @@ class Place(NamedTuple):
     @property
     def interpreted(self) -> bool:
         """Whether kernels run in Triton's interpreter, which is slow and wants few rows."""
-        return self.backend == "triton" and not HAS_GPU
+        return (self.backend, self.device) == ("triton", "cpu")
 
 
 def _places() -> list:
@@ -157,7 +161,7 @@ def _places() -> list:
             if device == "cuda":
                 marks.append(pytest.mark.gpu)
             if place.interpreted:
-                marks.append(pytest.mark.costs(INTERPRETED))
+                marks.append(INTERPRETED)
             places.append(pytest.param(place, id=f"{name}-{device}", marks=marks))
     return places
 

@@ -16,6 +16,7 @@ from grade_kernels import backends
 from grade_kernels.backends import Sample
 from grade_kernels.backends import torch as torch_backend
 from tests.support import cuda_host
+from tests.support.interpreter import INTERPRETED
 from tests.support.needs import needs_backend, needs_cuda_on_the_host
 from tests.support.rows import DEVICE, REFINED, ROWS, SEED, logits_of, on, seed_tensor
 
@@ -24,7 +25,7 @@ pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 1e-5, torch.float16: 1e-5}
 
 
-TRITON = [needs_backend("triton"), *([pytest.mark.costs(8.0)] if DEVICE == "cpu" else [])]
+TRITON = [needs_backend("triton"), *([INTERPRETED] if DEVICE == "cpu" else [])]
 CUDA = needs_backend("cuda") if DEVICE == "cuda" else needs_cuda_on_the_host()
 
 

@@ -7,6 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import pytest
+
+INTERPRETED = pytest.mark.costs(8.0)  # a case in the interpreter, compiled code being 1: a rough ratio is enough
 
 
 class _Nothing:

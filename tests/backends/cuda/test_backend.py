@@ -292,6 +292,7 @@ def test_left_out_without_a_word(cuda_version: str | None, reason: str, tmp_path
 
 @compiles
 @needs("nvcc on PATH", shutil.which("nvcc"))
+@pytest.mark.takes_long("half a minute of nvcc; what does not compile as C++ fails on the host")
 def test_builds_for_every_architecture_without_spills(tmp_path: Path) -> None:
     """The build itself, with ptxas asked for its report; the library loads as far as a machine without a GPU lets it."""
     nvcc = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
