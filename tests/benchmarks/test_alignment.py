@@ -312,6 +312,7 @@ def test_a_study_from_runs_to_report_and_again(task, tmp_path, monkeypatch):
     assert markdown(again) == page
 
 
+@pytest.mark.takes_long("two processes import everything; what they run, one process runs in other tests")
 def test_several_processes_find_the_same(texts, tmp_path):
     methods = ("grade_ste", "reinforce")
     settings = dataclasses.replace(SETTINGS, seeds=(0,), frontier_betas=(), variance_sets=1)
