@@ -46,7 +46,7 @@ def pytest_configure(config: pytest.Config) -> None:
     for line in (
         "needs(what, met): not collected unless met; the summary says how many cases need `what`",
         "uncollect_if(condition, reason): there is no case where condition, a function of parameters, is true",
-        "cover(strength): how many values together a selection of cases covers; without this mark pairs",
+        "cover(strength): how many values together a selection of cases covers; without this mark pairs on each backend",
         "takes_long(reason): a case that is run with --all only, and what else notices most of its faults",
         "costs(cost): of running a case, relative to others of the same test; the selection has fewer of dear ones",
     ):
@@ -110,16 +110,20 @@ def is_no_case(item: pytest.Item) -> bool:
 
 def selection(items: list[pytest.Item]) -> list[pytest.Item]:
     """Of the cases of one test those that cover the others."""
-    if len(items) == 1:
-        return items
-    cover = items[0].get_closest_marker("cover")
-    cases = []
-    for item in items:
-        costs = item.get_closest_marker("costs")
-        # Not all values can be hashed or compared; those of one list are the same objects in every case.
-        values = {name: id(value) for name, value in item.callspec.params.items()}
-        cases.append(Case(item.name, values, costs.args[0] if costs else 1.0))
-    return [items[i] for i in covering(cases, cover.args[0] if cover else 2)]
+    return items if len(items) == 1 else [items[i] for i in covering([case_of(item) for item in items])]
+
+
+def case_of(item: pytest.Item) -> Case:
+    """Each backend is code of its own: pairs have to occur on each, or single values where that takes long."""
+    cover, costs = item.get_closest_marker("cover"), item.get_closest_marker("costs")
+    strength, cost = cover.args[0] if cover else 2, costs.args[0] if costs else 1.0
+    # Not all values can be hashed or compared; those of one list are the same objects in every case.
+    values = {name: id(value) for name, value in item.callspec.params.items()}
+    backend = None
+    if strength > 1:
+        backend = next((values.pop(name) for name in ("place", "rows_backend", "gpu_backend") if name in values), None)
+        strength -= cost > 1
+    return Case(item.name, values, strength, backend, cost)
 
 
 @pytest.hookimpl(optionalhook=True)

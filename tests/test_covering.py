@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import combinations, product
+from typing import Any
 
 import pytest
 
@@ -11,40 +12,57 @@ from tests.support.covering import Case, covering
 SIZES = {"backend": 4, "dtype": 4, "vocab": 8, "mask": 2}
 
 
-def cases(**dear: int) -> list[Case]:
-    """Every combination, without those of the first backend and the last dtype; `dear` values cost ten times as much."""
+def cases(strength: int = 2, **changes: Any) -> list[Case]:
+    """Every combination, without those of the first backend and the last dtype."""
     values = [dict(zip(SIZES, found, strict=True)) for found in product(*map(range, SIZES.values()))]
-    return [
-        Case(str(x), x, 10.0 if any(x[name] == value for name, value in dear.items()) else 1.0)
-        for x in values
-        if (x["backend"], x["dtype"]) != (0, 3)
-    ]
+    return [Case(str(x), x, strength, **changes) for x in values if (x["backend"], x["dtype"]) != (0, 3)]
 
 
-def together(chosen: list[Case], strength: int) -> set[tuple[tuple[str, int], ...]]:
-    return {found for case in chosen for found in combinations(case.values.items(), strength)}
+def apart(slow: int) -> list[Case]:
+    """The same with backends apart, one of which is slow."""
+    found = []
+    for case in cases():
+        values = dict(case.values)
+        backend = values.pop("backend")
+        found.append(Case(case.name, values, 1 if backend == slow else 2, backend, 8.0 if backend == slow else 1.0))
+    return found
+
+
+def chosen(every: list[Case]) -> list[Case]:
+    return [every[i] for i in covering(every)]
+
+
+def together(some: list[Case], strength: int) -> set[tuple[tuple[str, int], ...]]:
+    return {found for case in some for found in combinations(sorted(case.values.items()), strength)}
 
 
 @pytest.mark.parametrize("strength", [1, 2, 3, 4])
 def test_what_occurs_together_still_does(strength: int) -> None:
-    every = cases()
-    chosen = [every[i] for i in covering(every, strength)]
-    assert together(chosen, strength) == together(every, strength)
+    every = cases(strength)
+    assert together(chosen(every), strength) == together(every, strength)
 
 
 def test_few_cases_are_chosen() -> None:
-    assert len(covering(cases(), 1)) <= 10  # 8 values of one parameter; what does not fit takes a case or two
-    assert len(covering(cases(), 2)) <= 48  # 32 pairs of two parameters
-    assert len(covering(cases(), 4)) == len(cases())
+    assert len(covering(cases(1))) <= 10  # 8 values of one parameter; what does not fit takes a case or two
+    assert len(covering(cases(2))) <= 48  # 32 pairs of two parameters
+    assert len(covering(cases(4))) == len(cases())
+
+
+def test_pairs_occur_on_each_backend_and_values_on_a_slow_one() -> None:
+    every = apart(slow=2)
+    for backend in range(4):
+        own = [case for case in every if case.apart == backend]
+        some = [case for case in chosen(every) if case.apart == backend]
+        strength = 1 if backend == 2 else 2
+        assert together(some, strength) == together(own, strength)
+        assert len(some) <= (8 if backend == 2 else 40)
 
 
 def test_dear_cases_are_few() -> None:
-    every = cases(backend=2)
-    dear = sum(every[i].values["backend"] == 2 for i in covering(every, 2))
-    assert dear == 8  # each value of `vocab` needs one
+    every = [case._replace(cost=8.0 if case.values["backend"] == 2 else 1.0) for case in cases(2)]
+    assert sum(case.values["backend"] == 2 for case in chosen(every)) == 8  # each value of `vocab` needs one
 
 
 def test_the_selection_depends_on_names_alone() -> None:
     every = cases()
-    backwards = every[::-1]
-    assert {every[i].name for i in covering(every, 2)} == {backwards[i].name for i in covering(backwards, 2)}
+    assert {case.name for case in chosen(every)} == {case.name for case in chosen(every[::-1])}
