@@ -1,7 +1,7 @@
 """Fixtures of the suite: where a test runs (backend and device), and poisoned uninitialised memory.
 
 A test that takes `backend` runs once for every backend on every device that backend serves, with the backend switched
-on; `device` is that device. Cases on a GPU are the same tests: marked `gpu`, and skipped with a reason without one.
+on; `device` is that device. Cases on a GPU are the same tests: marked `gpu`, and not collected without one.
 """
 
 from __future__ import annotations

@@ -196,25 +196,25 @@ def test_float16_sums_over_a_large_vocabulary(backend: str, device: str, interpr
         torch.testing.assert_close(embedding, table[:1])
 
 
+@pytest.mark.parametrize("eps", [0.0, 0.05])
 @pytest.mark.parametrize("estimator", ESTIMATORS)
-def test_only_what_is_asked_for(backend: str, device: str, interpreted: bool, estimator: str) -> None:
+def test_only_what_is_asked_for(backend: str, device: str, interpreted: bool, estimator: str, eps: float) -> None:
     """Each gradient alone, and all but one: the same numbers, and None for the frozen."""
-    for eps in (0.0, 0.05):
-        p = problem((2,), 37, bias=True, tau="row", estimator=estimator, device=device,
-                    table_dtypes=(torch.float32, torch.bfloat16))  # fmt: skip
-        full = run(p, eps)
-        subsets = [(name,) for name in GRADIENTS]
-        if not interpreted:
-            subsets += [tuple(n for n in GRADIENTS if n != name) for name in GRADIENTS]
-        for wanted in subsets:
-            part = run(p, eps, wanted)
-            for name in GRADIENTS:
-                ours, theirs = getattr(part, name), getattr(full, name)
-                for a, b in zip(*((x if isinstance(x, tuple) else (x,)) for x in (ours, theirs)), strict=True):
-                    if name in wanted:
-                        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6, msg=lambda m, n=name, w=wanted: f"{n} of {w}: {m}")  # fmt: skip # noqa: E501
-                    else:
-                        assert a is None, f"{name} has a gradient although only {wanted} were asked for"
+    p = problem((2,), 37, bias=True, tau="row", estimator=estimator, device=device,
+                table_dtypes=(torch.float32, torch.bfloat16))  # fmt: skip
+    full = run(p, eps)
+    subsets = [(name,) for name in GRADIENTS]
+    if not interpreted:
+        subsets += [tuple(n for n in GRADIENTS if n != name) for name in GRADIENTS]
+    for wanted in subsets:
+        part = run(p, eps, wanted)
+        for name in GRADIENTS:
+            ours, theirs = getattr(part, name), getattr(full, name)
+            for a, b in zip(*((x if isinstance(x, tuple) else (x,)) for x in (ours, theirs)), strict=True):
+                if name in wanted:
+                    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6, msg=lambda m, n=name, w=wanted: f"{n} of {w}: {m}")  # fmt: skip # noqa: E501
+                else:
+                    assert a is None, f"{name} has a gradient although only {wanted} were asked for"
 
 
 def test_one_frozen_table_of_two(backend: str, device: str) -> None:
@@ -461,16 +461,18 @@ def test_given_masked_id(backend: str, device: str) -> None:
             assert (answer.lm_head[1] == 0).all()
 
 
+@pytest.mark.parametrize(("tau", "scale"), [(1e-3, 1.0), (1e3, 1.0), (1.0, 100.0)])
 @pytest.mark.parametrize("estimator", ESTIMATORS)
-def test_extreme_temperatures_and_logits(backend: str, device: str, rows: int, estimator: str) -> None:
+def test_extreme_temperatures_and_logits(
+    backend: str, device: str, rows: int, estimator: str, tau: float, scale: float
+) -> None:
     """No overflow: tau from 1e-3 to 1e3, logits of hundreds."""
-    for tau, scale in ((1e-3, 1.0), (1e3, 1.0), (1.0, 100.0)):
-        p = problem((rows,), 67, 5, tau=tau, scale=scale, estimator=estimator, bias=True, device=device)
-        for eps in (0.0, 2**-5):
-            answer = run(p, eps)
-            for x in (*answer.embedding, answer.logprobs, answer.hidden, answer.lm_head, answer.bias, *answer.tables):
-                assert x.isfinite().all()
-        check(p, slim=max(1.0, 4 * scale) * max(1.0, 0.1 / tau))
+    p = problem((rows,), 67, 5, tau=tau, scale=scale, estimator=estimator, bias=True, device=device)
+    for eps in (0.0, 2**-5):
+        answer = run(p, eps)
+        for x in (*answer.embedding, answer.logprobs, answer.hidden, answer.lm_head, answer.bias, *answer.tables):
+            assert x.isfinite().all()
+    check(p, slim=max(1.0, 4 * scale) * max(1.0, 0.1 / tau))
 
 
 @pytest.mark.uncollect_if(

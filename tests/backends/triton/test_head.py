@@ -15,6 +15,7 @@ if not torch.cuda.is_available():
 from grade_kernels.backends import Head
 from grade_kernels.backends import torch as plain
 from grade_kernels.backends import triton as fused
+from tests.support.interpreter import INTERPRETED
 from tests.support.needs import needs, needs_backend
 from tests.support.problems import tiny_capacity
 
@@ -23,6 +24,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 REASON = fused.why_unavailable()
 DEVICE = "cuda" if torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1" else "cpu"
 runs = needs_backend("triton")
+pytestmark = [INTERPRETED] if DEVICE == "cpu" else []
 SEED = -2401053089206453570
 ROWS = torch.tensor([5, -7, 2**40 + 3, 2**33, 0, 11])
 # (row id, token) under SEED whose word is below 256.
