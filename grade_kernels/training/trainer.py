@@ -51,31 +51,34 @@ class GRADETrainer(Trainer):
     """A `transformers.Trainer` whose loss is the reward of sampled completions, differentiated through the samples.
 
     Example:
-        A tiny random model learns to say "good". With models of your own, `model` and the reward may be names.
+        A tiny random model learns to say "good". A model and a classifier of your own may be given by name.
 
         ```python
-        words = ["<pad>", "<eos>", "the", "film", "was", "good", "bad"]
-        inner = tokenizers.Tokenizer(tokenizers.models.WordLevel({word: i for i, word in enumerate(words)}))
-        inner.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-        tokenizer = transformers.PreTrainedTokenizerFast(
-            tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>", unk_token="<pad>"
-        )
-        config = transformers.GPT2Config(vocab_size=7, n_embd=16, n_layer=1, n_head=2, n_positions=16, eos_token_id=1)
+        import torch
+        from datasets import Dataset
+        from tokenizers import Tokenizer, models, pre_tokenizers
+        from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-        class Good:  # the share of "good" among all tokens: any function of embeddings from a table of its own
-            embedding = torch.eye(7)
+        from grade_kernels.training import GRADEConfig, GRADETrainer
+
+        words = ["<pad>", "<eos>", "the", "film", "was", "good", "bad"]
+        inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
+        inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+
+
+        class Good:  # how often a text says "good": any differentiable function of rows of a table
+            embedding = torch.eye(len(words))
 
             def __call__(self, inputs_embeds, attention_mask, **columns):
-                return (inputs_embeds[..., 5] * attention_mask).sum(dim=1) / attention_mask.sum(dim=1)
+                return (inputs_embeds[..., words.index("good")] * attention_mask).sum(dim=1)
+
 
         trainer = GRADETrainer(
-            model=transformers.GPT2LMHeadModel(config),
+            model=GPT2LMHeadModel(GPT2Config(vocab_size=len(words), n_embd=16, n_layer=1, n_head=2, n_positions=16)),
             reward_funcs=Good(),
-            args=GRADEConfig(
-                output_dir="out", max_steps=20, max_completion_length=6, learning_rate=1e-2, logging_steps=1, use_cpu=True
-            ),
-            train_dataset=datasets.Dataset.from_dict({"prompt": ["the film", "the film was"] * 8}),
-            processing_class=tokenizer,
+            args=GRADEConfig(output_dir="out", max_steps=20, max_completion_length=6, learning_rate=1e-2, logging_steps=1),
+            train_dataset=Dataset.from_dict({"prompt": ["the film", "the film was"] * 8}),
+            processing_class=PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>"),
         )
         trainer.train()
         rewards = [entry["reward"] for entry in trainer.state.log_history if "reward" in entry]
