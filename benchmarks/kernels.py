@@ -14,10 +14,9 @@ import torch
 
 from benchmarks.harness import cpu_name, seconds
 from grade_kernels import backends
-from grade_kernels.backends import Sample, cpu
-from grade_kernels.backends import torch as plain
+from grade_kernels.backends import Backend, Noise, Sample
 
-SEED = torch.tensor(20260101)
+NOISE = Noise(torch.tensor(20260101), None, 0)
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 
 
@@ -25,20 +24,23 @@ def kernels(logits: torch.Tensor, dy: torch.Tensor) -> dict[str, Callable[..., t
     """Each takes a backend and how many rows to do."""
     tau = torch.ones(logits.shape[0])
     shapes = {"flat logits": torch.zeros_like(logits), "ascending logits": logits.sort(dim=1).values}
-    drawn, buffer = cpu.sample(logits, SEED, None, 0, True), torch.empty_like(dy)
+    drawn, buffer = backends.get("cpu").sample(logits, NOISE, True), torch.empty_like(dy)
 
     def sample(x: torch.Tensor, logsumexp: bool) -> Callable[..., tuple[torch.Tensor, ...]]:
-        return lambda backend, n: backend.sample(x[:n], SEED, None, 0, logsumexp)
+        return lambda backend, n: backend.sample(x[:n], NOISE, logsumexp)
 
     def softmax(normalize: bool) -> Callable[..., tuple[torch.Tensor, ...]]:
         return lambda backend, n: backend.softmax(
-            logits[:n], tau[:n], SEED, None, 0, drawn.score_max[:n], normalize, logits.dtype
+            logits[:n], tau[:n], NOISE, drawn.score_max[:n], normalize=normalize, dtype=logits.dtype
         )
 
     def backward(estimator: str) -> Callable[..., tuple[torch.Tensor, ...]]:
-        def call(backend, n):
+        def call(backend: Backend, n: int) -> tuple[torch.Tensor]:
             rows, out = Sample(*(x[:n] for x in drawn)), buffer[:n]
-            backend.softmax_backward(dy[:n], logits[:n], tau[:n], SEED, None, 0, estimator, rows, None, False, out)
+            backend.softmax_backward(
+                dy[:n], logits[:n], tau[:n], NOISE, rows,
+                estimator=estimator, dlogprobs=None, needs_dtau=False, out=out,
+            )  # fmt: skip
             return (out,)
 
         return call
@@ -60,8 +62,8 @@ def kernels(logits: torch.Tensor, dy: torch.Tensor) -> dict[str, Callable[..., t
 
 def check(name: str, kernel: Callable[..., tuple[torch.Tensor, ...]], tolerance: float) -> None:
     """Raise AssertionError where the C++ kernel and plain PyTorch differ on the first row."""
-    actual = [x.double() for x in kernel(cpu, 1)]  # a copy: the backward kernels share one buffer
-    for mine, truth in zip(actual, kernel(plain, 1), strict=True):
+    actual = [x.double() for x in kernel(backends.get("cpu"), 1)]  # a copy: the backward kernels share one buffer
+    for mine, truth in zip(actual, kernel(backends.get("torch"), 1), strict=True):
         error = (mine - truth.double()).norm() / truth.double().norm().clamp(min=1e-30)
         assert error <= tolerance, f"{name}: relative error {error:.1e}"
 
@@ -83,6 +85,7 @@ def main() -> None:
     if reason := backends.status()["cpu"]:
         parser.exit(1, f"the cpu backend is not available: {reason}\n")
     torch.set_num_threads(1)
+    cpu = backends.get("cpu")
     ghz = nominal_ghz()
     print(f"{cpu_name()}; [{options.rows}, {options.vocab}], best of {options.rounds} rounds")
     print(f"{'':<26}{'dtype':<10}{'ns/logit':>10}{f'cycles/logit at {ghz:.2f} GHz' if ghz else '':>28}")

@@ -37,7 +37,7 @@ Embedding = TypeVar("Embedding", torch.Tensor, tuple[torch.Tensor, ...], torch.T
 
 
 class GumbelSTEEmbedding(NamedTuple, Generic[Embedding]):
-    """Result of `gumbel_ste_embedding`."""
+    """Result of `gumbel_ste_embedding` and `linear_gumbel_ste`."""
 
     embedding: Embedding  # [..., D], one for each table
     ids: torch.Tensor  # [...] int64, the sampled tokens
@@ -234,7 +234,7 @@ def head_logits(
     lm_head: torch.Tensor,
     bias: torch.Tensor | None = None,
     logit_softcap: float | None = None,
-    temperature: float = 1.0,
+    temperature: float | torch.Tensor = 1.0,
 ) -> torch.Tensor:
     """Logits `[..., V]` of a head in compute precision: `softcap(hidden @ lm_head.T + bias) / temperature`."""
     dtype = torch.float64 if torch.float64 in (hidden.dtype, lm_head.dtype) else torch.float32
@@ -300,7 +300,7 @@ def linear_logprobs(
     *,
     bias: torch.Tensor | None = None,
     logit_softcap: float | None = None,
-    temperature: float = 1.0,
+    temperature: float | torch.Tensor = 1.0,
     ignore_index: int | None = None,
     eps: float = 2**-11,
     noise: GumbelNoise | None = None,
@@ -323,7 +323,7 @@ def linear_kl(
     bias: torch.Tensor | None = None,
     ref_bias: torch.Tensor | None = None,
     logit_softcap: float | None = None,
-    temperature: float = 1.0,
+    temperature: float | torch.Tensor = 1.0,
     eps: float = 2**-11,
     noise: GumbelNoise | None = None,
 ) -> torch.Tensor:
@@ -340,7 +340,7 @@ def linear_entropy(
     *,
     bias: torch.Tensor | None = None,
     logit_softcap: float | None = None,
-    temperature: float = 1.0,
+    temperature: float | torch.Tensor = 1.0,
     eps: float = 2**-11,
     noise: GumbelNoise | None = None,
 ) -> torch.Tensor:

@@ -11,21 +11,18 @@ import math
 import os
 from collections.abc import Sequence
 from numbers import Integral, Real
-from typing import Any
+from typing import cast
 
 import torch
 
+from grade_kernels.backends.records import Noise
+from grade_kernels.estimators import ESTIMATORS
 from grade_kernels.noise import GumbelNoise
+from grade_kernels.ops.transforms import without_wrappers
 from grade_kernels.reference import tau_of_rows
 
-ESTIMATORS = ("ste", "soft", "st", "reinmax")
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _ORDINARY = (torch.Tensor, torch.nn.Parameter)
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The arithmetic that serves a dtype: float64 for itself, float32 for everything narrower."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def reads_values(*tensors: torch.Tensor) -> bool:
@@ -33,7 +30,7 @@ def reads_values(*tensors: torch.Tensor) -> bool:
     return os.environ.get("GRADE_KERNELS_CHECK") == "1" or all(t.device.type == "cpu" for t in tensors)
 
 
-def reads_values_here(*tensors: torch.Tensor) -> bool:
+def may_read(*tensors: torch.Tensor) -> bool:
     """`reads_values` outside a registered operation, where tensors may be those of a tracer, which have no values."""
     if torch.compiler.is_compiling() or not reads_values(*tensors):
         return False
@@ -98,10 +95,8 @@ def check_same_device(name: str, value: torch.Tensor, other_name: str, other: to
         raise ValueError(f"{name} is on device {str(value.device)!r}, but {other_name} on {str(other.device)!r}")
 
 
-def canonical_noise(
-    noise: GumbelNoise | None, num_rows: int, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor | None, int]:
-    """Seed, row ids and vocabulary offset of a noise for `num_rows` rows; None draws from torch's default generator."""
+def canonical_noise(noise: GumbelNoise | None, num_rows: int, device: torch.device) -> Noise:
+    """The noise for `num_rows` rows; None draws a seed from torch's default generator."""
     if noise is None:
         noise = GumbelNoise.from_generator()
     elif not isinstance(noise, GumbelNoise):
@@ -118,14 +113,15 @@ def canonical_noise(
             )
     if noise.seed.device.type not in ("cpu", device.type):
         raise ValueError(f"noise.seed is on device {str(noise.seed.device)!r}, but the logits on {str(device)!r}")
-    return noise.seed, noise.row_ids, noise.vocab_start
+    return Noise(noise.seed, noise.row_ids, noise.vocab_start)
 
 
-def positive_number(name: str, value: Any, dtype: torch.dtype, expected: str = "a number") -> Any:
-    """A number that is positive and finite in `dtype`'s arithmetic, too; kernels take its subnormals for zero."""
+def positive_number(name: str, value: object, dtype: torch.dtype, expected: str = "a number") -> float:
+    """A number that is positive and finite in `dtype`, too. Its subnormals are refused: kernels treat them as zero."""
     if isinstance(value, bool) or not isinstance(value, (Real, torch.SymFloat, torch.SymInt)):
         raise TypeError(f"{name} must be {expected}, got {type(value).__name__}")
-    number: Any = value if isinstance(value, (int, float, torch.SymFloat, torch.SymInt)) else float(value)
+    # torch.compile's symbols must stay symbols: float() would make constants of them.
+    number = cast("float", value) if isinstance(value, (int, float, torch.SymFloat, torch.SymInt)) else float(value)
     limits = torch.finfo(dtype)
     if not limits.tiny <= number <= limits.max:
         raise ValueError(f"{name} must be positive and finite in {dtype}, got {value}")
@@ -185,6 +181,25 @@ def check_rows(logits: torch.Tensor, bad: torch.Tensor) -> None:
     else:
         what = "only -inf"
     raise ValueError(f"logits must be finite or -inf with one finite value per row, but row {row} holds {what}")
+
+
+def check_for_reference(
+    logits: torch.Tensor | None, tau: torch.Tensor | None = None, ids: torch.Tensor | None = None, vocab_size: int = 0
+) -> None:
+    """The errors of values that operations raise, for calls that the reference serves: it would compute with them.
+
+    Args:
+        logits: `[N, V]`, without graph.
+        tau: `[N]`.
+        ids: `[N]`, of a vocabulary of `vocab_size`.
+    """
+    if logits is not None and may_read(logits):
+        rows = without_wrappers(logits)
+        check_rows(rows, bad_rows(rows))
+    if tau is not None and may_read(tau):
+        check_tau_values(without_wrappers(tau))
+    if ids is not None and may_read(ids):
+        check_ids_values(without_wrappers(ids), vocab_size)
 
 
 def check_head_rows(bad: torch.Tensor, prefix: str = "") -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from grade_kernels import backends, reference
+from grade_kernels.backends import Noise
 from grade_kernels.noise import GumbelNoise
 from grade_kernels.ops import checks
-from grade_kernels.ops.registry import define, public
-from grade_kernels.ops.transforms import serving, without_wrappers
+from grade_kernels.ops.registry import answered_by, operation, public
 
 __all__ = ["gumbel_sample"]
 
@@ -40,34 +42,40 @@ def gumbel_sample(logits: torch.Tensor, dim: int = -1, *, noise: GumbelNoise | N
     if dim != -1:
         moved = moved.movedim(dim, -1)
     rows = moved.reshape(-1, moved.shape[-1])
-    seed, row_ids, vocab_start = checks.canonical_noise(noise, rows.shape[0], logits.device)
-    backend = serving(backends.select(logits.device, logits.dtype))
-    if backend == "reference":
-        noise = GumbelNoise(seed, row_ids, vocab_start=vocab_start)
-        if checks.reads_values_here(rows):
-            rows = without_wrappers(rows)
-            checks.check_rows(rows, checks.bad_rows(rows))
-        return reference.gumbel_sample(logits, dim, noise=noise)
-    return _gumbel_sample(rows, seed, row_ids, vocab_start, backend).view(moved.shape[:-1])
+    drawn = checks.canonical_noise(noise, rows.shape[0], logits.device)
+    backend = backends.select(logits.device, logits.dtype)
+    return _draw(_Draw(rows, drawn, backend)).view(moved.shape[:-1])
 
 
-def _kernel(
-    logits: torch.Tensor, seed: torch.Tensor, row_ids: torch.Tensor | None, vocab_start: int, backend: str
-) -> torch.Tensor:
-    sample = backends.module(backend).sample(logits, seed, row_ids, vocab_start, False)
-    if checks.reads_values(logits):
-        checks.check_rows(logits, (sample.ids < 0) | sample.score_max.isnan())
-    return sample.ids
+class _Draw(NamedTuple):
+    logits: torch.Tensor  # [N, V]
+    noise: Noise
+    backend: str
 
 
-def _fake(
-    logits: torch.Tensor, seed: torch.Tensor, row_ids: torch.Tensor | None, vocab_start: int, backend: str
-) -> torch.Tensor:
-    return logits.new_empty(logits.shape[0], dtype=torch.int64)
+class _Drawn(NamedTuple):
+    ids: torch.Tensor  # [N]
 
 
-_gumbel_sample = define(
-    "gumbel_sample(Tensor logits, Tensor seed, Tensor? row_ids, SymInt vocab_start, str backend) -> Tensor",
-    _kernel,
-    _fake,
-)
+def _kernel(draw: _Draw) -> _Drawn:
+    sample = backends.get(draw.backend).sample(draw.logits, draw.noise, False)
+    if checks.reads_values(draw.logits):
+        checks.check_rows(draw.logits, (sample.ids < 0) | sample.score_max.isnan())
+    return _Drawn(sample.ids)
+
+
+def _fake(draw: _Draw) -> _Drawn:
+    return _Drawn(draw.logits.new_empty(draw.logits.shape[0], dtype=torch.int64))
+
+
+def _by_reference(draw: _Draw) -> torch.Tensor:
+    checks.check_for_reference(draw.logits)
+    return reference.gumbel_sample(draw.logits, noise=draw.noise.public())
+
+
+_gumbel_sample = operation("gumbel_sample", _Draw, _Drawn, kernel=_kernel, fake=_fake)
+
+
+@answered_by(_by_reference)
+def _draw(draw: _Draw) -> torch.Tensor:
+    return _gumbel_sample(draw).ids

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import Generic, TypeVar
 
 import torch
+from typing_extensions import NamedTuple
 
 from grade_kernels import backends, reference
+from grade_kernels.backends import Noise, Sample
+from grade_kernels.dtypes import compute_dtype
 from grade_kernels.noise import GumbelNoise
 from grade_kernels.ops import checks
-from grade_kernels.ops.registry import define, once_differentiable, public
-from grade_kernels.ops.transforms import differentiable_gradients, records_gradients, serving, without_wrappers
+from grade_kernels.ops.registry import answered_by, differentiable, public
 
 __all__ = ["gumbel_softmax", "gumbel_ste"]
+
+T = TypeVar("T")
 
 
 @public
@@ -61,18 +65,10 @@ def gumbel_softmax(
     dim = checks.check_logits(logits, dim)
     moved = logits.movedim(dim, -1)
     num_rows = logits.numel() // moved.shape[-1]
-    seed, row_ids, vocab_start = checks.canonical_noise(noise, num_rows, logits.device)
-    row_tau = checks.canonical_tau(tau, logits.shape, logits.device, checks.compute_dtype(logits.dtype), dim)
-    backend = serving(backends.select(logits.device, logits.dtype), logits, row_tau)
-    if backend == "reference":
-        if checks.reads_values_here(logits):
-            rows = without_wrappers(_rows(logits.detach(), dim))
-            checks.check_rows(rows, checks.bad_rows(rows))
-            checks.check_tau_values(without_wrappers(row_tau))
-        noise = GumbelNoise(seed, row_ids, vocab_start=vocab_start)
-        kept_tau = row_tau.view(moved.shape[:-1]).unsqueeze(dim)
-        return reference.gumbel_softmax(logits, kept_tau, hard, dim=dim, noise=noise)
-    return _gumbel_softmax(logits, row_tau, seed, row_ids, vocab_start, dim, hard, backend)[0]
+    drawn = checks.canonical_noise(noise, num_rows, logits.device)
+    row_tau = checks.canonical_tau(tau, logits.shape, logits.device, compute_dtype(logits.dtype), dim)
+    backend = backends.select(logits.device, logits.dtype)
+    return _relax(_Draw(logits, row_tau, drawn, dim, hard, backend))
 
 
 @public
@@ -86,8 +82,8 @@ def gumbel_ste(
     return gumbel_softmax(logits, tau, hard=True, dim=dim, noise=noise)
 
 
-# The operations take logits of any shape, with V at dim, so that what is saved for backward is what the caller holds,
-# never a copy that the kernels' layout needs.
+# Kernels take `[N, V]`, which may need a copy of the logits. If the operation took those, the copy would be saved for
+# backward. So the operation takes the caller's logits, of any shape and with V at dim.
 
 
 def _rows(x: torch.Tensor, dim: int) -> torch.Tensor:
@@ -103,125 +99,76 @@ def _like(rows: torch.Tensor, x: torch.Tensor, dim: int) -> torch.Tensor:
     return rows.view(x.movedim(dim, -1).shape).movedim(-1, dim).clone(memory_format=torch.contiguous_format)
 
 
-def _kernel(
-    logits: torch.Tensor,
-    tau: torch.Tensor,
-    seed: torch.Tensor,
-    row_ids: torch.Tensor | None,
-    vocab_start: int,
-    dim: int,
-    hard: bool,
-    backend: str,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    implementation = backends.module(backend)
-    given, logits = logits, _rows(logits, dim)
-    if checks.reads_values(tau):
-        checks.check_tau_values(tau)
-    sample = implementation.sample(logits, seed, row_ids, vocab_start, False)
+class _Draw(NamedTuple):
+    logits: torch.Tensor  # any shape, V at dim
+    tau: torch.Tensor  # [N]
+    noise: Noise
+    dim: int
+    hard: bool
+    backend: str
+
+
+class _Drawn(NamedTuple, Generic[T]):
+    y: T  # like logits
+
+
+class _Kept(NamedTuple):
+    score_max: torch.Tensor  # [N]
+
+
+class _Gradients(NamedTuple, Generic[T]):
+    logits: T
+    tau: T
+
+
+def _kernel(draw: _Draw) -> tuple[_Drawn[torch.Tensor], _Kept]:
+    backend, logits = backends.get(draw.backend), _rows(draw.logits, draw.dim)
+    if checks.reads_values(draw.tau):
+        checks.check_tau_values(draw.tau)
+    sample = backend.sample(logits, draw.noise, False)
     if checks.reads_values(logits):
         checks.check_rows(logits, (sample.ids < 0) | sample.score_max.isnan())
-    if hard:
-        y = implementation.one_hot(sample, logits.shape[1], logits.dtype)
+    if draw.hard:
+        y = backend.one_hot(sample, logits.shape[1], logits.dtype)
     else:
-        y, _ = implementation.softmax(logits, tau, seed, row_ids, vocab_start, sample.score_max, True, logits.dtype)
-    return _like(y, given, dim), sample.score_max
+        y, _ = backend.softmax(logits, draw.tau, draw.noise, sample.score_max, normalize=True, dtype=logits.dtype)
+    return _Drawn(_like(y, draw.logits, draw.dim)), _Kept(sample.score_max)
 
 
-def _fake_like(x: torch.Tensor) -> torch.Tensor:
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+def _fake(draw: _Draw) -> tuple[_Drawn[torch.Tensor], _Kept]:
+    y = torch.empty(draw.logits.shape, dtype=draw.logits.dtype, device=draw.logits.device)
+    score_max = torch.empty(draw.tau.shape, dtype=draw.tau.dtype, device=draw.logits.device)
+    return _Drawn(y), _Kept(score_max)
 
 
-def _fake(
-    logits: torch.Tensor,
-    tau: torch.Tensor,
-    seed: torch.Tensor,
-    row_ids: torch.Tensor | None,
-    vocab_start: int,
-    dim: int,
-    hard: bool,
-    backend: str,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return (
-        _fake_like(logits),
-        torch.empty(tau.shape, dtype=tau.dtype, device=logits.device),
-    )
+def _by_reference(draw: _Draw) -> torch.Tensor:
+    checks.check_for_reference(_rows(draw.logits.detach(), draw.dim), draw.tau)
+    return _reference_of(draw)
 
 
-def _backward_kernel(
-    dy: torch.Tensor,
-    logits: torch.Tensor,
-    tau: torch.Tensor,
-    seed: torch.Tensor,
-    row_ids: torch.Tensor | None,
-    vocab_start: int,
-    dim: int,
-    score_max: torch.Tensor,
-    needs_dtau: bool,
-    backend: str,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    empty = score_max.new_empty(0)
-    sample = backends.Sample(empty, score_max, empty, empty)
-    rows = _rows(logits, dim)
-    dlogits = torch.empty(rows.shape, dtype=logits.dtype, device=logits.device)
-    dtau = backends.module(backend).softmax_backward(
-        _rows(dy, dim), rows, tau, seed, row_ids, vocab_start, "ste", sample, None, needs_dtau, dlogits
-    )
-    return _like(dlogits, logits, dim), dtau
+def _reference_of(draw: _Draw) -> torch.Tensor:
+    tau = draw.tau.view(draw.logits.movedim(draw.dim, -1).shape[:-1]).unsqueeze(draw.dim)
+    return reference.gumbel_softmax(draw.logits, tau, draw.hard, dim=draw.dim, noise=draw.noise.public())
 
 
-def _backward_fake(
-    dy: torch.Tensor,
-    logits: torch.Tensor,
-    tau: torch.Tensor,
-    seed: torch.Tensor,
-    row_ids: torch.Tensor | None,
-    vocab_start: int,
-    dim: int,
-    score_max: torch.Tensor,
-    needs_dtau: bool,
-    backend: str,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return _fake_like(logits), torch.empty_like(score_max)
+def _backward(
+    draw: _Draw, kept: _Kept, arrived: _Drawn[torch.Tensor], wanted: _Gradients[bool]
+) -> _Gradients[torch.Tensor]:
+    empty, rows = kept.score_max.new_empty(0), _rows(draw.logits, draw.dim)
+    dlogits = torch.empty(rows.shape, dtype=rows.dtype, device=rows.device)
+    dtau = backends.get(draw.backend).softmax_backward(
+        _rows(arrived.y, draw.dim), rows, draw.tau, draw.noise, Sample(empty, kept.score_max, empty, empty),
+        estimator="ste", dlogprobs=None, needs_dtau=wanted.tau, out=dlogits,
+    )  # fmt: skip
+    return _Gradients(_like(dlogits, draw.logits, draw.dim), dtau)
 
 
-_gumbel_softmax = define(
-    "gumbel_softmax(Tensor logits, Tensor tau, Tensor seed, Tensor? row_ids, SymInt vocab_start, int dim, "
-    "bool hard, str backend) -> (Tensor, Tensor)",
-    _kernel,
-    _fake,
-)
-_gumbel_softmax_backward = define(
-    "gumbel_softmax_backward(Tensor dy, Tensor logits, Tensor tau, Tensor seed, Tensor? row_ids, SymInt vocab_start, "
-    "int dim, Tensor score_max, bool needs_dtau, str backend) -> (Tensor, Tensor)",
-    _backward_kernel,
-    _backward_fake,
-)
+_gumbel_softmax = differentiable(
+    "gumbel_softmax", _Draw, _Drawn, _Kept, _Gradients,
+    kernel=_kernel, fake=_fake, backward=_backward, reference=lambda draw, _: _Drawn(_reference_of(draw)),
+)  # fmt: skip
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-    logits, tau, seed, row_ids, ctx.vocab_start, ctx.dim, ctx.hard, ctx.backend = inputs
-    ctx.save_for_backward(logits, tau, seed, row_ids, output[1])
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx: Any, dy: torch.Tensor | None, _: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-    if dy is None:
-        return (None,) * 8
-    logits, tau, seed, row_ids, score_max = ctx.saved_tensors
-    if records_gradients():
-
-        def forward(logits: torch.Tensor, tau: torch.Tensor) -> tuple[torch.Tensor]:
-            noise = GumbelNoise(seed, row_ids, vocab_start=ctx.vocab_start)
-            kept_tau = tau.view(logits.movedim(ctx.dim, -1).shape[:-1]).unsqueeze(ctx.dim)
-            return (reference.gumbel_softmax(logits, kept_tau, ctx.hard, dim=ctx.dim, noise=noise),)
-
-        return *differentiable_gradients(forward, (logits, tau), ctx.needs_input_grad[:2], (dy,)), *(None,) * 6
-    dlogits, dtau = _gumbel_softmax_backward(
-        dy, logits, tau, seed, row_ids, ctx.vocab_start, ctx.dim, score_max, ctx.needs_input_grad[1], ctx.backend
-    )
-    return dlogits, dtau if ctx.needs_input_grad[1] else None, *(None,) * 6
-
-
-torch.library.register_autograd("grade_kernels::gumbel_softmax", _backward, setup_context=_setup_context)
-once_differentiable("gumbel_softmax_backward")
+@answered_by(_by_reference)
+def _relax(draw: _Draw) -> torch.Tensor:
+    return _gumbel_softmax(draw).y

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from grade_kernels import backends, reference
-from grade_kernels.backends import Sample
+from grade_kernels.backends import Head, Noise, Sample
+from grade_kernels.dtypes import compute_dtype
 from grade_kernels.noise import GumbelNoise
 from grade_kernels.ops import checks
-from grade_kernels.ops.head import check_head, check_reference_rows, make_head, select_backend
-from grade_kernels.ops.registry import define, public
-from grade_kernels.ops.transforms import serving
+from grade_kernels.ops.head import check_head, check_reference_rows
+from grade_kernels.ops.registry import answered_by, operation, public
 
 __all__ = ["linear_gumbel_sample"]
 
@@ -44,17 +46,23 @@ def linear_gumbel_sample(
     hidden, lm_head, bias = check_head(hidden, lm_head, bias, logit_softcap)
     batch = hidden.shape[:-1]
     rows = hidden.detach().reshape(-1, hidden.shape[-1])
-    seed, row_ids, vocab_start = checks.canonical_noise(noise, rows.shape[0], hidden.device)
-    backend = select_backend(serving(backends.select(hidden.device, hidden.dtype)), hidden.dtype)
-    if backend == "reference":
-        check_reference_rows(hidden, lm_head, bias, logit_softcap)
-        noise = GumbelNoise(seed, row_ids, vocab_start=vocab_start)
-        return reference.linear_gumbel_sample(hidden, lm_head, bias=bias, logit_softcap=logit_softcap, noise=noise)
+    drawn = checks.canonical_noise(noise, rows.shape[0], hidden.device)
+    backend = backends.select(hidden.device, hidden.dtype, head=True)
     bias = None if bias is None else bias.detach()
-    ids, logprobs = _linear_gumbel_sample(
-        rows, lm_head.detach(), bias, logit_softcap, seed, row_ids, vocab_start, backend
-    )
+    head = Head(rows, lm_head.detach(), bias, logit_softcap)
+    ids, logprobs = _draw(_Draw(head, drawn, backend))
     return ids.view(batch), logprobs.view(batch)
+
+
+class _Draw(NamedTuple):
+    head: Head
+    noise: Noise
+    backend: str
+
+
+class _Drawn(NamedTuple):
+    ids: torch.Tensor  # [N]
+    logprobs: torch.Tensor  # [N]
 
 
 def chosen_logprobs(sample: Sample, chosen: torch.Tensor) -> torch.Tensor:
@@ -62,45 +70,31 @@ def chosen_logprobs(sample: Sample, chosen: torch.Tensor) -> torch.Tensor:
     return (chosen - sample.logit_max) - sample.logit_sum.log() + (sample.score_max - sample.score_max)
 
 
-def _kernel(
-    hidden: torch.Tensor,
-    lm_head: torch.Tensor,
-    bias: torch.Tensor | None,
-    softcap: float | None,
-    seed: torch.Tensor,
-    row_ids: torch.Tensor | None,
-    vocab_start: int,
-    backend: str,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    implementation = backends.module(backend)
-    head = make_head(hidden, lm_head, bias, softcap)
-    sample = implementation.head_sample(head, seed, row_ids, vocab_start)
-    if checks.reads_values(hidden):
+def _kernel(draw: _Draw) -> _Drawn:
+    backend, head = backends.get(draw.backend), draw.head.canonical()
+    sample = backend.head_sample(head, draw.noise)
+    if checks.reads_values(head.hidden):
         checks.check_head_rows((sample.ids < 0) | sample.score_max.isnan())
-    rows = torch.arange(hidden.shape[0], device=hidden.device)
-    return sample.ids, chosen_logprobs(sample, implementation.head_logits_at(head, rows, sample.ids))
+    rows = torch.arange(len(head.hidden), device=head.hidden.device)
+    return _Drawn(sample.ids, chosen_logprobs(sample, backend.head_logits_at(head, rows, sample.ids)))
 
 
-def _fake(
-    hidden: torch.Tensor,
-    lm_head: torch.Tensor,
-    bias: torch.Tensor | None,
-    softcap: float | None,
-    seed: torch.Tensor,
-    row_ids: torch.Tensor | None,
-    vocab_start: int,
-    backend: str,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    rows = hidden.shape[0]
-    return (
-        hidden.new_empty(rows, dtype=torch.int64),
-        hidden.new_empty(rows, dtype=checks.compute_dtype(hidden.dtype)),
-    )
+def _fake(draw: _Draw) -> _Drawn:
+    hidden = draw.head.hidden
+    ids = hidden.new_empty(len(hidden), dtype=torch.int64)
+    return _Drawn(ids, hidden.new_empty(len(hidden), dtype=compute_dtype(hidden.dtype)))
 
 
-_linear_gumbel_sample = define(
-    "linear_gumbel_sample(Tensor hidden, Tensor lm_head, Tensor? bias, float? softcap, Tensor seed, Tensor? row_ids, "
-    "SymInt vocab_start, str backend) -> (Tensor, Tensor)",
-    _kernel,
-    _fake,
-)
+def _by_reference(draw: _Draw) -> _Drawn:
+    check_reference_rows(draw.head)
+    hidden, weight, bias, softcap = draw.head
+    noise = draw.noise.public()
+    return _Drawn(*reference.linear_gumbel_sample(hidden, weight, bias=bias, logit_softcap=softcap, noise=noise))
+
+
+_linear_gumbel_sample = operation("linear_gumbel_sample", _Draw, _Drawn, kernel=_kernel, fake=_fake)
+
+
+@answered_by(_by_reference)
+def _draw(draw: _Draw) -> _Drawn:
+    return _linear_gumbel_sample(draw)

@@ -2,32 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Generic, TypedDict, TypeVar
 
 import torch
+from typing_extensions import NamedTuple
 
 from grade_kernels import backends, reference
-from grade_kernels.backends import Head, Softmax, Support
-from grade_kernels.backends.torch.head import head_chunks
+from grade_kernels.backends import Head, Noise, Softmax, Support
+from grade_kernels.dtypes import compute_dtype
 from grade_kernels.noise import GumbelNoise
 from grade_kernels.ops import checks
-from grade_kernels.ops.head import (
-    Entries,
-    HeadGradients,
-    canonical_eps,
-    check_head,
-    check_reference_rows,
-    fake_gradients,
-    make_head,
-    needs_graph,
-    row_of_entries,
-    select_backend,
-)
-from grade_kernels.ops.registry import define, once_differentiable, public, wanted_gradients
-from grade_kernels.ops.transforms import serving, without_wrappers
+from grade_kernels.ops.head import canonical_eps, check_head, check_reference_rows, fake_support, needs_graph
+from grade_kernels.ops.head_gradients import Entries, HeadGradients, PerHead
+from grade_kernels.ops.registry import answered_by, differentiable, public
+from grade_kernels.ops.transforms import reference_serves
 from grade_kernels.reference import ignored_rows
 
 __all__ = ["linear_entropy", "linear_kl", "linear_logprobs"]
+
+T = TypeVar("T")
 
 
 @public
@@ -125,11 +118,11 @@ def _statistic(
     *,
     ids: torch.Tensor | None = None,
     ignore_index: int | None = None,
-    ref: tuple[Any, Any, Any] | None = None,
+    ref: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None = None,
 ) -> torch.Tensor:
     hidden, lm_head, bias = check_head(hidden, lm_head, bias, logit_softcap)
     eps = canonical_eps(eps)
-    compute = checks.compute_dtype(hidden.dtype)
+    compute = compute_dtype(hidden.dtype)
     temperature = checks.positive_number("temperature", temperature, compute)
     batch = hidden.shape[:-1]
     if kind == "logprobs":
@@ -148,115 +141,118 @@ def _statistic(
         if ref_hidden.shape[:-1] != batch:
             raise ValueError(f"ref_hidden must have shape {(*batch, 'H')}, got {tuple(ref_hidden.shape)}")
         checks.check_same_device("ref_hidden", ref_hidden, "hidden", hidden)
-    backend = select_backend(serving(backends.select(hidden.device, hidden.dtype), hidden, lm_head, bias), hidden.dtype)
-    num_rows = hidden.numel() // hidden.shape[-1]
-    if backend == "reference":
-        if noise is not None:  # nothing is drawn there, but what is wrong stays wrong
-            checks.canonical_noise(noise, num_rows, hidden.device)
-        check_reference_rows(hidden, lm_head, bias, logit_softcap)
-        if ref_hidden is not None and ref_lm_head is not None:
-            check_reference_rows(ref_hidden, ref_lm_head, ref_bias, logit_softcap, "ref_")
-        options: dict[str, Any] = {"bias": bias, "logit_softcap": logit_softcap, "temperature": temperature}
-        if ref_hidden is not None and ref_lm_head is not None:
-            return reference.linear_kl(hidden, lm_head, ref_hidden, ref_lm_head, ref_bias=ref_bias, **options)
-        if kind == "entropy":
-            return reference.linear_entropy(hidden, lm_head, **options)
-        assert ids is not None
-        if checks.reads_values_here(ids):
-            checks.check_ids_values(without_wrappers(ids.reshape(-1)), lm_head.shape[0])
-        return reference.linear_logprobs(hidden, lm_head, ids, **options)
-    rows = hidden.reshape(-1, hidden.shape[-1])
+    rows, ref_head = hidden.reshape(-1, hidden.shape[-1]), None
     if ref_hidden is not None and ref_lm_head is not None:
-        ref_hidden = ref_hidden.detach().reshape(-1, ref_hidden.shape[-1])
-        ref_lm_head, ref_bias = ref_lm_head.detach(), None if ref_bias is None else ref_bias.detach()
+        ref_bias = None if ref_bias is None else ref_bias.detach()
+        ref_rows = ref_hidden.detach().reshape(-1, ref_hidden.shape[-1])
+        ref_head = Head(ref_rows, ref_lm_head.detach(), ref_bias, logit_softcap)
     tau = torch.full((rows.shape[0],), temperature, dtype=compute, device=hidden.device)
-    collect = eps > 0 and needs_graph(hidden, lm_head, bias)
-    if noise is None and eps == 0:  # nothing is drawn, not even a seed
+    backend = backends.select(hidden.device, hidden.dtype, head=True)
+    head = Head(rows, lm_head, bias, logit_softcap)
+    if noise is None and (eps == 0 or reference_serves(backend, head)):  # nothing is drawn, not even a seed
         noise = GumbelNoise(0)
-    # Else without a graph, too: a reentrant checkpoint's first forward must leave the generator as its second one will.
-    seed, row_ids, vocab_start = checks.canonical_noise(noise, num_rows, hidden.device)
+    # Otherwise a seed is drawn even if no graph is wanted. Reentrant checkpointing runs forward once without and once with a
+    # graph, and both must leave the generator in the same state.
+    drawn = checks.canonical_noise(noise, rows.shape[0], hidden.device)
     flat_ids = None if ids is None else ids.reshape(-1)
-    value = _linear_statistic(
-        rows, lm_head, bias, logit_softcap, ref_hidden, ref_lm_head, ref_bias, flat_ids, tau, seed,
-        row_ids, vocab_start, kind, eps, collect, backend,
-    )[0]  # fmt: skip
-    return value.view(batch)
+    wants_support = eps > 0 and needs_graph(hidden, lm_head, bias)
+    call = _Call(head, ref_head, flat_ids, tau, drawn, kind, eps, wants_support, backend)
+    return _statistic_of(call).view(batch)
 
 
-def _kernel(
-    hidden: torch.Tensor,
-    lm_head: torch.Tensor,
-    bias: torch.Tensor | None,
-    softcap: float | None,
-    ref_hidden: torch.Tensor | None,
-    ref_lm_head: torch.Tensor | None,
-    ref_bias: torch.Tensor | None,
-    ids: torch.Tensor | None,
-    tau: torch.Tensor,
-    seed: torch.Tensor,
-    row_ids: torch.Tensor | None,
-    vocab_start: int,
-    kind: str,
-    eps: float,
-    collect: bool,
-    backend: str,
-) -> tuple[torch.Tensor, ...]:
-    implementation = backends.module(backend)
-    head = make_head(hidden, lm_head, bias, softcap)
+class _Call(NamedTuple):
+    head: Head
+    ref: Head | None
+    ids: torch.Tensor | None  # [N]
+    tau: torch.Tensor  # [N]
+    noise: Noise
+    kind: str  # "logprobs", "kl" or "entropy"
+    eps: float
+    wants_support: bool
+    backend: str
+
+
+class _Statistic(NamedTuple, Generic[T]):
+    value: T  # [N]
+
+
+class _Kept(NamedTuple):
+    rows: torch.Tensor  # [3 or 5, N], see `_Rows`
+    support: Support
+
+
+class _Rows(NamedTuple):
+    """What is kept of each row."""
+
+    value: torch.Tensor  # the statistic
+    logit_max: torch.Tensor
+    total: torch.Tensor  # sum(exp((l - logit_max) / tau))
+    ref_max: torch.Tensor | None = None  # the same of the reference
+    ref_total: torch.Tensor | None = None
+
+    def at(self, rows: torch.Tensor) -> _Rows:
+        """Of some rows, as columns `[rows, 1]`."""
+        value, logit_max, total, ref_max, ref_total = (None if x is None else x[rows, None] for x in self)
+        assert value is not None
+        assert logit_max is not None
+        assert total is not None
+        return _Rows(value, logit_max, total, ref_max, ref_total)
+
+
+class _Gradients(NamedTuple, Generic[T]):
+    head: PerHead[T]
+
+
+def _kernel(call: _Call) -> tuple[_Statistic[torch.Tensor], _Kept]:
+    backend, head, tau, ids = backends.get(call.backend), call.head.canonical(), call.tau, call.ids
+    ref = None if call.ref is None else call.ref.canonical()
     if ids is not None and checks.reads_values(ids):
-        checks.check_ids_values(ids, lm_head.shape[0])
-    ref = None
-    if ref_hidden is not None and ref_lm_head is not None:
-        ref = make_head(ref_hidden, ref_lm_head, ref_bias, softcap)
-    sums, support = implementation.head_softmax(head, tau, seed, row_ids, vocab_start, eps if collect else 0.0, ref)
+        checks.check_ids_values(ids, head.weight.shape[0])
+    sums, support = backend.head_softmax(head, tau, call.noise, call.eps if call.wants_support else 0.0, ref)
     sums = Softmax(*(x.to(tau.dtype) for x in sums))  # a float64 reference does not widen a narrower policy's result
-    if checks.reads_values(hidden):
+    if checks.reads_values(head.hidden):
         checks.check_head_rows(~(sums.logit_max.isfinite() & sums.total.isfinite()))
         if ref is not None:
             checks.check_head_rows(~(sums.ref_max.isfinite() & (sums.ref_total > 0)), "ref_")
-    if kind == "logprobs":
+    if call.kind == "logprobs":
         assert ids is not None
         rows = torch.arange(len(ids), device=ids.device)
-        chosen = implementation.head_logits_at(head, rows, ids)
-        value = (chosen - sums.logit_max) / tau - sums.total.log()
-    elif kind == "entropy":
+        value = (backend.head_logits_at(head, rows, ids) - sums.logit_max) / tau - sums.total.log()
+    elif call.kind == "entropy":
         value = sums.total.log() - sums.moment
     else:
         value = sums.moment - (sums.total.log() - sums.ref_total.log())
-    statistics = torch.stack([value, sums.logit_max, sums.total])
-    if ref is not None:
-        statistics = torch.cat([statistics, torch.stack([sums.ref_max, sums.ref_total])])
-    return value.clone(), statistics, support.offsets, support.tokens, support.p, support.overflow
+    parts = [value, sums.logit_max, sums.total, *(() if ref is None else (sums.ref_max, sums.ref_total))]
+    return _Statistic(value.clone()), _Kept(torch.stack(parts), support)
 
 
-def _fake(
-    hidden: torch.Tensor,
-    lm_head: torch.Tensor,
-    bias: torch.Tensor | None,
-    softcap: float | None,
-    ref_hidden: torch.Tensor | None,
-    ref_lm_head: torch.Tensor | None,
-    ref_bias: torch.Tensor | None,
-    ids: torch.Tensor | None,
-    tau: torch.Tensor,
-    seed: torch.Tensor,
-    row_ids: torch.Tensor | None,
-    vocab_start: int,
-    kind: str,
-    eps: float,
-    collect: bool,
-    backend: str,
-) -> tuple[torch.Tensor, ...]:
-    rows = hidden.shape[0]
-    entries = torch.library.get_ctx().new_dynamic_size() if collect else 0
-    return (
-        tau.new_empty(rows),
-        tau.new_empty(3 if ref_hidden is None else 5, rows),
-        tau.new_empty(rows + 1, dtype=torch.int64),
-        tau.new_empty(entries, dtype=torch.int64),
-        tau.new_empty(entries),
-        tau.new_empty(rows, dtype=torch.bool),
+def _fake(call: _Call) -> tuple[_Statistic[torch.Tensor], _Kept]:
+    rows, parts = call.head.hidden.shape[0], 3 if call.ref is None else 5
+    return _Statistic(call.tau.new_empty(rows)), _Kept(
+        call.tau.new_empty(parts, rows), fake_support(rows, call.tau, call.wants_support)
     )
+
+
+class _Options(TypedDict):
+    bias: torch.Tensor | None
+    logit_softcap: float | None
+    temperature: torch.Tensor
+
+
+def _by_reference(call: _Call) -> torch.Tensor:
+    check_reference_rows(call.head)
+    if call.ref is not None:
+        check_reference_rows(call.ref, "ref_")
+    hidden, weight, bias, softcap = call.head
+    options = _Options(bias=bias, logit_softcap=softcap, temperature=call.tau[:, None])
+    if call.ref is not None:
+        ref = call.ref
+        return reference.linear_kl(hidden, weight, ref.hidden, ref.weight, ref_bias=ref.bias, **options)
+    if call.kind == "entropy":
+        return reference.linear_entropy(hidden, weight, **options)
+    assert call.ids is not None
+    checks.check_for_reference(None, ids=call.ids, vocab_size=weight.shape[0])
+    return reference.linear_logprobs(hidden, weight, call.ids, **options)
 
 
 def _slope(kind: str, logp: torch.Tensor, logr: torch.Tensor | None, value: torch.Tensor) -> torch.Tensor:
@@ -269,148 +265,65 @@ def _slope(kind: str, logp: torch.Tensor, logr: torch.Tensor | None, value: torc
     return logp - logr - value
 
 
-def _backward_kernel(
-    dvalue: torch.Tensor,
-    hidden: torch.Tensor,
-    lm_head: torch.Tensor,
-    bias: torch.Tensor | None,
-    softcap: float | None,
-    ref_hidden: torch.Tensor | None,
-    ref_lm_head: torch.Tensor | None,
-    ref_bias: torch.Tensor | None,
-    ids: torch.Tensor | None,
-    tau: torch.Tensor,
-    statistics: torch.Tensor,
-    offsets: torch.Tensor,
-    tokens: torch.Tensor,
-    p: torch.Tensor,
-    overflow: torch.Tensor,
-    kind: str,
-    eps: float,
-    needs: list[bool],
-    backend: str,
-) -> list[torch.Tensor]:
-    implementation = backends.module(backend)
-    head = make_head(hidden, lm_head, bias, softcap)
-    ref = None
-    if ref_hidden is not None and ref_lm_head is not None:
-        ref = make_head(ref_hidden, ref_lm_head, ref_bias, softcap)
-    gradients = HeadGradients(implementation, head, (needs[0], needs[1], needs[2]))
-    scale = dvalue.to(tau.dtype) / tau
-    value, logit_max, total, *ref_statistics = statistics.unbind()
-    support = Support(offsets, tokens, p, overflow)
-    rows = row_of_entries(support)
+def _backward(
+    call: _Call, kept: _Kept, arrived: _Statistic[torch.Tensor], wanted: _Gradients[bool]
+) -> _Gradients[torch.Tensor | None]:
+    backend, tau, ids, support = backends.get(call.backend), call.tau, call.ids, kept.support
+    ref = None if call.ref is None else call.ref.canonical()
+    gradients = HeadGradients(backend, call.head.canonical(), wanted.head)
+    scale = arrived.value.to(tau.dtype) / tau
+    of = _Rows(*kept.rows.unbind())
+    rows = support.rows()
     logr = None
-    if ref is not None:
-        ref_max, ref_total = ref_statistics
-        logr = (implementation.head_logits_at(ref, rows, tokens) - ref_max[rows]) / tau[rows] - ref_total.log()[rows]
-    values = scale[rows] * p.clamp_min(eps) * _slope(kind, p.log(), logr, value[rows])
-    parts = [Entries(rows, tokens, values, offsets)]
+    if ref is not None and of.ref_max is not None and of.ref_total is not None:
+        ref_logits = backend.head_logits_at(ref, rows, support.tokens)
+        logr = (ref_logits - of.ref_max[rows]) / tau[rows] - of.ref_total.log()[rows]
+    p = support.p
+    values = scale[rows] * p.clamp_min(call.eps) * _slope(call.kind, p.log(), logr, of.value[rows])
+    parts = [Entries(rows, support.tokens, values, support.offsets)]
     if ids is not None:
         # A masked token's own logit is a constant.
-        parts.append(
-            Entries(torch.arange(len(ids), device=ids.device), ids, torch.where(value == -torch.inf, 0.0, scale))
-        )
+        sampled = torch.where(of.value == -torch.inf, 0.0, scale)
+        parts.append(Entries(torch.arange(len(ids), device=ids.device), ids, sampled))
     gradients.add_entries(Entries.joined(parts))
-    dense = torch.arange(len(tau), device=tau.device) if eps == 0 else overflow.nonzero().squeeze(1)
+    every = torch.arange(len(tau), device=tau.device)
+    dense = every if call.eps == 0 else support.overflow.nonzero().squeeze(1)
     if len(dense):
-        _add_dense(
-            gradients,
-            dense,
-            Softmax(logit_max, total, value, *(ref_statistics or (value, value))),
-            ref,
-            tau,
-            scale,
-            kind,
-        )
-    return gradients.results(bias)
+        _add_dense(gradients, dense, call.kind, of, ref, tau, scale)
+    return _Gradients(gradients.results(call.head.bias))
 
 
 def _add_dense(
     gradients: HeadGradients,
     dense: torch.Tensor,
-    sums: Softmax,
+    kind: str,
+    of: _Rows,
     ref: Head | None,
     tau: torch.Tensor,
     scale: torch.Tensor,
-    kind: str,
 ) -> None:
     """The exact gradient of the rows in `dense`, apart from the sampled token's own entry."""
-    sums = Softmax(*(x[dense, None] for x in sums))
+    of = of.at(dense)
     tau, scale = tau[dense, None], scale[dense, None]
-    ref_chunks = None
-    if ref is not None:
-        ref_chunks = head_chunks(ref._replace(hidden=ref.hidden[dense]), gradients.implementation.product)
+    ref_chunks = None if ref is None else gradients.backend.head_chunks(ref.rows(dense))
 
     def rule(columns: slice, logits: torch.Tensor) -> torch.Tensor:
-        logp = (logits - sums.logit_max) / tau - sums.total.log()
+        logp = (logits - of.logit_max) / tau - of.total.log()
         logr = None
-        if ref_chunks is not None:
-            logr = (next(ref_chunks)[1] - sums.ref_max) / tau - sums.ref_total.log()
+        if ref_chunks is not None and of.ref_max is not None and of.ref_total is not None:
+            logr = (next(ref_chunks)[1] - of.ref_max) / tau - of.ref_total.log()
         p = logp.exp()
-        return torch.where(p > 0, scale * p * _slope(kind, logp, logr, sums.moment), 0.0)
+        return torch.where(p > 0, scale * p * _slope(kind, logp, logr, of.value), 0.0)
 
     gradients.add_dense(dense, rule)
 
 
-def _backward_fake(
-    dvalue: torch.Tensor,
-    hidden: torch.Tensor,
-    lm_head: torch.Tensor,
-    bias: torch.Tensor | None,
-    softcap: float | None,
-    ref_hidden: torch.Tensor | None,
-    ref_lm_head: torch.Tensor | None,
-    ref_bias: torch.Tensor | None,
-    ids: torch.Tensor | None,
-    tau: torch.Tensor,
-    statistics: torch.Tensor,
-    offsets: torch.Tensor,
-    tokens: torch.Tensor,
-    p: torch.Tensor,
-    overflow: torch.Tensor,
-    kind: str,
-    eps: float,
-    needs: list[bool],
-    backend: str,
-) -> list[torch.Tensor]:
-    return fake_gradients(hidden, lm_head, bias, needs)
+_linear_statistic = differentiable(
+    "linear_statistic", _Call, _Statistic, _Kept, _Gradients,
+    kernel=_kernel, fake=_fake, backward=_backward,
+)  # fmt: skip
 
 
-_linear_statistic = define(
-    "linear_statistic(Tensor hidden, Tensor lm_head, Tensor? bias, float? softcap, Tensor? ref_hidden, "
-    "Tensor? ref_lm_head, Tensor? ref_bias, Tensor? ids, Tensor tau, Tensor seed, Tensor? row_ids, "
-    "SymInt vocab_start, str kind, float eps, bool collect, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _kernel,
-    _fake,
-)
-_linear_statistic_backward = define(
-    "linear_statistic_backward(Tensor dvalue, Tensor hidden, Tensor lm_head, Tensor? bias, float? softcap, "
-    "Tensor? ref_hidden, Tensor? ref_lm_head, Tensor? ref_bias, Tensor? ids, Tensor tau, Tensor statistics, "
-    "Tensor offsets, Tensor tokens, Tensor p, Tensor overflow, str kind, float eps, bool[] needs, str backend) "
-    "-> Tensor[]",
-    _backward_kernel,
-    _backward_fake,
-)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-    hidden, lm_head, bias, ctx.softcap, *ref, ids, tau, _, _, _, ctx.kind, ctx.eps, _, ctx.backend = inputs
-    ctx.save_for_backward(hidden, lm_head, bias, *ref, ids, tau, *output[1:])
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx: Any, dvalue: torch.Tensor | None, *_: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-    if dvalue is None:
-        return (None,) * 16
-    hidden, lm_head, bias, *rest = ctx.saved_tensors
-    needs = wanted_gradients(ctx, [hidden, lm_head, bias], [*ctx.needs_input_grad[:3]])
-    gradients = _linear_statistic_backward(
-        dvalue, hidden, lm_head, bias, ctx.softcap, *rest, ctx.kind, ctx.eps, needs, ctx.backend
-    )
-    return *(g if needed else None for g, needed in zip(gradients, needs, strict=True)), *(None,) * 13
-
-
-torch.library.register_autograd("grade_kernels::linear_statistic", _backward, setup_context=_setup_context)
-once_differentiable("linear_statistic_backward")
+@answered_by(_by_reference)
+def _statistic_of(call: _Call) -> torch.Tensor:
+    return _linear_statistic(call).value

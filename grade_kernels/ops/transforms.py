@@ -21,22 +21,25 @@ __all__ = [
     "differentiable_gradients",
     "has_tangent",
     "records_gradients",
-    "serving",
+    "reference_serves",
     "without_wrappers",
 ]
 
 
-def serving(backend: str, *tensors: object) -> str:
-    """The chosen backend, or `reference` for a call that a transform of torch.func or a forward-mode derivative sees."""
-    if torch._C._are_functorch_transforms_active():
-        return "reference"
-    if forward_ad._current_level >= 0 and any(has_tangent(x) for x in tensors):
-        return "reference"
-    return backend
+def reference_serves(backend: str, *arguments: object) -> bool:
+    """Whether the reference computes a call: it is the backend, or torch.func or a forward-mode derivative sees the call.
+
+    Args:
+        backend: the chosen one.
+        arguments: tensors of the call that may carry a derivative, or records of them.
+    """
+    if backend == "reference" or torch._C._are_functorch_transforms_active():
+        return True
+    return forward_ad._current_level >= 0 and has_tangent(arguments)
 
 
 def has_tangent(x: object) -> bool:
-    """Whether a tensor, or any in a list or tuple, carries a forward-mode derivative."""
+    """Whether a tensor, or any in a list, a tuple or a record, carries a forward-mode derivative."""
     if isinstance(x, (tuple, list)):
         return any(has_tangent(y) for y in x)
     return isinstance(x, torch.Tensor) and forward_ad.unpack_dual(x).tangent is not None

@@ -7,29 +7,32 @@ are small.
 from __future__ import annotations
 
 import math
-from types import ModuleType
 
 import pytest
 import torch
 
 from grade_kernels import backends
-from grade_kernels.backends import Sample
-from grade_kernels.backends import torch as torch_backend
+from grade_kernels.backends import Backend, Noise, Sample
 from tests.support import cuda_host
+from tests.support.interpreter import INTERPRETED
+from tests.support.needs import needs_backend, needs_cuda_on_the_host
 from tests.support.rows import DEVICE, REFINED, ROWS, SEED, logits_of, on, seed_tensor
 
 pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 
+torch_backend = backends.get("torch")
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 1e-5, torch.float16: 1e-5}
 
 
-@pytest.fixture(params=["triton", "cuda"])
-def rows_backend(request: pytest.FixtureRequest) -> ModuleType:
-    module = backends.module(request.param)
-    reason = module.why_unavailable() if request.param == "triton" or DEVICE == "cuda" else cuda_host.load()
-    if reason is not None:
-        pytest.skip(f"{request.param}: {reason}")
-    return module
+TRITON = [needs_backend("triton"), *([INTERPRETED] if DEVICE == "cpu" else [])]
+CUDA = needs_backend("cuda") if DEVICE == "cuda" else needs_cuda_on_the_host()
+
+
+@pytest.fixture(params=[pytest.param("triton", marks=TRITON), pytest.param("cuda", marks=CUDA)])
+def rows_backend(request: pytest.FixtureRequest) -> Backend:
+    if request.param == "cuda" and DEVICE == "cpu":
+        cuda_host.load()
+    return backends.get(request.param)
 
 
 @pytest.fixture
@@ -50,7 +53,7 @@ def poison(monkeypatch):
 @pytest.fixture
 def small_splits(rows_backend, monkeypatch):
     """Several splits of several tiles in a vocabulary that Triton's interpreter gets through quickly."""
-    if rows_backend.__name__.endswith("triton"):
+    if rows_backend.name == "triton":
         from grade_kernels.backends.triton import tiles
 
         backend, _ = tiles.target()
@@ -59,9 +62,19 @@ def small_splits(rows_backend, monkeypatch):
         monkeypatch.setattr(tiles, "MAX_STRIPS", 1)
 
 
+def rule(estimator, dlogprobs=None, needs_dtau=False):
+    """What `softmax_backward` is asked for."""
+    return {"estimator": estimator, "dlogprobs": dlogprobs, "needs_dtau": needs_dtau}
+
+
+def _skip_unserved(backend, dtype):
+    if not backend.serves(dtype, head=False):
+        pytest.skip("the torch backend serves this dtype")
+
+
 def _sample64(logits, rows, vocab_start):
     """The truth: ids and statistics in float64."""
-    return torch_backend.sample(logits.double().cpu(), torch.tensor(SEED), rows.cpu(), vocab_start, True)
+    return torch_backend.sample(logits.double().cpu(), Noise(torch.tensor(SEED), rows.cpu(), vocab_start), True)
 
 
 @pytest.mark.parametrize(("row", "token"), REFINED)
@@ -74,20 +87,20 @@ def test_refined_words_reach_every_kernel(rows_backend, row, token, offset, pois
     assert truth.ids == token - start
     assert truth.score_max > 16.6
     logits, rows = on(logits, rows)
-    found = rows_backend.sample(logits, seed_tensor(), rows, start, True)
+    found = rows_backend.sample(logits, Noise(seed_tensor(), rows, start), True)
     assert found.ids == token - start
     assert abs(found.score_max.cpu() - truth.score_max) < 4e-6
     tau, dy = torch.full((1,), 4.0), torch.linspace(-1, 1, vocab)[None]
-    arguments = (tau, torch.tensor(SEED), rows.cpu(), start)
-    weights, total = rows_backend.softmax(logits, *on(*arguments), found.score_max, True, torch.float32)
+    arguments = (tau, Noise(torch.tensor(SEED), rows.cpu(), start))
+    weights, total = rows_backend.softmax(logits, *on(*arguments), found.score_max, normalize=True, dtype=torch.float32)
     expected, expected_total = torch_backend.softmax(
-        logits.cpu().double(), *arguments, truth.score_max, True, torch.float64
+        logits.cpu().double(), *arguments, truth.score_max, normalize=True, dtype=torch.float64
     )
     torch.testing.assert_close(total.cpu().double(), expected_total, rtol=1e-5, atol=0)
     torch.testing.assert_close(weights.cpu().double(), expected, rtol=1e-5, atol=1e-9)
     out = dy.to(DEVICE, copy=True)
     rows_backend.softmax_backward(
-        out, logits, *on(*arguments), "ste", Sample(found.ids, found.score_max, tau[:0], tau[:0]), None, False, out
+        out, logits, *on(*arguments), Sample(found.ids, found.score_max, tau[:0], tau[:0]), **rule("ste"), out=out
     )
     reference = expected * (dy - (expected * dy).sum()) / 4
     torch.testing.assert_close(out.cpu().double(), reference, rtol=1e-5, atol=1e-8)
@@ -96,10 +109,10 @@ def test_refined_words_reach_every_kernel(rows_backend, row, token, offset, pois
 # sample, softmax and softmax_backward against float64
 
 
-@pytest.mark.thin(3)
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize(("vocab", "vocab_start"), [(1, 0), (2, 3), (127, 2**34 + 1), (2048, 0), (2053, 4), (9001, 2)])
 def test_sample(rows_backend, dtype, vocab, vocab_start, poison):
+    _skip_unserved(rows_backend, dtype)
     logits = logits_of(3, vocab, dtype)
     rows = ROWS[1:]
     if vocab > 2:
@@ -107,7 +120,7 @@ def test_sample(rows_backend, dtype, vocab, vocab_start, poison):
         logits[2, 1:] = -math.inf
     truth = _sample64(logits, rows, vocab_start)
     for logsumexp in (True, False):
-        found = rows_backend.sample(*on(logits, torch.tensor(SEED), rows, vocab_start), logsumexp)
+        found = rows_backend.sample(*on(logits, Noise(torch.tensor(SEED), rows, vocab_start)), logsumexp)
         assert found.ids.dtype == torch.int64
         assert torch.equal(found.ids.cpu(), truth.ids)
         names = ("score_max", "logit_max", "logit_sum") if logsumexp else ("score_max",)
@@ -120,19 +133,21 @@ def test_equal_scores_go_to_the_smaller_id(rows_backend):
     for vocab, vocab_start in ((5, 1), (9001, 0)):
         # Noise is lost in numbers this large, and the lowest number is a legal logit.
         logits = torch.stack([torch.full((vocab,), 1e30), torch.full((vocab,), torch.finfo(torch.float32).min)])
-        found = rows_backend.sample(*on(logits, torch.tensor(SEED)), None, vocab_start, True)
+        found = rows_backend.sample(*on(logits, Noise(torch.tensor(SEED), None, vocab_start)), True)
         assert found.ids.tolist() == [0, 0]
         assert found.logit_sum.tolist() == [vocab, vocab]
         logits[:, :3] = -math.inf
-        found = rows_backend.sample(*on(logits, torch.tensor(SEED)), None, vocab_start, False)
+        found = rows_backend.sample(*on(logits, Noise(torch.tensor(SEED), None, vocab_start)), False)
         assert found.ids.tolist() == [3, 3]
 
 
+@pytest.mark.uncollect_if(
+    lambda rows_backend, dtype: dtype == torch.float64 and rows_backend == "cuda" and DEVICE == "cpu",
+    "served by the torch backend, which on the CPU marks bad rows by their ids",
+)
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("vocab", [1, 7, 4099])
 def test_one_hot(rows_backend, dtype, vocab, poison):
-    if dtype == torch.float64 and rows_backend.__name__.endswith("cuda") and DEVICE == "cpu":
-        pytest.skip("served by the torch backend, which on the CPU marks bad rows by their ids")
     ids = torch.tensor([0, vocab - 1, vocab // 2])
     score_max = torch.tensor([1.0, math.nan, -2.0])
     out = rows_backend.one_hot(Sample(*on(ids, score_max, score_max[:0], score_max[:0])), vocab, dtype).cpu()
@@ -143,30 +158,27 @@ def test_one_hot(rows_backend, dtype, vocab, poison):
 
 def _relaxations(logits, tau, dy, ids, dlogprobs, vocab_start, estimator, backend, compute, out_dtype, stats, alias):
     """Outputs of softmax and softmax_backward, on the CPU in float64."""
-    seed, rows = torch.tensor(SEED), ROWS[: logits.shape[0]]
-    logits, tau, dy, ids, dlogprobs, seed, rows = (
-        tuple(t if t is None else t.to(DEVICE) for t in (logits, tau, dy, ids, dlogprobs, seed, rows))
-        if backend is not torch_backend
-        else (logits, tau, dy, ids, dlogprobs, seed, rows)
-    )
-    stats = backend.sample(logits, seed, rows, vocab_start, True) if stats is None else stats
+    noise = Noise(torch.tensor(SEED), ROWS[: logits.shape[0]], vocab_start)
+    if backend is not torch_backend:
+        logits, tau, dy, ids, dlogprobs, noise = on(logits, tau, dy, ids, dlogprobs, noise)
+    stats = backend.sample(logits, noise, True) if stats is None else stats
     out = dy.clone() if alias else torch.empty(logits.shape, dtype=out_dtype, device=logits.device)
     sample = stats._replace(ids=ids)
     dtau = backend.softmax_backward(
-        out if alias else dy, logits, tau, seed, rows, vocab_start, estimator, sample, dlogprobs, True, out
+        out if alias else dy, logits, tau, noise, sample, **rule(estimator, dlogprobs, True), out=out
     )
-    weights, total = backend.softmax(logits, tau, seed, rows, vocab_start, stats.score_max, True, out_dtype)
-    raw, raw_total = backend.softmax(logits, tau, seed, rows, vocab_start, stats.score_max, False, compute)
+    weights, total = backend.softmax(logits, tau, noise, stats.score_max, normalize=True, dtype=out_dtype)
+    raw, raw_total = backend.softmax(logits, tau, noise, stats.score_max, normalize=False, dtype=compute)
     return [t.cpu().double() for t in (out, dtau, weights, total, raw, raw_total)]
 
 
-@pytest.mark.thin(5)
 @pytest.mark.parametrize("estimator", ["ste", "st", "reinmax"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     ("vocab", "vocab_start", "alias"), [(1, 0, False), (131, 5, True), (2053, 0, True), (1552, 0, False)]
 )
 def test_relaxation_and_gradient(rows_backend, estimator, dtype, vocab, vocab_start, alias, poison, small_splits):
+    _skip_unserved(rows_backend, dtype)
     logits, dy = logits_of(3, vocab, dtype), logits_of(3, vocab, dtype, seed=1)
     if vocab > 2:
         logits[1, ::2] = -math.inf
@@ -191,43 +203,43 @@ def test_relaxation_and_gradient(rows_backend, estimator, dtype, vocab, vocab_st
 def test_any_strides(rows_backend, poison):
     base = logits_of(3, 700)
     row_tau = torch.tensor([0.7])
-    seed = torch.tensor(SEED)
+    noise = Noise(torch.tensor(SEED), ROWS[:3], 6)
     layouts = {
         "transposed": base.T.contiguous().T,
         "every other column": torch.repeat_interleave(base, 2, dim=1)[:, ::2],
         "shifted": torch.nn.functional.pad(base, (1, 3))[:, 1:-3],
     }
-    found = rows_backend.sample(*on(base, seed, ROWS[:3], 6), True)
+    found = rows_backend.sample(*on(base, noise), True)
     weights, _ = rows_backend.softmax(
-        *on(base, row_tau.expand(3), seed, ROWS[:3], 6), found.score_max, True, torch.float32
+        *on(base, row_tau.expand(3), noise), found.score_max, normalize=True, dtype=torch.float32
     )
     for name, logits in layouts.items():
         assert torch.equal(logits, base)
-        other = rows_backend.sample(*on(logits, seed, ROWS[:3], 6), True)
+        other = rows_backend.sample(*on(logits, noise), True)
         assert all(torch.equal(a, b) for a, b in zip(found, other, strict=True)), name
         again, _ = rows_backend.softmax(
-            *on(logits, row_tau.expand(3), seed, ROWS[:3], 6), other.score_max, True, torch.float32
+            *on(logits, row_tau.expand(3), noise), other.score_max, normalize=True, dtype=torch.float32
         )
         assert torch.equal(weights, again), name
         # An expanded gradient, and an output that is a view.
         dy = torch.ones(1, 1).expand(3, 700)
         wide = torch.full((3, 1400), 7.0, device=DEVICE)
         rows_backend.softmax_backward(
-            *on(dy, logits, row_tau.expand(3), seed, ROWS[:3], 6), "ste", other, None, False, wide[:, 1::2]
+            *on(dy, logits, row_tau.expand(3), noise), other, **rule("ste"), out=wide[:, 1::2]
         )
         assert wide[:, 1::2].abs().max() < 1e-5, name
         assert (wide[:, ::2] == 7).all(), name
 
 
 def test_no_rows(rows_backend, poison):
-    logits, tau, seed = on(torch.empty(0, 5), torch.empty(0), torch.tensor(SEED))
-    found = rows_backend.sample(logits, seed, None, 0, True)
+    logits, tau, noise = on(torch.empty(0, 5), torch.empty(0), Noise(torch.tensor(SEED), None, 0))
+    found = rows_backend.sample(logits, noise, True)
     assert [t.shape for t in found] == [(0,)] * 4
-    weights, total = rows_backend.softmax(logits, tau, seed, None, 0, found.score_max, True, torch.float32)
+    weights, total = rows_backend.softmax(logits, tau, noise, found.score_max, normalize=True, dtype=torch.float32)
     assert weights.shape == (0, 5)
     assert total.shape == (0,)
     dtau = rows_backend.softmax_backward(
-        logits, logits, tau, seed, None, 0, "ste", found, None, True, torch.empty_like(logits)
+        logits, logits, tau, noise, found, **rule("ste", None, True), out=torch.empty_like(logits)
     )
     assert dtau.shape == (0,)
 
@@ -244,11 +256,12 @@ def test_results_depend_on_neither_batch_nor_run(rows_backend, vocab, poison, re
     tau, rows = on(torch.tensor([0.5, 1.0, 2.0]), ROWS[:3])
 
     def everything(part):
-        found = rows_backend.sample(logits[part], seed_tensor(), rows[part], 0, True)
-        arguments = (logits[part], tau[part], seed_tensor(), rows[part], 0)
-        weights = rows_backend.softmax(*arguments, found.score_max, True, torch.float32)
+        noise = Noise(seed_tensor(), rows[part], 0)
+        found = rows_backend.sample(logits[part], noise, True)
+        arguments = (logits[part], tau[part], noise)
+        weights = rows_backend.softmax(*arguments, found.score_max, normalize=True, dtype=torch.float32)
         out = torch.empty_like(logits[part])
-        dtau = rows_backend.softmax_backward(dy[part], *arguments, "ste", found, None, True, out)
+        dtau = rows_backend.softmax_backward(dy[part], *arguments, found, **rule("ste", None, True), out=out)
         return [*found, *weights, out, dtau]
 
     batch, again = everything(slice(None)), everything(slice(None))
@@ -262,9 +275,9 @@ def test_results_depend_on_neither_batch_nor_run(rows_backend, vocab, poison, re
 def test_a_shard_draws_the_same_noise(rows_backend, cut):
     logits = logits_of(2, 3007)
     seed, rows = torch.tensor(SEED), ROWS[:2]
-    whole = rows_backend.sample(*on(logits, seed, rows, 0), False)
-    left = rows_backend.sample(*on(logits[:, :cut], seed, rows, 0), False)
-    right = rows_backend.sample(*on(logits[:, cut:], seed, rows, cut), False)
+    whole = rows_backend.sample(*on(logits, Noise(seed, rows, 0)), False)
+    left = rows_backend.sample(*on(logits[:, :cut], Noise(seed, rows, 0)), False)
+    right = rows_backend.sample(*on(logits[:, cut:], Noise(seed, rows, cut)), False)
     ids = torch.where(left.score_max >= right.score_max, left.ids, right.ids + cut)
     assert torch.equal(ids, whole.ids)
     assert torch.equal(torch.maximum(left.score_max, right.score_max), whole.score_max)
@@ -277,25 +290,25 @@ def test_a_shard_draws_the_same_noise(rows_backend, cut):
 @pytest.mark.parametrize("what", [math.nan, math.inf, -math.inf])
 def test_a_bad_row_is_nan_and_alone(rows_backend, vocab, what, poison, small_splits):
     logits = logits_of(3, vocab)
-    good = rows_backend.sample(*on(logits, torch.tensor(SEED), ROWS[:3], 1), True)
+    good = rows_backend.sample(*on(logits, Noise(torch.tensor(SEED), ROWS[:3], 1)), True)
     if what == -math.inf:
         logits[1] = what
     else:
         logits[1, vocab // 2] = what
     tau, dy = torch.ones(3), logits_of(3, vocab, seed=1)
     for logsumexp in (False, True):
-        found = rows_backend.sample(*on(logits, torch.tensor(SEED), ROWS[:3], 1), logsumexp)
+        found = rows_backend.sample(*on(logits, Noise(torch.tensor(SEED), ROWS[:3], 1)), logsumexp)
         assert 0 <= found.ids[1] < vocab
         assert all(t[1].isnan() for t in found[1:] if t.numel())
         for a, b in zip(found, good, strict=True):
             assert a.numel() == 0 or torch.equal(a[[0, 2]], b[[0, 2]])
-    arguments = on(logits, tau, torch.tensor(SEED), ROWS[:3], 1)
-    weights, total = rows_backend.softmax(*arguments, found.score_max, True, torch.float32)
+    arguments = on(logits, tau, Noise(torch.tensor(SEED), ROWS[:3], 1))
+    weights, total = rows_backend.softmax(*arguments, found.score_max, normalize=True, dtype=torch.float32)
     assert weights.isnan().any(1).tolist() == total.isnan().tolist() == [False, True, False]
     assert weights[1].isnan().all()
     for estimator in ("ste", "st", "reinmax"):
         out = torch.empty_like(logits).to(DEVICE)
-        rows_backend.softmax_backward(dy.to(DEVICE), *arguments, estimator, found, None, False, out)
+        rows_backend.softmax_backward(dy.to(DEVICE), *arguments, found, **rule(estimator), out=out)
         assert out[1].isnan().all()
         assert out[[0, 2]].isfinite().all()
 
@@ -308,22 +321,24 @@ def test_masked_tokens_get_no_gradient_whatever_arrives(rows_backend, estimator,
     logits[masked] = -math.inf
     clean = dy.clone()
     dy[masked] = torch.tensor([math.inf, -math.inf, math.nan, 1e38]).repeat(100)
-    arguments = on(logits, torch.tensor([0.5, 2.0]), torch.tensor(SEED), ROWS[:2], 0)
-    found = rows_backend.sample(*on(logits, torch.tensor(SEED), ROWS[:2], 0), True)
+    arguments = on(logits, torch.tensor([0.5, 2.0]), Noise(torch.tensor(SEED), ROWS[:2], 0))
+    found = rows_backend.sample(*on(logits, Noise(torch.tensor(SEED), ROWS[:2], 0)), True)
     assert not masked[torch.arange(2), found.ids.cpu()].any()
     results = []
     for upstream in (dy, clean):
         out = torch.empty(2, 600, device=DEVICE)
         dlogprobs = torch.ones(2, device=DEVICE)
-        dtau = rows_backend.softmax_backward(upstream.to(DEVICE), *arguments, estimator, found, dlogprobs, True, out)
+        dtau = rows_backend.softmax_backward(
+            upstream.to(DEVICE), *arguments, found, **rule(estimator, dlogprobs, True), out=out
+        )
         results.append((out.cpu(), dtau.cpu()))
     assert (results[0][0][masked] == 0).all()
     assert torch.equal(results[0][0], results[1][0])
     assert torch.equal(results[0][1], results[1][1])
-    weights, _ = rows_backend.softmax(*arguments, found.score_max, True, torch.float32)
+    weights, _ = rows_backend.softmax(*arguments, found.score_max, normalize=True, dtype=torch.float32)
     assert (weights.cpu()[masked] == 0).all()
     # Nor does a masked token that was given as the sampled one.
     given = found._replace(ids=torch.tensor([1, 4], device=DEVICE))
     out = torch.empty(2, 600, device=DEVICE)
-    rows_backend.softmax_backward(clean.to(DEVICE), *arguments, estimator, given, dlogprobs, False, out)
+    rows_backend.softmax_backward(clean.to(DEVICE), *arguments, given, **rule(estimator, dlogprobs), out=out)
     assert (out.cpu()[masked] == 0).all()

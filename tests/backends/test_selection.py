@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +10,7 @@ import torch
 
 import grade_kernels as gk
 from grade_kernels import backends
+from tests.support.needs import needs_backend
 
 CPU = torch.device("cpu")
 
@@ -29,13 +29,7 @@ def clean(monkeypatch: pytest.MonkeyPatch) -> Any:
 @pytest.fixture
 def missing(monkeypatch: pytest.MonkeyPatch) -> str:
     """The `cpu` backend as on a machine without a compiler."""
-    real = backends.module
-    fake = SimpleNamespace(why_unavailable=lambda: "no compiler was found", why_not_device=lambda device: None)
-
-    def module(name: str) -> ModuleType | SimpleNamespace:
-        return fake if name == "cpu" else real(name)
-
-    monkeypatch.setattr(backends, "module", module)
+    monkeypatch.setattr(backends.get("cpu"), "why_unavailable", lambda: "no compiler was found")
     return "cpu"
 
 
@@ -133,7 +127,7 @@ def test_unavailable_backend(missing: str, monkeypatch: pytest.MonkeyPatch) -> N
         gk.gumbel_sample(torch.zeros(1, 3))
 
 
-@pytest.mark.skipif(backends.status()["cpu"] is not None, reason=f"backend cpu: {backends.status()['cpu']}")
+@needs_backend("cpu")
 def test_backend_that_cannot_serve_the_device() -> None:
     logits = torch.zeros(1, 3, device="meta")
     with gk.use_backend("cpu"):
@@ -148,15 +142,15 @@ def test_backend_that_cannot_serve_the_device() -> None:
 
 
 def test_the_chosen_backend_serves(backend: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every operation reaches the module of the backend that was asked for, and no other."""
+    """Every operation reaches the backend that was asked for, and no other."""
     seen: list[str] = []
     for name in gk.available_backends():
         if name == "reference":
             for function in ("gumbel_sample", "gumbel_softmax", "gumbel_ste_embedding"):
                 monkeypatch.setattr(gk.reference, function, _spy(getattr(gk.reference, function), seen, name))
         else:
-            module = backends.module(name)
-            monkeypatch.setattr(module, "sample", _spy(module.sample, seen, name))
+            chosen = backends.get(name)
+            monkeypatch.setattr(chosen, "sample", _spy(chosen.sample, seen, name))
     logits = torch.zeros(2, 5, device=device)
     for call in (
         lambda: gk.gumbel_sample(logits),

@@ -11,14 +11,15 @@ if not torch.cuda.is_available():
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from grade_kernels.backends import Head
-from grade_kernels.backends import triton as fused
+from grade_kernels.backends import Head, Noise, get
 from grade_kernels.backends.triton import head, head_support, tiles
 from grade_kernels.inspection import traffic
+from tests.support.needs import needs
 
-pytestmark = pytest.mark.skipif(not tiles.INTERPRETED, reason="kernels are compiled here, not interpreted")
+pytestmark = needs("Triton's interpreter", tiles.INTERPRETED)
 
-SEED = torch.tensor(-2401053089206453570)
+fused = get("triton")
+NOISE = Noise(torch.tensor(-2401053089206453570), None, 0)
 ROWS, VOCAB = 2, 9001
 
 
@@ -33,7 +34,7 @@ def small_tiles(monkeypatch):
 
 def logits_and_sample(dtype):
     logits = torch.randn(ROWS, VOCAB, generator=torch.Generator().manual_seed(0)).to(dtype)
-    return logits, fused.sample(logits, SEED, None, 0, True)
+    return logits, fused.sample(logits, NOISE, True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -41,7 +42,7 @@ def logits_and_sample(dtype):
 def test_sample(dtype, logsumexp, small_tiles):
     logits = torch.randn(ROWS, VOCAB, generator=torch.Generator().manual_seed(0)).to(dtype)
     with traffic.counted() as moved:
-        fused.sample(logits, SEED, None, 0, logsumexp)
+        fused.sample(logits, NOISE, logsumexp)
     least = logits.nbytes + ROWS * (8 + 4)
     assert least <= moved.of("sample_scan_kernel") + moved.of("sample_pick_kernel") <= 1.1 * least
     assert moved.loaded["sample_scan_kernel", "logits"] == logits.nbytes
@@ -60,7 +61,7 @@ def test_softmax(normalize, small_tiles):
     """A normalised softmax reads the logits in both of its passes, and writes once."""
     logits, sample = logits_and_sample(torch.float32)
     with traffic.counted() as moved:
-        fused.softmax(logits, torch.ones(ROWS), SEED, None, 0, sample.score_max, normalize, torch.float32)
+        fused.softmax(logits, torch.ones(ROWS), NOISE, sample.score_max, normalize=normalize, dtype=torch.float32)
     passes = 2 if normalize else 1
     assert moved.loaded["softmax_kernel", "logits"] == passes * logits.nbytes
     assert moved.stored["softmax_kernel", "weights"] == logits.nbytes
@@ -74,8 +75,9 @@ def test_softmax_backward(estimator, small_tiles):
     dy, out = torch.randn(ROWS, VOCAB), torch.empty(ROWS, VOCAB)
     with traffic.counted() as moved:
         fused.softmax_backward(
-            dy, logits, torch.ones(ROWS), SEED, None, 0, estimator, sample, torch.ones(ROWS), True, out
-        )
+            dy, logits, torch.ones(ROWS), NOISE, sample,
+            estimator=estimator, dlogprobs=torch.ones(ROWS), needs_dtau=True, out=out,
+        )  # fmt: skip
     for kernel, tensors in (("softmax_backward_sums_kernel", 2), ("softmax_backward_apply_kernel", 3)):
         assert tensors * logits.nbytes <= moved.of(kernel) <= 1.1 * tensors * logits.nbytes
         assert moved.least(kernel) <= moved.of(kernel) <= 1.1 * moved.least(kernel)
@@ -100,11 +102,11 @@ def test_head_moves_what_its_tiles_need(name, more, monkeypatch):
     tau = torch.ones(rows)
     with traffic.counted() as moved:
         if name == "sample":
-            fused.head_sample(lm_head, SEED, None, 0)
+            fused.head_sample(lm_head, NOISE)
         elif name == "scores":
-            fused.head_scores(lm_head, tau, SEED, None, 0, 0.05)
+            fused.head_scores(lm_head, tau, NOISE, 0.05)
         else:
-            fused.head_softmax(lm_head, tau, SEED, None, 0, 0.05, None)
+            fused.head_softmax(lm_head, tau, NOISE, 0.05)
     for cached in (head_support.schedule, head_support.layout, head_support.stride):
         cached.cache_clear()
     kernel = "head_softmax_kernel" if name == "softmax" else "head_scores_kernel"
@@ -124,7 +126,7 @@ def test_traffic_of_a_kernel_that_reads_twice_shows(small_tiles):
     logits, _ = logits_and_sample(torch.float32)
     with traffic.counted() as moved:
         for _ in range(2):
-            fused.sample(logits, SEED, None, 0, False)
+            fused.sample(logits, NOISE, False)
     assert moved.of("sample_scan_kernel") > 1.9 * moved.least("sample_scan_kernel")
 
 

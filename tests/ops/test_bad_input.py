@@ -11,10 +11,11 @@ import pytest
 import torch
 
 import grade_kernels as gk
-from grade_kernels.backends.torch import rows as torch_rows
-from tests.support.helpers import raises
+from grade_kernels.backends import Noise
+from tests.support.helpers import raises, resize
 
-pytestmark = pytest.mark.usefixtures("poison")
+# Arguments are checked in front of all backends; what backends find in values, they find by themselves.
+pytestmark = [pytest.mark.usefixtures("poison"), pytest.mark.cover(1)]
 
 VOCAB = 5
 Op = Callable[..., Any]
@@ -369,7 +370,7 @@ def with_bad_rows(values: list[float], dtype: torch.dtype, device: str, *bad: in
     return logits.to(device)
 
 
-@pytest.mark.thin(11)
+@pytest.mark.cover(2)
 @every_op
 @pytest.mark.parametrize("kind", BAD_ROWS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
@@ -385,7 +386,7 @@ def test_row_without_a_distribution(
         op(with_bad_rows(BAD_ROWS[kind], dtype, device, 2).view(2, 2, VOCAB))
 
 
-@pytest.mark.thin(5)
+@pytest.mark.cover(2)
 @every_op
 @pytest.mark.parametrize("kind", BAD_ROWS)
 def test_bad_value_far_into_a_long_row(backend: str, device: str, op: Op, kind: str,
@@ -405,11 +406,12 @@ def test_bad_value_far_into_a_long_row(backend: str, device: str, op: Op, kind: 
             return
 
 
+@pytest.mark.cover(2)
 @every_op
 @pytest.mark.parametrize("kind", BAD_ROWS)
 def test_bad_value_in_a_later_chunk(op: Op, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The torch backend in chunks of 256 tokens: the running maximum of earlier chunks does not hide it."""
-    monkeypatch.setattr(torch_rows, "CHUNK_ELEMENTS", 1)
+    resize(monkeypatch, chunk=1)
     logits = torch.zeros(2, 1000)
     for at in (0, 254, 300, 990):
         logits[1] = -math.inf if kind == "only -inf" else 0.0
@@ -418,6 +420,7 @@ def test_bad_value_in_a_later_chunk(op: Op, kind: str, monkeypatch: pytest.Monke
             op(logits)
 
 
+@pytest.mark.cover(2)
 @every_op
 def test_masks_are_legal(backend: str, device: str, op: Op) -> None:
     logits = torch.full((3, VOCAB), -math.inf, device=device)
@@ -430,21 +433,20 @@ def test_masks_are_legal(backend: str, device: str, op: Op) -> None:
         assert (out if out.dim() == 1 else out.argmax(-1)).tolist() == [2, 2, 2]
 
 
-@pytest.mark.thin(3)
+@pytest.mark.cover(2)
+@pytest.mark.uncollect_if(lambda backend: backend == "reference", "the reference has no such module")
 @pytest.mark.parametrize("kind", BAD_ROWS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_bad_rows_stay_alone_on_a_gpu(place: Any, backend: str, device: str, kind: str, dtype: torch.dtype) -> None:
-    """What the module of the Triton backend itself does, interpreter included: NaN in that row, an id in range, no
-    other row touched. Elsewhere a module marks the row, and the operation raises.
+    """What the Triton backend itself does, interpreter included: NaN in that row, an id in range, no
+    other row touched. Elsewhere a backend marks the row, and the operation raises.
     """
-    if backend == "reference":
-        pytest.skip("the reference has no such module")
-    module = gk.backends.module(backend)
-    seed, tau = torch.tensor(3, device=device), torch.full((4,), 0.5, device=device)
+    chosen = gk.backends.get(backend)
+    noise, tau = Noise(torch.tensor(3, device=device), None, 0), torch.full((4,), 0.5, device=device)
     bad = with_bad_rows(BAD_ROWS[kind], dtype, device, 1)
     good = with_bad_rows(BAD_ROWS[kind], dtype, device)
     others = torch.tensor([0, 2, 3], device=device)
-    ours, expected = (module.sample(x, seed, None, 0, True) for x in (bad, good))
+    ours, expected = (chosen.sample(x, noise, True) for x in (bad, good))
     for a, b in zip(ours, expected, strict=True):
         assert torch.equal(a[others], b[others])
     if backend != "triton" and device == "cpu":
@@ -452,19 +454,18 @@ def test_bad_rows_stay_alone_on_a_gpu(place: Any, backend: str, device: str, kin
         return
     assert 0 <= ours.ids[1] < VOCAB
     assert ours.score_max[1].isnan()
-    y, _ = module.softmax(bad, tau, seed, None, 0, ours.score_max, True, dtype)
-    clean, _ = module.softmax(good, tau, seed, None, 0, expected.score_max, True, dtype)
+    y, _ = chosen.softmax(bad, tau, noise, ours.score_max, normalize=True, dtype=dtype)
+    clean, _ = chosen.softmax(good, tau, noise, expected.score_max, normalize=True, dtype=dtype)
     assert y[1].isnan().all()
     assert torch.equal(y[others], clean[others])
 
 
+@pytest.mark.cover(2)
+@pytest.mark.uncollect_if(lambda device: device == "cpu", "on the CPU such a row raises")
+@pytest.mark.uncollect_if(lambda backend: backend == "reference", "the reference is not meant for production")
 @pytest.mark.parametrize("kind", BAD_ROWS)
 def test_bad_rows_of_operations_on_a_gpu(backend: str, device: str, kind: str) -> None:
     """Without GRADE_KERNELS_CHECK: that row is NaN, its id in range, no other row touched, backward included."""
-    if device == "cpu":
-        pytest.skip("on the CPU such a row raises")
-    if backend == "reference":
-        pytest.skip("the reference is not meant for production")
     bad = with_bad_rows(BAD_ROWS[kind], torch.float32, device, 1).requires_grad_()
     good = with_bad_rows(BAD_ROWS[kind], torch.float32, device).requires_grad_()
     others, noise = torch.tensor([0, 2, 3], device=device), gk.GumbelNoise(3)

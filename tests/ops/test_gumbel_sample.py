@@ -8,7 +8,6 @@ import pytest
 import torch
 
 import grade_kernels as gk
-from grade_kernels.backends.torch import rows as torch_backend
 from tests.support.helpers import (
     DTYPES,
     LAYOUTS,
@@ -17,12 +16,12 @@ from tests.support.helpers import (
     masked,
     noise_of,
     randn,
+    resize,
     top_two_gap,
     truth_noise,
 )
 
-# A test may say otherwise about thinning.
-pytestmark = [pytest.mark.usefixtures("poison"), pytest.mark.thin(3)]
+pytestmark = pytest.mark.usefixtures("poison")
 
 
 def truth_scores(logits: torch.Tensor, noise: gk.GumbelNoise) -> torch.Tensor:
@@ -31,7 +30,6 @@ def truth_scores(logits: torch.Tensor, noise: gk.GumbelNoise) -> torch.Tensor:
     return flat + truth_noise(noise, *flat.shape)
 
 
-@pytest.mark.thin(7)
 @pytest.mark.parametrize("mask", [False, True], ids=["open", "masked"])
 @pytest.mark.parametrize("vocab", ODD_VOCABS)
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -70,7 +68,6 @@ def test_large_vocabulary(backend: str, device: str) -> None:
     assert_same_ids(gk.gumbel_sample(logits, noise=noise), truth_scores(logits, noise), torch.bfloat16)
 
 
-@pytest.mark.thin(3)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_strides(backend: str, device: str, rows: int, layout: str, dtype: torch.dtype) -> None:
@@ -97,6 +94,7 @@ def test_expanded_rows(backend: str, device: str, interpreted: bool) -> None:
     assert torch.equal(ids.cpu(), truth_noise(gk.GumbelNoise(5), n, 37).argmax(1))
 
 
+@pytest.mark.cover(1)
 @pytest.mark.parametrize("dim", [0, 1, 2, -1, -2, -3])
 def test_dims(backend: str, device: str, dim: int) -> None:
     logits = randn(2, 3, 5, device=device)
@@ -106,6 +104,7 @@ def test_dims(backend: str, device: str, dim: int) -> None:
     assert_same_ids(ids, truth_scores(moved, gk.GumbelNoise(2)), torch.float32)
 
 
+@pytest.mark.cover(1)
 @pytest.mark.parametrize("shape", [(7,), (1, 7), (2, 1, 7), (2, 3, 4, 7), (0, 7), (2, 0, 7), (0, 0, 7), (0, 1)])
 def test_leading_shapes(backend: str, device: str, shape: tuple[int, ...]) -> None:
     logits = randn(*shape, device=device)
@@ -186,8 +185,8 @@ def test_chunks_of_the_torch_backend(monkeypatch: pytest.MonkeyPatch, width: int
     logits, noise = randn(3, 4099), noise_of(3, 3)
     with gk.use_backend("torch"):
         whole = gk.gumbel_sample(logits, noise=noise)
-        monkeypatch.setattr(torch_backend, "CHUNK_ELEMENTS", width * 3)
-        assert len(list(torch_backend.column_chunks(3, 4099))) == -(-4099 // max(256, width))
+        resize(monkeypatch, chunk=width * 3)
+        assert len(list(gk.backends.get("torch").column_chunks(3, 4099))) == -(-4099 // max(256, width))
         assert torch.equal(gk.gumbel_sample(logits, noise=noise), whole)
         tie = torch.full((3, 4099), -math.inf)
         tie[:, [200, 300, 4098]] = 1e30

@@ -21,20 +21,6 @@ PAGES = [
 ]
 # A path of this repository, as pages write it: from the root, or from the package.
 PATH = re.compile(r"`((?:\.?[\w-]+/)+[\w.-]*\.(?:py|md|h|inl|cpp|cu|csv|png|sh))`")
-# Files of the reorganisation that is under way (issue 17), which pages name already. An entry goes when its file comes.
-AWAITED = {
-    "grade_kernels/backends/cpu/head_pass.py",
-    "grade_kernels/backends/interface.py",
-    "grade_kernels/backends/log_sum_exp.py",
-    "grade_kernels/backends/records.py",
-    "grade_kernels/backends/torch/backend.py",
-    "grade_kernels/backends/torch/candidates.py",
-    "grade_kernels/ops/estimators.py",
-    "grade_kernels/ops/linear_gumbel_ste/__init__.py",
-    "grade_kernels/ops/linear_gumbel_ste/dense.py",
-    "grade_kernels/ops/linear_gumbel_ste/forward.py",
-    "grade_kernels/ops/linear_gumbel_ste/sparse.py",
-}
 every_page = pytest.mark.parametrize(
     "page", PAGES, ids=lambda page: page.name if page.parent == ROOT else str(page.parent.name) + "-" + page.name
 )
@@ -120,9 +106,8 @@ def test_links_lead_somewhere(page: Path):
 def test_named_files_exist(page: Path):
     roots = (ROOT, ROOT / "grade_kernels", page.parent)
     named = [path for path in PATH.findall(page.read_text()) if not path.startswith("bench-output/")]
-    awaited = AWAITED | {path.removeprefix("grade_kernels/") for path in AWAITED}
     missing = {path for path in named if not any((root / path).exists() for root in roots)}
-    assert missing <= awaited, f"{page.name} names files that are not there: {sorted(missing - awaited)}"
+    assert not missing, f"{page.name} names files that are not there: {sorted(missing)}"
 
 
 def test_the_picture_is_that_of_the_page():

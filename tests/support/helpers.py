@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections.abc import Callable, Iterator
@@ -55,6 +56,13 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
         (torch.Tensor, "new_empty_strided"),
     ):
         monkeypatch.setattr(owner, name, poison(getattr(owner, name)))
+
+
+def resize(monkeypatch: pytest.MonkeyPatch, **sizes: int | None) -> None:
+    """Have every backend hold so much at a time (`grade_kernels.backends.Sizes`), for the rest of the test."""
+    for name in gk.backends.BACKENDS[1:]:
+        backend = gk.backends.get(name)
+        monkeypatch.setattr(backend, "sizes", dataclasses.replace(backend.sizes, **sizes))
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -12,10 +12,8 @@ import torch
 import torch.nn.functional as F
 
 import grade_kernels as gk
-from grade_kernels.backends.torch import head as torch_head
-from grade_kernels.backends.torch import rows as torch_rows
 from tests.support.by_formula import by_formula
-from tests.support.helpers import compute_dtype, randn, truth_noise
+from tests.support.helpers import compute_dtype, randn, resize, truth_noise
 
 Tensor = torch.Tensor
 
@@ -237,13 +235,12 @@ def assert_answer(ours: Answer, theirs: Answer, truth: Answer, wanted: tuple[str
 
 def small_chunks(monkeypatch: pytest.MonkeyPatch, elements: int = 1, gather: int = 64) -> None:
     """Chunks of the least width, and gathers in many pieces."""
-    monkeypatch.setattr(torch_rows, "CHUNK_ELEMENTS", elements)
-    monkeypatch.setattr(torch_head, "GATHER_ELEMENTS", gather)
+    resize(monkeypatch, chunk=elements, gather=gather)
 
 
 def tiny_capacity(monkeypatch: pytest.MonkeyPatch, capacity: int) -> None:
     """A support buffer that holds `capacity` entries a row."""
-    monkeypatch.setattr(torch_head, "support_capacity", lambda eps, vocab_size: capacity)
+    resize(monkeypatch, support=capacity)
 
 
 @contextmanager

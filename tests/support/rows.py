@@ -20,8 +20,11 @@ def logits_of(rows: int, vocab: int, dtype: torch.dtype = torch.float32, seed: i
 
 
 def on(*tensors: Any) -> tuple[Any, ...]:
-    """The arguments, tensors among them on the device."""
-    return tuple(t.to(DEVICE) if isinstance(t, torch.Tensor) else t for t in tensors)
+    """The arguments, tensors among them and in records on the device."""
+    return tuple(
+        t.to(DEVICE) if isinstance(t, torch.Tensor) else type(t)(*on(*t)) if isinstance(t, tuple) else t
+        for t in tensors
+    )
 
 
 def seed_tensor(value: int = SEED) -> torch.Tensor:

@@ -1,34 +1,5 @@
-"""The fallback: plain PyTorch operations on any device, chunked over the vocabulary."""
+"""Plain PyTorch operations on any device. They serve where no other backend does.
 
-from grade_kernels.backends.torch.head import (
-    exact_weights,
-    gather_dot,
-    gather_sum,
-    head_logits_at,
-    head_sample,
-    head_scores,
-    head_softmax,
-    product,
-    scatter_sum,
-    weight_terms,
-    weighted_sum,
-)
-from grade_kernels.backends.torch.rows import one_hot, sample, softmax, softmax_backward
-
-__all__ = [
-    "exact_weights",
-    "gather_dot",
-    "gather_sum",
-    "head_logits_at",
-    "head_sample",
-    "head_scores",
-    "head_softmax",
-    "one_hot",
-    "product",
-    "sample",
-    "scatter_sum",
-    "softmax",
-    "softmax_backward",
-    "weight_terms",
-    "weighted_sum",
-]
+The vocabulary is taken a chunk at a time, noise included, so that beside inputs and results nothing of the logits' size is
+ever in memory.
+"""

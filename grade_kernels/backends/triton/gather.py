@@ -6,9 +6,6 @@ import torch
 import triton
 import triton.language as tl
 
-from grade_kernels.backends import Head
-from grade_kernels.backends.torch import head as fallback
-from grade_kernels.backends.torch.rows import column_chunks
 from grade_kernels.backends.triton.tiles import launching
 
 BLOCK_COLUMNS = 512
@@ -63,10 +60,8 @@ def _block(width: int) -> int:
 
 
 def gather_dot(x: torch.Tensor, table: torch.Tensor, rows: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """See `grade_kernels.backends`."""
+    """`Backend.gather_dot`, for a width that is not 0."""
     width, count = x.shape[1], len(tokens)
-    if torch.float64 in (x.dtype, table.dtype) or width == 0:
-        return fallback.gather_dot(x, table, rows, tokens)
     out = torch.empty(count, dtype=torch.float32, device=x.device)
     if count > 0:
         with launching(x):
@@ -78,10 +73,8 @@ def gather_dot(x: torch.Tensor, table: torch.Tensor, rows: torch.Tensor, tokens:
 
 
 def gather_sum(values: torch.Tensor, table: torch.Tensor, offsets: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """See `grade_kernels.backends`."""
+    """`Backend.gather_sum`, for a width that is not 0."""
     rows, width = len(offsets) - 1, table.shape[1]
-    if torch.float64 in (values.dtype, table.dtype) or width == 0:
-        return fallback.gather_sum(values, table, offsets, tokens)
     out = torch.empty(rows, width, dtype=torch.float32, device=table.device)
     if rows > 0:
         with launching(table):
@@ -90,36 +83,3 @@ def gather_sum(values: torch.Tensor, table: torch.Tensor, offsets: torch.Tensor,
                 *table.stride(), width, ENTRIES=SUM_ENTRIES, BLOCK=_block(width), num_warps=4,
             )  # fmt: skip
     return out
-
-
-def scatter_sum(
-    values: torch.Tensor, x: torch.Tensor, rows: torch.Tensor, tokens: torch.Tensor, table: torch.Tensor
-) -> torch.Tensor:
-    """See `grade_kernels.backends`."""
-    return fallback.scatter_sum(values, x, rows, tokens, table, gather_sum)
-
-
-def product(x: torch.Tensor, table: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-    """See `grade_kernels.backends`. In 16 bits it is kept in float32, as the passes keep their logits."""
-    if x.dtype not in (torch.bfloat16, torch.float16) or (out is not None and out.dtype != torch.float32):
-        return fallback.product(x, table, out)
-    if out is not None:
-        for columns in column_chunks(len(x), len(table), fallback.PRODUCT_ELEMENTS):
-            out[:, columns] = product(x, table[columns])
-        return out
-    if x.is_cuda and torch.version.hip is None:
-        return torch.mm(x, table.T, out_dtype=torch.float32)
-    return x.float() @ table.float().T
-
-
-weighted_sum, weight_terms, exact_weights = fallback.weighted_sum, fallback.weight_terms, fallback.exact_weights
-
-
-def head_logits_at(head: Head, rows: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """See `grade_kernels.backends`. The passes keep logits in float32, so nothing is rounded here."""
-    if head.hidden.dtype == torch.float64:
-        return fallback.head_logits_at(head, rows, tokens)
-    logits = gather_dot(head.hidden, head.weight, rows, tokens)
-    if head.bias is not None:
-        logits = logits + head.bias[tokens]
-    return fallback.softcapped(logits, head.softcap)

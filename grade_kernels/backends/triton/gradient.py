@@ -11,10 +11,10 @@ import torch
 import triton
 import triton.language as tl
 
-from grade_kernels.backends import Sample
+from grade_kernels.backends.native import contiguous
+from grade_kernels.backends.records import Noise, Sample
 from grade_kernels.backends.triton.philox import LN2, LOG2E, REFINE_BELOW, SHIFT, load_key, split_row, strip_noise
 from grade_kernels.backends.triton.tiles import (
-    compute_dtype,
     launch_options,
     launching,
     load_strip,
@@ -22,6 +22,7 @@ from grade_kernels.backends.triton.tiles import (
     store_strip,
     sum_splits,
 )
+from grade_kernels.dtypes import compute_dtype
 from grade_kernels.noise import seed_on
 
 
@@ -232,16 +233,15 @@ def softmax_backward(
     dy: torch.Tensor,
     logits: torch.Tensor,
     tau: torch.Tensor,
-    seed: torch.Tensor,
-    row_ids: torch.Tensor | None,
-    vocab_start: int,
-    estimator: str,
+    noise: Noise,
     sample: Sample,
+    *,
+    estimator: str,
     dlogprobs: torch.Tensor | None,
     needs_dtau: bool,
     out: torch.Tensor,
 ) -> torch.Tensor:
-    """See `grade_kernels.backends`."""
+    """`Backend.softmax_backward`."""
     rows = logits.shape[0]
     dtype, device = compute_dtype(logits.dtype), logits.device
     noisy, reinmax = estimator in ("ste", "soft"), estimator == "reinmax"
@@ -249,16 +249,15 @@ def softmax_backward(
     dtau = (torch.empty if needs_dtau else torch.zeros)(rows, dtype=dtype, device=device)
     if rows == 0:
         return dtau
-    options = launch_options(vocab_start, logits, dy)
+    options = launch_options(noise.vocab_start, logits, dy)
     options.update(N=rows, NOISY=noisy, REINMAX=reinmax)
     splits = options["SPLITS"]
     partial = torch.empty(4, rows, splits, dtype=dtype, device=device)
     partial_dtau = torch.empty(rows, splits, dtype=dtype, device=device) if needs_dtau else None
-    seed = seed_on(seed, device)
-    row_ids = None if row_ids is None else row_ids.contiguous()
+    seed, row_ids = seed_on(noise.seed, device), contiguous(noise.row_ids)
     pivots = (sample.score_max if noisy else sample.logit_max).contiguous()
     ids, logit_max, logit_sum = (part.contiguous() for part in (sample.ids, sample.logit_max, sample.logit_sum))
-    dlogprobs = None if dlogprobs is None else dlogprobs.contiguous()
+    dlogprobs = contiguous(dlogprobs)
     with launching(logits):
         softmax_backward_sums_kernel[(rows * splits,)](
             dy, logits, tau, seed, row_ids, pivots, ids, partial, *dy.stride(), *logits.stride(), tau.stride(0),

@@ -20,7 +20,8 @@ import torch
 import triton
 import triton.language as tl
 
-from grade_kernels.backends import Head
+from grade_kernels.backends.native import contiguous
+from grade_kernels.backends.records import Head, Noise
 from grade_kernels.backends.triton.head_ptx import COLLECT, COLLECT_OPERANDS
 from grade_kernels.backends.triton.philox import LOG2E, split_row
 from grade_kernels.backends.triton.tiles import INTERPRETED, target_options
@@ -166,11 +167,23 @@ def empties(count: int, *shape: int, device: torch.device) -> list[torch.Tensor]
     return [torch.empty(shape, dtype=torch.float32, device=device) for _ in range(count)]
 
 
-def noise_arguments(
-    head: Head, seed: torch.Tensor, row_ids: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Seed and row identities where and how the kernels read them."""
-    return seed_on(seed, head.hidden.device), None if row_ids is None else row_ids.contiguous()
+class RowNoise(NamedTuple):
+    """The noise of a batch of rows as kernels read it. Without row_ids their identities count on from first_row."""
+
+    seed: torch.Tensor
+    row_ids: torch.Tensor | None
+    first_row: int
+    vocab_start: int
+
+    @staticmethod
+    def of(noise: Noise, device: torch.device) -> RowNoise:
+        """The noise of all rows, on their device."""
+        return RowNoise(seed_on(noise.seed, device), contiguous(noise.row_ids), 0, noise.vocab_start)
+
+    def batch(self, rows: slice) -> RowNoise:
+        """The noise of some of the rows."""
+        row_ids = None if self.row_ids is None else self.row_ids[rows]
+        return self._replace(row_ids=row_ids, first_row=self.first_row + rows.start)
 
 
 @triton.jit

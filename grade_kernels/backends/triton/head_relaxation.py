@@ -6,12 +6,11 @@ import torch
 import triton
 import triton.language as tl
 
-from grade_kernels import noise
-from grade_kernels.backends import Head, Softmax, Support
-from grade_kernels.backends.torch import head as fallback
+from grade_kernels.backends.records import Head, Noise, Softmax, Support
 from grade_kernels.backends.triton import head_support
 from grade_kernels.backends.triton.head import (
     FLOOR,
+    RowNoise,
     after,
     beside,
     collect,
@@ -23,17 +22,14 @@ from grade_kernels.backends.triton.head import (
     largest,
     logits,
     nan_max,
-    noise_arguments,
     powers,
     row_max,
     split_count,
     total_of,
     uniform,
 )
-from grade_kernels.backends.triton.philox import LN2, LOG2E, load_key, philox
+from grade_kernels.backends.triton.philox import DOMAIN_SUPPORT, LN2, LOG2E, load_key, philox
 from grade_kernels.backends.triton.tiles import launching
-
-DOMAIN_SUPPORT = tl.constexpr(noise.DOMAIN_SUPPORT)
 
 
 @triton.jit
@@ -199,19 +195,12 @@ def softmax_combine_kernel(
 
 
 def _run(
-    head: Head,
-    tau: torch.Tensor,
-    seed: torch.Tensor,
-    row_ids: torch.Tensor | None,
-    first_row: int,
-    vocab_start: int,
-    eps: float,
-    ref: Head | None,
+    head: Head, tau: torch.Tensor, drawn: RowNoise, eps: float, ref: Head | None, capacity: int
 ) -> tuple[Softmax, Support | None]:
     """One batch of rows."""
     rows, vocab, device = head.hidden.shape[0], head.weight.shape[0], head.hidden.device
-    splits = split_count(vocab, vocab_start)
-    options = head_options(vocab_start, head, *(() if ref is None else (ref,)))
+    splits = split_count(vocab, drawn.vocab_start)
+    options = head_options(drawn.vocab_start, head, *(() if ref is None else (ref,)))
     shared = {"splits": splits, "BLOCK_S": triton.next_power_of_2(splits)}
     top, total, moment = empties(3, rows, splits, device=device)
     ref_top, ref_total = (None, None) if ref is None else empties(2, rows, splits, device=device)
@@ -229,11 +218,11 @@ def _run(
         if candidates is not None:
             head_support.normalizer_kernel[(rows,)](top, total, before_max, before_sum, **shared, num_warps=1)
         head_softmax_kernel[(triton.cdiv(rows, options["BM"]) * launch.number,)](
-            *head[:3], *ref_tensors, seed, row_ids, tau, before_max, before_sum,
+            *head[:3], *ref_tensors, drawn.seed, drawn.row_ids, tau, before_max, before_sum,
             top, total, moment, ref_top, ref_total, *head_support.slot_arguments(candidates),
             *head.hidden.stride(), *head.weight.stride(), *ref_strides, R=width,
             ref_softcap=None if ref is None else ref.softcap, eps=eps * head_support.MARGIN * 2.0**-32,
-            first_row=first_row, first_split=launch.first, splits=splits, step=head_support.stride(splits),
+            first_row=drawn.first_row, first_split=launch.first, splits=splits, step=head_support.stride(splits),
             EVEN_R=is_even(width, options["BK"]), **options,
         )  # fmt: skip
     row_max, row_total, row_moment = empties(3, rows, device=device)
@@ -245,40 +234,24 @@ def _run(
     support = None
     if candidates is not None:
         support = candidates.support(
-            vocab, tau, row_max, row_total, seed, row_ids, first_row, vocab_start, 0.0, noise.DOMAIN_SUPPORT,
-            options["TARGET"] == "cuda",
-        )  # fmt: skip
+            capacity, tau, row_max, row_total, drawn, 0.0, DOMAIN_SUPPORT.value, options["TARGET"] == "cuda"
+        )
     return Softmax(row_max, row_total, row_moment, ref_max, ref_sum), support
 
 
 def head_softmax(
-    head: Head,
-    tau: torch.Tensor,
-    seed: torch.Tensor,
-    row_ids: torch.Tensor | None,
-    vocab_start: int,
-    eps: float,
-    ref: Head | None,
+    head: Head, tau: torch.Tensor, noise: Noise, eps: float, ref: Head | None, capacity: int
 ) -> tuple[Softmax, Support]:
-    """See `grade_kernels.backends`."""
+    """`Backend.head_softmax`, for at least one row; a row's support may take `capacity` entries."""
     rows = head.hidden.shape[0]
-    dtypes = {head.hidden.dtype, head.hidden.dtype if ref is None else ref.hidden.dtype}
-    if torch.float64 in dtypes or rows == 0:
-        return fallback.head_softmax(head, tau, seed, row_ids, vocab_start, eps, ref)
-    if ref is not None and len(dtypes) > 1:  # one set of tiles serves both
+    if ref is not None and ref.hidden.dtype != head.hidden.dtype:  # one set of tiles serves both
         head, ref = (h._replace(hidden=h.hidden.float(), weight=h.weight.float()) for h in (head, ref))
-    seed, row_ids = noise_arguments(head, seed, row_ids)
-    tau = tau.contiguous()
+    drawn, tau = RowNoise.of(noise, head.hidden.device), tau.contiguous()
     parts = []
     with launching(head.hidden):
-        for batch in head_support.batches(rows, split_count(head.weight.shape[0], vocab_start), eps):
-            parts.append(
-                _run(
-                    head._replace(hidden=head.hidden[batch]), tau[batch], seed,
-                    None if row_ids is None else row_ids[batch], batch.start, vocab_start, eps,
-                    None if ref is None else ref._replace(hidden=ref.hidden[batch]),
-                )
-            )  # fmt: skip
+        for batch in head_support.batches(rows, split_count(head.weight.shape[0], noise.vocab_start), eps):
+            ref_batch = None if ref is None else ref.rows(batch)
+            parts.append(_run(head.rows(batch), tau[batch], drawn.batch(batch), eps, ref_batch, capacity))
     sums = Softmax(*(torch.cat(columns) for columns in zip(*(part[0] for part in parts), strict=True)))
     supports = [part[1] for part in parts if part[1] is not None]
-    return sums, head_support.joined(supports) if supports else fallback.empty_support(rows, head.hidden)
+    return sums, head_support.joined(supports) if supports else Support.empty(rows, head.hidden)

@@ -10,13 +10,12 @@ import torch
 import triton
 import triton.language as tl
 
-from grade_kernels import noise
-from grade_kernels.backends import Head, Sample, Support
-from grade_kernels.backends.torch import head as fallback
+from grade_kernels.backends.records import Head, Noise, Sample, Support
 from grade_kernels.backends.triton import head_support
 from grade_kernels.backends.triton.head import (
     FLOOR,
     NOWHERE,
+    RowNoise,
     after,
     beside,
     collect,
@@ -27,7 +26,6 @@ from grade_kernels.backends.triton.head import (
     largest,
     logits,
     nan_max,
-    noise_arguments,
     powers,
     row_max,
     row_total,
@@ -190,18 +188,12 @@ def head_scores_kernel(
 
 
 def _run(
-    head: Head,
-    tau: torch.Tensor | None,
-    seed: torch.Tensor,
-    row_ids: torch.Tensor | None,
-    first_row: int,
-    vocab_start: int,
-    eps: float,
+    head: Head, tau: torch.Tensor | None, drawn: RowNoise, eps: float, capacity: int
 ) -> tuple[Sample, torch.Tensor, Support | None]:
     """One batch of rows. Without tau only the sample; without eps no support."""
     rows, vocab, device = head.hidden.shape[0], head.weight.shape[0], head.hidden.device
-    splits = split_count(vocab, vocab_start)
-    options = head_options(vocab_start, head)
+    splits = split_count(vocab, drawn.vocab_start)
+    options = head_options(drawn.vocab_start, head)
     shared = {"splits": splits, "BLOCK_S": triton.next_power_of_2(splits)}
     best, plain_max, plain_sum, top, total = empties(5, rows, splits, device=device)
     index = torch.empty(rows, splits, dtype=torch.int32, device=device)
@@ -216,10 +208,10 @@ def _run(
         if candidates is not None:
             head_support.normalizer_kernel[(rows,)](top, total, before_max, before_sum, **shared, num_warps=1)
         head_scores_kernel[(triton.cdiv(rows, options["BM"]) * launch.number,)](
-            head.hidden, head.weight, head.bias, seed, row_ids, tau, before_max, before_sum,
+            head.hidden, head.weight, head.bias, drawn.seed, drawn.row_ids, tau, before_max, before_sum,
             best, index, plain_max, plain_sum, top, total, *head_support.slot_arguments(candidates),
             *head.hidden.stride(), *head.weight.stride(), eps=eps * head_support.MARGIN * 2.0**-32,
-            first_row=first_row, first_split=launch.first, splits=splits, step=head_support.stride(splits), **options,
+            first_row=drawn.first_row, first_split=launch.first, splits=splits, step=head_support.stride(splits), **options,
         )  # fmt: skip
     ids = torch.empty(rows, dtype=torch.int64, device=device)
     score_max, logit_max, logit_sum, row_total = empties(4, rows, device=device)
@@ -230,39 +222,28 @@ def _run(
     support = None
     if candidates is not None and tau is not None:
         support = candidates.support(
-            vocab, tau, score_max, row_total, seed, row_ids, first_row, vocab_start, SHIFT.value, noise.DOMAIN_GUMBEL,
-            options["TARGET"] == "cuda",
-        )  # fmt: skip
+            capacity, tau, score_max, row_total, drawn, SHIFT.value, DOMAIN_GUMBEL.value, options["TARGET"] == "cuda"
+        )
     return Sample(ids, score_max, logit_max, logit_sum), row_total, support
 
 
-def head_sample(head: Head, seed: torch.Tensor, row_ids: torch.Tensor | None, vocab_start: int) -> Sample:
-    """See `grade_kernels.backends`."""
-    if head.hidden.dtype == torch.float64 or head.hidden.shape[0] == 0:
-        return fallback.head_sample(head, seed, row_ids, vocab_start)
+def head_sample(head: Head, noise: Noise) -> Sample:
+    """`Backend.head_sample`, for at least one row."""
     with launching(head.hidden):
-        return _run(head, None, *noise_arguments(head, seed, row_ids), 0, vocab_start, 0.0)[0]
+        return _run(head, None, RowNoise.of(noise, head.hidden.device), 0.0, 0)[0]
 
 
 def head_scores(
-    head: Head, tau: torch.Tensor, seed: torch.Tensor, row_ids: torch.Tensor | None, vocab_start: int, eps: float
+    head: Head, tau: torch.Tensor, noise: Noise, eps: float, capacity: int
 ) -> tuple[Sample, torch.Tensor, Support]:
-    """See `grade_kernels.backends`."""
+    """`Backend.head_scores`, for at least one row; a row's support may take `capacity` entries."""
     rows = head.hidden.shape[0]
-    if head.hidden.dtype == torch.float64 or rows == 0:
-        return fallback.head_scores(head, tau, seed, row_ids, vocab_start, eps)
-    seed, row_ids = noise_arguments(head, seed, row_ids)
-    tau = tau.contiguous()
+    drawn, tau = RowNoise.of(noise, head.hidden.device), tau.contiguous()
     parts = []
     with launching(head.hidden):
-        for batch in head_support.batches(rows, split_count(head.weight.shape[0], vocab_start), eps):
-            parts.append(
-                _run(
-                    head._replace(hidden=head.hidden[batch]), tau[batch], seed,
-                    None if row_ids is None else row_ids[batch], batch.start, vocab_start, eps,
-                )
-            )  # fmt: skip
+        for batch in head_support.batches(rows, split_count(head.weight.shape[0], noise.vocab_start), eps):
+            parts.append(_run(head.rows(batch), tau[batch], drawn.batch(batch), eps, capacity))
     sample = Sample(*(torch.cat(columns) for columns in zip(*(part[0] for part in parts), strict=True)))
     supports = [part[2] for part in parts if part[2] is not None]
-    support = head_support.joined(supports) if supports else fallback.empty_support(rows, head.hidden)
+    support = head_support.joined(supports) if supports else Support.empty(rows, head.hidden)
     return sample, torch.cat([part[1] for part in parts]), support

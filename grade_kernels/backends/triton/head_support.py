@@ -19,9 +19,8 @@ import torch
 import triton
 import triton.language as tl
 
-from grade_kernels.backends import Support
-from grade_kernels.backends.torch import head as fallback
-from grade_kernels.backends.triton.head import FLOOR, NOWHERE, SPLIT, nan_max
+from grade_kernels.backends.records import Support
+from grade_kernels.backends.triton.head import FLOOR, NOWHERE, SPLIT, RowNoise, nan_max
 from grade_kernels.backends.triton.philox import LN2, LOG2E, load_key, philox, split_row
 
 GROWTH = 4
@@ -202,31 +201,29 @@ class Candidates:
 
     def support(
         self,
-        vocab: int,
+        capacity: int,
         tau: torch.Tensor,
         score_max: torch.Tensor,
         total: torch.Tensor,
-        seed: torch.Tensor,
-        row_ids: torch.Tensor | None,
-        first_row: int,
-        vocab_start: int,
+        drawn: RowNoise,
         shift: float,
         domain: int,
         fast: bool,
     ) -> Support:
-        """What the final normaliser leaves of the candidates."""
+        """What the final normaliser leaves of the candidates; a row of more than `capacity` overflows."""
         rows, splits, device = self.rows, self.splits, self.slots.device
         kept = torch.empty(rows, splits, dtype=torch.int32, device=device)
 
         def launch(offsets: torch.Tensor | None, tokens: torch.Tensor | None, p: torch.Tensor | None) -> None:
             support_kernel[(rows * splits,)](
-                self.slots, self.counts, self.places, self.room, seed, row_ids, tau, score_max, total,
-                kept, offsets, tokens, p, self.per_row, splits, first_row, (vocab_start >> 2) & 0xFFFFFFFF, self.eps,
-                SHIFT=shift, SKEW=vocab_start & 3, DOMAIN=domain, FAST=fast, num_warps=1,
+                self.slots, self.counts, self.places, self.room, drawn.seed, drawn.row_ids, tau, score_max, total,
+                kept, offsets, tokens, p, self.per_row, splits, drawn.first_row,
+                (drawn.vocab_start >> 2) & 0xFFFFFFFF, self.eps,
+                SHIFT=shift, SKEW=drawn.vocab_start & 3, DOMAIN=domain, FAST=fast, num_warps=1,
             )  # fmt: skip
 
         launch(None, None, None)
-        overflow = (self.counts > self.room).any(dim=1) | (kept.sum(dim=1) > fallback.support_capacity(self.eps, vocab))
+        overflow = (self.counts > self.room).any(dim=1) | (kept.sum(dim=1) > capacity)
         kept = kept.masked_fill(overflow[:, None], 0)
         offsets = torch.zeros(rows * splits + 1, dtype=torch.int64, device=device)
         torch.cumsum(kept.view(-1), 0, out=offsets[1:])

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from grade_kernels.backends import Sample
+from grade_kernels.backends.records import Sample
 from grade_kernels.backends.triton.tiles import NUM_WARPS, launching
 
 BLOCK = 2048
@@ -25,13 +25,13 @@ def one_hot_kernel(ids, score_max, out, V, BLOCKS, BLOCK: tl.constexpr):
     tl.store(out + i_n * V + o_v, b.to(out.dtype.element_ty), mask=o_v < V)
 
 
-def one_hot(sample: Sample, vocab_size: int, dtype: torch.dtype) -> torch.Tensor:
-    """See `grade_kernels.backends`."""
+def one_hot(sample: Sample, vocab: int, dtype: torch.dtype) -> torch.Tensor:
+    """`Backend.one_hot`."""
     rows = sample.ids.shape[0]
-    out = torch.empty(rows, vocab_size, dtype=dtype, device=sample.ids.device)
+    out = torch.empty(rows, vocab, dtype=dtype, device=sample.ids.device)
     if rows:
-        blocks = triton.cdiv(vocab_size, BLOCK)
+        blocks = triton.cdiv(vocab, BLOCK)
         ids, score_max = sample.ids.contiguous(), sample.score_max.contiguous()
         with launching(out):
-            one_hot_kernel[(rows * blocks,)](ids, score_max, out, vocab_size, blocks, BLOCK=BLOCK, num_warps=NUM_WARPS)
+            one_hot_kernel[(rows * blocks,)](ids, score_max, out, vocab, blocks, BLOCK=BLOCK, num_warps=NUM_WARPS)
     return out

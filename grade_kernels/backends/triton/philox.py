@@ -19,6 +19,7 @@ from grade_kernels import noise
 
 DOMAIN_GUMBEL = tl.constexpr(noise.DOMAIN_GUMBEL)
 DOMAIN_REFINE = tl.constexpr(noise.DOMAIN_REFINE)
+DOMAIN_SUPPORT = tl.constexpr(noise.DOMAIN_SUPPORT)
 REFINE_BELOW = tl.constexpr(noise.REFINE_BELOW)
 
 LN2 = tl.constexpr(0.6931471805599453)

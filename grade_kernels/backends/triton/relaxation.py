@@ -10,9 +10,10 @@ import torch
 import triton
 import triton.language as tl
 
+from grade_kernels.backends.native import contiguous
+from grade_kernels.backends.records import Noise
 from grade_kernels.backends.triton.philox import LN2, LOG2E, REFINE_BELOW, SHIFT, load_key, split_row, strip_noise
 from grade_kernels.backends.triton.tiles import (
-    compute_dtype,
     launch_options,
     launching,
     load_strip,
@@ -20,6 +21,7 @@ from grade_kernels.backends.triton.tiles import (
     store_strip,
     sum_splits,
 )
+from grade_kernels.dtypes import compute_dtype
 from grade_kernels.noise import seed_on
 
 
@@ -103,25 +105,23 @@ def softmax_kernel(
 def softmax(
     logits: torch.Tensor,
     tau: torch.Tensor,
-    seed: torch.Tensor,
-    row_ids: torch.Tensor | None,
-    vocab_start: int,
+    noise: Noise,
     score_max: torch.Tensor,
+    *,
     normalize: bool,
-    out_dtype: torch.dtype,
+    dtype: torch.dtype,
     out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `grade_kernels.backends`."""
+    """`Backend.softmax`."""
     rows, vocab = logits.shape
-    dtype, device = compute_dtype(logits.dtype), logits.device
-    weights = torch.empty(rows, vocab, dtype=out_dtype, device=device) if out is None else out
-    total = torch.empty(rows, dtype=dtype, device=device)
+    compute, device = compute_dtype(logits.dtype), logits.device
+    weights = torch.empty(rows, vocab, dtype=dtype, device=device) if out is None else out
+    total = torch.empty(rows, dtype=compute, device=device)
     if rows == 0:
         return weights, total
-    options = launch_options(vocab_start, logits)
-    partial = torch.empty(rows, options["SPLITS"], dtype=dtype, device=device)
-    seed = seed_on(seed, device)
-    row_ids = None if row_ids is None else row_ids.contiguous()
+    options = launch_options(noise.vocab_start, logits)
+    partial = torch.empty(rows, options["SPLITS"], dtype=compute, device=device)
+    seed, row_ids = seed_on(noise.seed, device), contiguous(noise.row_ids)
     score_max = score_max.contiguous()
 
     def launch(to: torch.Tensor | None, out_total: torch.Tensor | None) -> None:

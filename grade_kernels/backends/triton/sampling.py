@@ -11,15 +11,16 @@ import torch
 import triton
 import triton.language as tl
 
-from grade_kernels.backends import Sample
+from grade_kernels.backends.native import contiguous
+from grade_kernels.backends.records import Noise, Sample
 from grade_kernels.backends.triton.philox import LN2, LOG2E, REFINE_BELOW, SHIFT, load_key, split_row, strip_noise
 from grade_kernels.backends.triton.tiles import (
-    compute_dtype,
     launch_options,
     launching,
     load_strip,
     split_bounds,
 )
+from grade_kernels.dtypes import compute_dtype
 from grade_kernels.noise import seed_on
 
 
@@ -154,10 +155,8 @@ def sample_pick_kernel(
         tl.store(logit_sum + i_n, tl.where(is_bad, nan, m_total))
 
 
-def sample(
-    logits: torch.Tensor, seed: torch.Tensor, row_ids: torch.Tensor | None, vocab_start: int, logsumexp: bool
-) -> Sample:
-    """See `grade_kernels.backends`."""
+def sample(logits: torch.Tensor, noise: Noise, logsumexp: bool) -> Sample:
+    """`Backend.sample`."""
     rows = logits.shape[0]
     dtype, device = compute_dtype(logits.dtype), logits.device
     ids = torch.empty(rows, dtype=torch.int64, device=device)
@@ -165,13 +164,12 @@ def sample(
     logit_max, logit_sum = (torch.empty(rows if logsumexp else 0, dtype=dtype, device=device) for _ in range(2))
     if rows == 0:
         return Sample(ids, score_max, logit_max, logit_sum)
-    options = launch_options(vocab_start, logits)
+    options = launch_options(noise.vocab_start, logits)
     tiles, splits = options.pop("TILES"), options["SPLITS"]
     best = torch.empty(rows, splits, dtype=dtype, device=device)
     tile = torch.empty(rows, splits, dtype=torch.int32, device=device)
     top, total = (torch.empty_like(best) if logsumexp else None for _ in range(2))
-    seed = seed_on(seed, device)
-    row_ids = None if row_ids is None else row_ids.contiguous()
+    seed, row_ids = seed_on(noise.seed, device), contiguous(noise.row_ids)
     with launching(logits):
         sample_scan_kernel[(rows * splits,)](
             logits, seed, row_ids, best, tile, top, total, *logits.stride(),

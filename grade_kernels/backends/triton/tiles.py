@@ -18,16 +18,13 @@ import torch
 import triton
 import triton.language as tl
 
+from grade_kernels.dtypes import compute_dtype
+
 NUM_WARPS = 4
 MAX_STRIPS = 4
 SPLIT_COLUMNS = 8192
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))  # fixed when the kernels are decorated, too
 TRITON_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64}
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The arithmetic that serves a dtype: float64 for itself, float32 for everything narrower."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def target() -> tuple[str, int]:

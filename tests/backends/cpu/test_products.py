@@ -10,28 +10,35 @@ import pytest
 import torch
 
 from grade_kernels import backends
-from grade_kernels.backends.cpu import head as cpu_head
+from grade_kernels.backends.cpu.products import packed
 from grade_kernels.backends.native import unit_stride
+from tests.support.needs import needs, needs_backend
 
-pytestmark = pytest.mark.skipif("cpu" not in backends.available_backends(), reason="the C++ library was not built")
+cpu = backends.get("cpu")
+pytestmark = needs_backend("cpu")
 
 
-@pytest.fixture(autouse=True)
-def kernels(request):
-    """Skips where torch's products serve; a test of float32 alone runs on any AVX-512."""
-    parameters = request.node.callspec.params if hasattr(request.node, "callspec") else {}
-    dtype = parameters.get("dtype", torch.bfloat16 if "bfloat16" in request.node.name else torch.float32)
-    if "isa" not in parameters and not torch.ops.grade_kernels_cpu.has_product(torch.empty(0, dtype=dtype)):
-        pytest.skip(f"this processor has neither AMX nor AVX-512 for {dtype}")
+def needs_product(dtype: torch.dtype) -> pytest.MarkDecorator:
+    """A product of the backend's own; on other processors torch's products serve."""
+    built, x = "cpu" in backends.available_backends(), torch.empty(0, dtype=dtype)
+    has = not built or torch.ops.grade_kernels_cpu.has_product(x)
+    return needs("AVX-512 or AMX" if dtype == torch.float32 else f"AVX-512 or AMX for {dtype}", has)
+
+
+needs_float32, needs_bfloat16 = needs_product(torch.float32), needs_product(torch.bfloat16)
 
 
 def _product(hidden, weight, dtype=None):
     out = torch.full((len(weight), -(-len(hidden) // 16) * 16), torch.nan, dtype=dtype or hidden.dtype)
-    torch.ops.grade_kernels_cpu.packed_product(cpu_head._packed(hidden), len(hidden), unit_stride(weight), False, out)
+    torch.ops.grade_kernels_cpu.packed_product(packed(hidden), len(hidden), unit_stride(weight), False, out)
     return out[:, : len(hidden)]
 
 
-DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def parametrize_dtype(*dtypes: torch.dtype) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("dtype", [pytest.param(d, marks=needs_product(d), id=str(d)) for d in dtypes])
+
+
+DTYPES = parametrize_dtype(torch.float32, torch.bfloat16, torch.float16)
 
 
 @DTYPES
@@ -49,6 +56,7 @@ def test_a_product_is_at_least_as_exact_as_torchs(rows, vocab, width, dtype):
     assert error <= torchs + (2.0**-22 if dtype == torch.float32 else 2.0**-23)
 
 
+@needs_bfloat16
 @pytest.mark.parametrize("by_row", [False, True])
 def test_bfloat16_sums_are_rounded_only_if_asked(by_row):
     generator = torch.Generator().manual_seed(0)
@@ -58,26 +66,28 @@ def test_bfloat16_sums_are_rounded_only_if_asked(by_row):
         torch.full((50, 99) if by_row else (99, 64), torch.nan, dtype=d) for d in (torch.float32, torch.bfloat16)
     )
     for out in (plain, rounded):
-        torch.ops.grade_kernels_cpu.packed_product(cpu_head._packed(x), 50, table, by_row, out)
+        torch.ops.grade_kernels_cpu.packed_product(packed(x), 50, table, by_row, out)
     plain, rounded = ((out if by_row else out[:, :50].T) for out in (plain, rounded))
     assert ((plain - exact.T).abs() <= 2e-5 * exact.abs().max()).all()
     assert torch.equal(rounded, plain.bfloat16())
 
 
+@needs_float32
 @pytest.mark.parametrize("rows", [9, 16, 17, 33, 100])
 @pytest.mark.parametrize("vocab", [1, 15, 32, 47, 300])
 def test_by_row_it_is_the_same(rows, vocab):
     generator = torch.Generator().manual_seed(rows * vocab)
     x, table = torch.randn(rows, 70, generator=generator), torch.randn(vocab, 70, generator=generator)
-    assert torch.equal(cpu_head.product(x, table), _product(x, table).T)
+    assert torch.equal(cpu.product(x, table), _product(x, table).T)
     wide = torch.full((rows, vocab + 5), 7.0)
-    assert cpu_head.product(x, table, wide[:, 2:-3]).data_ptr() == wide[:, 2:].data_ptr()
+    assert cpu.product(x, table, wide[:, 2:-3]).data_ptr() == wide[:, 2:].data_ptr()
     assert torch.equal(wide[:, 2:-3], _product(x, table).T)
     assert (wide[:, :2] == 7).all()
     assert (wide[:, -3:] == 7).all()
-    assert torch.equal(cpu_head.product(x.T.contiguous().T, table.T.contiguous().T), _product(x, table).T)
+    assert torch.equal(cpu.product(x.T.contiguous().T, table.T.contiguous().T), _product(x, table).T)
 
 
+@needs_float32
 def test_its_error_is_about_half_of_torchs():
     generator = torch.Generator().manual_seed(0)
     hidden, weight = torch.randn(64, 1024, generator=generator), torch.randn(2000, 1024, generator=generator)
@@ -86,6 +96,7 @@ def test_its_error_is_about_half_of_torchs():
     assert error <= 0.75 * torchs
 
 
+@needs_float32
 def test_numbers_of_all_sizes():
     """Each part keeps float32's range; what is lost is lost to subnormal products only."""
     generator = torch.Generator().manual_seed(0)
@@ -110,6 +121,7 @@ def test_rows_apart_and_columns_of_a_wider_table(dtype):
         )
 
 
+@needs_bfloat16
 def test_bfloat16_infinities_and_nan_are_torchs():
     generator = torch.Generator().manual_seed(0)
     hidden, weight = (torch.randn(rows, 40, generator=generator).bfloat16() for rows in (33, 64))
@@ -117,6 +129,7 @@ def test_bfloat16_infinities_and_nan_are_torchs():
     assert torch.allclose(_product(hidden, weight), weight @ hidden.T, rtol=1e-2, atol=1e-2, equal_nan=True)
 
 
+@needs_float32
 def test_infinities_and_nan_of_the_table():
     generator = torch.Generator().manual_seed(0)
     hidden, weight = torch.randn(33, 40, generator=generator), torch.randn(64, 40, generator=generator)
@@ -130,6 +143,7 @@ def test_infinities_and_nan_of_the_table():
     assert (found[5] == -torch.inf).all()
 
 
+@needs_float32
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, 1e30])
 def test_what_diverged_is_not_finite_and_takes_no_longer(value):
     """A table or hidden states full of such numbers: nothing is taken one by one (that would be minutes)."""
@@ -139,6 +153,7 @@ def test_what_diverged_is_not_finite_and_takes_no_longer(value):
     assert not _product(x * value, table * value).isfinite().any()
 
 
+@needs_float32
 def test_a_row_of_hidden_that_is_not_finite_stays_alone():
     generator = torch.Generator().manual_seed(0)
     hidden, weight = torch.randn(20, 40, generator=generator), torch.randn(64, 40, generator=generator)
@@ -174,11 +189,11 @@ def test_weighted_sums_round_the_values_of_neither_dtype(poison, rows, tokens, w
     torchs = _sums_error(values @ table.float(), values, table)
     # In bfloat16 values have two parts of eight bits and a sign each; narrow ones have one, and lose nothing.
     slack = 2.0**-23 if dtype == torch.float32 else 2.0**-17
-    assert _sums_error(cpu_head.weighted_sum(values, table), values, table) <= torchs + slack
+    assert _sums_error(cpu.weighted_sum(values, table), values, table) <= torchs + slack
     narrow = values.bfloat16()
-    found = cpu_head.weighted_sum(narrow.float(), table)
+    found = cpu.weighted_sum(narrow.float(), table)
     assert _sums_error(found, narrow, table) <= _sums_error(narrow.float() @ table.float(), narrow, table) + 2.0**-23
-    assert torch.equal(cpu_head.weighted_sum(narrow if dtype == torch.bfloat16 else narrow.float(), table), found)
+    assert torch.equal(cpu.weighted_sum(narrow if dtype == torch.bfloat16 else narrow.float(), table), found)
 
 
 @DTYPES
@@ -189,37 +204,37 @@ def test_weighted_sums_of_any_layout_rows_and_threads(dtype):
     table = torch.full((1200, 400), torch.nan, dtype=dtype)
     table[::2, :300] = torch.randn(600, 300, generator=generator).to(dtype)
     values, table = values[::2, :600], table[::2, :300]  # what lies beside them is NaN, and must not be seen
-    whole = cpu_head.weighted_sum(values.clone(), table.clone())
+    whole = cpu.weighted_sum(values.clone(), table.clone())
     assert whole.isfinite().all()
-    assert torch.equal(cpu_head.weighted_sum(values, table), whole)
-    assert torch.equal(cpu_head.weighted_sum(values.T.contiguous().T, table.T.contiguous().T), whole)
-    assert torch.equal(cpu_head.weighted_sum(values[3:30], table[:, 40:77]), whole[3:30, 40:77])
+    assert torch.equal(cpu.weighted_sum(values, table), whole)
+    assert torch.equal(cpu.weighted_sum(values.T.contiguous().T, table.T.contiguous().T), whole)
+    assert torch.equal(cpu.weighted_sum(values[3:30], table[:, 40:77]), whole[3:30, 40:77])
     threads = torch.get_num_threads()
     try:
         for count in (1, 3):
             torch.set_num_threads(count)
-            assert torch.equal(cpu_head.weighted_sum(values, table), whole)
+            assert torch.equal(cpu.weighted_sum(values, table), whole)
     finally:
         torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@parametrize_dtype(torch.float32, torch.bfloat16)
 def test_weighted_sums_that_are_not_finite_are_torchs_and_stay_alone(dtype):
     generator = torch.Generator().manual_seed(0)
     values, table = torch.rand(40, 90, generator=generator), torch.randn(90, 50, generator=generator).to(dtype)
-    clean = cpu_head.weighted_sum(values, table)
+    clean = cpu.weighted_sum(values, table)
     values[3, 5], values[4, 6], values[5, 7] = (
         torch.nan,
         torch.inf,
         3.4e38,
     )  # the last rounds to an infinity in bfloat16
-    found, kept = cpu_head.weighted_sum(values, table), [i for i in range(40) if i not in (3, 4, 5)]
+    found, kept = cpu.weighted_sum(values, table), [i for i in range(40) if i not in (3, 4, 5)]
     assert torch.equal(found[kept], clean[kept])
     expected = (values.to(dtype) @ table).float()
     assert torch.allclose(found[3:6], expected[3:6], rtol=1e-2, equal_nan=True)
     table[2, 9], table[3, 20] = torch.inf, torch.nan
     expected = (values.to(dtype) @ table).float()
-    found = cpu_head.weighted_sum(values, table)
+    found = cpu.weighted_sum(values, table)
     assert torch.allclose(found, expected, rtol=1e-2, atol=1e-1, equal_nan=True)
     assert (found[kept][:, 9] == torch.inf).all()
 
@@ -240,21 +255,22 @@ found = results(torch.float32)
 assert gk.backends.select(hidden.device, hidden.dtype) == "cpu"
 for x, y in zip(found, results(torch.float64)):
     torch.testing.assert_close(x.double(), y.double(), rtol=2e-4, atol=2e-5)
-from grade_kernels.backends import cpu
+cpu, torch_backend = gk.backends.get("cpu"), gk.backends.get("torch")
 halves = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.float16).reshape(-1, 16)
 halves = halves[halves.isfinite().all(dim=1)]  # all that there are, subnormal ones too
 places = torch.arange(16).repeat(len(halves)), torch.arange(len(halves)).repeat_interleave(16)
 assert torch.equal(cpu.gather_dot(torch.eye(16), halves, *places), halves.float().flatten())
-from grade_kernels.backends.cpu import head
-from grade_kernels.backends.torch import head as plain
+from grade_kernels.backends.cpu.products import HeadProduct
+from grade_kernels.backends.torch import products as plain
+from tests.support.needs import needs, needs_backend
 def check(dtype):  # 16 bits, whether or not PyTorch has kernels for them here
     x, w, p = hidden.to(dtype), lm_head.to(dtype), torch.rand(5, 333, generator=generator).to(dtype)
     exact, close = x.double() @ w.double().T, dict(rtol=2 * torch.finfo(dtype).eps, atol=1e-2)
-    torch.testing.assert_close(head.product(x, w).double(), exact, **close)
-    torch.testing.assert_close(plain.product(x, w).double(), exact, **close)
-    torch.testing.assert_close(head._Product(x, w, 333)(slice(0, 333))[:, :21].T.double(), exact, **close)
-    for module in (head, plain):
-        torch.testing.assert_close(module.weighted_sum(p.float(), w).double(), p.double() @ w.double(), rtol=0.02, atol=0.05)
+    torch.testing.assert_close(cpu.product(x, w).double(), exact, **close)
+    torch.testing.assert_close(torch_backend.product(x, w).double(), exact, **close)
+    torch.testing.assert_close(HeadProduct(x, w, 333, 2**18)(slice(0, 333))[:, :21].T.double(), exact, **close)
+    for backend in (cpu, torch_backend):
+        torch.testing.assert_close(backend.weighted_sum(p.float(), w).double(), p.double() @ w.double(), rtol=0.02, atol=0.05)
 for dtype in (torch.float16, torch.bfloat16):
     check(dtype)
 plain._onednn_has = lambda dtype: False

@@ -22,23 +22,22 @@ import torch
 
 import grade_kernels as gk
 from grade_kernels import backends, doctor
-from grade_kernels.backends import cuda
-from grade_kernels.backends import torch as torch_backend
-from grade_kernels.backends.cuda.rows import _seed
+from grade_kernels.backends import Noise
+from grade_kernels.backends.cuda.backend import _seed
 from grade_kernels.noise import gumbel_from_words
 from tests.support import ROOT, cuda_host
+from tests.support.needs import needs
 from tests.support.rows import ROWS, SEED, logits_of
 
 CPU = torch.device("cpu")
+cuda, torch_backend = backends.get("cuda"), backends.get("torch")
 PIECE, TILE = 8192, 2048  # of csrc/cuda
 
 
 @pytest.fixture
 def host() -> None:
     """The kernels, for CPU tensors."""
-    reason = cuda_host.load()
-    if reason is not None:
-        pytest.skip(reason)
+    cuda_host.load()
 
 
 @pytest.fixture
@@ -59,7 +58,7 @@ def test_never_chosen_by_itself(on_host: None) -> None:
     assert backends.select(torch.device("cuda"), torch.float32) in ("triton", "torch")
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@needs("a machine without a GPU", not torch.cuda.is_available())
 def test_says_why_it_is_not_available() -> None:
     reason = cuda.why_unavailable()
     assert reason is not None
@@ -90,8 +89,6 @@ def test_head_functions_are_another_backend_s(on_host: None) -> None:
     noise = gk.GumbelNoise(3)
     expected = gk.reference.gumbel_sample(hidden @ weight.T, noise=noise)
     assert torch.equal(gk.linear_gumbel_sample(hidden, weight, noise=noise)[0], expected)
-    for name in cuda.__all__:
-        assert callable(getattr(cuda, name))
 
 
 def test_self_check_on_the_host(on_host: None) -> None:
@@ -159,7 +156,7 @@ def test_every_element_is_visited_once(
     rows, seed, tau = ROWS[:2], torch.tensor(SEED), torch.tensor([0.5, 2.0])
     logits, dy = _placed(2, vocab, dtype, offset, gap), _placed(2, vocab, dtype, gap, offset, seed=1)
     with Watch(logits) as ((reads, writes),):
-        found = cuda.sample(logits, seed, rows, vocab_start, True)
+        found = cuda.sample(logits, Noise(seed, rows, vocab_start), True)
     # The one pass, and a second look at the tile of the winner.
     assert not writes.any()
     tile = (torch.arange(vocab) + vocab_start % 4) // TILE
@@ -204,7 +201,7 @@ def test_watch_notices(host: None) -> None:
     """An access beside the tensors that were named is an error."""
     logits = torch.zeros(2, 100)
     with Watch(logits[:, :99]), pytest.raises(RuntimeError):
-        cuda.sample(logits, torch.tensor(SEED), None, 0, False)
+        cuda.sample(logits, Noise(torch.tensor(SEED), None, 0), False)
 
 
 @pytest.mark.parametrize("what", [math.nan, math.inf, -math.inf])
@@ -217,8 +214,8 @@ def test_a_bad_row_over_several_pieces(what: float, host: None) -> None:
     else:
         logits[1, -1] = what
     logits[2, :-1] = -math.inf
-    found = cuda.sample(logits, torch.tensor(SEED), ROWS[:3], 1, True)
-    truth = torch_backend.sample(logits[[0, 2]].double(), torch.tensor(SEED), ROWS[[0, 2]], 1, True)
+    found = cuda.sample(logits, Noise(torch.tensor(SEED), ROWS[:3], 1), True)
+    truth = torch_backend.sample(logits[[0, 2]].double(), Noise(torch.tensor(SEED), ROWS[[0, 2]], 1), True)
     assert found.ids[[0, 2]].tolist() == truth.ids.tolist() == [truth.ids[0], vocab - 1]
     assert 0 <= found.ids[1] < vocab
     assert all(part[1].isnan() for part in found[1:])
@@ -230,8 +227,9 @@ def test_seeds_and_row_identities_reach_the_counter(host: None) -> None:
     """Whatever their sign, and with row identities beyond 32 bits and in no order."""
     logits = logits_of(3, 3000)
     for seed in (0, 2**63 - 1, -(2**63), -1):
-        found = cuda.sample(logits, torch.tensor(seed), ROWS[1:], 5, False)
-        expected = torch_backend.sample(logits.double(), torch.tensor(seed), ROWS[1:], 5, False)
+        noise = Noise(torch.tensor(seed), ROWS[1:], 5)
+        found = cuda.sample(logits, noise, False)
+        expected = torch_backend.sample(logits.double(), noise, False)
         assert torch.equal(found.ids, expected.ids)
 
 
@@ -274,7 +272,7 @@ def _build(tree: Path, fake_torch: Path) -> subprocess.CompletedProcess[str]:
     return done
 
 
-compiles = pytest.mark.skipif(shutil.which("c++") is None, reason="there is no C++ compiler")
+compiles = needs("a C++ compiler", shutil.which("c++"))
 
 
 @compiles
@@ -292,7 +290,8 @@ def test_left_out_without_a_word(cuda_version: str | None, reason: str, tmp_path
 
 
 @compiles
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
+@needs("nvcc on PATH", shutil.which("nvcc"))
+@pytest.mark.takes_long("half a minute of nvcc; what does not compile as C++ fails on the host")
 def test_builds_for_every_architecture_without_spills(tmp_path: Path) -> None:
     """The build itself, with ptxas asked for its report; the library loads as far as a machine without a GPU lets it."""
     nvcc = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout

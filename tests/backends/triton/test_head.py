@@ -12,16 +12,19 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
 
-from grade_kernels.backends import Head
-from grade_kernels.backends import torch as plain
-from grade_kernels.backends import triton as fused
+from grade_kernels.backends import Head, Noise, get
+from tests.support.helpers import resize
+from tests.support.interpreter import INTERPRETED
+from tests.support.needs import needs, needs_backend
 from tests.support.problems import tiny_capacity
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
+fused, plain = get("triton"), get("torch")
 REASON = fused.why_unavailable()
 DEVICE = "cuda" if torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1" else "cpu"
-runs = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+runs = needs_backend("triton")
+pytestmark = [INTERPRETED] if DEVICE == "cpu" else []
 SEED = -2401053089206453570
 ROWS = torch.tensor([5, -7, 2**40 + 3, 2**33, 0, 11])
 # (row id, token) under SEED whose word is below 256.
@@ -76,14 +79,14 @@ def double(head):
 
 
 def on(thing):
-    """Tensors, alone or in a head, on the device under test."""
-    if isinstance(thing, Head):
-        return Head(*(on(part) for part in thing))
+    """Tensors, alone or in a record, on the device under test."""
+    if isinstance(thing, (Head, Noise)):
+        return type(thing)(*(on(part) for part in thing))
     return thing.to(DEVICE) if isinstance(thing, torch.Tensor) else thing
 
 
-def seed():
-    return torch.tensor(SEED)
+def noise(row_ids=None, vocab_start=0):
+    return Noise(torch.tensor(SEED), row_ids, vocab_start)
 
 
 def close(found, truth, tolerance=2e-5):
@@ -115,18 +118,19 @@ def arguments(case, dtype):
     return head, tau, row_ids, case.get("start", 0)
 
 
+@pytest.mark.uncollect_if(
+    lambda name, dtype: name == "many launches" and dtype != torch.bfloat16, "one dtype is enough"
+)
 @runs
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_scores_and_sample(name, dtype):
     case = CASES[name]
-    if name == "many launches" and dtype != torch.bfloat16:
-        pytest.skip("one dtype is enough")
     head, tau, row_ids, start = arguments(case, dtype)
     truth, truth_total, truth_support = plain.head_scores(
-        double(head), tau.double(), seed(), row_ids, start, case["eps"]
+        double(head), tau.double(), noise(row_ids, start), case["eps"]
     )
-    found, total, support = fused.head_scores(on(head), on(tau), on(seed()), on(row_ids), start, case["eps"])
+    found, total, support = fused.head_scores(on(head), on(tau), on(noise(row_ids, start)), case["eps"])
     assert torch.equal(found.ids.cpu(), truth.ids)
     for a, b in zip(found[1:], truth[1:], strict=True):
         close(a, b)
@@ -134,28 +138,29 @@ def test_scores_and_sample(name, dtype):
     same_support(support, truth_support)
     if case["eps"] > 0 and name != "one token":
         assert len(truth_support.tokens) > 0
-    sampled = fused.head_sample(on(head), on(seed()), on(row_ids), start)
+    sampled = fused.head_sample(on(head), on(noise(row_ids, start)))
     assert torch.equal(sampled.ids, found.ids)
     assert torch.equal(sampled.score_max, found.score_max)
     for a, b in zip(sampled[2:], found[2:], strict=True):
         close(a, b.cpu(), 1e-6)
 
 
+@pytest.mark.uncollect_if(
+    lambda name, dtype: name == "many launches" and dtype != torch.bfloat16, "one dtype is enough"
+)
 @runs
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("ref", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_softmax(name, ref, dtype):
     case = CASES[name]
-    if name == "many launches" and dtype != torch.bfloat16:
-        pytest.skip("one dtype is enough")
     head, tau, row_ids, start = arguments(case, dtype)
     other = make(head.hidden.shape[0], head.weight.shape[0], 24, dtype, True, None, seed=2) if ref else None
     truth, truth_support = plain.head_softmax(
-        double(head), tau.double(), seed(), row_ids, start, case["eps"], None if other is None else double(other)
+        double(head), tau.double(), noise(row_ids, start), case["eps"], None if other is None else double(other)
     )
     found, support = fused.head_softmax(
-        on(head), on(tau), on(seed()), on(row_ids), start, case["eps"], None if other is None else on(other)
+        on(head), on(tau), on(noise(row_ids, start)), case["eps"], None if other is None else on(other)
     )
     for a, b in zip(found, truth, strict=True):
         close(a, b)
@@ -204,7 +209,7 @@ def test_large_tiles_give_what_small_ones_give(name, columns, large, monkeypatch
         monkeypatch.setattr(tiles, "LARGE", {(9, 1): size, (9, 2): size})
     head, tau, row_ids, start = arguments(case, torch.bfloat16)
     ref = make(head.hidden.shape[0], head.weight.shape[0], 24, torch.bfloat16, seed=2)
-    inputs = (on(tau), on(seed()), on(row_ids), start, case["eps"])
+    inputs = (on(tau), on(noise(row_ids, start)), case["eps"])
     chosen = []
     choose = tiles.config
     monkeypatch.setattr(tiles, "config", lambda *arguments: chosen.append(choose(*arguments)) or chosen[-1])
@@ -212,7 +217,7 @@ def test_large_tiles_give_what_small_ones_give(name, columns, large, monkeypatch
     def run():
         chosen.clear()
         sample, total, support = fused.head_scores(on(head), *inputs)
-        drawn = fused.head_sample(on(head), on(seed()), on(row_ids), start)
+        drawn = fused.head_sample(on(head), on(noise(row_ids, start)))
         sums, sums_support = fused.head_softmax(on(head), *inputs, None)
         both, both_support = fused.head_softmax(on(head), *inputs, on(ref))
         return (*sample, total, *support, *drawn, *sums, *sums_support, *both, *both_support), sample, support
@@ -223,7 +228,7 @@ def test_large_tiles_give_what_small_ones_give(name, columns, large, monkeypatch
     small, _, _ = run()
     assert not any(sizes.ORDERED for sizes in chosen)
     assert all(torch.equal(a, b) for a, b in zip(results, small, strict=True))
-    truth, _, truth_support = plain.head_scores(double(head), tau.double(), seed(), row_ids, start, case["eps"])
+    truth, _, truth_support = plain.head_scores(double(head), tau.double(), noise(row_ids, start), case["eps"])
     assert torch.equal(sample.ids.cpu(), truth.ids)
     same_support(support, truth_support)
 
@@ -254,14 +259,14 @@ def test_masked_tokens_are_never_touched():
     head = make(3, 200, 16, bias=True)
     head.bias[::3] = -math.inf
     tau = torch.ones(3)
-    truth, truth_total, truth_support = plain.head_scores(double(head), tau.double(), seed(), None, 0, 0.02)
-    found, total, support = fused.head_scores(on(head), on(tau), on(seed()), None, 0, 0.02)
+    truth, truth_total, truth_support = plain.head_scores(double(head), tau.double(), noise(), 0.02)
+    found, total, support = fused.head_scores(on(head), on(tau), on(noise()), 0.02)
     assert torch.equal(found.ids.cpu(), truth.ids)
     close(total, truth_total)
     same_support(support, truth_support)
     assert (support.tokens % 3 != 0).all()
-    truth, truth_support = plain.head_softmax(double(head), tau.double(), seed(), None, 0, 0.02, None)
-    sums, support = fused.head_softmax(on(head), on(tau), on(seed()), None, 0, 0.02, None)
+    truth, truth_support = plain.head_softmax(double(head), tau.double(), noise(), 0.02, None)
+    sums, support = fused.head_softmax(on(head), on(tau), on(noise()), 0.02, None)
     for a, b in zip(sums, truth, strict=True):
         close(a, b)
     same_support(support, truth_support)
@@ -272,8 +277,8 @@ def test_masked_tokens_are_never_touched():
 def test_a_bad_row_is_nan_and_alone(value):
     head = make(4, 150, 16)
     tau = torch.ones(4)
-    good, good_total, good_support = fused.head_scores(on(head), on(tau), on(seed()), None, 3, 0.05)
-    good_sums, good_sums_support = fused.head_softmax(on(head), on(tau), on(seed()), None, 3, 0.05, None)
+    good, good_total, good_support = fused.head_scores(on(head), on(tau), on(noise(None, 3)), 0.05)
+    good_sums, good_sums_support = fused.head_softmax(on(head), on(tau), on(noise(None, 3)), 0.05, None)
     if value == -math.inf:
         weight = torch.cat([head.weight, torch.ones(150, 1)], dim=1)
         hidden = torch.cat([head.hidden, torch.tensor([[0.0], [value], [0.0], [0.0]])], dim=1)
@@ -282,14 +287,14 @@ def test_a_bad_row_is_nan_and_alone(value):
         head.hidden[1, 5] = value
         head.weight[:, 5] = head.weight[:, 5].abs()
         good, good_total, good_support = fused.head_scores(
-            on(head._replace(hidden=head.hidden.nan_to_num(0, 0, 0))), on(tau), on(seed()), None, 3, 0.05
+            on(head._replace(hidden=head.hidden.nan_to_num(0, 0, 0))), on(tau), on(noise(None, 3)), 0.05
         )
         good_sums, good_sums_support = fused.head_softmax(
-            on(head._replace(hidden=head.hidden.nan_to_num(0, 0, 0))), on(tau), on(seed()), None, 3, 0.05, None
+            on(head._replace(hidden=head.hidden.nan_to_num(0, 0, 0))), on(tau), on(noise(None, 3)), 0.05, None
         )
-    found, total, support = fused.head_scores(on(head), on(tau), on(seed()), None, 3, 0.05)
-    sampled = fused.head_sample(on(head), on(seed()), None, 3)
-    sums, sums_support = fused.head_softmax(on(head), on(tau), on(seed()), None, 3, 0.05, None)
+    found, total, support = fused.head_scores(on(head), on(tau), on(noise(None, 3)), 0.05)
+    sampled = fused.head_sample(on(head), on(noise(None, 3)))
+    sums, sums_support = fused.head_softmax(on(head), on(tau), on(noise(None, 3)), 0.05, None)
     others = torch.tensor([0, 2, 3])
     for result in (found, sampled):
         assert 0 <= result.ids[1] < 150
@@ -314,7 +319,7 @@ def test_equal_scores_go_to_the_smaller_id():
     head = make(2, 300, 16)
     head = head._replace(bias=torch.full((300,), 2.0**100))  # noise is nothing beside it
     head.bias[:70] = -math.inf
-    found = fused.head_sample(on(head), on(seed()), None, 1)
+    found = fused.head_sample(on(head), on(noise(None, 1)))
     assert found.ids.tolist() == [70, 70]
     assert found.logit_sum.tolist() == [230, 230]
 
@@ -326,8 +331,8 @@ def test_refined_words(row, token):
     start = token - 41
     head = Head(torch.zeros(1, 16), torch.zeros(100, 16), None, None)
     row_ids, tau = torch.tensor([row]), torch.ones(1)
-    truth, truth_total, _ = plain.head_scores(double(head), tau.double(), seed(), row_ids, start, 0.0)
-    found, total, _ = fused.head_scores(on(head), on(tau), on(seed()), on(row_ids), start, 0.0)
+    truth, truth_total, _ = plain.head_scores(double(head), tau.double(), noise(row_ids, start), 0.0)
+    found, total, _ = fused.head_scores(on(head), on(tau), on(noise(row_ids, start)), 0.0)
     assert found.ids == truth.ids == 41
     assert abs(found.score_max.cpu() - truth.score_max) < 4e-6
     close(total, truth_total)
@@ -341,8 +346,8 @@ def test_overflow_of_the_support(monkeypatch):
     head = head._replace(hidden=head.hidden.clone(), weight=head.weight.clone())
     head.weight[17, 0], head.hidden[:, 0] = 1.0, torch.tensor([0.0, 30.0])
     tau = torch.tensor([4.0, 1.0])
-    _, truth = plain.head_softmax(double(head), tau.double(), seed(), None, 0, 1e-3, None)
-    found, support = fused.head_softmax(on(head), on(tau), on(seed()), None, 0, 1e-3, None)
+    _, truth = plain.head_softmax(double(head), tau.double(), noise(), 1e-3, None)
+    found, support = fused.head_softmax(on(head), on(tau), on(noise()), 1e-3, None)
     assert support.overflow.tolist() == [True, False]
     same_support(support, truth)
     assert support.tokens.tolist() == [17]
@@ -356,11 +361,11 @@ def test_overflow_of_a_split(monkeypatch):
 
     head, tau = make(3, 500, 16), torch.ones(3)
     head.hidden[0] = 0
-    _, _, whole = fused.head_scores(on(head), on(tau), on(seed()), None, 0, 0.01)
+    _, _, whole = fused.head_scores(on(head), on(tau), on(noise()), 0.01)
     real = head_support.schedule.__wrapped__
     monkeypatch.setattr(head_support, "schedule", lambda *a: tuple(x._replace(slots=7) for x in real(*a)))
     head_support.layout.cache_clear()
-    _, _, cut = fused.head_scores(on(head), on(tau), on(seed()), None, 0, 0.01)
+    _, _, cut = fused.head_scores(on(head), on(tau), on(noise()), 0.01)
     head_support.layout.cache_clear()
     assert cut.overflow.any()
     for i in range(3):
@@ -379,8 +384,8 @@ def test_results_depend_on_neither_batch_nor_run(monkeypatch):
 
     def everything(part):
         cut = on(head._replace(hidden=head.hidden[part]))
-        sample, total, support = fused.head_scores(cut, on(tau[part]), on(seed()), on(rows[part]), 0, 0.05)
-        sums, other = fused.head_softmax(cut, on(tau[part]), on(seed()), on(rows[part]), 0, 0.05, cut)
+        sample, total, support = fused.head_scores(cut, on(tau[part]), on(noise(rows[part])), 0.05)
+        sums, other = fused.head_softmax(cut, on(tau[part]), on(noise(rows[part])), 0.05, cut)
         return [*sample, total, *sums], [support, other]
 
     batch, supports = everything(slice(None))
@@ -403,10 +408,10 @@ def test_default_row_identity_in_batches(monkeypatch):
     from grade_kernels.backends.triton import head_support
 
     head, tau = make(5, 100, 16), torch.ones(5)
-    whole = fused.head_scores(on(head), on(tau), on(seed()), None, 0, 0.05)
+    whole = fused.head_scores(on(head), on(tau), on(noise()), 0.05)
     monkeypatch.setattr(head_support, "LEAST_ROWS", 2)
     monkeypatch.setattr(head_support, "SLOT_BYTES", 1)
-    parts = fused.head_scores(on(head), on(tau), on(seed()), None, 0, 0.05)
+    parts = fused.head_scores(on(head), on(tau), on(noise()), 0.05)
     for a, b in zip([*whole[0], whole[1], *whole[2]], [*parts[0], parts[1], *parts[2]], strict=True):
         assert torch.equal(a, b)
 
@@ -414,9 +419,9 @@ def test_default_row_identity_in_batches(monkeypatch):
 @runs
 def test_strided_heads():
     head, tau = make(3, 100, 16), torch.ones(1)
-    truth = fused.head_scores(on(head), on(tau.repeat(3)), on(seed()), None, 0, 0.05)
+    truth = fused.head_scores(on(head), on(tau.repeat(3)), on(noise()), 0.05)
     strided = Head(head.hidden.T.contiguous().T, head.weight.repeat(1, 2)[:, :16], None, None)
-    found = fused.head_scores(on(strided), on(tau).expand(3), on(seed()), None, 0, 0.05)
+    found = fused.head_scores(on(strided), on(tau).expand(3), on(noise()), 0.05)
     for a, b in zip([*truth[0], truth[1], *truth[2]], [*found[0], found[1], *found[2]], strict=True):
         assert torch.equal(a, b)
 
@@ -424,18 +429,18 @@ def test_strided_heads():
 @runs
 def test_no_rows():
     head, tau = make(0, 9, 16), torch.empty(0)
-    sample, total, support = fused.head_scores(on(head), on(tau), on(seed()), None, 0, 0.1)
+    sample, total, support = fused.head_scores(on(head), on(tau), on(noise()), 0.1)
     assert [t.shape for t in sample] == [(0,)] * 4
     assert total.shape == (0,)
     assert support.offsets.tolist() == [0]
-    assert fused.head_sample(on(head), on(seed()), None, 0).ids.shape == (0,)
-    sums, support = fused.head_softmax(on(head), on(tau), on(seed()), None, 0, 0.1, on(head))
+    assert fused.head_sample(on(head), on(noise())).ids.shape == (0,)
+    sums, support = fused.head_softmax(on(head), on(tau), on(noise()), 0.1, on(head))
     assert [t.shape for t in sums] == [(0,)] * 5
     assert support.offsets.tolist() == [0]
 
 
 @runs
-@pytest.mark.skipif(DEVICE != "cpu", reason="launches are watched in the interpreter")
+@needs("Triton's interpreter", DEVICE == "cpu")
 def test_arguments_are_aligned_for_any_number_of_rows(monkeypatch):
     """Triton compiles a kernel anew where they are not, and `inspect` looks at the code for those that are."""
     from triton.runtime.interpreter import GridExecutor
@@ -454,8 +459,8 @@ def test_arguments_are_aligned_for_any_number_of_rows(monkeypatch):
     monkeypatch.setattr(GridExecutor, "__call__", watched)
     for rows in (2, 3):
         head, tau = make(rows, 150, 8, torch.float32), torch.ones(rows)
-        fused.head_scores(head, tau, seed(), None, 0, 0.1)
-        fused.head_softmax(head, tau, seed(), None, 0, 0.1, head)
+        fused.head_scores(head, tau, noise(), 0.1)
+        fused.head_softmax(head, tau, noise(), 0.1, head)
     assert not odd
 
 
@@ -526,7 +531,7 @@ def test_single_logits_are_those_of_the_pass():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_product_of_16_bits_is_as_exact_where_it_is_given_its_place(monkeypatch, dtype):
     """Chunk by chunk, and not rounded on its way: the dense backward's dY."""
-    monkeypatch.setattr(plain.head, "PRODUCT_ELEMENTS", 2**10)
+    resize(monkeypatch, product=2**10)
     generator = torch.Generator(DEVICE).manual_seed(0)
     x, table = (torch.randn(n, 40, generator=generator, device=DEVICE).to(dtype) for n in (5, 700))
     place = torch.full((5, 700), torch.nan, device=DEVICE)

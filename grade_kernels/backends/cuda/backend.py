@@ -1,0 +1,145 @@
+"""The `cuda` backend: launches the kernels of csrc/cuda."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from typing_extensions import override
+
+from grade_kernels import _build
+from grade_kernels.backends.native import ESTIMATOR, contiguous, cuda_kernels, unit_stride
+from grade_kernels.backends.records import Noise, Sample
+from grade_kernels.backends.triton.backend import TritonBackend
+
+__all__ = ["CudaBackend"]
+
+
+@functools.cache
+def _why_unavailable() -> str | None:
+    path = _build.cuda_library_path()
+    if path is None:
+        return _build.missing_cuda_reason()
+    if not torch.cuda.is_available():
+        return "there is no NVIDIA GPU that torch can use"
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        return f"the CUDA kernels do not load: {error}"
+    return None
+
+
+def _seed(seed: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """A launch takes a seed on the host by its value; any other must be on its own device."""
+    return seed if seed.device.type == "cpu" else seed.to(logits.device)
+
+
+def _partial(logits: torch.Tensor, vocab_start: int, *planes: int) -> torch.Tensor:
+    """Room for partial results, `[*planes, N, pieces]`."""
+    pieces = cuda_kernels().pieces(logits.shape[1], vocab_start)
+    return torch.empty(*planes, logits.shape[0], pieces, dtype=torch.float32, device=logits.device)
+
+
+class CudaBackend(TritonBackend):
+    """Kernels of csrc/cuda for rows of given logits.
+
+    What goes through a head is the triton backend's, or the torch backend's where Triton cannot run.
+    """
+
+    name = "cuda"
+
+    @override
+    def why_unavailable(self) -> str | None:
+        """None if the kernels were compiled, there is a GPU, and they load (which this does, once), else the reason."""
+        return _why_unavailable()
+
+    @override
+    def why_not_device(self, device: torch.device) -> str | None:
+        """None for an NVIDIA GPU that there is code for, the oldest of setup.py's CUDA_ARCHITECTURES or later."""
+        if device.type != "cuda":
+            return "it runs on NVIDIA GPUs only"
+        old = torch.cuda.get_device_capability(device) < (8, 0)
+        return "it needs a GPU of compute capability 8.0 or later" if old else None
+
+    @override
+    def serves(self, *dtypes: torch.dtype, head: bool) -> bool:
+        return super().serves(*dtypes, head=True) if head else torch.float64 not in dtypes
+
+    @override
+    def sample(self, logits: torch.Tensor, noise: Noise, logsumexp: bool) -> Sample:
+        rows, device = logits.shape[0], logits.device
+        ids = torch.empty(rows, dtype=torch.int64, device=device)
+        score_max = torch.empty(rows, dtype=torch.float32, device=device)
+        logit_max, logit_sum = (
+            torch.empty(rows if logsumexp else 0, dtype=torch.float32, device=device) for _ in range(2)
+        )
+        found = Sample(ids, score_max, logit_max, logit_sum)
+        best = _partial(logits, noise.vocab_start)
+        tile = torch.empty(best.shape, dtype=torch.int32, device=device)
+        top, total = (torch.empty_like(best) if logsumexp else None for _ in range(2))
+        cuda_kernels().sample(
+            unit_stride(logits), _seed(noise.seed, logits), contiguous(noise.row_ids), noise.vocab_start, best, tile, top,
+            total, *found,
+        )  # fmt: skip
+        return found
+
+    @override
+    def one_hot(self, sample: Sample, vocab: int, dtype: torch.dtype) -> torch.Tensor:
+        out = torch.empty(sample.ids.shape[0], vocab, dtype=dtype, device=sample.ids.device)
+        cuda_kernels().one_hot(sample.ids.contiguous(), sample.score_max.contiguous(), out)
+        return out
+
+    @override
+    def softmax(
+        self,
+        logits: torch.Tensor,
+        tau: torch.Tensor,
+        noise: Noise,
+        score_max: torch.Tensor,
+        *,
+        normalize: bool,
+        dtype: torch.dtype,
+        out: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        # The kernels write float32 and the logits' dtype; what is rounded once more from float32 is rounded once.
+        direct = dtype if dtype == logits.dtype else torch.float32
+        weights = out
+        if weights is None or weights.dtype != direct:
+            weights = torch.empty(logits.shape, dtype=direct, device=logits.device)
+        total = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
+        cuda_kernels().softmax(
+            unit_stride(logits), tau.contiguous(), _seed(noise.seed, logits), contiguous(noise.row_ids),
+            noise.vocab_start, score_max.contiguous(), normalize, _partial(logits, noise.vocab_start), weights, total,
+        )  # fmt: skip
+        if out is None:
+            return weights.to(dtype), total
+        return (out if weights is out else out.copy_(weights)), total
+
+    @override
+    def softmax_backward(
+        self,
+        dy: torch.Tensor,
+        logits: torch.Tensor,
+        tau: torch.Tensor,
+        noise: Noise,
+        sample: Sample,
+        *,
+        estimator: str,
+        dlogprobs: torch.Tensor | None,
+        needs_dtau: bool,
+        out: torch.Tensor,
+    ) -> torch.Tensor:
+        needs_dtau = needs_dtau and estimator != "reinmax"  # which defines none
+        dtau = (torch.empty if needs_dtau else torch.zeros)(logits.shape[0], dtype=torch.float32, device=logits.device)
+        written = out
+        if out.stride(1) != 1 and out.shape[1] > 1:
+            written = torch.empty(out.shape, dtype=out.dtype, device=out.device)
+        cuda_kernels().softmax_backward(
+            unit_stride(dy), unit_stride(logits), tau.contiguous(), _seed(noise.seed, logits),
+            contiguous(noise.row_ids), noise.vocab_start, ESTIMATOR[estimator],
+            *(part.contiguous() for part in sample), contiguous(dlogprobs), _partial(logits, noise.vocab_start, 3),
+            torch.empty_like(dtau), _partial(logits, noise.vocab_start) if needs_dtau else None, written, dtau,
+        )  # fmt: skip
+        if written is not out:
+            out.copy_(written)
+        return dtau

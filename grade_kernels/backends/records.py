@@ -1,0 +1,124 @@
+"""What passes between operations and backends: noise, a head, and what a pass over the vocabulary leaves behind.
+
+Shapes: N rows, a vocabulary of V tokens, hidden states of width H, K entries of a support. "compute" is
+`grade_kernels.dtypes.compute_dtype` of the logits or of the hidden states.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from grade_kernels.dtypes import compute_dtype
+from grade_kernels.noise import GumbelNoise, seed_on
+
+__all__ = ["Head", "Noise", "Sample", "Softmax", "Support", "offsets_of"]
+
+
+class Noise(NamedTuple):
+    """Which noise the rows of a call draw: `GumbelNoise` in the form that operations and kernels take."""
+
+    seed: torch.Tensor  # 0-d int64, on the host or on the rows' device
+    row_ids: torch.Tensor | None  # [N] int64; None stands for 0 .. N - 1
+    vocab_start: int  # global token id of column 0
+
+    def at(self, columns: slice) -> Noise:
+        """The noise of some columns."""
+        return self._replace(vocab_start=self.vocab_start + columns.start)
+
+    def rows(self, rows: torch.Tensor) -> Noise:
+        """The noise of the rows with these indices."""
+        return self._replace(row_ids=rows if self.row_ids is None else self.row_ids[rows])
+
+    def public(self) -> GumbelNoise:
+        """The same as a user writes it."""
+        return GumbelNoise(self.seed, self.row_ids, vocab_start=self.vocab_start)
+
+    def on(self, rows: int, device: torch.device) -> GumbelNoise:
+        """The same with its seed and an identity for each row on a device, where `GumbelNoise` then draws."""
+        row_ids = torch.arange(rows, device=device) if self.row_ids is None else self.row_ids
+        return GumbelNoise(seed_on(self.seed, device), row_ids, vocab_start=self.vocab_start)
+
+
+class Head(NamedTuple):
+    """A head whose logits are `softcap(hidden @ weight.T + bias)`."""
+
+    hidden: torch.Tensor  # [N, H]
+    weight: torch.Tensor  # [V, H], same dtype
+    bias: torch.Tensor | None  # [V]; backends get it in compute precision and contiguous
+    softcap: float | None
+
+    def canonical(self) -> Head:
+        """The head as backends take it."""
+        if self.bias is None:
+            return self
+        return self._replace(bias=self.bias.to(compute_dtype(self.hidden.dtype)).contiguous())
+
+    def rows(self, rows: slice | torch.Tensor) -> Head:
+        """The head over some of the hidden rows."""
+        return self._replace(hidden=self.hidden[rows])
+
+
+class Sample(NamedTuple):
+    """The sampled token of each row, and O(N) numbers from which a backward pass finds the distribution again."""
+
+    ids: torch.Tensor  # [N] int64
+    score_max: torch.Tensor  # [N] compute, max(l + g)
+    logit_max: torch.Tensor  # [N] compute, max(l); empty unless asked for
+    logit_sum: torch.Tensor  # [N] compute, sum(exp(l - max(l))); empty unless asked for
+
+
+class Softmax(NamedTuple):
+    """Statistics per row of `p = softmax(l / tau)`, and of a reference r with the same tau where there is one."""
+
+    logit_max: torch.Tensor  # [N] compute
+    total: torch.Tensor  # [N], sum(exp((l - logit_max) / tau))
+    # [N], sum p (l - logit_max) / tau, or with a reference sum p ((l - logit_max) - (r - ref_max)) / tau
+    moment: torch.Tensor
+    ref_max: torch.Tensor  # [N], empty without a reference
+    ref_total: torch.Tensor
+
+
+class Support(NamedTuple):
+    """Stochastic support: each token kept with probability min(1, p / eps); sorted by row, then by token.
+
+    The value that stands for a kept token's p is max(p, eps), which makes sums over the support unbiased.
+    """
+
+    offsets: torch.Tensor  # [N + 1] int64, where each row's entries begin
+    tokens: torch.Tensor  # [K] int64
+    p: torch.Tensor  # [K] compute, exact probabilities
+    overflow: torch.Tensor  # [N] bool: rows whose support did not fit; they have no entries and take the dense path
+
+    @staticmethod
+    def empty(rows: int, like: torch.Tensor) -> Support:
+        """A support without entries, on the device and in the compute precision of `like`."""
+        device = like.device
+        return Support(
+            torch.zeros(rows + 1, dtype=torch.int64, device=device),
+            torch.zeros(0, dtype=torch.int64, device=device),
+            torch.zeros(0, dtype=compute_dtype(like.dtype), device=device),
+            torch.zeros(rows, dtype=torch.bool, device=device),
+        )
+
+    def rows(self) -> torch.Tensor:
+        """The row `[K]` that each entry belongs to."""
+        counts = self.offsets.diff()
+        rows = torch.arange(len(counts), device=counts.device)
+        return rows.repeat_interleave(counts, output_size=len(self.tokens))
+
+    def row_sums(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum `[N]` of the entries' values `[K]` per row, in a fixed order."""
+        return torch.segment_reduce(values, "sum", offsets=self.offsets, initial=0)
+
+    def without(self, rows: torch.Tensor) -> Support:
+        """The same without the entries of the marked rows (`[N]` bool), which count as overflown."""
+        kept = ~rows[self.rows()]
+        counts = torch.where(rows, 0, self.offsets.diff())
+        return Support(offsets_of(counts), self.tokens[kept], self.p[kept], rows)
+
+
+def offsets_of(counts: torch.Tensor) -> torch.Tensor:
+    """`[len(counts) + 1]`: where runs of so many entries begin, and where the last ends."""
+    return torch.cat([counts.new_zeros(1), counts.cumsum(0)])

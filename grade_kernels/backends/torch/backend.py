@@ -1,0 +1,306 @@
+"""The `torch` backend."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from typing_extensions import override
+
+from grade_kernels.backends.interface import Backend, softcapped
+from grade_kernels.backends.log_sum_exp import LogSumExp
+from grade_kernels.backends.records import Head, Noise, Sample, Softmax, Support, offsets_of
+from grade_kernels.backends.torch.candidates import Candidates
+from grade_kernels.backends.torch.products import product, weighted_sum
+from grade_kernels.dtypes import compute_dtype
+from grade_kernels.estimators import Rule, is_noisy
+from grade_kernels.noise import DOMAIN_GUMBEL, DOMAIN_REFINE, DOMAIN_SUPPORT, gumbel_from_words, uniform_from_words
+
+__all__ = ["TorchBackend"]
+
+
+class _Scores:
+    """l + g of one chunk of columns at a time."""
+
+    def __init__(self, logits: torch.Tensor, noise: Noise) -> None:
+        self.logits, self.noise = logits, noise.on(len(logits), logits.device)
+        self.dtype = compute_dtype(logits.dtype)
+
+    def chunk(self, columns: slice) -> torch.Tensor:
+        rows, width = self.logits.shape[0], columns.stop - columns.start
+        return self.logits[:, columns].to(self.dtype) + self.noise.dense(
+            rows, width, vocab_start=columns.start, dtype=self.dtype
+        )
+
+
+class TorchBackend(Backend):
+    """Every function of the interface in plain PyTorch, on every device, for all four dtypes."""
+
+    name = "torch"
+
+    @override
+    def why_unavailable(self) -> str | None:
+        return None
+
+    @override
+    def why_not_device(self, device: torch.device) -> str | None:
+        return None
+
+    @override
+    def serves(self, *dtypes: torch.dtype, head: bool) -> bool:
+        return True
+
+    # Rows of given logits
+
+    @override
+    def sample(self, logits: torch.Tensor, noise: Noise, logsumexp: bool) -> Sample:
+        rows, vocab = logits.shape
+        scores = _Scores(logits, noise)
+        score_max = torch.full((rows,), -torch.inf, dtype=scores.dtype, device=logits.device)
+        ids = torch.zeros(rows, dtype=torch.int64, device=logits.device)
+        sums = LogSumExp(rows, logits)
+        for columns in self.column_chunks(rows, vocab):
+            best, where = scores.chunk(columns).max(dim=1)
+            # NaN wins every later comparison, as in torch.max.
+            better = ~(best <= score_max) & ~score_max.isnan()
+            ids = torch.where(better, where + columns.start, ids)
+            score_max = torch.where(better, best, score_max)
+            if logsumexp:
+                sums.update(logits[:, columns].to(scores.dtype))
+        bad = ~score_max.isfinite()
+        if logits.device.type == "cpu":
+            ids = torch.where(bad, -1, ids)
+        else:
+            score_max = torch.where(bad, torch.nan, score_max)
+        if not logsumexp:
+            return Sample(ids, score_max, score_max.new_empty(0), score_max.new_empty(0))
+        return Sample(ids, score_max, sums.max, sums.total)
+
+    @override
+    def one_hot(self, sample: Sample, vocab: int, dtype: torch.dtype) -> torch.Tensor:
+        rows = sample.ids.shape[0]
+        out = torch.zeros(rows, vocab, dtype=dtype, device=sample.ids.device)
+        # On CPUs scatter_ reads and writes the whole of a tensor in 16 bits.
+        out[torch.arange(rows, device=out.device), sample.ids] = 1.0
+        return out if out.device.type == "cpu" else out.masked_fill_(sample.score_max.isnan()[:, None], torch.nan)
+
+    @override
+    def softmax(
+        self,
+        logits: torch.Tensor,
+        tau: torch.Tensor,
+        noise: Noise,
+        score_max: torch.Tensor,
+        *,
+        normalize: bool,
+        dtype: torch.dtype,
+        out: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        rows, vocab = logits.shape
+        scores = _Scores(logits, noise)
+        weights = torch.empty(rows, vocab, dtype=dtype, device=logits.device) if out is None else out
+        total = torch.zeros(rows, dtype=scores.dtype, device=logits.device)
+
+        def chunk(columns: slice) -> torch.Tensor:
+            return ((scores.chunk(columns) - score_max[:, None]) / tau[:, None]).exp()
+
+        for columns in self.column_chunks(rows, vocab):
+            part = chunk(columns)
+            total += part.sum(dim=1)
+            weights[:, columns] = part
+        if normalize:
+            # Weights in 16 bits are rounded already; dividing them would round twice. So they are computed again.
+            narrow = dtype != scores.dtype
+            for columns in self.column_chunks(rows, vocab):
+                weights[:, columns] = (chunk(columns) if narrow else weights[:, columns]) / total[:, None]
+        return weights, total
+
+    @override
+    def softmax_backward(
+        self,
+        dy: torch.Tensor,
+        logits: torch.Tensor,
+        tau: torch.Tensor,
+        noise: Noise,
+        sample: Sample,
+        *,
+        estimator: str,
+        dlogprobs: torch.Tensor | None,
+        needs_dtau: bool,
+        out: torch.Tensor,
+    ) -> torch.Tensor:
+        rows, vocab = logits.shape
+        scores = _Scores(logits, noise)
+        noisy, reinmax = is_noisy(estimator), estimator == "reinmax"
+        pivot = (sample.score_max if noisy else sample.logit_max)[:, None]
+        rule, dtau = Rule(estimator, tau[:, None], sample.ids[:, None]), torch.zeros_like(tau)
+
+        def distance(columns: slice) -> torch.Tensor:
+            """Argument of the relaxation's exponential, before the division by tau; its maximum is 0."""
+            return (scores.chunk(columns) if noisy else logits[:, columns].to(scores.dtype)) - pivot
+
+        def untempered(columns: slice) -> torch.Tensor:
+            """softmax(l)."""
+            return (logits[:, columns].to(scores.dtype) - sample.logit_max[:, None]).exp() / sample.logit_sum[:, None]
+
+        for columns in self.column_chunks(rows, vocab):
+            weights, upstream = (distance(columns) / rule.tau).exp(), dy[:, columns].to(scores.dtype)
+            rule.measure(weights, upstream, untempered(columns) if reinmax else None)
+        rule.settle(dy.gather(1, sample.ids[:, None]).to(scores.dtype) if reinmax else None)
+        for columns in self.column_chunks(rows, vocab):
+            height, upstream = distance(columns), dy[:, columns].to(scores.dtype, copy=True)
+            p = (height / rule.tau).exp() / rule.total
+            dl = rule.gradient(p, upstream, columns, untempered(columns) if reinmax else None)
+            if needs_dtau and not reinmax:
+                dtau -= torch.where(p > 0, dl * height, 0.0).sum(dim=1) / tau
+            if dlogprobs is not None:
+                dl = rule.with_logprobs(dl, dlogprobs[:, None], columns, untempered(columns))
+            out[:, columns] = torch.where(logits[:, columns] == -torch.inf, 0.0, dl)
+        return dtau
+
+    # Through a head
+
+    @override
+    def head_sample(self, head: Head, noise: Noise) -> Sample:
+        one = torch.ones(head.hidden.shape[0], dtype=compute_dtype(head.hidden.dtype), device=head.hidden.device)
+        return self.head_scores(head, one, noise, 0.0)[0]
+
+    @override
+    def head_scores(
+        self, head: Head, tau: torch.Tensor, noise: Noise, eps: float
+    ) -> tuple[Sample, torch.Tensor, Support]:
+        rows, vocab = head.hidden.shape[0], head.weight.shape[0]
+        drawn = noise.on(rows, head.hidden.device)
+        tempered, untempered = LogSumExp(rows, head.hidden, tau), LogSumExp(rows, head.hidden)
+        ids = torch.zeros(rows, dtype=torch.int64, device=head.hidden.device)
+        candidates = Candidates(tempered, tau, eps, self.support_capacity(eps, vocab)) if eps > 0 else None
+        for columns, logits in self.head_chunks(head):
+            word, refinement = (
+                drawn.words(rows, logits.shape[1], vocab_start=columns.start, domain=domain)
+                for domain in (DOMAIN_GUMBEL, DOMAIN_REFINE)
+            )
+            scores = logits + gumbel_from_words(word, refinement, logits.dtype)
+            best, where = scores.max(dim=1)
+            ids = torch.where(~(best <= tempered.max), where + columns.start, ids)
+            untempered.update(logits)
+            weights, _ = tempered.update(scores)
+            if candidates is not None:
+                candidates.take(columns, weights, scores, uniform_from_words(word, logits.dtype))
+        bad = ~tempered.max.isfinite()
+        support = Support.empty(rows, head.hidden) if candidates is None else candidates.support()
+        if head.hidden.device.type == "cpu":
+            ids = torch.where(bad, -1, ids)
+        score_max = torch.where(bad, torch.nan, tempered.max)
+        return Sample(ids, score_max, untempered.max, untempered.total), tempered.total, support
+
+    @override
+    def head_softmax(
+        self, head: Head, tau: torch.Tensor, noise: Noise, eps: float, ref: Head | None = None
+    ) -> tuple[Softmax, Support]:
+        rows, vocab = head.hidden.shape[0], head.weight.shape[0]
+        drawn = noise.on(rows, head.hidden.device)
+        sums, ref_sums = LogSumExp(rows, head.hidden, tau), LogSumExp(rows, head.hidden, tau)
+        candidates = Candidates(sums, tau, eps, self.support_capacity(eps, vocab)) if eps > 0 else None
+        ref_chunks: Iterator[tuple[slice, torch.Tensor]] | None = None if ref is None else self.head_chunks(ref)
+        moment = torch.zeros_like(sums.total)
+        for columns, logits in self.head_chunks(head):
+            # The moment is that of logits relative to the maximum so far (with a reference: to the two maxima's difference).
+            # When that pivot moves by d, the sum of weights * distance grows by d * (sum of weights).
+            pivots, total = sums.pivot() - ref_sums.pivot(), sums.total
+            weights, scale = sums.update(logits)
+            centred = logits - sums.pivot()[:, None]
+            if ref_chunks is not None:
+                ref_logits = next(ref_chunks)[1]
+                ref_sums.update(ref_logits)
+                centred -= ref_logits - ref_sums.pivot()[:, None]
+            moved = total * (pivots - (sums.pivot() - ref_sums.pivot())) / tau
+            moment = torch.where((total > 0) & (scale > 0), scale * (moment + moved), 0.0)
+            moment += torch.where(weights > 0, weights * centred / tau[:, None], 0.0).sum(dim=1)
+            if candidates is not None:
+                word = drawn.words(rows, logits.shape[1], vocab_start=columns.start, domain=DOMAIN_SUPPORT)
+                candidates.take(columns, weights, logits, uniform_from_words(word, logits.dtype))
+        support = Support.empty(rows, head.hidden) if candidates is None else candidates.support()
+        moment /= sums.total
+        if ref is None:
+            empty = moment.new_empty(0)
+            return Softmax(sums.max, sums.total, moment, empty, empty), support
+        return Softmax(sums.max, sums.total, moment, ref_sums.max, ref_sums.total), support
+
+    @override
+    def head_logits_at(self, head: Head, rows: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        logits = self.gather_dot(head.hidden, head.weight, rows, tokens)
+        logits = logits.to(head.hidden.dtype).to(logits.dtype)  # what a matrix product in that dtype returns
+        if head.bias is not None:
+            logits = logits + head.bias[tokens]
+        return softcapped(logits, head.softcap)
+
+    # Products with rows of a table
+
+    @override
+    def gather_dot(
+        self, x: torch.Tensor, table: torch.Tensor, rows: torch.Tensor, tokens: torch.Tensor
+    ) -> torch.Tensor:
+        dtype = compute_dtype(torch.promote_types(x.dtype, table.dtype))
+        out = torch.empty(len(tokens), dtype=dtype, device=x.device)
+        step = max(1, self.sizes.gather // max(1, x.shape[1]))
+        for i in range(0, len(tokens), step):
+            part = slice(i, i + step)
+            out[part] = (x[rows[part]].to(dtype) * table[tokens[part]].to(dtype)).sum(dim=1)
+        return out
+
+    @override
+    def gather_sum(
+        self, values: torch.Tensor, table: torch.Tensor, offsets: torch.Tensor, tokens: torch.Tensor
+    ) -> torch.Tensor:
+        width = table.shape[1]
+        out = torch.zeros(len(offsets) - 1, width, dtype=values.dtype, device=table.device)
+        # What is gathered at a time is limited by taking blocks of columns. Taking blocks of entries would split a row's sum.
+        step = max(1, self.sizes.gather // max(1, len(tokens)))
+        for i in range(0, width, step):
+            gathered = table[:, i : i + step][tokens].to(values.dtype) * values[:, None]
+            out[:, i : i + step] = torch.segment_reduce(gathered, "sum", offsets=offsets, axis=0, initial=0)
+        return out
+
+    @override
+    def scatter_sum(
+        self, values: torch.Tensor, x: torch.Tensor, rows: torch.Tensor, tokens: torch.Tensor, table: torch.Tensor
+    ) -> torch.Tensor:
+        out = torch.zeros(table.shape[0], x.shape[1], dtype=table.dtype, device=table.device)
+        if len(tokens) == 0:
+            return out
+        order, distinct, offsets = self.token_order(tokens, table.shape[0])
+        out[distinct] = self.gather_sum(values[order], x, offsets, rows[order]).to(table.dtype)
+        return out
+
+    def token_order(self, tokens: torch.Tensor, vocab: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """A stable order of entries by token, the tokens that occur, and `[distinct + 1]` where those of each begin."""
+        order = tokens.argsort(stable=True)
+        distinct, counts = torch.unique_consecutive(tokens[order], return_counts=True)
+        return order, distinct, offsets_of(counts)
+
+    @override
+    def product(self, x: torch.Tensor, table: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        return product(x, table, out, self.sizes.product)
+
+    @override
+    def weighted_sum(self, values: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        return weighted_sum(values, table, self.sizes.product)
+
+    @override
+    def exact_weights(self, dtype: torch.dtype) -> bool:
+        return dtype == compute_dtype(dtype)
+
+    @override
+    def weight_terms(
+        self, weights: torch.Tensor, dy: torch.Tensor, slope: torch.Tensor | None, out: torch.Tensor, sums: torch.Tensor
+    ) -> torch.Tensor:
+        total, dot = sums
+        before = torch.where(total > 0, dot / total, 0.0)
+        total += weights.sum(dim=1)
+        dot += (weights * dy).sum(dim=1)
+        mean = torch.where(total > 0, dot / total, 0.0)
+        weighted, unweighted = out.unbind()
+        scaled = weights if slope is None else weights * slope
+        unweighted.copy_(scaled)
+        weighted.copy_(scaled * (dy - mean[:, None]))
+        return mean - before

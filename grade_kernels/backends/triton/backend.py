@@ -1,0 +1,165 @@
+"""The `triton` backend. Its functions import Triton when they are first called."""
+
+from __future__ import annotations
+
+import torch
+from typing_extensions import override
+
+from grade_kernels.backends.chunks import column_chunks
+from grade_kernels.backends.interface import softcapped
+from grade_kernels.backends.records import Head, Noise, Sample, Softmax, Support
+from grade_kernels.backends.torch.backend import TorchBackend
+from grade_kernels.backends.triton import availability
+
+__all__ = ["TritonBackend"]
+
+
+class TritonBackend(TorchBackend):
+    """Triton's kernels. What goes through a head in float64 is the torch backend's."""
+
+    name = "triton"
+
+    @override
+    def why_unavailable(self) -> str | None:
+        """None if Triton is installed and has a driver or its interpreter is on, else the reason."""
+        return availability.why_unavailable()
+
+    @override
+    def why_not_device(self, device: torch.device) -> str | None:
+        """None for a device that the active Triton driver (or the interpreter) serves, else the reason."""
+        return availability.why_not_device(device)
+
+    @override
+    def serves(self, *dtypes: torch.dtype, head: bool) -> bool:
+        """The `cuda` backend, which inherits what goes through a head, may run where Triton does not."""
+        return not head or (torch.float64 not in dtypes and availability.why_unavailable() is None)
+
+    # Rows of given logits
+
+    @override
+    def sample(self, logits: torch.Tensor, noise: Noise, logsumexp: bool) -> Sample:
+        from grade_kernels.backends.triton.sampling import sample
+
+        return sample(logits, noise, logsumexp)
+
+    @override
+    def one_hot(self, sample: Sample, vocab: int, dtype: torch.dtype) -> torch.Tensor:
+        from grade_kernels.backends.triton.onehot import one_hot
+
+        return one_hot(sample, vocab, dtype)
+
+    @override
+    def softmax(
+        self,
+        logits: torch.Tensor,
+        tau: torch.Tensor,
+        noise: Noise,
+        score_max: torch.Tensor,
+        *,
+        normalize: bool,
+        dtype: torch.dtype,
+        out: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        from grade_kernels.backends.triton.relaxation import softmax
+
+        return softmax(logits, tau, noise, score_max, normalize=normalize, dtype=dtype, out=out)
+
+    @override
+    def softmax_backward(
+        self,
+        dy: torch.Tensor,
+        logits: torch.Tensor,
+        tau: torch.Tensor,
+        noise: Noise,
+        sample: Sample,
+        *,
+        estimator: str,
+        dlogprobs: torch.Tensor | None,
+        needs_dtau: bool,
+        out: torch.Tensor,
+    ) -> torch.Tensor:
+        from grade_kernels.backends.triton.gradient import softmax_backward
+
+        return softmax_backward(
+            dy, logits, tau, noise, sample, estimator=estimator, dlogprobs=dlogprobs, needs_dtau=needs_dtau, out=out
+        )
+
+    # Through a head
+
+    @override
+    def head_sample(self, head: Head, noise: Noise) -> Sample:
+        if not self._fused(head):
+            return super().head_sample(head, noise)
+        from grade_kernels.backends.triton.head_sampling import head_sample
+
+        return head_sample(head, noise)
+
+    @override
+    def head_scores(
+        self, head: Head, tau: torch.Tensor, noise: Noise, eps: float
+    ) -> tuple[Sample, torch.Tensor, Support]:
+        if not self._fused(head):
+            return super().head_scores(head, tau, noise, eps)
+        from grade_kernels.backends.triton.head_sampling import head_scores
+
+        return head_scores(head, tau, noise, eps, self.support_capacity(eps, len(head.weight)))
+
+    @override
+    def head_softmax(
+        self, head: Head, tau: torch.Tensor, noise: Noise, eps: float, ref: Head | None = None
+    ) -> tuple[Softmax, Support]:
+        if not self._fused(*((head,) if ref is None else (head, ref))):
+            return super().head_softmax(head, tau, noise, eps, ref)
+        from grade_kernels.backends.triton.head_relaxation import head_softmax
+
+        return head_softmax(head, tau, noise, eps, ref, self.support_capacity(eps, len(head.weight)))
+
+    @override
+    def head_logits_at(self, head: Head, rows: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """See `Backend.head_logits_at`. The passes keep logits in float32, so nothing is rounded here."""
+        if not self.serves(head.hidden.dtype, head=True):
+            return super().head_logits_at(head, rows, tokens)
+        logits = self.gather_dot(head.hidden, head.weight, rows, tokens)
+        if head.bias is not None:
+            logits = logits + head.bias[tokens]
+        return softcapped(logits, head.softcap)
+
+    def _fused(self, *heads: Head) -> bool:
+        """Whether kernels take these heads: they have none for an empty grid."""
+        return len(heads[0].hidden) > 0 and self.serves(*(h.hidden.dtype for h in heads), head=True)
+
+    # Products with rows of a table
+
+    @override
+    def gather_dot(
+        self, x: torch.Tensor, table: torch.Tensor, rows: torch.Tensor, tokens: torch.Tensor
+    ) -> torch.Tensor:
+        if x.shape[1] == 0 or not self.serves(x.dtype, table.dtype, head=True):
+            return super().gather_dot(x, table, rows, tokens)
+        from grade_kernels.backends.triton.gather import gather_dot
+
+        return gather_dot(x, table, rows, tokens)
+
+    @override
+    def gather_sum(
+        self, values: torch.Tensor, table: torch.Tensor, offsets: torch.Tensor, tokens: torch.Tensor
+    ) -> torch.Tensor:
+        if table.shape[1] == 0 or not self.serves(values.dtype, table.dtype, head=True):
+            return super().gather_sum(values, table, offsets, tokens)
+        from grade_kernels.backends.triton.gather import gather_sum
+
+        return gather_sum(values, table, offsets, tokens)
+
+    @override
+    def product(self, x: torch.Tensor, table: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """See `Backend.product`. In 16 bits it is kept in float32, as the passes keep their logits."""
+        narrow = x.dtype in (torch.bfloat16, torch.float16) and self.serves(x.dtype, head=True)
+        if not narrow or (out is not None and out.dtype != torch.float32):
+            return super().product(x, table, out)
+        if out is not None:
+            for columns in column_chunks(len(x), len(table), self.sizes.product):
+                out[:, columns] = self.product(x, table[columns])
+            return out
+        if x.is_cuda and torch.version.hip is None:
+            return torch.mm(x, table.T, out_dtype=torch.float32)
+        return x.float() @ table.float().T

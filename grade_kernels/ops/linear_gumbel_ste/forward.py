@@ -1,0 +1,108 @@
+"""The forward pass: sample, look up, and keep what backward needs."""
+
+from __future__ import annotations
+
+import torch
+
+from grade_kernels import backends, reference
+from grade_kernels.backends import Backend, Head, Sample, Support
+from grade_kernels.backends.chunks import Scratch
+from grade_kernels.backends.log_sum_exp import LogSumExp
+from grade_kernels.ops import checks, tables
+from grade_kernels.ops.head import check_reference_rows, fake_support
+from grade_kernels.ops.linear_gumbel_sample import chosen_logprobs
+from grade_kernels.ops.linear_gumbel_ste.records import Draw, Kept, Statistics
+from grade_kernels.ops.tables import Embedded
+from grade_kernels.ops.transforms import check_order
+from grade_kernels.reference import GumbelSTEEmbedding
+
+__all__ = ["by_reference", "fake", "kernel"]
+
+
+def kernel(draw: Draw) -> tuple[Embedded[torch.Tensor], Kept]:
+    """The table of passes of this package's docstring."""
+    backend, head, tau, ids, eps = backends.get(draw.backend), draw.head.canonical(), draw.tau, draw.ids, draw.eps
+    if checks.reads_values(tau):
+        checks.check_tau_values(tau)
+    if ids is not None and checks.reads_values(ids):
+        checks.check_ids_values(ids, head.weight.shape[0])
+    rows = head.hidden.shape[0]
+    relaxed_sum = torch.zeros_like(tau)
+    support, untempered = (Support.empty(rows, head.hidden) for _ in range(2))
+    embedded = None
+    if draw.estimator == "soft":
+        sample, relaxed_sum, embedded = _soft_lookup(backend, head, draw)
+    elif draw.wants_support and (draw.estimator == "ste" or eps == 0):
+        sample, relaxed_sum, support = backend.head_scores(head, tau, draw.noise, eps)
+    else:
+        sample = backend.head_sample(head, draw.noise)
+        if draw.wants_support:
+            sums, support = backend.head_softmax(head, tau, draw.noise, eps)
+            relaxed_sum = sums.total
+            if draw.estimator == "reinmax":
+                _, untempered = backend.head_softmax(head, torch.ones_like(tau), draw.noise, eps)
+    if checks.reads_values(head.hidden):
+        checks.check_head_rows((sample.ids < 0) | sample.score_max.isnan())
+    ids = sample.ids if ids is None else ids.clone()
+    chosen = backend.head_logits_at(head, torch.arange(rows, device=ids.device), ids)
+    if embedded is None:
+        embedded = tables.look_up(draw.tables, ids, sample.score_max - sample.score_max)
+    statistics = torch.stack(Statistics(sample.score_max, sample.logit_max, sample.logit_sum, relaxed_sum, chosen))
+    return Embedded(embedded, ids, chosen_logprobs(sample, chosen)), Kept(statistics, support, untempered)
+
+
+def _soft_lookup(backend: Backend, head: Head, draw: Draw) -> tuple[Sample, torch.Tensor, torch.Tensor]:
+    """`softmax((l + g) / tau) @ [E_1 E_2 ...]`, accumulated over chunks of the vocabulary as attention is over keys."""
+    tau, rows = draw.tau, len(draw.tau)
+    score_max, total, untempered = torch.full_like(tau, -torch.inf), torch.zeros_like(tau), LogSumExp(rows, tau)
+    ids = torch.full((rows,), -1, dtype=torch.int64, device=tau.device)
+    sums = [torch.zeros(rows, table.shape[1], dtype=tau.dtype, device=tau.device) for table in draw.tables]
+    dtype = tables.weights_dtype(draw.tables, tau.dtype)
+    scratch = Scratch(rows, dtype, tau.device)
+    for columns, logits in backend.head_chunks(head):
+        noise = draw.noise.at(columns)
+        part = backend.sample(logits, noise, True)
+        chunk_max = logits.amax(dim=1)
+        # A chunk may be masked throughout; only a NaN or +inf in it makes the row bad.
+        bad = chunk_max.isnan() | (chunk_max == torch.inf)
+        best = torch.where(bad, torch.nan, torch.where(chunk_max == -torch.inf, -torch.inf, part.score_max))
+        ids = torch.where(best > score_max, part.ids + columns.start, ids)
+        raised = torch.where(best.isnan() | score_max.isnan(), torch.nan, torch.maximum(best, score_max))
+        pivot = torch.where(raised == -torch.inf, 0.0, raised)
+        scale = ((score_max - pivot) / tau).exp()
+        score_max = raised
+        weights, mass = backend.softmax(
+            logits, tau, noise, pivot, normalize=False, dtype=dtype, out=scratch(logits.shape[1])
+        )
+        total = total * scale + mass
+        for acc, table in zip(sums, draw.tables, strict=True):
+            acc.mul_(scale[:, None]).add_(backend.weighted_sum(weights, table[columns]))
+        untempered.merge(chunk_max, part.logit_sum)
+    embedded = [(acc / total[:, None]).to(table.dtype) for acc, table in zip(sums, draw.tables, strict=True)]
+    score_max = torch.where(score_max.isfinite(), score_max, torch.nan)
+    sample = Sample(ids, score_max, untempered.max, untempered.total)
+    return sample, total, tables.joined(embedded, draw.tables)
+
+
+def fake(draw: Draw) -> tuple[Embedded[torch.Tensor], Kept]:
+    """Results without data; a support's size depends on values where there is one."""
+    rows, tau = draw.head.hidden.shape[0], draw.tau
+    sparse = draw.wants_support and draw.eps > 0 and draw.estimator != "soft"
+    found = Embedded(tables.empty(rows, draw.tables), tau.new_empty(rows, dtype=torch.int64), tau.new_empty(rows))
+    support, untempered = (
+        fake_support(rows, tau, sparse),
+        fake_support(rows, tau, sparse and draw.estimator == "reinmax"),
+    )
+    return found, Kept(tau.new_empty(len(Statistics._fields), rows), support, untempered)
+
+
+def by_reference(draw: Draw) -> GumbelSTEEmbedding[tuple[torch.Tensor, ...]]:
+    """`reference.linear_gumbel_ste`, whose gradient is exact at every eps."""
+    hidden, weight, bias, softcap = draw.head
+    check_order(draw.estimator)
+    checks.check_for_reference(None, draw.tau, draw.ids, weight.shape[0])
+    check_reference_rows(draw.head)
+    return reference.linear_gumbel_ste(
+        hidden, weight, tuple(draw.tables), draw.tau.unsqueeze(-1), bias=bias, logit_softcap=softcap,
+        estimator=draw.estimator, noise=draw.noise.public(), ids=draw.ids,
+    )  # fmt: skip
