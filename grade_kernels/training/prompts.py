@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypedDict
 
 import torch
@@ -86,6 +86,7 @@ class PromptCollator:
         pad_token_id: what pads on the left.
         room: what prompts must leave room for, and what happens to those that don't.
         vocab_size: tokens that the policy has; None checks nothing.
+        tables: how many tokens rewards and a reference have, by what errors call them.
         drops_columns: whether rewards get no columns.
         progress: whether to show a bar where looking at a data set takes longer than some seconds.
     """
@@ -97,11 +98,16 @@ class PromptCollator:
         room: Room,
         *,
         vocab_size: int | None = None,
+        tables: Mapping[str, int] | None = None,
         drops_columns: bool = False,
         progress: bool = False,
     ) -> None:
         self.tokens, self.pad_token_id, self.room = tokens, pad_token_id, room
         self.vocab_size, self.drops_columns, self.progress = vocab_size, drops_columns, progress
+        self.tables = dict(tables or {})
+        # Whether a token of the tokenizer's may be one that a model lacks; then every prompt is tokenized to see.
+        least = min([*self.tables.values(), *([] if vocab_size is None else [vocab_size])], default=None)
+        self._beyond = least is not None and tokens.may_reach(least)
         self._counted = True  # whether long prompts were counted before they came
         self._long = 0
 
@@ -132,9 +138,10 @@ class PromptCollator:
     def fitting(self, name: str, dataset: Any) -> Any:
         """A data set, or every one of a dict of such, with its prompts checked and without those to skip.
 
-        All prompts of a data set with a length are looked at once. Those that are so short that they must fit are not
-        tokenized, which makes it a matter of half a minute for a million short ones, and of some minutes for as many long
-        ones. Examples of a data set without a length are checked as they come.
+        All prompts of a data set with a length are looked at once. Those that are so short that they must fit, and whose
+        text leaves no doubt of its tokens, are not tokenized, which makes it a matter of half a minute for a million short
+        ones, and of some minutes for as many long ones, or where the tokenizer has tokens that the policy lacks. Examples of
+        a data set without a length are checked as they come.
 
         Args:
             name: what errors and warnings call it.
@@ -182,13 +189,18 @@ class PromptCollator:
         _check_columns("an example", list(example), self.drops_columns)
 
     def _excess(self, example: dict[str, Any]) -> str | None:
-        """Why an example's prompt does not fit, or None."""
+        """Why an example's prompt does not fit, or None; an error where it could not be used at all."""
         self._check(example)
         self.tokens.check(example)
         enough = self.room.unquestioned
-        if enough is None or self.tokens.bound(example) <= enough:
+        fits = enough is None or self.tokens.bound(example) <= enough
+        if fits and not self._beyond and not self.tokens.doubtful(example):
             return None
-        return self.room.excess(len(self.tokens(example)))
+        ids = self.tokens(example)
+        excess = self.room.excess(len(ids))
+        if excess is None or self.room.choice == "truncate":
+            self._check_range(example, ids if excess is None else ids[-self.room.cut(len(ids)) :])
+        return excess
 
     def _fits(self, example: dict[str, Any]) -> bool:
         """Whether an example stays, said as they come."""
@@ -208,12 +220,22 @@ class PromptCollator:
             if not self._counted:
                 self._note("cut on the left", excess, example)
             ids = ids[-self.room.cut(len(ids)) :]
+        self._check_range(example, ids)
+        return ids
+
+    def _check_range(self, example: dict[str, Any], ids: Sequence[int]) -> None:
+        """Every token is one of the policy's, of every reward's and of the reference's, or ValueError."""
         if self.vocab_size is not None and not 0 <= min(ids) <= max(ids) < self.vocab_size:
             raise ValueError(
                 f"input_ids must lie in [0, {self.vocab_size}), got values in [{min(ids)}, {max(ids)}]; the prompt begins "
                 f"{beginning_of(example['prompt'])}"
             )
-        return ids
+        for whose, size in self.tables.items():
+            if max(ids) >= size:
+                raise ValueError(
+                    f"{whose} must have a row for every token it reads: its embedding table has {size}, but a prompt has "
+                    f"token {max(ids)}; it begins {beginning_of(example['prompt'])}"
+                )
 
     def _note(self, what: str, excess: str, example: dict[str, Any]) -> None:
         """Say how many prompts were too long so far, the more seldom the more there are."""

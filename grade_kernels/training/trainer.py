@@ -223,6 +223,7 @@ class GRADETrainer(Trainer):
             self._pad_id,
             room_for(parts.model.config, self.objectives, args, self.ref_model),
             vocab_size=parts.vocab_size,
+            tables=self._tables(),
             drops_columns=args.remove_unused_columns,
             progress=not args.disable_tqdm,
         )
@@ -604,6 +605,13 @@ class GRADETrainer(Trainer):
         if isinstance(self.reference, OtherModel):
             self._reference_digest = fingerprint(self.reference.model)
             self.ref_model = self.reference.model.to(args.device)
+
+    def _tables(self) -> dict[str, int]:
+        """How many tokens every reward has, and the reference where it is a model of its own."""
+        tables = {objective.name: len(objective.table) for objective in self.objectives}
+        if self.ref_model is not None:
+            tables["ref_model"] = len(read_language_model(self.ref_model, name="ref_model").table)
+        return tables
 
     def _check_reward_gradients(self, dataset: Any) -> None:
         """Try every differentiable reward on two prompts, so that what is wrong with it shows before the first step."""

@@ -574,8 +574,66 @@ def test_prompts_that_fit_by_their_bytes_are_not_tokenized(monkeypatch):
     monkeypatch.setattr(PromptTokenizer, "__call__", lambda self, example: calls.append(example) or [1] * 99)
     collator = PromptCollator(tokens, 0, Room(6, positions={"the model": 2000}))
     data = [{"prompt": "w3 " * 100}, {"prompt": user("w3")}, {"prompt": "ä" * 1000}, {"prompt": user("w3 " * 400)}]
-    assert collator.fitting("data", data) is data
-    assert calls == data[2:]
+    assert collator.fitting("data", [*data, {"prompt": user("w4")}])[:4] == data
+    assert calls == data[1:]  # of conversations by one structure the first is, for its template may not take it
+
+
+def byte_level(pairs=()):
+    """A tokenizer of single bytes, and of what is given."""
+    inner = Tokenizer(models.BPE({c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, []))
+    inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    made = tf.PreTrainedTokenizerFast(tokenizer_object=inner)
+    made.add_special_tokens({"additional_special_tokens": list(pairs)})
+    return made
+
+
+STRICT = (
+    "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}w40 {% endfor %}"
+)
+LACKING = Tokenizer(models.BPE({"a": 0, "b": 1}, []))  # drops what it does not know
+
+
+@pytest.mark.parametrize(
+    ("made", "bad", "options", "message"),
+    [
+        (tokenizer(), "w3 more", {}, r"input_ids must lie in \[0, 61\), got values in \[1, 61\]; .* begins 'w3 more'"),
+        (tokenizer("$A"), " \t", {}, "has no token"),
+        (tokenizer("$A"), "", {}, "has no token"),
+        (tf.PreTrainedTokenizerFast(tokenizer_object=LACKING), "cde", {}, "has no token"),
+        (tokenizer(), "w3 w57", {"family": "llava"}, r"holds the model's image_token_\w+ \(57\).* begins 'w3 w57'"),
+        (byte_level(["<Image>"]), "x<Image>", {"image": 256}, r"holds the model's image_token_id \(256\)"),
+        (tokenizer(template=CHAT), user("w3", "w57"), {"family": "llava"}, "holds the model's image_token"),
+        (tokenizer(template="{{ messages[0]['content'] }}"), user(" "), {}, "has no token"),
+        (tokenizer(template=STRICT), [{"role": "system", "content": "w3"}], {}, "template fails: .*no system"),
+        (tokenizer(), "w3 w50", {"reward": 45}, r"BagReward must have a row for .* has 45, but a prompt has token 50"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("room", [Room(6, positions={"the model": 64}), Room(6)], ids=["limited", "endless"])
+def test_prompts_that_fit_but_can_not_be_used_are_named_before_the_first_step(made, bad, options, message, room):
+    good = user("w3") if isinstance(bad, list) else "a"
+    if made.get_vocab().get("w60") == 60:
+        good = user("w3") if isinstance(bad, list) else "w3"
+        if isinstance(bad, str) and "more" in bad:
+            made.add_tokens(["more"])
+    shape = multimodal(options["family"]).config if "family" in options else None
+    if "image" in options:
+        shape = tf.Qwen2VLConfig(image_token_id=options["image"])
+    size = max(VOCAB, 300 if "image" in options else 0)
+    tables = {"BagReward": options["reward"]} if "reward" in options else {}
+    collator = PromptCollator(PromptTokenizer(made, config=shape), 0, room, vocab_size=size, tables=tables)
+    data = [*({"prompt": good} for _ in range(3)), {"prompt": bad}]
+    with pytest.raises(ValueError, match=rf"data\[3\]: .*{message}"):
+        collator.fitting("data", data)
+    assert collator.fitting("data", data[:3]) == data[:3]
+
+
+def test_the_trainer_looks_at_the_tables_of_rewards_and_reference(tmp_path):
+    reward = BagReward(dtype=torch.float32, vocab=VOCAB - 5)
+    model = policy("gpt2", dtype=torch.float32)
+    model.generation_config.suppress_tokens = list(range(VOCAB - 5, VOCAB))
+    data = [*({"prompt": "w3"} for _ in range(3)), {"prompt": "w58"}]
+    with pytest.raises(ValueError, match=r"train_dataset\[3\]: BagReward must have a row .* has 56.* token 58"):
+        build(tmp_path, model=model, reward=reward, dataset=data)
 
 
 def test_the_reference_of_a_loop_of_ones_own_has_room_too():
