@@ -507,6 +507,10 @@ class GRADETrainer(Trainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and not checkpoints.is_sealed(Path(checkpoint)):
+            # The library goes on with the logging_steps, eval_steps and save_steps of the run that wrote the checkpoint,
+            # which was another trainer's.
+            self.state.compute_steps(self.args, self.state.max_steps)
         absent = [] if checkpoint is None else checkpoints.absent(Path(checkpoint))
         if absent:
             logger.warning(
