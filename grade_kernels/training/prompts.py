@@ -17,7 +17,7 @@ from grade_kernels.training.prompt_tokens import MEDIA_COLUMNS, TEMPLATE_COLUMNS
 from grade_kernels.training.rewards import Objective, SequenceClassificationReward
 from grade_kernels.training.text_rewards import HELPERS
 
-__all__ = ["PromptBatch", "PromptCollator", "RepeatedPrompts", "check_prompt_dataset", "room_for"]
+__all__ = ["PromptBatch", "PromptCollator", "RepeatedPrompts", "check_prompt_dataset", "column_names", "room_for"]
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +49,14 @@ def check_prompt_dataset(name: str, dataset: Any, drops_columns: bool = False) -
         _check_columns(name, columns, drops_columns)
     if hasattr(dataset, "__len__") and len(dataset) == 0:
         raise ValueError(f"{name} must hold at least one prompt, got none")
+
+
+def column_names(dataset: Any) -> list[str] | None:
+    """The columns that rewards get of a data set; None where only its examples tell."""
+    columns = getattr(dataset, "column_names", None)
+    if columns is None and isinstance(dataset, list) and dataset and isinstance(dataset[0], dict):
+        columns = dict.fromkeys(name for example in dataset for name in example)
+    return None if columns is None else [name for name in columns if name != "prompt"]
 
 
 def _check_columns(name: str, columns: Sequence[Any], drops_columns: bool) -> None:

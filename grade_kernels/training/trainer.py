@@ -28,10 +28,11 @@ from grade_kernels.training.callbacks import (
 from grade_kernels.training.config import GRADEConfig
 from grade_kernels.training.decoding import completion_texts
 from grade_kernels.training.foreign_names import refuse_arguments
+from grade_kernels.training.library_arguments import check_library_arguments, checked_metrics
 from grade_kernels.training.model import LanguageModel, read_language_model
 from grade_kernels.training.noise_plan import NoisePlan
 from grade_kernels.training.prompt_tokens import TEMPLATE_COLUMNS, Prompt, PromptTokenizer, prompt_text, tokenizer_of
-from grade_kernels.training.prompts import PromptBatch, PromptCollator, RepeatedPrompts, room_for
+from grade_kernels.training.prompts import PromptBatch, PromptCollator, RepeatedPrompts, column_names, room_for
 from grade_kernels.training.records import Ending, Prompts, Relaxation
 from grade_kernels.training.reference import FrozenCopy, OtherModel, Reference, fingerprint, reference_for_training
 from grade_kernels.training.rewards import NonFiniteRewardError, Objective, check_gradient
@@ -189,6 +190,12 @@ class GRADETrainer(Trainer):
         refuse_arguments(type(self).__name__, others)
         args = setup.read_arguments(args, model)
         setup.check_datasets(args, train_dataset, eval_dataset)
+        check_library_arguments(
+            callbacks=callbacks,
+            optimizers=optimizers,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+            model_init=model_init,
+        )
         if model_init is not None:
             if model is not None:
                 raise ValueError("give model or model_init, not both")
@@ -227,6 +234,8 @@ class GRADETrainer(Trainer):
             drops_columns=args.remove_unused_columns,
             progress=not args.disable_tqdm,
         )
+        for dataset in setup.each_dataset(train_dataset, eval_dataset).values():
+            self.text_rewards.check_columns(() if args.remove_unused_columns else column_names(dataset))
         train_dataset = self._collator.fitting("train_dataset", train_dataset)
         eval_dataset = self._collator.fitting("eval_dataset", eval_dataset)
         self._aligner = self._training_plan = self._evaluation_plan = None
@@ -240,7 +249,7 @@ class GRADETrainer(Trainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
-            compute_metrics=compute_metrics,
+            compute_metrics=checked_metrics(compute_metrics, by_batch=args.batch_eval_metrics),
             callbacks=[*(callbacks or []), StopOnNonFiniteGradient(), self._signals],
             optimizers=optimizers,
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
