@@ -34,7 +34,10 @@ Prompt = str | list[dict[str, Any]]
 # Columns that the chat template reads; rewards get them too, as all columns.
 TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs", "documents")
 # Columns by which data sets hand images and the like to a model.
-MEDIA_COLUMNS = ("image", "images", "video", "videos", "audio", "audios", "pixel_values")
+MEDIA_COLUMNS = (
+    *(name for what in ("image", "video", "audio") for name in (what, f"{what}s", f"{what}_url", f"{what}_urls")),
+    "pixel_values", "pixel_values_videos", "input_features",
+)  # fmt: skip
 # What configurations call the token that stands for an image, a video or a sound.
 _PLACEHOLDERS = tuple(f"{what}_token_{kind}" for what in ("image", "video", "audio") for kind in ("id", "index"))
 # Arguments of apply_chat_template that are decided here or mean nothing here.

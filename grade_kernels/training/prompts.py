@@ -12,8 +12,9 @@ from torch.utils.data import IterableDataset, Sampler, Subset
 from tqdm.auto import tqdm
 
 from grade_kernels.training.config import GRADEConfig
+from grade_kernels.training.media import media_columns_of_dataset, media_columns_of_example
 from grade_kernels.training.positions import Room, frequency_limits, position_limit, position_table_limit
-from grade_kernels.training.prompt_tokens import MEDIA_COLUMNS, TEMPLATE_COLUMNS, Prompt, PromptTokenizer, beginning_of
+from grade_kernels.training.prompt_tokens import TEMPLATE_COLUMNS, Prompt, PromptTokenizer, beginning_of
 from grade_kernels.training.rewards import Objective, SequenceClassificationReward
 from grade_kernels.training.text_rewards import HELPERS
 
@@ -46,7 +47,7 @@ def check_prompt_dataset(name: str, dataset: Any, drops_columns: bool = False) -
             raise ValueError(
                 f"{name} must have a column 'prompt' (a string or a list of messages), got columns {columns}"
             )
-        _check_columns(name, columns, drops_columns)
+        _check_columns(name, columns, media_columns_of_dataset(dataset), drops_columns)
     if hasattr(dataset, "__len__") and len(dataset) == 0:
         raise ValueError(f"{name} must hold at least one prompt, got none")
 
@@ -59,13 +60,12 @@ def column_names(dataset: Any) -> list[str] | None:
     return None if columns is None else [name for name in columns if name != "prompt"]
 
 
-def _check_columns(name: str, columns: Sequence[Any], drops_columns: bool) -> None:
+def _check_columns(name: str, columns: Sequence[Any], media: Sequence[str], drops_columns: bool) -> None:
     """Columns that can be handed to rewards by their names, and none of images and the like; ValueError otherwise."""
-    media = [column for column in columns if column in MEDIA_COLUMNS]
     if media:
         raise ValueError(
             f"{name} has columns {media}, but prompts must be text alone: images, videos and sounds are not carried through "
-            "the replay (a column that only rewards read must have another name)"
+            "the replay (a column that only rewards read must have another name, and another type such as the file's name)"
         )
     if drops_columns:
         return
@@ -194,7 +194,7 @@ class PromptCollator:
     def _check(self, example: dict[str, Any]) -> None:
         if "prompt" not in example:
             raise ValueError(f"every example must have a 'prompt', got {sorted(map(str, example))}")
-        _check_columns("an example", list(example), self.drops_columns)
+        _check_columns("an example", list(example), media_columns_of_example(example), self.drops_columns)
 
     def _excess(self, example: dict[str, Any]) -> str | None:
         """Why an example's prompt does not fit, or None; an error where it could not be used at all."""

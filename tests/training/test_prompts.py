@@ -12,6 +12,7 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("datasets")
 
+import datasets
 import transformers as tf
 from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -308,7 +309,10 @@ def test_content_may_be_a_string_or_parts_of_text_whatever_the_template_reads(te
 # -------------------------------------------------------------------------------------------- images and their like
 
 
-@pytest.mark.parametrize("column", ["image", "images", "video", "videos", "audio", "audios"])
+@pytest.mark.parametrize(
+    "column",
+    ["image", "images", "video", "videos", "audio", "audios", "image_url", "video_urls", "pixel_values_videos"],
+)
 def test_columns_of_images_and_their_like_are_refused_by_name(tmp_path, column):
     table = Dataset.from_dict({"prompt": PROMPTS, column: PROMPTS})
     for data in ({"dataset": table}, {"eval_dataset": table}, {"dataset": table.to_iterable_dataset()}):
@@ -316,6 +320,29 @@ def test_columns_of_images_and_their_like_are_refused_by_name(tmp_path, column):
             build(tmp_path, model=multimodal("llava"), **data)
     with pytest.raises(ValueError, match=rf"columns \['{column}'\]"):
         build(tmp_path, dataset=[*({"prompt": "w3"} for _ in range(4)), {"prompt": "w4", column: "x"}])
+
+
+@pytest.mark.parametrize("kind", ["Image", "Audio", "Video"])
+@pytest.mark.parametrize(
+    "shape", [lambda one: one, lambda one: [one], lambda one: {"front": one}], ids=["one", "list", "dict"]
+)
+def test_columns_of_images_and_their_like_are_refused_by_type(tmp_path, kind, shape):
+    made = getattr(datasets, kind)(decode=False)
+    types = datasets.Features({"prompt": datasets.Value("string"), "pic": shape(made)})
+    table = Dataset.from_dict({"prompt": ["w3"], "pic": [shape("x")]}, features=types)
+    for data in ({"dataset": table}, {"eval_dataset": {"a": table}}, {"dataset": table.to_iterable_dataset()}):
+        with pytest.raises(ValueError, match=r"has columns \['pic'\], but prompts must be text alone"):
+            build(tmp_path, **data)
+
+
+@pytest.mark.parametrize("nothing", [None, []])
+def test_columns_that_hold_no_image_are_fine(tmp_path, nothing):
+    types = datasets.Features({"prompt": datasets.Value("string"), "images": [datasets.Image()]})
+    columns = {"prompt": PROMPTS, "images": [nothing] * len(PROMPTS)}
+    for data in (
+        Dataset.from_dict(columns), Dataset.from_dict(columns, features=types), Dataset.from_dict(columns).to_list(),
+    ):  # fmt: skip
+        build(tmp_path, dataset=data, max_steps=1).train()
 
 
 @pytest.mark.parametrize(
