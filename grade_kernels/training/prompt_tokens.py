@@ -23,6 +23,7 @@ __all__ = [
     "check_template_arguments",
     "is_conversation",
     "prompt_text",
+    "takes",
     "tokenizer_of",
 ]
 
@@ -140,7 +141,7 @@ class PromptTokenizer:
         self._placeholders = {} if config is None else _placeholders(config)
         self._drops_unknown: bool | None = None  # not tried yet
         self._structures: set[object] = set()  # of conversations that were doubted
-        self._adds_nothing = not _takes(self.tokenizer, "add_special_tokens")
+        self._adds_nothing = not takes(self.tokenizer, "add_special_tokens")
         self._reads: dict[str, tuple[bool, bool]] = {}
         self._said: set[str] = set()
 
@@ -420,7 +421,7 @@ def _placeholders(config: Any) -> dict[int, str]:
     return {token: name for name, token in found.items() if isinstance(token, int)}
 
 
-def _takes(function: Callable[..., Any], name: str) -> bool:
+def takes(function: Callable[..., Any], name: str) -> bool:
     """Whether a callable has an argument of that name."""
     try:
         parameters = inspect.signature(function).parameters

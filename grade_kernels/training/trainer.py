@@ -149,6 +149,7 @@ class GRADETrainer(Trainer):
     _allowed: AllowedTokens
     _end_ids: tuple[int, ...]
     _pad_id: int
+    _fitting_parts: dict[str, Any]  # what is evaluated by name and was checked already
 
     # What the constructor was given, for policies that `model_init` makes later
     _peft_config: PeftConfig | None
@@ -238,6 +239,7 @@ class GRADETrainer(Trainer):
             self.text_rewards.check_columns(() if args.remove_unused_columns else column_names(dataset))
         train_dataset = self._collator.fitting("train_dataset", train_dataset)
         eval_dataset = self._collator.fitting("eval_dataset", eval_dataset)
+        self._fitting_parts = {}
         self._aligner = self._training_plan = self._evaluation_plan = None
         self._signals = StopOnSignal()
         self._metrics, self._evaluation = metrics.Averages(), metrics.Evaluation()
@@ -438,9 +440,20 @@ class GRADETrainer(Trainer):
         if self._signature_columns is None:
             self._signature_columns: Any = ["prompt", *TEMPLATE_COLUMNS]
 
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """The library's; of several data sets by name each is checked under its name, and all before the first is used."""
+        if not isinstance(eval_dataset, dict):
+            return super().evaluate(eval_dataset, *args, **kwargs)
+        self._fitting_parts = self._collator.fitting("eval_dataset", eval_dataset)
+        try:
+            return super().evaluate(self._fitting_parts, *args, **kwargs)
+        finally:
+            self._fitting_parts = {}
+
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """The library's, of a data set of its own checked as those of the constructor were."""
-        if eval_dataset is not None and not isinstance(eval_dataset, str):
+        fitting = any(eval_dataset is part for part in self._fitting_parts.values())
+        if eval_dataset is not None and not isinstance(eval_dataset, str) and not fitting:
             eval_dataset = self._collator.fitting("eval_dataset", eval_dataset)
         return super().get_eval_dataloader(eval_dataset)
 

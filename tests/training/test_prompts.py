@@ -656,6 +656,22 @@ def test_prompts_that_fit_but_can_not_be_used_are_named_before_the_first_step(ma
     assert collator.fitting("data", data[:3]) == data[:3]
 
 
+def test_data_sets_that_are_evaluated_by_name_are_checked_by_name(tmp_path):
+    trainer = build(tmp_path, max_steps=1)
+    good = [{"prompt": "w3"}]
+    assert {"eval_a_reward", "eval_b_reward"} <= trainer.evaluate({"a": good, "b": good}).keys()
+    for bad, message in (
+        ([{"prompt": 5}], r"eval_dataset\['b'\]\[0\]: a prompt must be a string"),
+        ([], r"eval_dataset\['b'\] must hold at least one prompt"),
+        (Dataset.from_dict({"x": [1]}), r"eval_dataset\['b'\] must have a column 'prompt'"),
+        ("foo", r"eval_dataset\['b'\] must be a data set"),
+    ):
+        logged = len(trainer.state.log_history)
+        with pytest.raises((TypeError, ValueError), match=message):
+            trainer.evaluate({"a": good, "b": bad})
+        assert len(trainer.state.log_history) == logged, "nothing was evaluated"
+
+
 def test_the_trainer_looks_at_the_tables_of_rewards_and_reference(tmp_path):
     reward = BagReward(dtype=torch.float32, vocab=VOCAB - 5)
     model = policy("gpt2", dtype=torch.float32)
