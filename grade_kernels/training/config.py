@@ -170,7 +170,8 @@ class GRADEConfig(TrainingArguments):
         if accelerator.dispatch_batches is None:
             # One process can not deal out batches of strings and of prompts of unequal length: each reads its own.
             accelerator.dispatch_batches = False
-        checkpointing = self.gradient_checkpointing_kwargs  # since 5.23 a mirror of activation_checkpointing_kwargs
+        # transformers 5.23 and later call it `activation_checkpointing_kwargs`, and keep this name as a mirror of it.
+        checkpointing = self.gradient_checkpointing_kwargs
         if isinstance(checkpointing, dict) and is_reentrant(checkpointing):
             raise ValueError(
                 'gradient checkpointing must not be reentrant, got arguments without "use_reentrant": False: the sweeps '
@@ -179,7 +180,7 @@ class GRADEConfig(TrainingArguments):
 
     @property
     def sampling_strategy(self) -> str:
-        """`train_sampling_strategy`, which the first releases of transformers 5 do not have."""
+        """`train_sampling_strategy`; the first releases of transformers 5 have `group_by_length` in its place."""
         early = "group_by_length" if getattr(self, "group_by_length", False) else "random"
         return getattr(self, "train_sampling_strategy", early)
 

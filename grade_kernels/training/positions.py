@@ -106,7 +106,8 @@ def _too_long(name: str, new_tokens: int, length: int, whose: str, limit: int) -
 def _frequencies_change(name: str, new_tokens: int, shortest: int, longest: int, limits: Sequence[int]) -> str | None:
     """What is wrong where prompts of one batch end, or go on, on both sides of such a limit; None where nothing is."""
     for original in limits:
-        # What is cached of the first tokens would be of other frequencies than what a replay reads of them.
+        # The rollout's cache has the first tokens by the frequencies of short texts. A replay reads the whole text at
+        # once, and all tokens by those of long texts, so it would differentiate another model.
         if shortest <= original < longest + new_tokens - 1:
             return (
                 f"{name} = {new_tokens} after prompts of {shortest} to {longest} tokens passes position {original}, where "

@@ -36,12 +36,12 @@ TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs", "documents")
 MEDIA_COLUMNS = ("image", "images", "video", "videos", "audio", "audios", "pixel_values")
 # What configurations call the token that stands for an image, a video or a sound.
 _PLACEHOLDERS = tuple(f"{what}_token_{kind}" for what in ("image", "video", "audio") for kind in ("id", "index"))
-# Arguments of apply_chat_template that are decided here or mean nothing here.
+# Arguments of apply_chat_template that users may not give: the trainer decides them, or they have no effect on prompts.
 _DECIDED = (
     "conversation", "add_generation_prompt", "continue_final_message", "tokenize", "return_dict", "return_tensors",
     "padding", "truncation", "max_length", "return_assistant_tokens_mask", "tokenizer_kwargs", "processor_kwargs",
 )  # fmt: skip
-_MARK = "GRADEPROBE"
+_MARK = "GRADEPROBE"  # a text that no template writes by itself
 
 
 def is_conversation(prompt: Any) -> bool:
@@ -71,7 +71,7 @@ def tokenizer_of(processing_class: Any, name: str = "processing_class") -> Any:
         TypeError: what is neither a tokenizer nor a processor with one, such as an image processor.
     """
     inner = getattr(processing_class, "tokenizer", None)
-    # A tokenizer may keep its own backend by that name.
+    # A tokenizer may have an attribute of that name too, which is its backend and no tokenizer of transformers.
     whole = inner is None or isinstance(processing_class, PreTrainedTokenizerBase)
     tokenizer = processing_class if whole else inner
     # Image processors and feature extractors are called as well, but have no vocabulary.
@@ -223,13 +223,15 @@ class PromptTokenizer:
         own = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
         if not own:
             return [], [], full
-        # From the right: where both texts are alike, the tokenizer's BOS comes first.
+        # The text's own tokens may occur twice in the whole, when the text begins with a BOS like the one that is added.
+        # The search goes from the right, so that the added one is taken for the first.
         for start in range(len(full) - len(own), -1, -1):
             if full[start : start + len(own)] == own:
                 if start and self._bos not in full[:start] and full[: len(own)] == own and full[len(own)] in self._ends:
-                    start = 0  # a text of ends alone, to which one more was added
+                    start = 0  # the text is made of ends alone, and the tokenizer added one more behind it
                 return full[:start], own, full[start + len(own) :]
-        # The tokenizer reads a text otherwise with special tokens around it: of what it reads, only an end can be told.
+        # With special tokens around it the text has other tokens than alone, so what was added can not be told from it.
+        # Only an end of sequence can: it is the last token, and the text alone does not end with it.
         own_end = len(full) - (full[-1:] != own[-1:] and full[-1] in self._ends)
         return [], full[:own_end], full[own_end:]
 
@@ -271,7 +273,7 @@ class PromptTokenizer:
         check_template_arguments("column chat_template_kwargs", own)
         arguments = {**self._template_arguments, **own}
         others = arguments.pop("tools", None)
-        # Templates of the Llama family write their words about tools for an empty list of them.
+        # For an empty list of tools, templates of the Llama family write an introduction to tools; for None they do not.
         tools = _column(example, "tools", list) or others or None
         template = arguments["chat_template"] = self._template(arguments, tools, example["prompt"])
         if example.get("documents") and "documents" in template:

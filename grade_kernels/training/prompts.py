@@ -79,7 +79,7 @@ class PromptBatch(TypedDict):
 
 
 class PromptCollator:
-    """Examples to a batch: left-padded tokens, the prompts themselves, and all other columns as lists.
+    """Makes a batch of examples: left-padded tokens, the prompts themselves, and all other columns as lists.
 
     Args:
         tokens: of an example.
@@ -102,7 +102,7 @@ class PromptCollator:
     ) -> None:
         self.tokens, self.pad_token_id, self.room = tokens, pad_token_id, room
         self.vocab_size, self.drops_columns, self.progress = vocab_size, drops_columns, progress
-        self._counted = True  # whether long prompts were counted before they came
+        self._counted = True  # whether `fitting` counted the long prompts of a data set with a length
         self._long = 0
 
     def __call__(self, examples: Sequence[dict[str, Any]]) -> PromptBatch:
@@ -124,7 +124,7 @@ class PromptCollator:
             ids[i, longest - len(row) :] = torch.tensor(row)
             mask[i, longest - len(row) :] = 1
         names = () if self.drops_columns else dict.fromkeys(name for example in examples for name in example)
-        # As `datasets` has it, a column that an example lacks is None there.
+        # An example may lack a column that others have. It gets None there, as `datasets` does it.
         columns = {name: [example.get(name) for example in examples] for name in names if name != "prompt"}
         prompts = [example["prompt"] for example in examples]
         return {"input_ids": ids, "attention_mask": mask, "prompts": prompts, "columns": columns}
@@ -237,7 +237,7 @@ def _explained(excess: str, example: dict[str, Any]) -> str:
 def _examples(dataset: Any) -> Iterator[dict[str, Any]]:
     """All examples in order; of a table only the columns that make the prompt."""
     columns = getattr(dataset, "column_names", None)
-    # A transform of one's own may read columns that are not asked for here.
+    # A data set with a transform of the user's keeps all columns: the transform may read any of them.
     transformed = getattr(dataset, "format", {}).get("type") == "custom"
     if columns is not None and hasattr(dataset, "select_columns") and not transformed:
         dataset = dataset.select_columns([name for name in ("prompt", *TEMPLATE_COLUMNS) if name in columns])
