@@ -62,7 +62,7 @@ def position_table_limit(model: nn.Module) -> int | None:
     limits = []
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding) and name.rsplit(".", 1)[-1] in _TABLES:
-            # RoBERTa and its like count from behind the padding's row, OPT and BART from a fixed one.
+            # RoBERTa and its like give the first token the row behind that of the padding, OPT and BART a fixed row.
             first = 0 if module.padding_idx is None else module.padding_idx + 1
             limits.append(module.num_embeddings - first - int(getattr(module, "offset", 0)))
     return min(limits, default=None)

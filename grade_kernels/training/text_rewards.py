@@ -110,7 +110,7 @@ async def _all(calls: dict[str, Callable[[], Awaitable[Any]]]) -> dict[str, Any]
         await asyncio.wait(tasks.values(), return_when=asyncio.FIRST_EXCEPTION)
         for task in tasks.values():
             if task.done():
-                task.result()  # raises its error
+                task.result()  # raises the error of a function that failed
         return {name: task.result() for name, task in tasks.items()}
     finally:
         for task in tasks.values():

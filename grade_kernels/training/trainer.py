@@ -537,7 +537,7 @@ class GRADETrainer(Trainer):
                     self.state.best_model_checkpoint = str(place)
                     if main:
                         self.state.save_to_json(str(staged / "trainer_state.json"))
-                # Processes that hold shards put them together.
+                # Each process may hold a shard of the values, so all of them put these together.
                 values = self.reference.state() if isinstance(self.reference, FrozenCopy) else None
                 self.accelerator.wait_for_everyone()
                 if main:
