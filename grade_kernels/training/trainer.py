@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -301,6 +302,7 @@ class GRADETrainer(Trainer):
             or old.policy.allowed is not self._allowed
             or (old.ending, old.skip_truncated) != (self._ending, args.mask_truncated_completions)
             or (old.criterion.reference, old.criterion.beta) != (self.reference, args.beta)
+            or any(used is not own for used, own in zip_longest(old.criterion.objectives, self.objectives))
         ):
             self._aligner = Aligner(
                 self._policy(model), self.objectives, self._ending,

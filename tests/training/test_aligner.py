@@ -170,6 +170,29 @@ def test_values_of_prompts_are_checked_for_users_and_not_at_every_step(tmp_path,
     assert checks[1:] == [VOCAB]
 
 
+def test_the_trainer_follows_what_is_changed_between_runs(tmp_path):
+    """Its aligner is made anew where a setting or a reward is another one, and stays where nothing is."""
+    trainer = build(tmp_path, max_steps=1)
+    trainer.train()
+    used = trainer._aligner
+    assert trainer._aligner_of(used.policy.whole) is used
+    changes = [
+        lambda: setattr(trainer.args, "max_completion_length", 4),
+        lambda: setattr(trainer.args, "beta", 0.3),
+        lambda: setattr(trainer.args, "mask_truncated_completions", True),
+        lambda: setattr(trainer, "objectives", [dataclasses.replace(trainer.objectives[0], weight=2.0)]),
+        lambda: setattr(trainer, "reference", FrozenCopy(trainer.model)),
+    ]
+    for change in changes:
+        change()
+        made = trainer._aligner_of(used.policy.whole)
+        assert made is not used
+        used = made
+    assert (used.ending.max_new_tokens, used.criterion.beta, used.skip_truncated) == (4, 0.3, True)
+    assert used.criterion.objectives[0].weight == 2.0
+    assert isinstance(used.reference, FrozenCopy)
+
+
 def test_evaluation_between_steps_leaves_training_as_it_is(tmp_path):
     """Both go through aligners of the same trainer, whose noise and metrics must stay apart."""
     alone, beside = (
