@@ -16,7 +16,7 @@ from grade_kernels.training.model import read_language_model
 from grade_kernels.training.noise_plan import NoisePlan
 from grade_kernels.training.reference import FrozenCopy, OtherModel
 from grade_kernels.training.rewards import Objective
-from tests.support.trainers import build, same, weights
+from tests.support.trainers import build
 from tests.support.training_models import VOCAB, BagReward, policy
 
 IDS = torch.tensor([[0, 3, 4], [5, 6, 7]])
@@ -191,17 +191,6 @@ def test_the_trainer_follows_what_is_changed_between_runs(tmp_path):
     assert (used.ending.max_new_tokens, used.criterion.beta, used.skip_truncated) == (4, 0.3, True)
     assert used.criterion.objectives[0].weight == 2.0
     assert isinstance(used.reference, FrozenCopy)
-
-
-def test_evaluation_between_steps_leaves_training_as_it_is(tmp_path):
-    """Both go through aligners of the same trainer, whose noise and metrics must stay apart."""
-    alone, beside = (
-        build(tmp_path / "a"),
-        build(tmp_path / "b", eval_strategy="steps", eval_steps=1, eval_dataset=[{"prompt": "w3"}]),
-    )
-    alone.train()
-    beside.train()
-    assert same(weights(alone), weights(beside))
 
 
 def test_the_example_of_the_trainer_runs(tmp_path, monkeypatch):
