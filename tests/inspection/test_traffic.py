@@ -14,8 +14,9 @@ pytest.importorskip("triton", reason="Triton is not installed")
 from grade_kernels.backends import Head, Noise, get
 from grade_kernels.backends.triton import head, head_support, tiles
 from grade_kernels.inspection import traffic
+from tests.support.needs import needs
 
-pytestmark = pytest.mark.skipif(not tiles.INTERPRETED, reason="kernels are compiled here, not interpreted")
+pytestmark = needs("Triton's interpreter", tiles.INTERPRETED)
 
 fused = get("triton")
 NOISE = Noise(torch.tensor(-2401053089206453570), None, 0)
