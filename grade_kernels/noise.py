@@ -9,6 +9,7 @@ Generator: Philox4x32-10 (Salmon, Moraes, Dror, Shaw: Parallel random numbers: a
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import SupportsIndex
 
 import torch
@@ -149,8 +150,10 @@ class GumbelNoise:
             if row_ids.dim() != 1:
                 raise ValueError(f"row_ids must have shape [rows], got {tuple(row_ids.shape)}")
         self.row_ids = row_ids
-        if isinstance(vocab_start, bool) or not isinstance(vocab_start, (int, torch.SymInt)):
+        if isinstance(vocab_start, bool) or not isinstance(vocab_start, (int, Integral, torch.SymInt)):
             raise TypeError(f"vocab_start must be an int, got {type(vocab_start).__name__}")
+        if not isinstance(vocab_start, (int, torch.SymInt)):
+            vocab_start = int(vocab_start)
         if not 0 <= vocab_start < 2**62:  # so that no token's id leaves 64 bits
             raise ValueError(f"vocab_start must lie in [0, 2^62), got {vocab_start}")
         self.vocab_start = vocab_start
@@ -165,8 +168,12 @@ class GumbelNoise:
         """Noise with a fresh 64-bit seed drawn from a generator (default: torch's default CPU generator)."""
         if generator is not None and not isinstance(generator, torch.Generator):
             raise TypeError(f"generator must be a torch.Generator or None, got {type(generator).__name__}")
-        device = "cpu" if generator is None else generator.device
-        return cls(torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=device, generator=generator))
+        # Without a generator the argument is left out: AOTInductor cannot call the overload that takes one.
+        if generator is None:
+            return cls(torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device="cpu"))
+        return cls(
+            torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=generator.device, generator=generator)
+        )
 
     def words(
         self, num_rows: int, vocab_size: int, *, vocab_start: int = 0, domain: int = DOMAIN_GUMBEL

@@ -6,11 +6,11 @@ Plain differentiable PyTorch. Run it on float64 logits for the truth. Narrower l
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, Generic, ParamSpec, TypeVar
 
 import torch
-import torch.nn.functional as F
 from typing_extensions import NamedTuple  # typing's is generic from Python 3.11 only; torch brings this one
 
 from grade_kernels.noise import GumbelNoise
@@ -37,7 +37,7 @@ Embedding = TypeVar("Embedding", torch.Tensor, tuple[torch.Tensor, ...], torch.T
 
 
 class GumbelSTEEmbedding(NamedTuple, Generic[Embedding]):
-    """Result of `gumbel_ste_embedding`."""
+    """Result of `gumbel_ste_embedding` and `linear_gumbel_ste`."""
 
     embedding: Embedding  # [..., D], one for each table
     ids: torch.Tensor  # [...] int64, the sampled tokens
@@ -69,11 +69,59 @@ def _scores(logits: torch.Tensor, noise: GumbelNoise | None) -> torch.Tensor:
     return logits + noise.dense(rows, vocab, dtype=logits.dtype).view(logits.shape).to(logits.device)
 
 
-def _column(tau: float | torch.Tensor, logits: torch.Tensor) -> float | torch.Tensor:
-    """Tau with a trailing dimension to divide `[..., V]` by, in compute precision."""
+def tau_of_rows(tau: torch.Tensor, shape: Sequence[int], dim: int = -1) -> torch.Tensor:
+    """Tau of each row, of the logits' shape without the vocabulary's dimension.
+
+    Tau may broadcast against the logits, as it would in `(logits + g) / tau`, as long as it has one value per row: its
+    size at `dim` is 1, or it does not reach as far as `dim`. So `[1]` serves any logits, and `[H, 1]` those of shape
+    `[B, H, V]`. A shape that does not broadcast may list the rows: the logits' shape without `dim`, the same with a last
+    1, or flat.
+
+    Args:
+        tau: one value or one per row.
+        shape: the logits' shape.
+        dim: the vocabulary's dimension in it.
+
+    Raises:
+        ValueError: any other shape. One that broadcasts to a value per token is refused even if it has an entry per row:
+            `[4]` for logits `[4, 4]` would be a value per token in PyTorch. `[4, 1]` says what is meant.
+    """
+    logits_shape, given = tuple(shape), tuple(tau.shape)
+    dim = dim % len(logits_shape)
+    batch = logits_shape[:dim] + logits_shape[dim + 1 :]
+    missing = len(logits_shape) - len(given)
+    padded = (1,) * missing + given
+    broadcasts = missing >= 0 and all(n == 1 or n == m for n, m in zip(padded, logits_shape, strict=True))
+    if broadcasts and padded[dim] == 1:
+        return tau.reshape(padded[:dim] + padded[dim + 1 :]).expand(batch)
+    if not broadcasts and given in (batch, (*batch, 1), (math.prod(batch),)):
+        return tau.reshape(batch)
+    kept = (*logits_shape[:dim], 1, *logits_shape[dim + 1 :])
+    why = f", which against logits of shape {logits_shape} is a value per token" if broadcasts else ""
+    raise ValueError(
+        f"tau must be a number or have one value per row: shape {batch}, or one that broadcasts to {kept}; "
+        f"got shape {given}{why}"
+    )
+
+
+def _column(tau: float | torch.Tensor, logits: torch.Tensor, dim: int = -1) -> float | torch.Tensor:
+    """Tau to divide `[..., V]` by, in compute precision, for logits that have V at dim."""
     if not isinstance(tau, torch.Tensor) or tau.dim() == 0:
         return tau
-    return tau.reshape(logits.shape[:-1]).unsqueeze(-1).to(_widen(logits).dtype)
+    return tau_of_rows(tau, logits.shape, dim).unsqueeze(-1).to(_widen(logits).dtype)
+
+
+def ignored_rows(
+    ids: torch.Tensor | None, ignore_index: int | None, x: torch.Tensor
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor]:
+    """Which rows `[...]` are ignored, ids of which none is `ignore_index`, and x `[..., K]` with zeros in those rows.
+
+    Zeros, since the row's own values may be anything, NaN included, and nothing must come of them.
+    """
+    if ids is None or ignore_index is None:
+        return None, ids, x
+    ignored = ids == ignore_index
+    return ignored, torch.where(ignored, 0, ids), torch.where(ignored.unsqueeze(-1), 0.0, x)
 
 
 def _temper(scores: torch.Tensor, tau: float | torch.Tensor) -> torch.Tensor:
@@ -81,6 +129,11 @@ def _temper(scores: torch.Tensor, tau: float | torch.Tensor) -> torch.Tensor:
     scores = scores - scores.detach().amax(-1, keepdim=True)  # softmax does not see it, and a quotient may overflow
     masked = scores / (tau.detach() if isinstance(tau, torch.Tensor) else tau) == -torch.inf
     return torch.where(masked, -torch.inf, torch.where(masked, 0.0, scores) / tau)
+
+
+def _one_hot(ids: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """`F.one_hot` of ids `[...]` in the shape and dtype of `like` `[..., V]`; that one reads values, which vmap forbids."""
+    return (ids.unsqueeze(-1) == torch.arange(like.shape[-1], device=like.device)).to(like.dtype)
 
 
 def _jacobian(p: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -91,6 +144,8 @@ def _jacobian(p: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 @_outside_autocast
 def gumbel_sample(logits: torch.Tensor, dim: int = -1, *, noise: GumbelNoise | None = None) -> torch.Tensor:
     """`argmax(l + g)`."""
+    if logits.dim() == 0:
+        return gumbel_sample(logits.reshape(1), dim, noise=noise)
     return _scores(logits.detach().movedim(dim, -1), noise).argmax(-1)
 
 
@@ -105,13 +160,16 @@ def gumbel_softmax(
     noise: GumbelNoise | None = None,
 ) -> torch.Tensor:
     """`softmax((l + g) / tau)`, or with `hard` its one-hot argmax with the same gradient (straight-through)."""
+    if logits.dim() == 0:
+        return gumbel_softmax(logits.reshape(1), tau, hard, dim=dim, noise=noise).reshape(())
     moved = logits.movedim(dim, -1)
     scores = _scores(moved, noise)
-    y = _temper(scores, _column(tau, moved)).softmax(-1)
+    y = _temper(scores, _column(tau, logits, dim)).softmax(-1)
     if hard:
         # Written so that the forward value is exactly one-hot.
-        y = F.one_hot(scores.argmax(-1), scores.shape[-1]).to(y.dtype) + (y - y.detach())
-    return y.to(logits.dtype).movedim(-1, dim)
+        y = _one_hot(scores.argmax(-1), scores) + (y - y.detach())
+    # In the layout of torch.softmax, where a view would do for other dimensions of size 1 as well.
+    return y.to(logits.dtype).movedim(-1, dim).clone(memory_format=torch.contiguous_format)
 
 
 def gumbel_ste(
@@ -130,12 +188,15 @@ def gumbel_ste_embedding(
     estimator: str = "ste",
     noise: GumbelNoise | None = None,
     ids: torch.Tensor | None = None,
+    ignore_index: int | None = None,
 ) -> GumbelSTEEmbedding[Embedding]:
     """Embedding of a sampled token, `y @ E`, with one of four relaxations (see `ops.gumbel_ste_embedding`)."""
+    given = ids
+    ignored, ids, logits = ignored_rows(ids, ignore_index, logits)
     scores = _scores(logits, noise)
     wide, tau = _widen(logits), _column(tau, logits)
     ids = scores.argmax(-1) if ids is None else ids.clone()
-    one_hot = F.one_hot(ids, wide.shape[-1]).to(wide.dtype)
+    one_hot = _one_hot(ids, wide)
     # The straight-through surrogates are linear around the logits; a masked token has no neighbourhood.
     step = torch.where(wide == -torch.inf, 0.0, wide - wide.detach())
     if estimator == "soft":
@@ -158,6 +219,9 @@ def gumbel_ste_embedding(
         dtype = torch.promote_types(y.dtype, table.dtype)
         embedded.append((y.to(dtype) @ table.to(dtype)).to(table.dtype))
     logprobs = wide.log_softmax(-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+    if ignored is not None and given is not None:
+        embedded = [torch.where(ignored.unsqueeze(-1), 0.0, e) for e in embedded]
+        ids, logprobs = given.clone(), torch.where(ignored, 0.0, logprobs)
     result: Any = embedded[0] if isinstance(embedding, torch.Tensor) else tuple(embedded)
     return GumbelSTEEmbedding(result, ids, logprobs)
 
@@ -202,11 +266,15 @@ def linear_gumbel_ste(
     estimator: str = "ste",
     noise: GumbelNoise | None = None,
     ids: torch.Tensor | None = None,
+    ignore_index: int | None = None,
     eps: float = 2**-11,
 ) -> GumbelSTEEmbedding[Embedding]:
     """`gumbel_ste_embedding` of the head's logits. The reference's gradient is exact at every eps."""
+    _, _, hidden = ignored_rows(ids, ignore_index, hidden)
     logits = head_logits(hidden, lm_head, bias, logit_softcap)
-    return gumbel_ste_embedding(logits, embedding, tau, estimator=estimator, noise=noise, ids=ids)
+    return gumbel_ste_embedding(
+        logits, embedding, tau, estimator=estimator, noise=noise, ids=ids, ignore_index=ignore_index
+    )
 
 
 @_outside_autocast
@@ -233,12 +301,16 @@ def linear_logprobs(
     bias: torch.Tensor | None = None,
     logit_softcap: float | None = None,
     temperature: float | torch.Tensor = 1.0,
+    ignore_index: int | None = None,
     eps: float = 2**-11,
     noise: GumbelNoise | None = None,
 ) -> torch.Tensor:
-    """`log softmax(l / temperature)[ids]`."""
+    """`log softmax(l / temperature)[ids]`, and 0 where ids are `ignore_index`."""
+    ignored, chosen, hidden = ignored_rows(ids, ignore_index, hidden)
+    assert chosen is not None
     logits = head_logits(hidden, lm_head, bias, logit_softcap, temperature)
-    return logits.log_softmax(-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+    logprobs = logits.log_softmax(-1).gather(-1, chosen.unsqueeze(-1)).squeeze(-1)
+    return logprobs if ignored is None else torch.where(ignored, 0.0, logprobs)
 
 
 @_outside_autocast

@@ -370,7 +370,7 @@ def test_numbers_on_the_host_are_not_copied_to_the_device() -> None:
     with Operations() as ran:
         moved = [
             seed_on(torch.tensor(2**62 + 1), device),
-            canonical_tau(torch.tensor(0.5, dtype=torch.float64), (3,), device, torch.float32),
+            canonical_tau(torch.tensor(0.5, dtype=torch.float64), (3, 5), device, torch.float32),
         ]
     assert [(x.device, x.dtype, x.shape) for x in moved] == [
         (device, torch.int64, torch.Size([])),

@@ -1,8 +1,9 @@
 """One place that chooses which backend serves a call.
 
-`interface.Backend` says what a backend is, `records` what passes through its functions. `torch` is a `Backend` in plain
-PyTorch, `cpu` and `triton` do better than it on their devices, and `cuda` better than `triton` on given logits.
-`reference` is no such class: there the public functions call `grade_kernels.reference`, plain autograd and all.
+`interface.Backend` says what a backend is, and `records` what it takes and returns. `torch` implements all of it in plain
+PyTorch. `cpu` and `triton` inherit from `torch` and have kernels of their own, and `cuda` inherits from `triton`. The
+backend `reference` is no such class: with it the public functions call `grade_kernels.reference`, and autograd
+differentiates that.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ def _why_not(name: str) -> str | None:
 
 
 def _why_not_here(name: str, device: torch.device) -> str | None:
-    """None if a backend can serve tensors of a device here, else the reason. Looks beyond what torch.compile traces."""
+    """None if a backend can serve tensors of a device here, else the reason. torch.compile takes it for a constant."""
     return None if name == "reference" else get(name).why_unavailable() or get(name).why_not_device(device)
 
 
@@ -69,7 +70,8 @@ def _serves(name: str, dtype: torch.dtype, head: bool) -> bool:
     return name == "reference" or get(name).serves(dtype, head=head)
 
 
-# What torch.compiler.assume_constant_result does, which would import the compiler, and Triton with it, along with us.
+# torch.compiler.assume_constant_result sets this attribute, too. But to call it would import the compiler and Triton
+# whenever this package is imported.
 _why_not_here._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _serves._dynamo_marked_constant = True  # type: ignore[attr-defined]
 

@@ -17,7 +17,7 @@ class Sizes:
     Attributes:
         chunk: logits (rows times tokens) that PyTorch operations look at together; noise takes about 50 bytes each.
         gather: gathered elements that are held at once.
-        product: elements of a product that is written where it belongs: what is taken, and if need be held, at a time.
+        product: elements of a product that PyTorch computes at a time where its result goes into a given tensor.
         tile_buffer: logits that exist at a time in the CPU kernels' passes through a head.
         support: entries that a row's support may take; None for `support_capacity` of eps and the vocabulary.
     """
@@ -39,14 +39,15 @@ def column_chunks(rows: int, vocab: int, elements: int) -> Iterator[slice]:
 def support_capacity(eps: float, vocab: int) -> int:
     """Entries that a row's support may take: more than any distribution needs, yet far from the vocabulary. 0 for eps 0.
 
-    The expected count is at most 1 / eps. A row that overflows by chance would be exact when many tokens are kept and
-    sparse when few are, hence biased. Ten standard deviations and the slack of compaction make that negligible.
+    The expected count is at most 1 / eps. If rows overflowed by chance, their gradient would be exact when many tokens are
+    kept and sparse when few are, which is a bias. Room for ten standard deviations more makes that negligible. The CPU
+    kernels give a row up when seven eighths of its room are taken, hence the factor.
     """
     return 0 if eps == 0 else int(min(vocab + 64, (1.0 / eps + 10.0 / eps**0.5) * 8 / 7 + 64))
 
 
 class Scratch:
-    """Memory for one chunk after another: to the system, fresh pages for each are more work than what fills them."""
+    """Memory that one chunk after another uses. With fresh memory for each, page faults would take longer than the work."""
 
     def __init__(self, rows: int, dtype: torch.dtype, device: torch.device) -> None:
         self.rows, self.memory = rows, torch.empty(0, dtype=dtype, device=device)

@@ -16,7 +16,7 @@ __all__ = ["Backend", "softcapped"]
 
 
 class Backend(ABC):
-    """Kernels for rows of given logits, and for rows of logits that a head makes and nobody ever holds.
+    """Kernels for rows of given logits, and for rows of a head's logits, which are never in memory as a whole.
 
     `logits` are `[N, V]`, with any strides, in float32, float64, bfloat16 or float16. "compute" is float64 for float64
     and float32 for the rest, and all arithmetic happens in it. `tau` is `[N]` in compute. g is the noise.
@@ -116,7 +116,7 @@ class Backend(ABC):
     def head_scores(
         self, head: Head, tau: torch.Tensor, noise: Noise, eps: float
     ) -> tuple[Sample, torch.Tensor, Support]:
-        """The same, `sum(exp((l + g - score_max) / tau))` `[N]`, and the stochastic support.
+        """What `head_sample` returns, `sum(exp((l + g - score_max) / tau))` `[N]`, and the stochastic support.
 
         The support is of `p = softmax((l + g) / tau)`; for eps = 0 it is empty.
         """
@@ -125,7 +125,7 @@ class Backend(ABC):
     def head_softmax(
         self, head: Head, tau: torch.Tensor, noise: Noise, eps: float, ref: Head | None = None
     ) -> tuple[Softmax, Support]:
-        """Without Gumbel noise: statistics of `p = softmax(l / tau)`, and its support, empty for eps = 0.
+        """Statistics of `p = softmax(l / tau)`, without Gumbel noise, and its support, which for eps = 0 is empty.
 
         The support is decided by words of DOMAIN_SUPPORT. `ref` is a second head over the same vocabulary.
         """
@@ -137,7 +137,7 @@ class Backend(ABC):
     def repeated_sampler(self, head: Head) -> Callable[[torch.Tensor, Noise], torch.Tensor | None]:
         """A function of hidden rows and noise that gives the ids of `head_sample` through one head, step after step.
 
-        The head's weight must stay as it is. The function answers None where `head_sample` has to be asked.
+        The head's weight must not change. The function returns None where the caller must ask `head_sample`.
         """
         return lambda hidden, noise: self.head_sample(head._replace(hidden=hidden), noise).ids
 
@@ -183,11 +183,12 @@ class Backend(ABC):
     def weight_terms(
         self, weights: torch.Tensor, dy: torch.Tensor, slope: torch.Tensor | None, out: torch.Tensor, sums: torch.Tensor
     ) -> torch.Tensor:
-        """Terms of a mean that is known only at the end of the vocabulary, for one chunk `[N, C]`.
+        """Terms of a sum of `weights * (dy - mean)` for one chunk `[N, C]`, while the mean of dy is not yet known.
 
-        `sums` `[2, N]` are those of weights and of weights * dy so far, and are raised by this chunk's; the mean is
-        their ratio. `out[0] = weights * (dy - mean)` and `out[1] = weights`, times slope if there is one, rounded to
-        out's dtype. Returns by how much the mean has moved `[N]`.
+        The mean so far is the ratio of two sums, of weights * dy and of weights. `sums` `[2, N]` holds those of weights
+        and of weights * dy, and this chunk's are added to them. Then `out[0] = weights * (dy - mean)` and
+        `out[1] = weights`, both times slope if there is one, and rounded to out's dtype. Returns by how much the mean has
+        moved `[N]`.
         """
 
     # Shared by all

@@ -43,7 +43,7 @@ class LogSumExp:
         return (distance if self.tau is None else distance / self.tau).exp()
 
     def merge(self, largest: torch.Tensor, total: torch.Tensor) -> None:
-        """Take a chunk's own maximum, and its sum relative to that (whatever it says where the maximum is -inf)."""
+        """Take a chunk's maximum, and its sum relative to that. Where the maximum is -inf, the sum is not read."""
         scale = self.raise_to(largest)
         distance = largest - self.pivot()
         factor = (distance if self.tau is None else distance / self.tau).exp()

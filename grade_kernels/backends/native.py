@@ -1,4 +1,4 @@
-"""What the kernels of csrc are handed, on the host and on the device: layouts, and numbers of enumerations."""
+"""How Python calls the kernels of csrc: their namespaces, the layouts that they take, and numbers of their enumerations."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def cuda_kernels() -> _OpNamespace:
 
 
 def unit_stride(rows: torch.Tensor) -> torch.Tensor:
-    """The kernels take any stride between rows, but tokens side by side: other layouts are copied."""
+    """A tensor whose columns lie side by side, as the kernels want it; rows may lie anywhere. Other layouts are copied."""
     if rows.stride(1) == 1 or rows.shape[1] == 1:
         return rows
     return rows.clone(memory_format=torch.contiguous_format)  # contiguous() keeps an empty tensor's strides

@@ -10,16 +10,19 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from numbers import Real
-from typing import Any
+from numbers import Integral, Real
+from typing import cast
 
 import torch
 
 from grade_kernels.backends.records import Noise
 from grade_kernels.estimators import ESTIMATORS
 from grade_kernels.noise import GumbelNoise
+from grade_kernels.ops.transforms import without_wrappers
+from grade_kernels.reference import tau_of_rows
 
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_ORDINARY = (torch.Tensor, torch.nn.Parameter)
 
 
 def reads_values(*tensors: torch.Tensor) -> bool:
@@ -27,11 +30,31 @@ def reads_values(*tensors: torch.Tensor) -> bool:
     return os.environ.get("GRADE_KERNELS_CHECK") == "1" or all(t.device.type == "cpu" for t in tensors)
 
 
+def may_read(*tensors: torch.Tensor) -> bool:
+    """`reads_values` outside a registered operation, where tensors may be those of a tracer, which have no values."""
+    if torch.compiler.is_compiling() or not reads_values(*tensors):
+        return False
+    tracers = (torch._C._TorchDispatchModeKey.PROXY, torch._C._TorchDispatchModeKey.FAKE)
+    return all(torch._C._get_dispatch_mode(key) is None for key in tracers)
+
+
 def check_layout(name: str, value: torch.Tensor) -> None:
-    """An ordinary tensor: not a sparse or nested one, which have no rows to view."""
+    """An ordinary tensor: not a sparse or nested one, which have no rows to view, nor a part of a distributed one."""
+    if type(value) not in _ORDINARY:
+        check_local(name, value)
     if value.layout != torch.strided or value.is_nested:
         what = "a nested one" if value.is_nested else f"one of layout {value.layout}"
         raise TypeError(f"{name} must be a dense tensor, got {what}")
+
+
+def check_local(name: str, value: torch.Tensor) -> None:
+    """Not a DTensor, which is recognised by its attributes: importing its class would import torch.distributed."""
+    placements = getattr(value, "placements", None)
+    if placements is not None and hasattr(value, "device_mesh"):
+        raise TypeError(
+            f"{name} must be an ordinary tensor, got a DTensor with placements {tuple(placements)}; "
+            f"pass {name}.full_tensor(), or {name}.to_local() where this rank's part is what is meant"
+        )
 
 
 def check_floating(name: str, value: object) -> None:
@@ -43,14 +66,27 @@ def check_floating(name: str, value: object) -> None:
         raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {value.dtype}")
 
 
-def check_logits(logits: object, dim: int = -1) -> None:
-    """Floating logits with at least one token along dim; a dim that does not exist raises IndexError as in PyTorch."""
+def check_logits(logits: object, dim: object = -1) -> int:
+    """Floating logits with at least one token along dim; a dim that does not exist raises IndexError as in PyTorch.
+
+    Returns:
+        dim as an int of Python.
+    """
     check_floating("logits", logits)
     assert isinstance(logits, torch.Tensor)
-    if isinstance(dim, bool) or not isinstance(dim, int):
-        raise TypeError(f"dim must be an int, got {type(dim).__name__}")
-    if logits.size(dim) == 0:
-        raise ValueError(f"logits must have at least one token, got shape {tuple(logits.shape)} with dim {dim}")
+    index = dim if type(dim) is int else canonical_int("dim", dim)
+    if logits.dim() == 0:
+        raise IndexError("logits must have shape [..., V], got a 0-d tensor")
+    if logits.size(index) == 0:
+        raise ValueError(f"logits must have at least one token, got shape {tuple(logits.shape)} with dim {index}")
+    return index
+
+
+def canonical_int(name: str, value: object, expected: str = "an int") -> int:
+    """An int of Python, for that or for any other type of whole number, such as NumPy's; a bool is none."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} must be {expected}, got {type(value).__name__}")
+    return int(value)
 
 
 def check_same_device(name: str, value: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
@@ -65,7 +101,10 @@ def canonical_noise(noise: GumbelNoise | None, num_rows: int, device: torch.devi
         noise = GumbelNoise.from_generator()
     elif not isinstance(noise, GumbelNoise):
         raise TypeError(f"noise must be a GumbelNoise or None, got {type(noise).__name__}")
+    if type(noise.seed) not in _ORDINARY:
+        check_local("noise.seed", noise.seed)
     if noise.row_ids is not None:
+        check_layout("noise.row_ids", noise.row_ids)
         if noise.row_ids.numel() != num_rows:
             raise ValueError(f"noise.row_ids has {noise.row_ids.numel()} entries, but the logits have {num_rows} rows")
         if noise.row_ids.device != device:
@@ -77,11 +116,12 @@ def canonical_noise(noise: GumbelNoise | None, num_rows: int, device: torch.devi
     return Noise(noise.seed, noise.row_ids, noise.vocab_start)
 
 
-def positive_number(name: str, value: Any, dtype: torch.dtype, expected: str = "a number") -> Any:
-    """A number that is positive and finite in `dtype`'s arithmetic, too; kernels take its subnormals for zero."""
+def positive_number(name: str, value: object, dtype: torch.dtype, expected: str = "a number") -> float:
+    """A number that is positive and finite in `dtype`, too. Its subnormals are refused: kernels treat them as zero."""
     if isinstance(value, bool) or not isinstance(value, (Real, torch.SymFloat, torch.SymInt)):
         raise TypeError(f"{name} must be {expected}, got {type(value).__name__}")
-    number: Any = value if isinstance(value, (int, float, torch.SymFloat, torch.SymInt)) else float(value)
+    # torch.compile's symbols must stay symbols: float() would make constants of them.
+    number = cast("float", value) if isinstance(value, (int, float, torch.SymFloat, torch.SymInt)) else float(value)
     limits = torch.finfo(dtype)
     if not limits.tiny <= number <= limits.max:
         raise ValueError(f"{name} must be positive and finite in {dtype}, got {value}")
@@ -89,14 +129,14 @@ def positive_number(name: str, value: Any, dtype: torch.dtype, expected: str = "
 
 
 def canonical_tau(
-    tau: float | torch.Tensor, batch_shape: Sequence[int], device: torch.device, dtype: torch.dtype
+    tau: float | torch.Tensor, shape: Sequence[int], device: torch.device, dtype: torch.dtype, dim: int = -1
 ) -> torch.Tensor:
     """Tau as `[rows]` in compute precision, connected to a tensor tau's graph.
 
-    Accepts a positive number, a 0-d tensor, or one value per row: of the batch shape, of the batch shape with a last 1,
-    or flat.
+    `shape` is that of the logits, with the vocabulary at `dim`. Takes a positive number, or a tensor that gives one
+    value per row by the rule of `reference.tau_of_rows`.
     """
-    rows = math.prod(batch_shape)
+    rows = math.prod(shape[:dim]) * math.prod(shape[dim:][1:])
     if isinstance(tau, torch.Tensor):
         check_layout("tau", tau)
         if tau.dtype == torch.bool or tau.dtype.is_complex:
@@ -104,15 +144,10 @@ def canonical_tau(
         if tau.dim() == 0 and tau.device.type in ("cpu", device.type):
             # A number on the host is an argument of the product; a copy would wait for a GPU.
             return torch.ones(rows, dtype=dtype, device=device) * (tau if tau.device.type == "cpu" else tau.to(device))
-        shape = tuple(tau.shape)
-        if shape not in ((), tuple(batch_shape), (*batch_shape, 1), (rows,)):
-            raise ValueError(
-                f"tau must be a number, a 0-d tensor or one value per row of shape {tuple(batch_shape)}, "
-                f"got shape {shape}"
-            )
+        by_row = tau_of_rows(tau, shape, dim)
         if tau.device != device:
             raise ValueError(f"tau is on device {str(tau.device)!r}, but the logits on {str(device)!r}")
-        return tau.to(dtype).reshape(rows)
+        return by_row.to(dtype).reshape(rows)
     # A product rather than torch.full: with a number that changes, torch.compile recompiles once, not every time.
     return torch.ones(rows, dtype=dtype, device=device) * positive_number("tau", tau, dtype, "a number or a tensor")
 
@@ -148,15 +183,23 @@ def check_rows(logits: torch.Tensor, bad: torch.Tensor) -> None:
     raise ValueError(f"logits must be finite or -inf with one finite value per row, but row {row} holds {what}")
 
 
-def may_read(*tensors: torch.Tensor) -> bool:
-    """Whether values may be read outside an operation, where torch.compile traces."""
-    return not torch.compiler.is_compiling() and reads_values(*tensors)
+def check_for_reference(
+    logits: torch.Tensor | None, tau: torch.Tensor | None = None, ids: torch.Tensor | None = None, vocab_size: int = 0
+) -> None:
+    """The errors of values that operations raise, for calls that the reference serves: it would compute with them.
 
-
-def check_reference_rows(logits: torch.Tensor) -> None:
-    """The error of a row without a distribution, for the `reference` backend, which would compute with it."""
-    if may_read(logits):
-        check_rows(logits.detach(), bad_rows(logits.detach()))
+    Args:
+        logits: `[N, V]`, without graph.
+        tau: `[N]`.
+        ids: `[N]`, of a vocabulary of `vocab_size`.
+    """
+    if logits is not None and may_read(logits):
+        rows = without_wrappers(logits)
+        check_rows(rows, bad_rows(rows))
+    if tau is not None and may_read(tau):
+        check_tau_values(without_wrappers(tau))
+    if ids is not None and may_read(ids):
+        check_ids_values(without_wrappers(ids), vocab_size)
 
 
 def check_head_rows(bad: torch.Tensor, prefix: str = "") -> None:
@@ -202,6 +245,15 @@ def check_ids(ids: object, batch_shape: Sequence[int], other: torch.Tensor, othe
     if tuple(ids.shape) != tuple(batch_shape):
         raise ValueError(f"ids must have shape {tuple(batch_shape)}, got {tuple(ids.shape)}")
     check_same_device("ids", ids, other_name, other)
+
+
+def canonical_ignore_index(ignore_index: object, ids: object) -> int | None:
+    """The id that marks rows to ignore among given ids, or None where no row is to be."""
+    if ignore_index is None:
+        return None
+    if ids is None:
+        raise ValueError(f"ignore_index marks rows among given ids, but ids is None; got ignore_index {ignore_index}")
+    return canonical_int("ignore_index", ignore_index, "an int or None")
 
 
 def check_estimator(estimator: object) -> None:

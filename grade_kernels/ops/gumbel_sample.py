@@ -10,16 +10,18 @@ from grade_kernels import backends, reference
 from grade_kernels.backends import Noise
 from grade_kernels.noise import GumbelNoise
 from grade_kernels.ops import checks
-from grade_kernels.ops.registry import answered_by, operation
+from grade_kernels.ops.registry import answered_by, operation, public
 
 __all__ = ["gumbel_sample"]
 
 
+@public
 def gumbel_sample(logits: torch.Tensor, dim: int = -1, *, noise: GumbelNoise | None = None) -> torch.Tensor:
     """Draw one token per row from `softmax(logits)`, as `argmax(logits + g)` with Gumbel noise g.
 
     Args:
-        logits: `[..., V]` (V at `dim`), float32, float64, bfloat16 or float16. -inf masks a token.
+        logits: `[..., V]` (V at `dim`), float32, float64, bfloat16 or float16. -inf masks a token. A 0-d tensor is one
+            token, as for `torch.argmax`.
         dim: the vocabulary's dimension.
         noise: which noise to use. None draws a fresh seed from torch's default generator.
 
@@ -33,8 +35,12 @@ def gumbel_sample(logits: torch.Tensor, dim: int = -1, *, noise: GumbelNoise | N
 
     Source: Maddison, Tarlow, Minka: A* sampling. NeurIPS 2014.
     """
-    checks.check_logits(logits, dim)
-    moved = logits.detach().movedim(dim, -1)
+    if isinstance(logits, torch.Tensor) and logits.dim() == 0:
+        return gumbel_sample(logits.reshape(1), dim, noise=noise)
+    dim = checks.check_logits(logits, dim)
+    moved = logits.detach()
+    if dim != -1:
+        moved = moved.movedim(dim, -1)
     rows = moved.reshape(-1, moved.shape[-1])
     drawn = checks.canonical_noise(noise, rows.shape[0], logits.device)
     backend = backends.select(logits.device, logits.dtype)
@@ -63,7 +69,7 @@ def _fake(draw: _Draw) -> _Drawn:
 
 
 def _by_reference(draw: _Draw) -> torch.Tensor:
-    checks.check_reference_rows(draw.logits)
+    checks.check_for_reference(draw.logits)
     return reference.gumbel_sample(draw.logits, noise=draw.noise.public())
 
 

@@ -13,13 +13,14 @@ from grade_kernels.backends import Noise, Sample
 from grade_kernels.dtypes import compute_dtype
 from grade_kernels.noise import GumbelNoise
 from grade_kernels.ops import checks
-from grade_kernels.ops.registry import answered_by, differentiable
+from grade_kernels.ops.registry import answered_by, differentiable, public
 
 __all__ = ["gumbel_softmax", "gumbel_ste"]
 
 T = TypeVar("T")
 
 
+@public
 def gumbel_softmax(
     logits: torch.Tensor,
     tau: float | torch.Tensor = 1.0,
@@ -32,22 +33,26 @@ def gumbel_softmax(
     """Sample from the Gumbel-softmax distribution; a drop-in for `torch.nn.functional.gumbel_softmax`.
 
     Computes `y = softmax((logits + g) / tau)`. With `hard` the result is exactly `one_hot(argmax(logits + g))` and the
-    gradient is that of y (straight-through). Saved for backward: the inputs and one number per row.
+    gradient is that of y (straight-through). Saved for backward: the inputs and one number per row. Under transforms of
+    `torch.func` and for forward-mode and second derivatives, `grade_kernels.reference` serves the call.
 
     Args:
-        logits: `[..., V]` (V at `dim`), float32, float64, bfloat16 or float16. -inf masks a token.
-        tau: temperature: a positive number, a 0-d tensor, or one value per row. A tensor receives its gradient.
+        logits: `[..., V]` (V at `dim`), float32, float64, bfloat16 or float16. -inf masks a token. A 0-d tensor is one
+            token.
+        tau: temperature: a positive number, or a tensor with one value for all rows or one per row: of the logits' shape
+            without `dim`, or one that broadcasts to the logits with size 1 at `dim`. It receives its gradient.
         hard: return the one-hot sample.
         eps: without effect, as in PyTorch.
         dim: the vocabulary's dimension.
         noise: which noise to use. None draws a fresh seed from torch's default generator.
 
     Returns:
-        A tensor of the logits' shape and dtype.
+        A contiguous tensor of the logits' shape and dtype.
 
     Raises:
         TypeError: logits that are no floating tensor, tau that is no number, noise that is no GumbelNoise.
-        ValueError: an empty vocabulary; tau not positive and finite or of a wrong shape; row_ids of the wrong length;
+        ValueError: an empty vocabulary; tau not positive and finite, of a wrong shape, or of one that PyTorch would
+            broadcast to a value per token (`[4]` for logits `[4, 4]`); row_ids of the wrong length;
             tensors on different devices; on CPU a row of NaN, +inf or only -inf.
         IndexError: dim out of range.
 
@@ -55,15 +60,18 @@ def gumbel_softmax(
     """
     if eps != 1e-10:
         warnings.warn("`eps` parameter is deprecated and has no effect.", stacklevel=2)
-    checks.check_logits(logits, dim)
+    if isinstance(logits, torch.Tensor) and logits.dim() == 0:
+        return gumbel_softmax(logits.reshape(1), tau, hard, dim=dim, noise=noise).reshape(())
+    dim = checks.check_logits(logits, dim)
     moved = logits.movedim(dim, -1)
     num_rows = logits.numel() // moved.shape[-1]
     drawn = checks.canonical_noise(noise, num_rows, logits.device)
-    row_tau = checks.canonical_tau(tau, moved.shape[:-1], logits.device, compute_dtype(logits.dtype))
+    row_tau = checks.canonical_tau(tau, logits.shape, logits.device, compute_dtype(logits.dtype), dim)
     backend = backends.select(logits.device, logits.dtype)
     return _relax(_Draw(logits, row_tau, drawn, dim, hard, backend))
 
 
+@public
 def gumbel_ste(
     logits: torch.Tensor, tau: float | torch.Tensor = 1.0, dim: int = -1, *, noise: GumbelNoise | None = None
 ) -> torch.Tensor:
@@ -74,8 +82,8 @@ def gumbel_ste(
     return gumbel_softmax(logits, tau, hard=True, dim=dim, noise=noise)
 
 
-# The operations take logits of any shape, with V at dim, so that what is saved for backward is what the caller holds,
-# never a copy that the kernels' layout needs.
+# Kernels take `[N, V]`, which may need a copy of the logits. If the operation took those, the copy would be saved for
+# backward. So the operation takes the caller's logits, of any shape and with V at dim.
 
 
 def _rows(x: torch.Tensor, dim: int) -> torch.Tensor:
@@ -85,8 +93,10 @@ def _rows(x: torch.Tensor, dim: int) -> torch.Tensor:
 
 
 def _like(rows: torch.Tensor, x: torch.Tensor, dim: int) -> torch.Tensor:
-    """The inverse of `_rows`: of the shape of x."""
-    return rows.view(x.movedim(dim, -1).shape).movedim(-1, dim)
+    """The inverse of `_rows`: of the shape of x, and contiguous, as the results of `torch.softmax` are."""
+    if dim in (-1, x.dim() - 1):
+        return rows.view(x.shape)
+    return rows.view(x.movedim(dim, -1).shape).movedim(-1, dim).clone(memory_format=torch.contiguous_format)
 
 
 class _Draw(NamedTuple):
@@ -125,22 +135,20 @@ def _kernel(draw: _Draw) -> tuple[_Drawn[torch.Tensor], _Kept]:
     return _Drawn(_like(y, draw.logits, draw.dim)), _Kept(sample.score_max)
 
 
-def _empty_like(x: torch.Tensor, dim: int) -> torch.Tensor:
-    """Without data, laid out as `_like` does."""
-    return torch.empty(x.movedim(dim, -1).shape, dtype=x.dtype, device=x.device).movedim(-1, dim)
-
-
 def _fake(draw: _Draw) -> tuple[_Drawn[torch.Tensor], _Kept]:
-    tau = torch.empty(draw.tau.shape, dtype=draw.tau.dtype, device=draw.logits.device)
-    return _Drawn(_empty_like(draw.logits, draw.dim)), _Kept(tau)
+    y = torch.empty(draw.logits.shape, dtype=draw.logits.dtype, device=draw.logits.device)
+    score_max = torch.empty(draw.tau.shape, dtype=draw.tau.dtype, device=draw.logits.device)
+    return _Drawn(y), _Kept(score_max)
 
 
 def _by_reference(draw: _Draw) -> torch.Tensor:
-    if checks.may_read(draw.logits):
-        checks.check_reference_rows(_rows(draw.logits.detach(), draw.dim))
-        checks.check_tau_values(draw.tau)
-    noise = draw.noise.public()
-    return reference.gumbel_softmax(draw.logits, draw.tau, draw.hard, dim=draw.dim, noise=noise)
+    checks.check_for_reference(_rows(draw.logits.detach(), draw.dim), draw.tau)
+    return _reference_of(draw)
+
+
+def _reference_of(draw: _Draw) -> torch.Tensor:
+    tau = draw.tau.view(draw.logits.movedim(draw.dim, -1).shape[:-1]).unsqueeze(draw.dim)
+    return reference.gumbel_softmax(draw.logits, tau, draw.hard, dim=draw.dim, noise=draw.noise.public())
 
 
 def _backward(
@@ -155,13 +163,9 @@ def _backward(
     return _Gradients(_like(dlogits, draw.logits, draw.dim), dtau)
 
 
-def _fake_gradients(draw: _Draw) -> _Gradients[torch.Tensor]:
-    return _Gradients(_empty_like(draw.logits, draw.dim), torch.empty_like(draw.tau))
-
-
 _gumbel_softmax = differentiable(
     "gumbel_softmax", _Draw, _Drawn, _Kept, _Gradients,
-    kernel=_kernel, fake=_fake, backward=_backward, fake_gradients=_fake_gradients,
+    kernel=_kernel, fake=_fake, backward=_backward, reference=lambda draw, _: _Drawn(_reference_of(draw)),
 )  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import torch
 from typing_extensions import NamedTuple
@@ -14,15 +14,17 @@ from grade_kernels.backends.chunks import Scratch, column_chunks
 from grade_kernels.dtypes import compute_dtype
 from grade_kernels.noise import GumbelNoise
 from grade_kernels.ops import checks, tables
-from grade_kernels.ops.registry import answered_by, differentiable
+from grade_kernels.ops.registry import answered_by, differentiable, public
 from grade_kernels.ops.tables import Embedded
-from grade_kernels.reference import Embedding, GumbelSTEEmbedding
+from grade_kernels.ops.transforms import FIRST_ORDER, check_order
+from grade_kernels.reference import Embedding, GumbelSTEEmbedding, ignored_rows
 
 __all__ = ["GumbelSTEEmbedding", "gumbel_ste_embedding"]
 
 T = TypeVar("T")
 
 
+@public
 def gumbel_ste_embedding(
     logits: torch.Tensor,
     embedding: Embedding,
@@ -31,6 +33,7 @@ def gumbel_ste_embedding(
     estimator: str = "ste",
     noise: GumbelNoise | None = None,
     ids: torch.Tensor | None = None,
+    ignore_index: int | None = None,
 ) -> GumbelSTEEmbedding[Embedding]:
     """Sample tokens from logits and return their embeddings, differentiable in logits and tables.
 
@@ -44,26 +47,32 @@ def gumbel_ste_embedding(
     | `st` | `J(softmax(l / tau)) dY / tau` | Bengio, Leonard, Courville 2013 |
     | `reinmax` | `2 J((D + softmax(l / tau)) / 2) dY - J(softmax(l)) dY / 2` | Liu et al. 2023 |
 
-    plus that of `logprobs`. Tables receive `de` at the sampled rows (`soft`: `p.T @ de`).
+    plus that of `logprobs`. Tables receive `de` at the sampled rows (`soft`: `p.T @ de`). Under transforms of
+    `torch.func` and for forward-mode and second derivatives, `grade_kernels.reference` serves the call; `reinmax`, a rule
+    for the first derivative and no function's, has no second.
 
     Args:
         logits: `[..., V]`, float32, float64, bfloat16 or float16. -inf masks a token.
         embedding: a table `[V, D]`, or a tuple of tables, all of which are looked up. Dtypes may differ.
-        tau: temperature: a positive number, a 0-d tensor, or one value per row. A tensor receives its gradient
-            (`reinmax` defines none, so there it is zero).
+        tau: temperature: a positive number, or a tensor with one value for all rows or one per row, as in
+            `gumbel_softmax`. A tensor receives its gradient (`reinmax` defines none, so there it is zero).
         estimator: a name of the table above.
         noise: which noise to use. None draws a fresh seed from torch's default generator.
         ids: int64 `[...]`: return these tokens instead of sampled ones, with the same noise in the relaxation.
+        ignore_index: rows of this id are ignored, as `torch.nn.functional.cross_entropy` does: embedding and logprobs
+            are 0, no gradient comes of them, and the logits may be anything. None: every id must be a token's.
 
     Returns:
         `embedding` `[..., D]` in the table's dtype (a tuple for a tuple), `ids` int64 `[...]`, and
         `logprobs = log softmax(l)[ids]`, untempered, float32 (float64 for float64 logits), differentiable.
 
     Raises:
-        TypeError: a tensor of a wrong type, tau that is no number, noise that is no GumbelNoise.
+        TypeError: a tensor of a wrong type, tau that is no number, noise that is no GumbelNoise, ignore_index that is no
+            int.
+        IndexError: 0-d logits.
         ValueError: an unknown estimator; an empty vocabulary; a table that is not `[V, D]`; ids of a wrong shape or out
-            of range; tau not positive and finite or of a wrong shape; row_ids of the wrong length; tensors on
-            different devices; on CPU a row of NaN, +inf or only -inf.
+            of range; ignore_index without ids; tau not positive and finite or of a wrong shape; row_ids of the wrong
+            length; tensors on different devices; on CPU a row of NaN, +inf or only -inf.
     """
     checks.check_logits(logits)
     checks.check_estimator(estimator)
@@ -72,14 +81,16 @@ def gumbel_ste_embedding(
     rows = logits.reshape(-1, vocab)
     if ids is not None:
         checks.check_ids(ids, batch, logits)
+    ignored, safe_ids, open_logits = ignored_rows(ids, checks.canonical_ignore_index(ignore_index, ids), logits)
+    if ignored is not None and ids is not None:
+        out = gumbel_ste_embedding(open_logits, embedding, tau, estimator=estimator, noise=noise, ids=safe_ids)
+        return tables.without_ignored(out, ignored, ids)
     drawn = checks.canonical_noise(noise, rows.shape[0], logits.device)
-    row_tau = checks.canonical_tau(tau, batch, logits.device, compute_dtype(logits.dtype))
+    row_tau = checks.canonical_tau(tau, logits.shape, logits.device, compute_dtype(logits.dtype))
     flat_ids = None if ids is None else ids.reshape(-1)
     backend = backends.select(logits.device, logits.dtype)
     found = _draw_and_embed(_Draw(rows, list(given), row_tau, drawn, flat_ids, estimator, backend))
-    parts = tuple(x.view(*batch, x.shape[1]) for x in found.embedding)
-    result: Any = parts if isinstance(embedding, (tuple, list)) else parts[0]
-    return GumbelSTEEmbedding(result, found.ids.view(batch), found.logprobs.view(batch))
+    return tables.shaped(found, batch, embedding)
 
 
 class _Draw(NamedTuple):
@@ -159,15 +170,25 @@ def _fake(draw: _Draw) -> tuple[Embedded[torch.Tensor], _Kept]:
 
 
 def _by_reference(draw: _Draw) -> GumbelSTEEmbedding[tuple[torch.Tensor, ...]]:
-    if checks.may_read(draw.logits):
-        checks.check_reference_rows(draw.logits)
-        checks.check_tau_values(draw.tau)
-        if draw.ids is not None:
-            checks.check_ids_values(draw.ids, draw.logits.shape[1])
+    check_order(draw.estimator)
+    checks.check_for_reference(draw.logits.detach(), draw.tau, draw.ids, draw.logits.shape[1])
+    return _reference_of(draw)
+
+
+def _reference_of(draw: _Draw) -> GumbelSTEEmbedding[tuple[torch.Tensor, ...]]:
     return reference.gumbel_ste_embedding(
-        draw.logits, tuple(draw.tables), draw.tau,
+        draw.logits, tuple(draw.tables), draw.tau.unsqueeze(-1),
         estimator=draw.estimator, noise=draw.noise.public(), ids=draw.ids,
     )  # fmt: skip
+
+
+def _again(draw: _Draw, found: Embedded[torch.Tensor | None]) -> Embedded[torch.Tensor]:
+    """The results of the tokens that were found, as functions that can be differentiated more than once."""
+    if draw.estimator == "reinmax":
+        # Its gradient is no function's derivative, so the reference has no graph behind it, either.
+        raise NotImplementedError(FIRST_ORDER)
+    embedding, ids, logprobs = _reference_of(draw._replace(ids=found.ids))
+    return Embedded(tables.joined(embedding, draw.tables), ids, logprobs)
 
 
 def _backward(
@@ -214,7 +235,7 @@ def _product_of_all(backend: Backend, upstream: Sequence[torch.Tensor], draw: _D
 
 _gumbel_ste_embedding = differentiable(
     "gumbel_ste_embedding", _Draw, Embedded, _Kept, _Gradients,
-    kernel=_kernel, fake=_fake, backward=_backward, unsaved=("ids",),
+    kernel=_kernel, fake=_fake, backward=_backward, unsaved=("ids",), reference=_again,
 )  # fmt: skip
 
 

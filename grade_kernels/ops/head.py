@@ -10,6 +10,7 @@ from grade_kernels import reference
 from grade_kernels.backends import Head, Support
 from grade_kernels.dtypes import compute_dtype
 from grade_kernels.ops import checks
+from grade_kernels.ops.transforms import without_wrappers
 
 LEAST_EPS = 2.0**-64
 
@@ -64,7 +65,8 @@ def check_reference_rows(head: Head, prefix: str = "") -> None:
     if not checks.may_read(head.hidden):
         return
     with torch.no_grad():
-        checks.check_head_rows(checks.bad_rows(reference.head_logits(*head)), prefix)
+        logits = without_wrappers(reference.head_logits(*head))
+        checks.check_head_rows(checks.bad_rows(logits), prefix)
 
 
 def canonical_eps(eps: object) -> float:
@@ -77,8 +79,10 @@ def canonical_eps(eps: object) -> float:
 
 
 def needs_graph(*tensors: torch.Tensor | None) -> bool:
-    """Whether a backward pass can follow, so that its support is worth collecting."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    """Whether a backward pass can follow, so that its support is worth collecting. Meta tensors have none to collect."""
+    return torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad and t.device.type != "meta" for t in tensors
+    )
 
 
 def fake_support(rows: int, like: torch.Tensor, collected: bool) -> Support:

@@ -1,4 +1,4 @@
-"""Gradients of a head's tensors from gradients of its logits, whether these are sparse or come by in chunks."""
+"""Gradients of a head's tensors, given gradients of its logits: sparse ones, or dense ones chunk by chunk."""
 
 from __future__ import annotations
 

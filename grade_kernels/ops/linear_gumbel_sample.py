@@ -12,11 +12,12 @@ from grade_kernels.dtypes import compute_dtype
 from grade_kernels.noise import GumbelNoise
 from grade_kernels.ops import checks
 from grade_kernels.ops.head import check_head, check_reference_rows
-from grade_kernels.ops.registry import answered_by, operation
+from grade_kernels.ops.registry import answered_by, operation, public
 
 __all__ = ["linear_gumbel_sample"]
 
 
+@public
 def linear_gumbel_sample(
     hidden: torch.Tensor,
     lm_head: torch.Tensor,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypedDict, TypeVar
 
 import torch
 from typing_extensions import NamedTuple
@@ -14,13 +14,16 @@ from grade_kernels.noise import GumbelNoise
 from grade_kernels.ops import checks
 from grade_kernels.ops.head import canonical_eps, check_head, check_reference_rows, fake_support, needs_graph
 from grade_kernels.ops.head_gradients import Entries, HeadGradients, PerHead
-from grade_kernels.ops.registry import answered_by, differentiable
+from grade_kernels.ops.registry import answered_by, differentiable, public
+from grade_kernels.ops.transforms import reference_serves
+from grade_kernels.reference import ignored_rows
 
 __all__ = ["linear_entropy", "linear_kl", "linear_logprobs"]
 
 T = TypeVar("T")
 
 
+@public
 def linear_logprobs(
     hidden: torch.Tensor,
     lm_head: torch.Tensor,
@@ -29,10 +32,14 @@ def linear_logprobs(
     bias: torch.Tensor | None = None,
     logit_softcap: float | None = None,
     temperature: float = 1.0,
+    ignore_index: int | None = None,
     eps: float = 2**-11,
     noise: GumbelNoise | None = None,
 ) -> torch.Tensor:
     """Log-probability of given tokens, `log softmax(l / temperature)[ids]`, `l = softcap(hidden @ lm_head.T + bias)`.
+
+    Under transforms of `torch.func` and for forward-mode derivatives `grade_kernels.reference` serves the call, with the
+    logits in memory. There is no second derivative, except under `use_backend("reference")`.
 
     Args:
         hidden: `[..., H]`, float32, bfloat16, float16 or float64.
@@ -41,6 +48,8 @@ def linear_logprobs(
         bias: `[V]`, optional; -inf masks a token.
         logit_softcap: c in `c * tanh(l / c)`, optional.
         temperature: a positive number.
+        ignore_index: rows of this id are ignored, as `torch.nn.functional.cross_entropy` does: their result is 0, no
+            gradient comes of them, and their hidden states may be anything. None: every id must be a token's.
         eps: stochastic support of the backward pass: a token of probability p is visited with probability
             `min(1, p / eps)`, which leaves the gradient unbiased. 0 visits every token, exactly.
         noise: seed and row identities of those visits. None draws a fresh seed from torch's default generator.
@@ -49,13 +58,16 @@ def linear_logprobs(
         `[...]`, float32 (float64 for float64). Gradients go to hidden, lm_head and bias.
 
     Raises:
-        TypeError: a tensor of a wrong type, or hidden and lm_head of different dtypes.
+        TypeError: a tensor of a wrong type, hidden and lm_head of different dtypes, ignore_index that is no int.
         ValueError: shapes that do not match (with both numbers), ids out of range, eps outside [0, 1), temperature or
             logit_softcap not positive, tensors on different devices; on CPU a row without a distribution.
     """
-    return _statistic("logprobs", hidden, lm_head, bias, logit_softcap, temperature, eps, noise, ids=ids)
+    return _statistic(
+        "logprobs", hidden, lm_head, bias, logit_softcap, temperature, eps, noise, ids=ids, ignore_index=ignore_index
+    )
 
 
+@public
 def linear_kl(
     hidden: torch.Tensor,
     lm_head: torch.Tensor,
@@ -79,6 +91,7 @@ def linear_kl(
     )
 
 
+@public
 def linear_entropy(
     hidden: torch.Tensor,
     lm_head: torch.Tensor,
@@ -104,7 +117,8 @@ def _statistic(
     noise: GumbelNoise | None,
     *,
     ids: torch.Tensor | None = None,
-    ref: tuple[Any, Any, Any] | None = None,
+    ignore_index: int | None = None,
+    ref: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None = None,
 ) -> torch.Tensor:
     hidden, lm_head, bias = check_head(hidden, lm_head, bias, logit_softcap)
     eps = canonical_eps(eps)
@@ -113,6 +127,12 @@ def _statistic(
     batch = hidden.shape[:-1]
     if kind == "logprobs":
         checks.check_ids(ids, batch, hidden, "hidden")
+    ignored, safe_ids, open_hidden = ignored_rows(ids, checks.canonical_ignore_index(ignore_index, ids), hidden)
+    if ignored is not None:
+        value = _statistic(
+            kind, open_hidden, lm_head, bias, logit_softcap, temperature, eps, noise, ids=safe_ids, ref=ref
+        )
+        return torch.where(ignored, 0.0, value)
     ref_hidden = ref_lm_head = ref_bias = None
     if ref is not None:
         ref_hidden, ref_lm_head, ref_bias = check_head(*ref, logit_softcap, prefix="ref_")
@@ -127,14 +147,15 @@ def _statistic(
         ref_rows = ref_hidden.detach().reshape(-1, ref_hidden.shape[-1])
         ref_head = Head(ref_rows, ref_lm_head.detach(), ref_bias, logit_softcap)
     tau = torch.full((rows.shape[0],), temperature, dtype=compute, device=hidden.device)
-    if noise is None and eps == 0:  # nothing is drawn, not even a seed
+    backend = backends.select(hidden.device, hidden.dtype, head=True)
+    head = Head(rows, lm_head, bias, logit_softcap)
+    if noise is None and (eps == 0 or reference_serves(backend, head)):  # nothing is drawn, not even a seed
         noise = GumbelNoise(0)
-    # Else without a graph, too: a reentrant checkpoint's first forward must leave the generator as its second one will.
+    # Otherwise a seed is drawn even if no graph is wanted. Reentrant checkpointing runs forward once without and once with a
+    # graph, and both must leave the generator in the same state.
     drawn = checks.canonical_noise(noise, rows.shape[0], hidden.device)
     flat_ids = None if ids is None else ids.reshape(-1)
     wants_support = eps > 0 and needs_graph(hidden, lm_head, bias)
-    backend = backends.select(hidden.device, hidden.dtype, head=True)
-    head = Head(rows, lm_head, bias, logit_softcap)
     call = _Call(head, ref_head, flat_ids, tau, drawn, kind, eps, wants_support, backend)
     return _statistic_of(call).view(batch)
 
@@ -212,20 +233,25 @@ def _fake(call: _Call) -> tuple[_Statistic[torch.Tensor], _Kept]:
     )
 
 
+class _Options(TypedDict):
+    bias: torch.Tensor | None
+    logit_softcap: float | None
+    temperature: torch.Tensor
+
+
 def _by_reference(call: _Call) -> torch.Tensor:
     check_reference_rows(call.head)
     if call.ref is not None:
         check_reference_rows(call.ref, "ref_")
     hidden, weight, bias, softcap = call.head
-    options: dict[str, Any] = {"bias": bias, "logit_softcap": softcap, "temperature": call.tau[:, None]}
+    options = _Options(bias=bias, logit_softcap=softcap, temperature=call.tau[:, None])
     if call.ref is not None:
         ref = call.ref
         return reference.linear_kl(hidden, weight, ref.hidden, ref.weight, ref_bias=ref.bias, **options)
     if call.kind == "entropy":
         return reference.linear_entropy(hidden, weight, **options)
     assert call.ids is not None
-    if checks.may_read(call.ids):
-        checks.check_ids_values(call.ids, weight.shape[0])
+    checks.check_for_reference(None, ids=call.ids, vocab_size=weight.shape[0])
     return reference.linear_logprobs(hidden, weight, call.ids, **options)
 
 

@@ -6,24 +6,58 @@ backward pass, and the list of gradients follow from them.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch.autograd import forward_ad
 
 from grade_kernels.ops.records import Layout, Leaf
+from grade_kernels.ops.transforms import differentiable_gradients, has_tangent, records_gradients, reference_serves
 
-__all__ = ["answered_by", "differentiable", "operation"]
+__all__ = ["answered_by", "differentiable", "operation", "public"]
 
 library = torch.library.Library("grade_kernels", "DEF")
 
+Function = TypeVar("Function", bound=Callable[..., Any])
 C = TypeVar("C")  # arguments
 R = TypeVar("R")  # results
 K = TypeVar("K")  # what is kept for backward
 U = TypeVar("U")  # gradients that arrive from above
 W = TypeVar("W")  # which gradients are wanted
 G = TypeVar("G")  # gradients
+
+_WAY_ROUND = (
+    "call the operation inside `with grade_kernels.use_backend('reference'):`, which is plain differentiable PyTorch, "
+    "with the logits held in memory"
+)
+
+
+class _Context(Protocol):
+    """What torch hands to the forward and the backward of an operation, and what is kept in it."""
+
+    needs_input_grad: tuple[Any, ...]  # a truth value for each argument, in lists where these are
+    saved_tensors: tuple[torch.Tensor | None, ...]
+    next_functions: tuple[tuple[Any, int], ...]
+    values: list[Any]  # arguments that are no tensors; of lists of tensors, how many they are
+    present: list[bool]  # which arguments are not None
+
+    def save_for_backward(self, *tensors: torch.Tensor | None) -> None: ...
+
+    def mark_non_differentiable(self, *tensors: torch.Tensor) -> None: ...
+
+    def set_materialize_grads(self, value: bool) -> None: ...
+
+
+def public(function: Function) -> Function:
+    """Mark a public operation: torch.jit.script, which would try to compile its Python, is told why it cannot."""
+    name = function.__name__
+    reason = (
+        f"grade_kernels.{name} cannot be scripted; use torch.compile or torch.export, or call it outside the script"
+    )
+    setattr(function, "__script_unsupported", reason)
+    return function
 
 
 def operation(
@@ -47,7 +81,8 @@ def operation(
         fake: results without data.
 
     Returns:
-        The operation, to call. Forward-mode derivatives raise NotImplementedError.
+        The operation, to call. Forward-mode derivatives raise NotImplementedError, which names the way round: public
+        functions go it by themselves (`answered_by`).
     """
     inputs, outputs = Layout(arguments), Layout(results)
 
@@ -68,7 +103,7 @@ def differentiable(
     kernel: Callable[[C], tuple[R, K]],
     fake: Callable[[C], tuple[R, K]],
     backward: Callable[[C, K, U, W], G],
-    fake_gradients: Callable[[C], G] | None = None,
+    reference: Callable[[C, Any], Any] | None = None,
     unsaved: Sequence[str] = (),
 ) -> Callable[[C], R]:
     """Register an operation with a backward pass, which is an operation of its own, `{name}_backward`.
@@ -82,12 +117,16 @@ def differentiable(
         fake: the same without data.
         backward: a function of the arguments, of what was kept, of the results, with gradients (or None) in the place of
             what is differentiable, and of `gradients` of truth values that say which are wanted. It returns `gradients`
-            of contiguous tensors, whatever it likes where none is wanted. They are not differentiable again.
-        fake_gradients: gradients without data; by default contiguous tensors of the arguments' shapes and dtypes.
+            of contiguous tensors, whatever it likes where none is wanted. They are not differentiable again. Several
+            gradients that arrive at once, as from `torch.func.vmap` over `torch.autograd.grad`, are served one by one.
+        reference: a function of the arguments and of the results, with None in the place of what is differentiable. It
+            returns the results once more, computed by differentiable PyTorch. Under `create_graph=True` the gradient is
+            taken through it, so that it can be differentiated again. None: a second derivative raises
+            NotImplementedError.
         unsaved: arguments that backward has no use for; it gets None. Who changes them in place disturbs nobody.
 
     Returns:
-        The operation, to call: its results. Forward-mode derivatives raise NotImplementedError.
+        The operation, to call: its results. Forward-mode derivatives raise NotImplementedError, as of `operation`.
     """
     inputs, saved, wanted = Layout(arguments), Layout(kept), Layout(gradients)
     outputs: Layout[Any] = Layout(results)
@@ -124,8 +163,6 @@ def differentiable(
 
     def fake_backward(*leaves: Any) -> list[torch.Tensor]:
         given, flags = leaves[ends[0] : ends[1]], leaves[-1]
-        if fake_gradients is not None:
-            return _wanted_only(wanted.flatten(fake_gradients(inputs.build(given))), flags)
         like = _wanted_only(tuple(given[i] for i in places), flags)
         return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in like]
 
@@ -139,19 +176,36 @@ def differentiable(
         fake_backward,
     )
 
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    def setup_context(ctx: _Context, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         given = [None if i in forgotten else x for i, x in enumerate(inputs)]
         tensors = [x for leaf, value in zip(layout, given, strict=True) for x in _tensors(leaf, value)]
         constants = [x for leaf, x in zip(outputs.leaves, output, strict=False) if not leaf.varies] + [*output[count:]]
         ctx.save_for_backward(*tensors, *constants)
-        # Of what is no tensor, the value; of lists of tensors, how many they are.
         ctx.values = [len(_tensors(leaf, x)) if leaf.is_list else x
                       for leaf, x in zip(layout, given, strict=True) if not leaf.is_tensor]  # fmt: skip
         ctx.present = [x is not None for x in inputs]
         ctx.mark_non_differentiable(*constants)
         ctx.set_materialize_grads(False)
 
-    def gradient(ctx: Any, *upstream: torch.Tensor | None) -> tuple[Any, ...]:
+    def again(
+        function: Callable[[C, Any], Any], given: Sequence[Any], arrived: Sequence[Any], flags: Sequence[bool]
+    ) -> list[torch.Tensor | None]:
+        """The gradients that are wanted, through differentiable PyTorch."""
+        constants = outputs.build([None if leaf.varies else x for leaf, x in zip(outputs.leaves, arrived, strict=True)])
+
+        def forward(*tensors: torch.Tensor) -> list[torch.Tensor]:
+            changed, parts = list(given), nested(tensors, given)
+            for i, part in zip(places, parts, strict=True):
+                changed[i] = part
+            found = outputs.flatten(function(inputs.build(changed), constants))
+            return [x for leaf, x in zip(outputs.leaves, found, strict=True) if leaf.varies]
+
+        tensors = [x for i in places for x in (given[i] if layout[i].is_list else (given[i],))]
+        upstream = [x for leaf, x in zip(outputs.leaves, arrived, strict=True) if leaf.varies]
+        found = differentiable_gradients(forward, tensors, flags, upstream)
+        return [x for x, flag in zip(found, flags, strict=True) if flag]
+
+    def gradient(ctx: _Context, *upstream: torch.Tensor | None) -> tuple[Any, ...]:
         tensors, values = iter(ctx.saved_tensors), iter(ctx.values)
         given = [_restored(leaf, tensors, values) for leaf in layout]
         # torch asks for a gradient of each argument, in lists where these are.
@@ -161,7 +215,10 @@ def differentiable(
             return tuple(answer)
         runs = _running(ctx, layout, given)
         flags = [flag for i in places for flag in (runs[i] if layout[i].is_list else (runs[i],))]
-        found = iter(backward_op(*arrived, *given, *tensors, flags))
+        if reference is not None and records_gradients():
+            found = iter(again(reference, given, arrived, flags))
+        else:
+            found = iter(backward_op(*arrived, *given, *tensors, flags))
         for i, needed in zip(places, nested(flags, given), strict=True):
             if layout[i].is_list:
                 answer[i] = [next(found) if flag else None for flag in needed]
@@ -170,24 +227,29 @@ def differentiable(
         return tuple(answer)
 
     def refuse(*_: Any) -> Any:
-        # Without this, autograd would take a gradient for a constant, and its own gradient for zero.
-        raise NotImplementedError(f"grade_kernels::{name}_backward has no second derivative")
+        # Without this, autograd would silently treat the gradient as a constant.
+        raise NotImplementedError(f"grade_kernels::{name}_backward has no second derivative; {_WAY_ROUND}")
 
     torch.library.register_autograd(f"grade_kernels::{name}", gradient, setup_context=setup_context, lib=library)
     torch.library.register_autograd(f"grade_kernels::{name}_backward", refuse, lib=library)
+    torch.library.register_vmap(
+        f"grade_kernels::{name}_backward", functools.partial(_one_by_one, backward_op), lib=library
+    )
     return _calling(op, inputs, outputs, count + len(saved.leaves))
 
 
 def answered_by(reference: Callable[[C], R]) -> Callable[[Callable[[C], R]], Callable[[C], R]]:
-    """Decorator of a function of a record with a field `backend`: where that is `reference`, another one answers.
+    """Decorator of a function of a record with a field `backend`: another one answers where the reference serves the call.
 
-    The backend of this name registers no operation. It calls `grade_kernels.reference`, through which autograd goes as
-    through any other PyTorch.
+    That is where the backend is `reference`, and under derivatives for which operations have no rule (`ops.transforms`).
+    Nothing is registered for it: it calls `grade_kernels.reference`, through which autograd and torch.func go as through
+    any other PyTorch.
     """
 
     def decorate(function: Callable[[C], R]) -> Callable[[C], R]:
         def answer(given: C) -> R:
-            return reference(given) if given.backend == "reference" else function(given)  # type: ignore[attr-defined]
+            backend: str = given.backend  # type: ignore[attr-defined]
+            return reference(given) if reference_serves(backend, given) else function(given)
 
         return answer
 
@@ -221,17 +283,28 @@ def _register(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any])
 
     def call(*args: Any) -> Any:
         # An operation without a rule for them would drop tangents, which then pass for zeros.
-        if forward_ad._current_level >= 0 and any(_has_tangent(x) for x in args):
-            raise NotImplementedError(f"grade_kernels::{name} has no forward-mode derivative")
+        if forward_ad._current_level >= 0 and has_tangent(args):
+            raise NotImplementedError(f"grade_kernels::{name} has no forward-mode derivative; {_WAY_ROUND}")
         return op(*args)
 
     return call
 
 
-def _has_tangent(x: Any) -> bool:
-    if isinstance(x, (tuple, list)):
-        return any(_has_tangent(y) for y in x)
-    return isinstance(x, torch.Tensor) and forward_ad.unpack_dual(x).tangent is not None
+def _one_by_one(
+    op: Callable[..., Sequence[torch.Tensor]], info: Any, dims: tuple[Any, ...], *args: Any
+) -> tuple[list[torch.Tensor], list[int]]:
+    """An operation that returns a list, for several calls whose arguments are stacked: each call by itself."""
+    calls = [op(*(_part(x, dim, i) for x, dim in zip(args, dims, strict=True))) for i in range(info.batch_size)]
+    stacked = [torch.stack(parts) for parts in zip(*calls, strict=True)]
+    return stacked, [0] * len(stacked)
+
+
+def _part(x: Any, dim: Any, i: int) -> Any:
+    """Argument x of the i-th of several calls, which are stacked along dim where that is no None."""
+    if isinstance(x, (list, tuple)):
+        dims = dim if isinstance(dim, (list, tuple)) else [dim] * len(x)
+        return [_part(y, d, i) for y, d in zip(x, dims, strict=True)]
+    return x if dim is None else x.select(dim, i)
 
 
 def _returned(leaves: tuple[Any, ...]) -> Any:
@@ -257,7 +330,7 @@ def _wanted_only(gradients: tuple[Any, ...], flags: Sequence[bool]) -> list[torc
     return [x for x, flag in zip(flat, flags, strict=True) if flag]
 
 
-def _running(ctx: Any, leaves: list[Leaf], given: list[Any]) -> list[Any]:
+def _running(ctx: _Context, leaves: list[Leaf], given: list[Any]) -> list[Any]:
     """Which arguments want a gradient from the backward pass that is running, in lists where these are.
 
     `ctx.needs_input_grad` says which of them require one at all. `torch.autograd.grad(..., inputs)` may want fewer, and

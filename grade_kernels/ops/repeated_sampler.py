@@ -20,9 +20,10 @@ __all__ = ["RepeatedSampler"]
 class RepeatedSampler:
     """Ids of `linear_gumbel_sample`, step after step, through one head that stays as it is meanwhile.
 
-    On the CPU a step of few rows takes as long as the head takes to be read. After some steps a copy of it in eight
-    bits rules out all tokens but those that may win within the copy's error, and these are looked at in full: the tokens
-    are those of `linear_gumbel_sample`, up to the rounding of a product. Elsewhere this is that operation.
+    On the CPU a step of few rows takes as long as it takes to read the head. So after some steps the backend makes a copy
+    of the head in eight bits. The copy has a known error, within which most tokens can not win. The others are scored with
+    the head itself. Ids are therefore those of `linear_gumbel_sample`, up to the rounding of a product. Backends without
+    such a copy call that operation.
 
     Args:
         lm_head: `[V, H]`.
@@ -30,7 +31,7 @@ class RepeatedSampler:
         logit_softcap: optional.
 
     Attributes:
-        plain_steps: steps before the backend's own sampler is made. Making it takes about as long as these.
+        plain_steps: steps before the backend makes its copy, which takes about as long as so many of them.
     """
 
     plain_steps: ClassVar[int] = 8

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Generic, TypeVar
+from typing import Generic, TypeVar, cast
 
 import torch
 from typing_extensions import NamedTuple
+
+from grade_kernels.reference import Embedding, GumbelSTEEmbedding
 
 __all__ = ["Embedded", "joint_dtype", "look_up", "scatter_rows", "split", "weights_dtype"]
 
@@ -47,8 +49,33 @@ def split(embedded: torch.Tensor, tables: Sequence[torch.Tensor]) -> tuple[torch
     return tuple(part.to(table.dtype) for part, table in zip(parts, tables, strict=True))
 
 
+def shaped(
+    found: GumbelSTEEmbedding[tuple[torch.Tensor, ...]], batch: Sequence[int], embedding: Embedding
+) -> GumbelSTEEmbedding[Embedding]:
+    """The result of flat rows as the caller gets it: of the batch's shape, and one tensor where one table was given."""
+    parts = tuple(x.contiguous().view(*batch, x.shape[1]) for x in found.embedding)
+    result = parts if isinstance(embedding, (tuple, list)) else parts[0]
+    return GumbelSTEEmbedding(cast("Embedding", result), found.ids.view(batch), found.logprobs.view(batch))
+
+
+def without_ignored(
+    found: GumbelSTEEmbedding[Embedding], ignored: torch.Tensor, ids: torch.Tensor
+) -> GumbelSTEEmbedding[Embedding]:
+    """A result with zeros in the ignored rows, and with the ids that were given."""
+
+    def zeroed(x: torch.Tensor) -> torch.Tensor:
+        return torch.where(ignored.unsqueeze(-1), 0.0, x)
+
+    given = found.embedding
+    embedding = tuple(map(zeroed, given)) if isinstance(given, tuple) else zeroed(given)
+    return GumbelSTEEmbedding(cast("Embedding", embedding), ids.clone(), torch.where(ignored, 0.0, found.logprobs))
+
+
 def look_up(tables: Sequence[torch.Tensor], ids: torch.Tensor, poison: torch.Tensor) -> torch.Tensor:
-    """Rows `ids` of all tables. On a GPU, where poison `[N]` is NaN, for a row without a distribution, so is its result."""
+    """Rows `ids` of all tables, side by side.
+
+    On a GPU poison `[N]` is NaN for a row without a distribution, and then so is the row's result.
+    """
     embedded = joined([table[ids] for table in tables], tables)
     return embedded if ids.device.type == "cpu" else embedded + poison.to(embedded.dtype)[:, None]
 

@@ -4,6 +4,7 @@ try:
     from grade_kernels.training.callbacks import NonFiniteGradientError, TrainingInterrupted
     from grade_kernels.training.config import GRADEConfig
     from grade_kernels.training.loss import GradeLoss, grade_loss
+    from grade_kernels.training.reference import FrozenCopy, NamedAdapter, OtherModel, Reference, WithoutAdapter
     from grade_kernels.training.rewards import (
         DifferentiableReward,
         NonFiniteRewardError,
@@ -20,13 +21,18 @@ except ModuleNotFoundError as error:
 
 __all__ = [
     "DifferentiableReward",
+    "FrozenCopy",
     "GRADEConfig",
     "GRADETrainer",
     "GradeLoss",
+    "NamedAdapter",
     "NonFiniteGradientError",
     "NonFiniteRewardError",
+    "OtherModel",
+    "Reference",
     "SequenceClassificationReward",
     "TrainingInterrupted",
+    "WithoutAdapter",
     "grade_loss",
     "right_padded",
 ]

@@ -115,18 +115,19 @@ class StopOnNonFiniteGradient(TrainerCallback):
 
 
 def completions_table(
-    prompts: Sequence[str], completions: Sequence[str], columns: dict[str, Sequence[float]], title: str
+    prompts: Sequence[str], completions: Sequence[str], columns: dict[str, Sequence[Any]], title: str
 ) -> Table:
-    """A table with a row for each completion: prompt, completion, then the numbers."""
+    """A table with a row for each completion: prompt, completion, then numbers and whatever else the columns hold."""
     table = Table(title=title, show_lines=True)
     table.add_column("Prompt")
     table.add_column("Completion")
     for name in columns:
         table.add_column(name, justify="right")
     for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
-        numbers = [f"{values[i]:.3f}" for values in columns.values()]
+        cells = [values[i] for values in columns.values()]
         # As text, so that brackets in a completion are no markup.
-        table.add_row(Text(prompt), Text(completion), *numbers)
+        shown = [Text(f"{cell:.3f}" if isinstance(cell, float) else str(cell)) for cell in cells]
+        table.add_row(Text(prompt), Text(completion), *shown)
     return table
 
 

@@ -1,4 +1,8 @@
-"""Checkpoints that are either complete or absent: sealed by a list of their files, and renamed into place."""
+"""Checkpoints that are either complete or absent: sealed by a list of their files, and renamed into place.
+
+A checkpoint without a seal was written by another trainer, or was changed since. It may be resumed from where that is
+asked for, as far as it goes: weights and the trainer's state must be there, what else is missing begins anew.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +11,23 @@ import json
 import os
 import re
 import shutil
+import warnings
 from pathlib import Path
+from typing import Any
 
-__all__ = ["SEAL", "complete_checkpoints", "damage", "seal", "settle"]
+from safetensors import safe_open
+
+__all__ = ["SEAL", "absent", "advance", "complete_checkpoints", "damage", "seal", "settle"]
 
 SEAL = "grade_checkpoint.json"
+STATE = "trainer_state.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
+# Files, and folders of sharded ones, that a run can go on without.
+_OPTIONAL = ("optimizer", "scheduler", "rng_state", "scaler")
+_WEIGHTS = re.compile(
+    r"(model|pytorch_model|adapter_model).*\.(safetensors|bin|json)|pytorch_model_fsdp.*|global_step\d+"
+)
+_OPTION = "allow_partial_checkpoint=True resumes from what is there"
 
 
 def seal(directory: Path) -> None:
@@ -38,25 +53,96 @@ def settle(staged: Path, target: Path) -> None:
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def damage(directory: Path) -> str | None:
-    """What is wrong with a checkpoint, naming the file; None if it is as it was sealed."""
+def damage(directory: Path, allow_partial: bool = False) -> str | None:
+    """What is wrong with a checkpoint, naming the file; None if it is as it was sealed.
+
+    Args:
+        directory: of the checkpoint.
+        allow_partial: take one without a seal, or without files that a run can begin anew (the optimizer's, the
+            schedule's, random states). Files that are there must be whole all the same.
+    """
+    if not directory.is_dir():
+        return "there is no such directory"
     try:
         files = json.loads((directory / SEAL).read_text(encoding="utf-8"))["files"]
         for name, expected in files.items():
             path = directory / name
             if not path.is_file():
-                return f"{name} is missing"
+                optional = name.startswith(_OPTIONAL)
+                if optional and allow_partial:
+                    continue
+                return f"{name} is missing" + (f", which was removed since; {_OPTION}" if optional else "")
             if path.stat().st_size != expected["bytes"]:
                 return f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}"
             if _digest(path) != expected["sha256"]:
                 return f"{name} has other contents than were written"
     except FileNotFoundError:
-        if not directory.is_dir():
-            return "there is no such directory"
-        return f"{SEAL} is missing, so it was never completed"
+        return _damage_unsealed(directory, allow_partial)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{SEAL} can not be read ({error})"
     return None
+
+
+def _damage_unsealed(directory: Path, allow_partial: bool) -> str | None:
+    """What is wrong with a checkpoint without a seal; None if it may be resumed from and can be."""
+    what = f"it has no {SEAL}, so another trainer wrote it, or that file was removed"
+    missing = [] if any(_WEIGHTS.fullmatch(path.name) for path in _two_levels(directory)) else ["no weights"]
+    missing += [] if (directory / STATE).is_file() else [f"no {STATE}, which says at which step it is"]
+    if missing:
+        return f"{what}, and it holds {' and '.join(missing)}: use it as model, not to resume from"
+    if broken := _broken(directory):
+        return f"{what}, and {broken}"
+    if allow_partial:
+        return None
+    lacking = absent(directory)
+    state = f"no {' and no '.join(lacking)}" if lacking else "an optimizer's and a schedule's state"
+    return f"{what}; it holds weights, {STATE} and {state}; {_OPTION}"
+
+
+def _two_levels(directory: Path) -> list[Path]:
+    """What is in a directory and in its folders, where adapters with a name of their own are."""
+    return [*directory.glob("*"), *directory.glob("*/adapter_model.*")]
+
+
+def _broken(directory: Path) -> str | None:
+    """A file of weights that is missing or cut off, where its format tells."""
+    for path in sorted(directory.glob("*.index.json")):
+        try:
+            shards = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            return f"{path.name} can not be read ({error})"
+        for shard in sorted(shards):
+            if not (directory / shard).is_file():
+                return f"{shard} is missing, which {path.name} names"
+    for path in sorted(directory.rglob("*.safetensors")):
+        try:
+            with safe_open(str(path), framework="pt"):
+                pass
+        except Exception as error:  # the format's own error, of no public class in its early releases
+            return f"{path.relative_to(directory).as_posix()} can not be read ({error})"
+    try:
+        json.loads((directory / STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        return f"{STATE} can not be read ({error})"
+    return None
+
+
+def absent(directory: Path) -> list[str]:
+    """Which of the optimizer's and the schedule's files a checkpoint lacks, without which both begin anew."""
+    names = [path.name for path in directory.iterdir()]
+    deepspeed = any(name.startswith("global_step") for name in names)  # whose folder holds both
+    found = {stem: deepspeed or any(name.startswith(stem) for name in names) for stem in ("optimizer", "scheduler")}
+    return [f"{stem}.pt" for stem, there in found.items() if not there]
+
+
+def advance(scheduler: Any, steps: int) -> None:
+    """Take a fresh schedule of the learning rate to a step; one that goes by a metric stays where it is."""
+    if scheduler is None or hasattr(scheduler, "metrics") or "metrics" in scheduler.step.__code__.co_varnames:
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that no step of the optimizer came before
+        for _ in range(steps):
+            scheduler.step()
 
 
 def complete_checkpoints(output_dir: Path) -> list[Path]:

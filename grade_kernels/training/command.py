@@ -18,6 +18,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, HfAr
 from grade_kernels.training.callbacks import TrainingInterrupted
 from grade_kernels.training.checkpoints import complete_checkpoints
 from grade_kernels.training.config import GRADEConfig
+from grade_kernels.training.foreign_names import reason_for_setting
 from grade_kernels.training.rewards import OUTPUTS, SequenceClassificationReward
 from grade_kernels.training.trainer import GRADETrainer, load_by_name
 
@@ -42,6 +43,10 @@ class RunArguments:
     prompt_column: str = field(default="prompt", metadata={"help": "The column that holds the prompts."})
     reward_label: str | None = field(
         default=None, metadata={"help": "The label that is rewarded, by name or index; default: the second of two."}
+    )
+    ref_model: str | None = field(
+        default=None,
+        metadata={"help": "Reference of the KL: a directory or a name on the hub; default: the policy as it comes."},
     )
     reward_output: str = field(
         default="probability", metadata={"help": "What a classifier returns: one of " + ", ".join(OUTPUTS)}
@@ -87,14 +92,16 @@ def _build_trainer(arguments: RunArguments, config: GRADEConfig) -> GRADETrainer
         evaluation = read_dataset(source, arguments, arguments.eval_split or arguments.dataset_split)
     return GRADETrainer(
         model=arguments.model,
-        reward_funcs=[_reward(name, arguments) for name in arguments.reward],
+        reward_funcs=[_reward(name, arguments, config) for name in arguments.reward],
         args=config,
         train_dataset=read_dataset(arguments.dataset, arguments, arguments.dataset_split),
         eval_dataset=evaluation,
         reward_processing_classes=[
-            load_by_name("the tokenizer of reward", AutoTokenizer, name) for name in arguments.reward
+            load_by_name("the tokenizer of reward", AutoTokenizer, name, trust_remote_code=config.trust_remote_code)
+            for name in arguments.reward
         ],
         peft_config=_adapter(arguments),
+        ref_model=arguments.ref_model,
     )
 
 
@@ -112,9 +119,16 @@ def parse(argv: Sequence[str]) -> tuple[RunArguments, GRADEConfig]:
     parser = HfArgumentParser(classes, prog="grade-kernels train")
     parser.add_argument("--config", help="A YAML file of settings by these names; the command line overrides it.")
     settings = {} if file.config is None else _read_yaml(Path(file.config))
-    unknown = sorted(settings.keys() - {action.dest for action in parser._actions})
+    known = {action.dest for action in parser._actions}
+    unknown = sorted(settings.keys() - known)
     if unknown:
-        raise ValueError(f"{file.config} has settings that do not exist: {unknown}")
+        reasons = [f"{name}: {reason}" for name in unknown if (reason := reason_for_setting(name))]
+        because = f" ({'; '.join(reasons)})" if reasons else ""
+        raise ValueError(f"{file.config} has settings that do not exist: {unknown}{because}")
+    for word in rest:
+        name = word.partition("=")[0].removeprefix("--")
+        if word.startswith("--") and name not in known and (reason := reason_for_setting(name)):
+            raise ValueError(f"there is no setting {name}: {reason}")
     for action in parser._actions:  # one setting has two of them, such as --disable_dropout and --no_disable_dropout
         if action.dest == "feedback_hops":
             action.type = str  # an int or "exact"; the config reads either
@@ -171,10 +185,10 @@ def _as_typed(value: Any, action: argparse.Action) -> Any:
     return str(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else value
 
 
-def _reward(name: str, arguments: RunArguments) -> SequenceClassificationReward:
+def _reward(name: str, arguments: RunArguments, config: GRADEConfig) -> SequenceClassificationReward:
     label = arguments.reward_label
     chosen: int | str | None = int(label) if isinstance(label, str) and label.isdigit() else label
-    model = load_by_name("reward", AutoModelForSequenceClassification, name)
+    model = load_by_name("reward", AutoModelForSequenceClassification, name, trust_remote_code=config.trust_remote_code)
     return SequenceClassificationReward(model, label=chosen, output=arguments.reward_output)
 
 

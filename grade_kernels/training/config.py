@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from transformers import SchedulerType, TrainingArguments
 
 from grade_kernels.ops.checks import ESTIMATORS
+from grade_kernels.training.foreign_names import refusing_foreign_settings
+from grade_kernels.training.numbers import plain
 from grade_kernels.training.policy import is_reentrant
+from grade_kernels.training.positions import LONG_PROMPTS
+from grade_kernels.training.prompt_tokens import check_template_arguments
 from grade_kernels.training.rewards import TRANSFORMS
 from grade_kernels.training.schedules import TAU_SCHEDULES
 
 __all__ = ["GRADEConfig"]
 
 
+@refusing_foreign_settings
 @dataclass
 class GRADEConfig(TrainingArguments):
     """Settings of `GRADETrainer`, on top of those of `transformers.TrainingArguments`.
@@ -27,7 +32,8 @@ class GRADEConfig(TrainingArguments):
 
     Raises:
         TypeError: a setting of a wrong type.
-        ValueError: a setting out of range, or settings that contradict each other.
+        ValueError: a setting out of range, settings that contradict each other, or one of TRL's that would be ignored
+            here, with the reason.
     """
 
     # Adam with a reward's gradient needs no advantage normalisation and no clipping of ratios; a rate between that of
@@ -72,7 +78,28 @@ class GRADEConfig(TrainingArguments):
     feedback_hops: int | str = field(default=4, metadata={"help": 'Sweeps through time, or "exact".'})
     # 0.02 holds the demo at a reward of 0.86 and KL 1.5 nats per completion; 0.01 reaches 0.94 at 2.6.
     beta: float = field(default=0.01, metadata={"help": "Factor of the KL to the reference; 0 holds no reference."})
-    max_completion_length: int = field(default=64, metadata={"help": "Completions are cut off after so many tokens."})
+    # By its name in TRL's DPOConfig.
+    ref_adapter_name: str | None = field(
+        default=None,
+        metadata={"help": "The adapter of the policy that is the KL's reference, in place of the policy as it came."},
+    )
+    # As in TRL, so that a run of one and of the other are told alike. The cost of a step is linear in it.
+    max_completion_length: int = field(default=512, metadata={"help": "Completions are cut off after so many tokens."})
+    max_prompt_length: int | None = field(
+        default=None,
+        metadata={"help": "Prompts of more tokens are too long; None allows what leaves room for the completion."},
+    )
+    # A prompt cut or left out changes what is trained on, which nobody should learn from a curve.
+    long_prompts: str = field(
+        default="error",
+        metadata={
+            "help": "What happens to prompts that are too long: error, truncate (tokens on the left are cut off) or skip."
+        },
+    )
+    chat_template_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Arguments of the chat template, such as enable_thinking (on the command line: JSON)."},
+    )
     # A pathwise gradient needs no group of completions to compare: more prompts teach more than more completions.
     num_generations: int = field(default=1, metadata={"help": "Completions per prompt."})
     reward_weights: list[float] | None = field(
@@ -87,14 +114,38 @@ class GRADEConfig(TrainingArguments):
         default=None,
         metadata={"help": "Keywords of from_pretrained, where the model is a name (on the command line: JSON)."},
     )
+    # Code of a model's repository runs on this machine, so somebody must have said that it may.
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Whether models and tokenizers given by name may bring code of their own."}
+    )
+    shuffle_dataset: bool = field(
+        default=True,
+        metadata={"help": "Whether prompts come in random order; False is train_sampling_strategy=sequential."},
+    )
+    # What such a checkpoint lacks begins anew, so a run that goes on from it is not the uninterrupted one.
+    allow_partial_checkpoint: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether to resume, from what is there, from a checkpoint that another trainer wrote or whose "
+            "optimizer files were removed."
+        },
+    )
     log_completions: bool = field(
         default=False, metadata={"help": "Whether to show a table of prompts and completions at every logging step."}
+    )
+    log_unique_prompts: bool = field(
+        default=False, metadata={"help": "Whether that table shows each prompt once, with its first completion."}
+    )
+    log_multimodal: bool = field(
+        default=True, metadata={"help": "TRL's switch for images in that table; there are none, so it changes nothing."}
     )
     num_completions_to_print: int | None = field(
         default=8, metadata={"help": "Rows of that table; None shows the whole batch."}
     )
 
     def __post_init__(self) -> None:
+        for setting in fields(self):
+            setattr(self, setting.name, plain(getattr(self, setting.name)))
         self._check()
         super().__post_init__()
         if self.per_device_train_batch_size % self.num_generations:
@@ -137,6 +188,7 @@ class GRADEConfig(TrainingArguments):
             ("tau_schedule", TAU_SCHEDULES),
             ("estimator", ESTIMATORS),
             ("reward_transform", TRANSFORMS),
+            ("long_prompts", LONG_PROMPTS),
         ):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {known}, got {getattr(self, name)!r}")
@@ -157,23 +209,30 @@ class GRADEConfig(TrainingArguments):
                 raise ValueError(f'feedback_hops must be an int or "exact", got {self.feedback_hops!r}')
             self.feedback_hops = int(self.feedback_hops)
         for name, least in (
-            ("feedback_hops", 0), ("max_completion_length", 1), ("num_generations", 1),
+            ("feedback_hops", 0), ("max_completion_length", 1), ("max_prompt_length", 1), ("num_generations", 1),
             ("per_device_train_batch_size", 1), ("per_device_eval_batch_size", 1), ("gradient_accumulation_steps", 1),
         ):  # fmt: skip
             value = getattr(self, name)
-            if value == "exact":
+            if value == "exact" or (value is None and name == "max_prompt_length"):
                 continue
             if isinstance(value, bool) or not isinstance(value, int):
                 raise TypeError(f"{name} must be an int, got {value!r}")
             if value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
-        if isinstance(self.model_init_kwargs, str):
-            try:
-                self.model_init_kwargs = json.loads(self.model_init_kwargs)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"model_init_kwargs must be JSON, got {self.model_init_kwargs!r}: {error}") from error
-        if not isinstance(self.model_init_kwargs, dict | None):
-            raise TypeError(f"model_init_kwargs must be a dict or None, got {self.model_init_kwargs!r}")
+        for name in ("model_init_kwargs", "chat_template_kwargs"):
+            value = getattr(self, name)
+            if isinstance(value, str):
+                try:
+                    value = json.loads(value)
+                except json.JSONDecodeError as error:
+                    raise ValueError(f"{name} must be JSON, got {value!r}: {error}") from error
+                setattr(self, name, value)
+            if not isinstance(value, dict | None):
+                raise TypeError(f"{name} must be a dict or None, got {value!r}")
+        if self.chat_template_kwargs is not None:
+            check_template_arguments("chat_template_kwargs", self.chat_template_kwargs)
+        if self.ref_adapter_name is not None and not isinstance(self.ref_adapter_name, str):
+            raise TypeError(f"ref_adapter_name must be an adapter's name or None, got {self.ref_adapter_name!r}")
         rows = self.num_completions_to_print
         if rows is not None and (isinstance(rows, bool) or not isinstance(rows, int)):
             raise TypeError(f"num_completions_to_print must be an int or None, got {rows!r}")

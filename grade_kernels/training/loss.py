@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
@@ -16,15 +15,17 @@ from grade_kernels.dtypes import compute_dtype
 from grade_kernels.noise import GumbelNoise
 from grade_kernels.ops import checks
 from grade_kernels.ops.head import canonical_eps
+from grade_kernels.training.allowed_tokens import AllowedTokens, TokenIds
+from grade_kernels.training.numbers import plain
 from grade_kernels.training.policy import (
     LanguageModel,
-    check_adapter_reference,
     check_checkpointing,
-    evaluating,
     gather_root,
     read_language_model,
     unwrap,
 )
+from grade_kernels.training.positions import check_positions
+from grade_kernels.training.reference import Reference, reference_for_loss
 from grade_kernels.training.replay import replay
 from grade_kernels.training.rewards import DifferentiableReward, Objective, weighted_sum
 from grade_kernels.training.rollout import Rollout, rollout
@@ -69,11 +70,14 @@ def grade_loss(
     estimator: str = "ste",
     feedback_hops: int | str = 4,
     eps: float = 2**-11,
-    ref_model: nn.Module | None = None,
+    ref_model: nn.Module | Reference | None = None,
+    ref_adapter_name: str | None = None,
     beta: float = 0.0,
     eos_token_id: int | Sequence[int] | None = None,
     pad_token_id: int | None = None,
     columns: dict[str, Any] | None = None,
+    suppress_tokens: TokenIds | None = None,
+    begin_suppress_tokens: TokenIds | None = None,
 ) -> GradeLoss:
     """Sample completions, and return a loss whose `backward()` is the gradient of their reward through the samples.
 
@@ -95,11 +99,19 @@ def grade_loss(
         estimator: `ste`, `st`, `reinmax`, or `soft`, which feeds mixtures of embeddings instead of tokens.
         feedback_hops: how many relaxed samples in a row a path of the gradient may be fed back through, or "exact".
         eps: stochastic support of the sparse, unbiased backward; 0 is dense and exact.
-        ref_model: the frozen reference of the KL. Default with `beta`: a PEFT model without its adapter.
+        ref_model: the frozen reference of the KL: a model, or a `Reference`. `FrozenCopy(model)`, made before the first
+            step, is the model as it was then, in the memory of its trained parameters; `WithoutAdapter()` is a PEFT
+            model's bare base. Default with `beta`: the latter, with a warning where the adapter came trained.
+        ref_adapter_name: the reference is the PEFT model with this other one of its adapters, which nothing trains.
         beta: factor of the KL; 0 needs no reference.
         eos_token_id: token or tokens that end a completion. None: nothing does.
         pad_token_id: what stands behind an end. Default: the first end of sequence, or 0.
         columns: keywords for the reward.
+        suppress_tokens: tokens that are never sampled, as ids or as a mask, bool `[V]`, True at each of them. Their
+            logits are -inf for policy and reference alike, and get no gradient; prompts may have them. Here belong the
+            rows of the head that no token has: `range(len(tokenizer), model.config.vocab_size)`. The model's
+            `generation_config` is not read.
+        begin_suppress_tokens: tokens that are not sampled as the first of a completion, given in the same way.
 
     Raises:
         NonFiniteRewardError: the reward is NaN or infinite somewhere.
@@ -109,8 +121,9 @@ def grade_loss(
     """
     return objectives_loss(
         model, [Objective(reward)], input_ids, attention_mask, max_new_tokens=max_new_tokens, noise=noise, tau=tau,
-        estimator=estimator, feedback_hops=feedback_hops, eps=eps, ref_model=ref_model, beta=beta,
-        eos_token_id=eos_token_id, pad_token_id=pad_token_id, columns=columns,
+        estimator=estimator, feedback_hops=feedback_hops, eps=eps, ref_model=ref_model,
+        ref_adapter_name=ref_adapter_name, beta=beta, eos_token_id=eos_token_id, pad_token_id=pad_token_id,
+        columns=columns, suppress_tokens=suppress_tokens, begin_suppress_tokens=begin_suppress_tokens,
     )  # fmt: skip
 
 
@@ -126,26 +139,35 @@ def objectives_loss(
     estimator: str,
     feedback_hops: int | str,
     eps: float,
-    ref_model: nn.Module | None,
+    ref_model: nn.Module | Reference | None,
     beta: float,
     eos_token_id: int | Sequence[int] | None,
     pad_token_id: int | None,
     columns: dict[str, Any] | None,
+    ref_adapter_name: str | None = None,
+    suppress_tokens: TokenIds | None = None,
+    begin_suppress_tokens: TokenIds | None = None,
     skip_truncated: bool = False,
 ) -> GradeLoss:
     """`grade_loss` for several weighted rewards; with `skip_truncated`, completions that never ended count nothing."""
+    max_new_tokens, tau, feedback_hops, eps, beta = map(plain, (max_new_tokens, tau, feedback_hops, eps, beta))
+    eos_token_id, pad_token_id = plain(eos_token_id), plain(pad_token_id)
     gather_root(unwrap(model))
     policy = read_language_model(model)
+    policy = policy.allowing(
+        AllowedTokens.without(policy.vocab_size, suppress_tokens, begin_suppress_tokens, policy.table.device)
+    )
     hops = _checked_hops(feedback_hops)
     checks.check_estimator(estimator)
     eps = canonical_eps(eps)
     ends = token_ids("eos_token_id", eos_token_id, policy.vocab_size)
     pads = token_ids("pad_token_id", pad_token_id, policy.vocab_size)
+    policy.allowed.check_ends(ends)
     pad = (pads or ends or (0,))[0]
     check_prompts(policy, input_ids, attention_mask, max_new_tokens)
     attention_mask = attention_mask.ne(0).long()
     for objective in objectives:
-        check_vocabulary(objective, policy)
+        check_vocabulary(objective, policy, pad)
         check_reward_device(objective, input_ids.device)
     if not isinstance(noise, GumbelNoise):
         raise TypeError(f"noise must be a GumbelNoise, got {type(noise).__name__}")
@@ -153,10 +175,9 @@ def objectives_loss(
         raise TypeError(f"beta must be a number, got {type(beta).__name__}")
     if not 0.0 <= beta < math.inf:
         raise ValueError(f"beta must not be negative, and finite, got {beta}")
-    if beta != 0.0 and ref_model is None and not hasattr(unwrap(model), "disable_adapter"):
-        raise ValueError(f"ref_model must be given for beta = {beta}: the model has no adapter to switch off")
-    if beta != 0.0 and ref_model is None:
-        check_adapter_reference(model)
+    reference = reference_for_loss(model, ref_model, ref_adapter_name, float(beta))
+    if reference is not None:
+        reference.check(model, policy, int(attention_mask.sum(dim=1).max()) + max_new_tokens)
     if hops != 0:
         check_checkpointing(policy.model)
     soft = estimator == "soft"
@@ -171,7 +192,7 @@ def objectives_loss(
     result = replay(
         model, policy, objectives, input_ids, attention_mask, sample, noise=noise, tau=tau, estimator=estimator,
         feedback_hops=hops, eps=eps, beta=beta, row_weights=row_weights, columns=columns or {},
-        reference=reference_of(model, ref_model) if beta != 0.0 or ref_model is not None else None,
+        reference=None if reference is None else reference.parts(model),
     )  # fmt: skip
     return GradeLoss(
         loss=result.loss,
@@ -191,19 +212,6 @@ def completed(sample: Rollout, ends: Sequence[int]) -> torch.Tensor:
     return torch.isin(sample.ids.gather(1, last[:, None])[:, 0], torch.tensor(list(ends), device=last.device))
 
 
-@contextmanager
-def reference_of(model: nn.Module, ref_model: nn.Module | None) -> Iterator[LanguageModel]:
-    """The reference's parts: of a model of its own, or of the policy with its adapter switched off meanwhile."""
-    if ref_model is not None:
-        reference = read_language_model(ref_model, name="ref_model")
-        with evaluating(reference.model):
-            yield reference
-        return
-    inner: Any = unwrap(model)
-    with inner.disable_adapter(), evaluating(inner):
-        yield read_language_model(inner)
-
-
 def token_ids(name: str, value: int | Sequence[int] | None, vocab_size: int) -> tuple[int, ...]:
     """A token, several or none as a tuple, each inside the vocabulary."""
     ids = () if value is None else tuple(value) if isinstance(value, (list, tuple)) else (value,)
@@ -215,14 +223,19 @@ def token_ids(name: str, value: int | Sequence[int] | None, vocab_size: int) -> 
     return ids
 
 
-def check_vocabulary(objective: Objective, policy: LanguageModel) -> None:
-    """The reward's table has one row for every token of the policy, or ValueError."""
-    rows = objective.table.shape[0]
-    if rows != policy.vocab_size:
+def check_vocabulary(objective: Objective, policy: LanguageModel, pad_token_id: int) -> None:
+    """The reward's table has a row for every token that the policy may sample and for the padding, or ValueError.
+
+    Policy and reward with one tokenizer may be padded to different sizes: rows that are never sampled are not compared.
+    """
+    rows, last = objective.table.shape[0], policy.allowed.last(policy.vocab_size)
+    if rows <= last:
         raise ValueError(
             f"{objective.name} must share the policy's vocabulary: its embedding table has {rows} tokens, the policy "
-            f"scores {policy.vocab_size}"
+            f"scores {policy.vocab_size} and samples ids up to {last}"
         )
+    if rows <= pad_token_id:
+        raise ValueError(f"{objective.name} must have a row for pad_token_id = {pad_token_id}, but has {rows}")
 
 
 def check_reward_device(objective: Objective, device: torch.device) -> None:
@@ -260,29 +273,8 @@ def check_prompts(
     low, high = int(input_ids.min()), int(input_ids.max())
     if low < 0 or high >= policy.vocab_size:
         raise ValueError(f"input_ids must lie in [0, {policy.vocab_size}), got values in [{low}, {high}]")
-    limit = getattr(policy.model.config, "max_position_embeddings", None)
-    longest = int(real.sum(dim=1).max())
-    if isinstance(limit, int) and limit > 0 and longest + max_new_tokens > limit:
-        raise ValueError(
-            f"max_new_tokens = {max_new_tokens} after a prompt of {longest} tokens is more than the model's "
-            f"{limit} positions"
-        )
-    shortest = int(real.sum(dim=1).min())
-    for original in _frequency_limits(policy.model.config):
-        # What is cached of the first tokens would be of other frequencies than what a replay reads of them.
-        if shortest <= original < longest + max_new_tokens - 1:
-            raise ValueError(
-                f"max_new_tokens = {max_new_tokens} after prompts of {shortest} to {longest} tokens passes position "
-                f"{original}, where the model's rotary frequencies (longrope) change for all positions"
-            )
-
-
-def _frequency_limits(config: Any) -> list[int]:
-    """Lengths beyond which a model reads every position by other rotary frequencies."""
-    rope = getattr(config, "rope_parameters", None) or {}
-    # Either one set of parameters, or one for each type of layer.
-    sets = [rope, *(value for value in rope.values() if isinstance(value, dict))]
-    return [int(one["original_max_position_embeddings"]) for one in sets if one.get("rope_type") == "longrope"]
+    lengths = real.sum(dim=1)
+    check_positions(policy.model.config, "max_new_tokens", max_new_tokens, int(lengths.min()), int(lengths.max()))
 
 
 def _checked_hops(feedback_hops: object) -> int | None:

@@ -6,7 +6,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -14,12 +14,13 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
+from grade_kernels.training.allowed_tokens import AllowedTokens
+
 __all__ = [
     "Capture",
     "LanguageModel",
     "cache_arguments",
     "cache_of",
-    "check_adapter_reference",
     "check_checkpointing",
     "check_training_mode",
     "evaluating",
@@ -30,7 +31,6 @@ __all__ = [
     "position_arguments",
     "position_ids",
     "read_language_model",
-    "some_states",
     "sweeping",
     "unwrap",
 ]
@@ -56,6 +56,7 @@ class LanguageModel:
         reads_left_padding: whether a row that is padded on the left has the hidden states of the row alone. Not so
             where positions are counted from the row's start whatever the mask says (Bart), or where a state that stands
             for a cache counts padding (MiniMax).
+        allowed: the tokens that may be sampled.
     """
 
     model: Any
@@ -65,6 +66,7 @@ class LanguageModel:
     logit_scale: float
     softcap: float | None
     reads_left_padding: bool = True
+    allowed: AllowedTokens = field(default_factory=AllowedTokens)
 
     @property
     def vocab_size(self) -> int:
@@ -81,9 +83,14 @@ class LanguageModel:
         """Factor between a row of the table and the embedding the model reads (1 for most; Gemma has one)."""
         return _scale_of(_active(self.embedding))
 
-    def head_options(self) -> dict[str, Any]:
-        """Keyword arguments of the `linear_*` operations that describe this head."""
-        return {"bias": _active(self.head).bias, "logit_softcap": self.softcap}
+    def allowing(self, allowed: AllowedTokens) -> LanguageModel:
+        """The same model, which samples nothing but these tokens."""
+        return replace(self, allowed=allowed)
+
+    def head_options(self, first: bool = False) -> dict[str, Any]:
+        """Keyword arguments of the `linear_*` operations that describe this head, for the first tokens or for others."""
+        head = _active(self.head)
+        return {"bias": self.allowed.bias(head.weight, head.bias, first), "logit_softcap": self.softcap}
 
     def head_input(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Hidden states as the head's product takes them, scaled and in its dtype, and the head's weight."""
@@ -91,30 +98,6 @@ class LanguageModel:
         if self.logit_scale != 1.0:
             hidden = hidden * self.logit_scale
         return hidden.to(weight.dtype), weight
-
-
-def check_adapter_reference(model: nn.Module, before: torch.Tensor | None = None) -> None:
-    """Without its adapter, a PEFT model is what it was before training, or ValueError.
-
-    Args:
-        model: the model.
-        before: `some_states` of it before it got the adapter.
-    """
-    adapted: Any = unwrap(model)
-    with adapted.disable_adapter():  # which also freezes what belongs to it
-        left = [name for name, parameter in adapted.named_parameters() if parameter.requires_grad]
-        now = None if before is None else some_states(adapted)
-    if before is not None and now is not None and not _difference(now, before) < 1e-3:
-        raise ValueError(
-            "the KL needs a reference, which is model without its adapter, but peft_config changes that too (as the "
-            "init_lora_weights of PiSSA and OLoRA do); use another, or beta = 0"
-        )
-    if left:
-        raise ValueError(
-            "the KL needs a reference, which is model without its adapter, but training would change that too: "
-            f"{len(left)} parameters outside of the adapter require gradients, the first of them {left[0]} "
-            '(an adapter with a `bias` other than "none" has such); freeze them'
-        )
 
 
 def is_reentrant(arguments: Mapping[str, Any]) -> bool:
@@ -136,7 +119,7 @@ def check_checkpointing(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def some_states(model: nn.Module, training: bool = False) -> torch.Tensor | None:
+def _some_states(model: nn.Module, training: bool = False) -> torch.Tensor | None:
     """Hidden states of a few tokens in eval or training mode; None where the weights are not here."""
     parts = read_language_model(model)
     if _is_abstract(parts.table):
@@ -148,7 +131,7 @@ def some_states(model: nn.Module, training: bool = False) -> torch.Tensor | None
 
 def check_training_mode(model: nn.Module) -> None:
     """The same hidden states in training mode as in the eval mode of the rollout, or ValueError."""
-    expected, *trained = (some_states(model, training) for training in (False, True, True))
+    expected, *trained = (_some_states(model, training) for training in (False, True, True))
     if expected is None:
         return
     difference = max(_difference(states, expected) for states in trained if states is not None)

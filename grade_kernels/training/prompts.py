@@ -1,57 +1,100 @@
-"""Prompt-only data sets, standard or conversational: checks, tokens, batches."""
+"""Prompt-only data sets, standard or conversational: checks, batches, and prompts that are too long."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch.utils.data import Sampler
+from torch import nn
+from torch.utils.data import IterableDataset, Sampler, Subset
+from tqdm.auto import tqdm
 
-__all__ = ["PromptCollator", "RepeatedPrompts", "check_prompt_dataset", "is_conversation", "prompt_text"]
+from grade_kernels.training.config import GRADEConfig
+from grade_kernels.training.positions import Room, frequency_limits, position_limit, position_table_limit
+from grade_kernels.training.prompt_tokens import MEDIA_COLUMNS, TEMPLATE_COLUMNS, PromptTokenizer, beginning_of
+from grade_kernels.training.rewards import Objective, SequenceClassificationReward
+from grade_kernels.training.text_rewards import HELPERS
 
-# What rewards get by these names is the trainer's, whatever columns a data set may have that was tokenized before.
-_RESERVED = ("prompt", "prompts", "completions", "completion_ids", "inputs_embeds", "attention_mask")
+__all__ = ["PromptCollator", "RepeatedPrompts", "check_prompt_dataset", "room_for"]
 
+logger = logging.getLogger(__name__)
 
-def is_conversation(prompt: Any) -> bool:
-    """Whether a prompt is a list of messages rather than a string."""
-    return (
-        isinstance(prompt, (list, tuple)) and bool(prompt) and all(isinstance(m, dict) and "role" in m for m in prompt)
-    )
-
-
-def prompt_text(prompt: Any) -> str:
-    """A prompt as a human reads it."""
-    return "\n".join(f"{m['role']}: {m.get('content', '')}" for m in prompt) if is_conversation(prompt) else str(prompt)
+# Keywords that rewards get of the trainer, or that a module's own call has.
+_RESERVED = (
+    "self", "inputs_embeds", "attention_mask", "prompts", "completions", "completion_ids", *HELPERS,
+)  # fmt: skip
 
 
-def check_prompt_dataset(name: str, dataset: Any) -> None:
-    """A data set with a column `prompt` and something in it, or none; TypeError or ValueError otherwise."""
+def check_prompt_dataset(name: str, dataset: Any, drops_columns: bool = False) -> None:
+    """A data set with a column `prompt` and something in it, or none; TypeError or ValueError otherwise.
+
+    Args:
+        name: what errors call it.
+        dataset: columns are checked where it has `column_names`; the collator checks each example's.
+        drops_columns: whether rewards get no columns, so that their names don't matter.
+    """
     if dataset is None:
         return
     rows = hasattr(dataset, "__iter__") or hasattr(dataset, "__getitem__")
     if isinstance(dataset, (str, dict)) or not rows:
         raise TypeError(f"{name} must be a data set with a column 'prompt', got {type(dataset).__name__}")
     columns = getattr(dataset, "column_names", None)
-    if columns is not None and "prompt" not in columns:
-        raise ValueError(f"{name} must have a column 'prompt' (a string or a list of messages), got columns {columns}")
+    if columns is not None:
+        if "prompt" not in columns:
+            raise ValueError(
+                f"{name} must have a column 'prompt' (a string or a list of messages), got columns {columns}"
+            )
+        _check_columns(name, columns, drops_columns)
     if hasattr(dataset, "__len__") and len(dataset) == 0:
         raise ValueError(f"{name} must hold at least one prompt, got none")
+
+
+def _check_columns(name: str, columns: Sequence[Any], drops_columns: bool) -> None:
+    """Columns that can be handed to rewards by their names, and none of images and the like; ValueError otherwise."""
+    media = [column for column in columns if column in MEDIA_COLUMNS]
+    if media:
+        raise ValueError(
+            f"{name} has columns {media}, but prompts must be text alone: images, videos and sounds are not carried through "
+            "the replay (a column that only rewards read must have another name)"
+        )
+    if drops_columns:
+        return
+    taken = [column for column in columns if column in _RESERVED or not isinstance(column, str)]
+    if taken:
+        raise ValueError(
+            f"{name} has columns {taken}, which rewards can not get by these names: the trainer gives "
+            f"{', '.join(_RESERVED[1:])} itself (rename or remove the columns, or set remove_unused_columns)"
+        )
 
 
 class PromptCollator:
     """Examples to a batch: left-padded tokens, the prompts themselves, and all other columns as lists.
 
-    Columns that bear the name of an argument that rewards get anyway are left out.
-
     Args:
-        tokenizer: of the policy.
+        tokens: of an example.
         pad_token_id: what pads on the left.
+        room: what prompts must leave room for, and what happens to those that don't.
+        vocab_size: tokens that the policy has; None checks nothing.
+        drops_columns: whether rewards get no columns.
+        progress: whether to show a bar where looking at a data set takes longer than some seconds.
     """
 
-    def __init__(self, tokenizer: Any, pad_token_id: int) -> None:
-        self.tokenizer, self.pad_token_id = tokenizer, pad_token_id
+    def __init__(
+        self,
+        tokens: PromptTokenizer,
+        pad_token_id: int,
+        room: Room,
+        *,
+        vocab_size: int | None = None,
+        drops_columns: bool = False,
+        progress: bool = False,
+    ) -> None:
+        self.tokens, self.pad_token_id, self.room = tokens, pad_token_id, room
+        self.vocab_size, self.drops_columns, self.progress = vocab_size, drops_columns, progress
+        self._counted = True  # whether long prompts were counted before they came
+        self._long = 0
 
     def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """A batch of examples, each with a `prompt`.
@@ -60,41 +103,192 @@ class PromptCollator:
             `input_ids` and `attention_mask` `[B, P]`, `prompts`, a list, and `columns`, a dict of lists.
 
         Raises:
-            ValueError: an example without a prompt, or a prompt without a token.
+            ValueError: an example without a prompt, a prompt without a token or with one that the policy does not have,
+                one too long where that is an error, images, or a column by the name of something that rewards get anyway.
             TypeError: a prompt that is neither a string nor a list of messages.
         """
-        prompts = []
-        for example in examples:
-            if "prompt" not in example:
-                raise ValueError(f"every example must have a 'prompt', got {sorted(example)}")
-            prompts.append(example["prompt"])
-        rows = [self.tokens(prompt) for prompt in prompts]
+        rows = [self._fitted(example) for example in examples]
         longest = max(len(row) for row in rows)
+        wrong = self.room.mixture(min(len(row) for row in rows), longest)
+        if wrong is not None:
+            raise ValueError(f"{wrong}; let each batch have prompts of one side")
         ids = torch.full((len(rows), longest), self.pad_token_id, dtype=torch.int64)
         mask = torch.zeros_like(ids)
         for i, row in enumerate(rows):
             ids[i, longest - len(row) :] = torch.tensor(row)
             mask[i, longest - len(row) :] = 1
+        names = () if self.drops_columns else dict.fromkeys(name for example in examples for name in example)
         # As `datasets` has it, a column that an example lacks is None there.
-        names = dict.fromkeys(name for example in examples for name in example if name not in _RESERVED)
-        columns = {name: [example.get(name) for example in examples] for name in names}
+        columns = {name: [example.get(name) for example in examples] for name in names if name != "prompt"}
+        prompts = [example["prompt"] for example in examples]
         return {"input_ids": ids, "attention_mask": mask, "prompts": prompts, "columns": columns}
 
-    def tokens(self, prompt: Any) -> list[int]:
-        """A prompt's tokens; a conversation's through the chat template, up to where the assistant speaks or goes on."""
-        if isinstance(prompt, str):
-            ids = self.tokenizer(prompt)["input_ids"]
-        elif is_conversation(prompt):
-            begun = prompt[-1]["role"] == "assistant"
-            ids = self.tokenizer.apply_chat_template(
-                list(prompt), add_generation_prompt=not begun, continue_final_message=begun, tokenize=True,
-                return_dict=True,
-            )["input_ids"]  # fmt: skip
-        else:
-            raise TypeError(f"a prompt must be a string or a list of messages, got {prompt!r}")
-        if len(ids) == 0:
-            raise ValueError(f"prompt {prompt!r} has no token; give it at least a beginning-of-sequence token")
-        return list(ids)
+    def fitting(self, name: str, dataset: Any) -> Any:
+        """A data set, or every one of a dict of such, with its prompts checked and without those to skip.
+
+        All prompts of a data set with a length are looked at once. Those that are so short that they must fit are not
+        tokenized, which makes it a matter of half a minute for a million short ones, and of some minutes for as many long
+        ones. Examples of a data set without a length are checked as they come.
+
+        Args:
+            name: what errors and warnings call it.
+            dataset: or None.
+
+        Raises:
+            ValueError: see `__call__`, or no prompt is left.
+            TypeError: see `__call__`.
+        """
+        if dataset is None:
+            return None
+        if isinstance(dataset, dict) and "prompt" not in dataset:
+            return {key: self.fitting(f"{name}[{key!r}]", part) for key, part in dataset.items()}
+        check_prompt_dataset(name, dataset, self.drops_columns)
+        if not hasattr(dataset, "__len__") or isinstance(dataset, IterableDataset):
+            self._counted = False
+            return _Fitting.of(dataset, self._fits) if self.room.choice == "skip" else dataset
+        size, long, first = len(dataset), [], ""
+        examples = _examples(dataset)
+        for index, example in enumerate(tqdm(examples, name, size, delay=3.0, disable=not self.progress, leave=False)):
+            try:
+                excess = self._excess(example)
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"{name}[{index}]: {error}") from error
+            if excess is not None:
+                long.append(index)
+                first = first or f"{name}[{index}]: {_explained(excess, example)}"
+                if self.room.choice == "error":
+                    raise ValueError(first)
+        if not long:
+            return dataset
+        what = f"{len(long)} of {size} prompts of {name} are too long and are"
+        if self.room.choice == "truncate":
+            logger.warning("%s cut on the left to at most %s tokens; the first is %s", what, self.room.longest, first)
+            return dataset
+        if len(long) == size:
+            raise ValueError(f"{name} has no prompt left: all {size} are too long; the first is {first}")
+        logger.warning("%s skipped; the first is %s", what, first)
+        left = sorted(set(range(size)).difference(long))
+        return dataset.select(left) if hasattr(dataset, "select") else Subset(dataset, left)
+
+    def _check(self, example: dict[str, Any]) -> None:
+        if "prompt" not in example:
+            raise ValueError(f"every example must have a 'prompt', got {sorted(map(str, example))}")
+        _check_columns("an example", list(example), self.drops_columns)
+
+    def _excess(self, example: dict[str, Any]) -> str | None:
+        """Why an example's prompt does not fit, or None."""
+        self._check(example)
+        self.tokens.check(example)
+        enough = self.room.unquestioned
+        if enough is None or self.tokens.bound(example) <= enough:
+            return None
+        return self.room.excess(len(self.tokens(example)))
+
+    def _fits(self, example: dict[str, Any]) -> bool:
+        """Whether an example stays, said as they come."""
+        excess = self._excess(example)
+        if excess is not None:
+            self._note("skipped", excess, example)
+        return excess is None
+
+    def _fitted(self, example: dict[str, Any]) -> list[int]:
+        """An example's tokens, cut where that was chosen."""
+        self._check(example)
+        ids = self.tokens(example)
+        excess = self.room.excess(len(ids))
+        if excess is not None:
+            if self.room.choice != "truncate":
+                raise ValueError(_explained(excess, example))
+            if not self._counted:
+                self._note("cut on the left", excess, example)
+            ids = ids[-self.room.cut(len(ids)) :]
+        if self.vocab_size is not None and not 0 <= min(ids) <= max(ids) < self.vocab_size:
+            raise ValueError(
+                f"input_ids must lie in [0, {self.vocab_size}), got values in [{min(ids)}, {max(ids)}]; the prompt begins "
+                f"{beginning_of(example['prompt'])}"
+            )
+        return ids
+
+    def _note(self, what: str, excess: str, example: dict[str, Any]) -> None:
+        """Say how many prompts were too long so far, the more seldom the more there are."""
+        self._long += 1
+        if str(self._long).strip("0") == "1":
+            logger.warning(
+                "prompts %s so far because they are too long: %d; this one: %s",
+                what,
+                self._long,
+                _explained(excess, example),
+            )
+
+
+def _explained(excess: str, example: dict[str, Any]) -> str:
+    return (
+        f"{excess}; the prompt begins {beginning_of(example['prompt'])} (lower max_completion_length, or set "
+        'max_prompt_length and long_prompts = "truncate" or "skip")'
+    )
+
+
+def _examples(dataset: Any) -> Iterator[dict[str, Any]]:
+    """All examples in order; of a table only the columns that make the prompt."""
+    columns = getattr(dataset, "column_names", None)
+    # A transform of one's own may read columns that are not asked for here.
+    transformed = getattr(dataset, "format", {}).get("type") == "custom"
+    if columns is not None and hasattr(dataset, "select_columns") and not transformed:
+        dataset = dataset.select_columns([name for name in ("prompt", *TEMPLATE_COLUMNS) if name in columns])
+    return (dataset[i] for i in range(len(dataset))) if not hasattr(dataset, "__iter__") else iter(dataset)
+
+
+class _Fitting(IterableDataset[dict[str, Any]]):
+    """The examples of a data set without a length that pass a test."""
+
+    def __init__(self, dataset: Any, fits: Callable[[dict[str, Any]], bool]) -> None:
+        self.dataset, self.fits = dataset, fits
+
+    @classmethod
+    def of(cls, dataset: Any, fits: Callable[[dict[str, Any]], bool]) -> Any:
+        """By the data set's own filter where it has one, which keeps its shuffling and its state."""
+        return dataset.filter(fits) if hasattr(dataset, "column_names") else cls(dataset, fits)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return filter(self.fits, iter(self.dataset))
+
+
+def room_for(
+    config: Any, objectives: Sequence[Objective], args: GRADEConfig, ref_model: nn.Module | None = None
+) -> Room:
+    """What prompts must leave room for: the completion, in the positions of policy, rewards and reference.
+
+    Args:
+        config: the policy's.
+        objectives: rewards; those of transformers' classifiers are read for a table of positions.
+        args: the settings of lengths.
+        ref_model: the reference of the KL, where it is a model of its own.
+
+    Raises:
+        ValueError: a completion alone takes all positions.
+    """
+    limits = {"the model": position_limit(config)}
+    if ref_model is not None:
+        limits["ref_model"] = position_limit(ref_model.config)
+    positions = {whose: limit for whose, limit in limits.items() if limit is not None}
+    for objective in objectives:
+        reward = objective.reward
+        table = position_table_limit(reward.model) if isinstance(reward, SequenceClassificationReward) else None
+        if table is not None:
+            positions[objective.name] = table
+    for whose, limit in positions.items():
+        if limit <= args.max_completion_length:
+            raise ValueError(
+                f"max_completion_length = {args.max_completion_length} leaves no room for a prompt in {whose}'s {limit} "
+                "positions"
+            )
+    return Room(
+        args.max_completion_length,
+        args.max_prompt_length,
+        args.long_prompts,
+        positions,
+        tuple(frequency_limits(config)),
+    )
 
 
 class RepeatedPrompts(Sampler[int]):

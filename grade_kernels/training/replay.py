@@ -21,6 +21,7 @@ from torch import nn
 
 from grade_kernels.noise import GumbelNoise
 from grade_kernels.ops import linear_gumbel_ste, linear_kl, linear_logprobs
+from grade_kernels.training.allowed_tokens import with_rows
 from grade_kernels.training.policy import (
     Capture,
     LanguageModel,
@@ -93,7 +94,6 @@ def replay(
         columns: keywords for the rewards.
     """
     time = sample.ids.shape[1]
-    token_noise = GumbelNoise(noise.seed, sample.row_ids.reshape(-1).contiguous())
     hops = time - 1 if feedback_hops is None else min(feedback_hops, time - 1)
     if not torch.is_grad_enabled():
         hops = 0  # the value alone is wanted
@@ -105,21 +105,27 @@ def replay(
     head_input, weight = policy.head_input(hidden)
     # The lookup of a fed-back token belongs to the forward pass above; here its table is a constant.
     fed_back = (policy.table.detach(),) if hops else ()
-    drawn = linear_gumbel_ste(
-        head_input, weight, (*reward_tables, *fed_back), tau, estimator=estimator, noise=token_noise, ids=sample.ids,
-        eps=eps, **policy.head_options(),
-    )  # fmt: skip
-    embeddings: Any = drawn.embedding
+    tables = tuple(with_rows(table, len(weight)) for table in (*reward_tables, *fed_back))
+    parts = []
+    for span, first in policy.allowed.spans(time):
+        part: Any = linear_gumbel_ste(
+            head_input[:, span], weight, tables, tau, estimator=estimator,
+            noise=_noise_of(sample, noise, span), ids=sample.ids[:, span].contiguous(), eps=eps,
+            **policy.head_options(first),
+        )  # fmt: skip
+        parts.append(part)
+    embeddings = [_joined([part.embedding[i] for part in parts]) for i in range(len(tables))]
+    logprobs = _joined([part.logprobs.detach() for part in parts])
     sampled = embeddings[: len(reward_tables)]
     values, d_sampled = _reward_gradients(
-        objectives, reward_tables, sampled, input_ids, attention_mask, sample.mask, row_weights, columns
+        objectives, sampled, input_ids, attention_mask, sample.mask, row_weights, columns
     )
     kl = hidden.new_zeros(len(input_ids), dtype=values.dtype)
     if reference is not None:
-        with reference as parts:
-            referred = refer(parts, layout, mixtures)
+        with reference as entered:
+            referred = refer(entered, layout, mixtures)
         with torch.set_grad_enabled(beta != 0.0):
-            kl = completion_kl(policy, referred, hidden, sample.mask, eps, token_noise)
+            kl = completion_kl(policy, referred, hidden, sample, eps, noise)
 
     outputs, d_outputs = list(sampled), list(d_sampled)
     if kl.requires_grad:
@@ -135,7 +141,17 @@ def replay(
     value = ((beta * kl.detach() - weighted_sum(objectives, values)) * row_weights).sum()
     # The number is the loss, the gradient is the surrogate's.
     loss = value + (surrogate - surrogate.detach()).to(value.dtype)  # type: ignore[union-attr]
-    return Replay(loss, values, kl.detach(), _of_completions(drawn.logprobs.detach(), sample))
+    return Replay(loss, values, kl.detach(), _of_completions(logprobs, sample))
+
+
+def _noise_of(sample: Rollout, noise: GumbelNoise, span: slice) -> GumbelNoise:
+    """The noise that the tokens of some positions were drawn with."""
+    return GumbelNoise(noise.seed, sample.row_ids[:, span].reshape(-1).contiguous())
+
+
+def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
+    """Tensors `[B, time, ...]` of one span of positions after the other."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
 def _sweep(
@@ -239,7 +255,16 @@ def refer(
     layout: Layout,
     mixtures: _Mixtures | None = None,
 ) -> Referred:
-    """Run the reference over the completions; for `soft`, over the same mixtures of its own embeddings."""
+    """Run the reference over the completions; for `soft`, over the same mixtures of its own embeddings.
+
+    Raises:
+        ValueError: the reference has no row for a token that it reads.
+    """
+    if int(layout.ids.max()) >= len(reference.table):
+        raise ValueError(
+            f"ref_model must have a row for every token it reads: its input embedding has {len(reference.table)}, but a "
+            f"prompt or a completion has token {int(layout.ids.max())}"
+        )
     inputs = {"input_ids": layout.ids}
     if mixtures is not None:
         mixed = mixtures.of(reference.table) * reference.embed_scale
@@ -256,28 +281,30 @@ class _Mixtures:
     def __init__(self, policy: LanguageModel, sample: Rollout, noise: GumbelNoise, tau: float, eps: float) -> None:
         assert sample.hidden is not None
         hidden, weight = policy.head_input(sample.hidden[:, :-1])
-        options = policy.head_options()
-        bias = options["bias"]
-        self._hidden, self._weight, self._softcap = hidden.detach(), weight.detach(), options["logit_softcap"]
-        self._bias = None if bias is None else bias.detach()
-        self._tau, self._eps = tau, eps
-        self._noise = GumbelNoise(noise.seed, sample.row_ids[:, :-1].reshape(-1).contiguous())
+        self._hidden, self._weight, self._tau, self._eps = hidden.detach(), weight.detach(), tau, eps
+        self._spans = []
+        for span, first in policy.allowed.spans(hidden.shape[1]):
+            options = policy.head_options(first)
+            options["bias"] = None if options["bias"] is None else options["bias"].detach()
+            self._spans.append((span, {**options, "noise": _noise_of(sample, noise, span)}))
 
     def of(self, table: torch.Tensor) -> torch.Tensor:
         """Mixtures `[B, T - 1, D]` of a table's rows, with a graph to the table alone: the lookup of a soft sample."""
         if self._hidden.shape[1] == 0:
             return table.new_zeros(*self._hidden.shape[:2], table.shape[1])
-        mixture = linear_gumbel_ste(
-            self._hidden, self._weight, table, self._tau, bias=self._bias, logit_softcap=self._softcap,
-            estimator="soft", noise=self._noise, eps=self._eps,
-        ).embedding  # fmt: skip
-        assert isinstance(mixture, torch.Tensor)
-        return mixture
+        mixtures = []
+        for span, options in self._spans:
+            mixture = linear_gumbel_ste(
+                self._hidden[:, span], self._weight, with_rows(table, len(self._weight)), self._tau, estimator="soft",
+                eps=self._eps, **options,
+            ).embedding  # fmt: skip
+            assert isinstance(mixture, torch.Tensor)
+            mixtures.append(mixture)
+        return _joined(mixtures)
 
 
 def _reward_gradients(
     objectives: Sequence[Objective],
-    tables: Sequence[torch.Tensor],
     sampled: Sequence[torch.Tensor],
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor,
@@ -288,9 +315,9 @@ def _reward_gradients(
     """Values `[rewards, B]`, and the loss's gradient on the embeddings each reward read of the completions."""
     values, gradients, wanted = [], [], torch.is_grad_enabled()
     full_mask = torch.cat([attention_mask, mask.to(attention_mask.dtype)], dim=1)
-    for objective, table, embedding in zip(objectives, tables, sampled, strict=True):
+    for objective, embedding in zip(objectives, sampled, strict=True):
         leaf = embedding.detach().requires_grad_(wanted)
-        objected, value = objective(torch.cat([table[input_ids], leaf], dim=1), full_mask, columns)
+        objected, value = objective(torch.cat([objective.embeds(input_ids), leaf], dim=1), full_mask, columns)
         gradient = None if wanted else torch.zeros_like(leaf)
         if wanted and objected.requires_grad:
             upstream = (-objective.weight * row_weights).to(objected.dtype)
@@ -317,7 +344,7 @@ def score_completions(
     """Values `[rewards, B]` of sampled tokens, without any gradient; for evaluation."""
     mask = torch.cat([attention_mask, sample.mask.to(attention_mask.dtype)], dim=1)
     ids = torch.cat([input_ids, sample.ids], dim=1)
-    values = [objective(objective.table[ids], mask, columns)[1] for objective in objectives]
+    values = [objective(objective.embeds(ids), mask, columns)[1] for objective in objectives]
     return torch.stack([value.to(torch.promote_types(value.dtype, torch.float32)) for value in values])
 
 
@@ -325,7 +352,11 @@ def completion_logprobs(policy: LanguageModel, sample: Rollout) -> torch.Tensor:
     """The policy's log-probability of each token of completions that kept their hidden states, `[B, T]`; 0 behind the end."""
     assert sample.hidden is not None
     head_input, weight = policy.head_input(sample.hidden)
-    return _of_completions(linear_logprobs(head_input, weight, sample.ids, **policy.head_options()), sample)
+    logprobs = [
+        linear_logprobs(head_input[:, span], weight, sample.ids[:, span].contiguous(), **policy.head_options(first))
+        for span, first in policy.allowed.spans(sample.ids.shape[1])
+    ]
+    return _of_completions(_joined(logprobs), sample)
 
 
 def _of_completions(values: torch.Tensor, sample: Rollout) -> torch.Tensor:
@@ -336,27 +367,44 @@ def completion_kl(
     policy: LanguageModel,
     referred: Referred,
     hidden: torch.Tensor,
-    mask: torch.Tensor,
+    sample: Rollout,
     eps: float = 0.0,
     noise: GumbelNoise | None = None,
 ) -> torch.Tensor:
     """KL(policy || reference) summed over each completion's tokens, `[B]`, exact in each token's distribution.
 
+    Both distributions are over the tokens that the policy allows: what is masked in one is masked in the other.
+
     Args:
         policy: the policy's parts.
         referred: the reference's side.
         hidden: the policy's hidden states, `[B, T, H]`.
-        mask: `[B, T]`, 1 at the completion's tokens.
+        sample: the completions.
         eps: stochastic support of the gradient.
-        noise: of the completion's tokens, which that support is drawn by; None where there is no gradient.
+        noise: seed of the rollout's noise, whose rows that support is drawn by; None where there is no gradient.
+
+    Raises:
+        ValueError: a reference with another softcap, or without a row for a token that the policy allows.
     """
     if referred.softcap != policy.softcap:
         raise ValueError(
             f"ref_model must cap its logits as the policy does: at {policy.softcap}, not {referred.softcap}"
         )
     head_input, weight = policy.head_input(hidden)
-    per_token = linear_kl(
-        head_input, weight, referred.hidden, referred.weight, ref_bias=referred.bias, eps=eps, noise=noise,
-        **policy.head_options(),
-    )  # fmt: skip
-    return torch.where(mask.bool(), per_token, 0.0).sum(dim=1)
+    if (last := policy.allowed.last(len(weight))) >= len(referred.weight):
+        raise ValueError(
+            f"ref_model must score every token that the policy samples: its LM head has {len(referred.weight)} rows, but "
+            f"the policy samples tokens up to {last}"
+        )
+    ref_weight, ref_bias = with_rows(referred.weight, len(weight)), referred.bias
+    if ref_bias is not None:
+        ref_bias = with_rows(ref_bias[:, None], len(weight))[:, 0]
+    per_token = []
+    for span, first in policy.allowed.spans(hidden.shape[1]):
+        part = linear_kl(
+            head_input[:, span], weight, referred.hidden[:, span], ref_weight, eps=eps,
+            ref_bias=policy.allowed.bias(ref_weight, ref_bias, first),
+            noise=None if noise is None else _noise_of(sample, noise, span), **policy.head_options(first),
+        )  # fmt: skip
+        per_token.append(part)
+    return torch.where(sample.mask.bool(), _joined(per_token), 0.0).sum(dim=1)

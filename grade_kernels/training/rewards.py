@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from grade_kernels.training.text_rewards import is_async
+
 __all__ = [
     "TRANSFORMS",
     "DifferentiableReward",
@@ -57,9 +59,14 @@ def reward_table(reward: Any, name: str = "reward") -> torch.Tensor:
     """The reward's table `[V, D]`.
 
     Raises:
-        TypeError: no callable, or without a floating `embedding`.
+        TypeError: no callable, one that returns a coroutine, or without a floating `embedding`.
         ValueError: a table that is not two-dimensional.
     """
+    if is_async(reward):
+        raise TypeError(
+            f"{name} is asynchronous, but a differentiable reward is a part of the graph that backward runs through: it "
+            "must return its tensor at once (only rewards of text may be `async def`)"
+        )
     table = getattr(reward, "embedding", None)
     if isinstance(table, nn.Embedding):
         table = table.weight
@@ -258,6 +265,16 @@ class Objective:
     def table(self) -> torch.Tensor:
         """The reward's embedding table `[V, D]`."""
         return reward_table(self.reward, self.name)
+
+    def embeds(self, ids: torch.Tensor) -> torch.Tensor:
+        """The rows `[..., D]` of the table at some tokens, or ValueError where it has none."""
+        table = self.table
+        if int(ids.max()) >= len(table):
+            raise ValueError(
+                f"{self.name} must have a row for every token it reads: its embedding table has {len(table)}, but a prompt "
+                f"or its padding has token {int(ids.max())}"
+            )
+        return table[ids]
 
     def __call__(
         self, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor, columns: dict[str, Any]

@@ -87,7 +87,7 @@ def rollout(
     the rounding of a matrix product whose shape depends on the batch).
 
     Args:
-        policy: the model.
+        policy: the model; only tokens that it allows are sampled.
         input_ids: int64 `[B, P]`.
         attention_mask: `[B, P]`, 1 at real tokens.
         max_new_tokens: where completions are cut off.
@@ -111,6 +111,7 @@ def rollout(
     inputs: dict[str, torch.Tensor] = {"input_ids": input_ids}
     cache, ids, masks, hiddens = None, [], [], []
     sampler: RepeatedSampler | None = None
+    begins_apart = len(policy.allowed.spans(2)) > 1  # the mask of the first token is not that of the second
     with evaluating(policy.model):
         for time in range(max_new_tokens):
             output = policy.backbone(
@@ -124,13 +125,14 @@ def rollout(
             head_input, weight = policy.head_input(hidden)
             drawn = GumbelNoise(noise.seed, rows[:, time].contiguous())
             if soft_tau is None:
-                if sampler is None or sampler.lm_head is not weight:
-                    sampler = RepeatedSampler(weight, **policy.head_options())
+                if sampler is None or sampler.lm_head is not weight or (begins_apart and time == 1):
+                    sampler = RepeatedSampler(weight, **policy.head_options(first=time == 0))
                 token = sampler(head_input, drawn)
             else:
                 mixture, token, _ = linear_gumbel_ste(
-                    head_input, weight, policy.table, soft_tau, estimator="soft", noise=drawn, **policy.head_options()
-                )
+                    head_input, weight, policy.table, soft_tau, estimator="soft", noise=drawn,
+                    **policy.head_options(first=time == 0),
+                )  # fmt: skip
             token = torch.where(alive, token, pad_token_id)
             ids.append(token)
             masks.append(alive)

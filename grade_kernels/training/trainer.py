@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import shutil
 import time
@@ -22,11 +21,14 @@ from transformers import (
     PreTrainedModel,
     Trainer,
     TrainerCallback,
+    enable_full_determinism,
+    set_seed,
 )
 from transformers.trainer_utils import EvalLoopOutput
 
 from grade_kernels.noise import GumbelNoise
-from grade_kernels.training import checkpoints, model_card
+from grade_kernels.training import checkpoints, model_card, reference_record
+from grade_kernels.training.allowed_tokens import ids_without_token, read_generation_config
 from grade_kernels.training.callbacks import (
     StopOnNonFiniteGradient,
     StopOnSignal,
@@ -35,32 +37,33 @@ from grade_kernels.training.callbacks import (
     show_completions,
 )
 from grade_kernels.training.config import GRADEConfig
+from grade_kernels.training.decoding import completion_texts
+from grade_kernels.training.foreign_names import refuse_arguments
 from grade_kernels.training.loss import (
     GradeLoss,
     check_prompts,
     check_reward_device,
     check_vocabulary,
     objectives_loss,
-    reference_of,
     token_ids,
 )
 from grade_kernels.training.policy import (
     LanguageModel,
-    check_adapter_reference,
     check_checkpointing,
     check_training_mode,
     gather_root,
     read_language_model,
-    some_states,
     unwrap,
 )
-from grade_kernels.training.prompts import (
-    PromptCollator,
-    RepeatedPrompts,
-    check_prompt_dataset,
+from grade_kernels.training.prompt_tokens import (
+    TEMPLATE_COLUMNS,
+    PromptTokenizer,
     is_conversation,
     prompt_text,
+    tokenizer_of,
 )
+from grade_kernels.training.prompts import PromptCollator, RepeatedPrompts, check_prompt_dataset, room_for
+from grade_kernels.training.reference import FrozenCopy, OtherModel, Reference, fingerprint, reference_for_training
 from grade_kernels.training.replay import Layout, completion_kl, completion_logprobs, refer, score_completions
 from grade_kernels.training.rewards import (
     NonFiniteRewardError,
@@ -71,6 +74,7 @@ from grade_kernels.training.rewards import (
 )
 from grade_kernels.training.rollout import rollout
 from grade_kernels.training.schedules import tau_at
+from grade_kernels.training.text_rewards import TextRewards
 
 __all__ = ["GRADETrainer", "load_by_name"]
 
@@ -83,38 +87,60 @@ class GRADETrainer(Trainer):
     """A `transformers.Trainer` whose loss is the reward of sampled completions, differentiated through the samples.
 
     Args:
-        model: a causal language model, plain or PEFT's, or the name of one.
+        model: a causal language model, plain or PEFT's, or the name of one. Tokens that its `generation_config` suppresses
+            are never sampled; what training does not follow of that is warned of.
         reward_funcs: one or several of: a sequence classifier of transformers or the name of one (see
             `SequenceClassificationReward` for its label and output), any differentiable
             `reward(inputs_embeds, attention_mask, **columns) -> [B]` with its table as `reward.embedding` (a module is
             put in eval mode), or a function of text `f(prompts, completions, completion_ids, **columns) -> [B numbers]`,
-            which is logged and not optimised; in conversations a completion is a list of one message. At least one must
-            be differentiable. Columns are the data set's, as lists.
+            which is logged and not optimised; in conversations a completion is a list of one message. Those that are
+            `async def` are awaited, all of a batch at once. At least one must be differentiable. Columns are the data
+            set's, as lists. A function of text that names `trainer_state`, `log_metric(name, value)` or
+            `log_extra(column, values)` among its parameters gets them too, as in TRL.
         args: settings. Default: `GRADEConfig` with an output directory named after the model.
-        train_dataset: with a column `prompt`, strings or lists of messages.
+        train_dataset: with a column `prompt`, strings or lists of messages. Columns `tools`, `documents` and
+            `chat_template_kwargs` reach the chat template; those and all others are columns of the rewards. Its prompts
+            are checked here where it has a length (see `PromptCollator.fitting`).
         eval_dataset: the same, or a dict of such.
-        processing_class: the policy's tokenizer. Default: the one saved with the model.
+        processing_class: the policy's tokenizer, or a processor, whose tokenizer is used and which is saved with the
+            model as it is. Default: the tokenizer saved with the model. Ids that none of its tokens has are never
+            sampled.
         reward_processing_classes: a reward's tokenizer, or one per reward (None where there is none), to check that it
             gives every token the same id.
         callbacks: in addition to the library's.
         optimizers: optimizer and scheduler. Default: as `args` says.
-        peft_config: wraps the model in a fresh adapter; the reference is then the model without it.
+        peft_config: wraps the model in a fresh adapter.
+        ref_model: the reference of the KL: a model, the name of one, or a `Reference`. Default, where `beta` is above 0:
+            the policy as training begins. Of a policy with an adapter that is a frozen copy of what is trained, or the
+            model without the adapter where that is the same. `GRADEConfig(ref_adapter_name=...)` names another adapter.
+        quantization_config: how to quantise a model that is given by name; for training it needs an adapter.
+        model_init: in place of `model`: a function of no argument, or of a trial, that builds the policy. It is called
+            here and again by every `train()`, so that `hyperparameter_search` starts each trial anew.
+        compute_metrics: a function of an `EvalPrediction` that returns metrics by name. `predictions` are the completions'
+            ids `[N, max_completion_length]`, padded with the padding token; `label_ids` are their prompts' ids `[N, P]`,
+            padded with -100, since nothing is labelled. Rows are in the order of the data set.
+        optimizer_cls_and_kwargs: the optimizer's class and its keywords, in place of `args.optim`.
+        others: arguments that transformers' or TRL's trainers have and this one can not: refused, with the reason.
 
     Raises:
         TypeError: an argument of a wrong type.
-        ValueError: settings that contradict each other, vocabularies that differ, a reward without gradient, or a model
-            that can not be replayed exactly. All of them before the first step.
+        ValueError: settings that contradict each other, vocabularies that differ, a reward without gradient, a model
+            that can not be replayed exactly, or an argument of another trainer that would be ignored. All of them before
+            the first step.
     """
 
     args: GRADEConfig
     processing_class: Any
+    model_init: Any
+    reference: Reference | None
+    ref_model: nn.Module | None
     _tag_names = ("grade-kernels", "grade")
     _staging: Path | None = None  # where a checkpoint is being written
 
     def __init__(
         self,
-        model: str | nn.Module,
-        reward_funcs: Any,
+        model: str | nn.Module | None = None,
+        reward_funcs: Any = None,
         args: GRADEConfig | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
@@ -123,7 +149,15 @@ class GRADETrainer(Trainer):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
         peft_config: Any = None,
+        *,
+        ref_model: str | nn.Module | Reference | None = None,
+        quantization_config: Any = None,
+        model_init: Callable[..., PreTrainedModel] | None = None,
+        compute_metrics: Callable[..., dict[str, Any]] | None = None,
+        optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
+        **others: Any,
     ) -> None:
+        refuse_arguments(type(self).__name__, others)
         if args is None:
             name = (
                 model
@@ -139,26 +173,38 @@ class GRADETrainer(Trainer):
         if args.torch_compile:
             logger.warning("torch_compile has no effect: replay reads hidden states from inside the model")
         for name, dataset in (("train_dataset", train_dataset), *_named_datasets(eval_dataset)):
-            check_prompt_dataset(name, dataset)
+            check_prompt_dataset(name, dataset, args.remove_unused_columns)
         if args.num_generations > 1 and isinstance(train_dataset, torch.utils.data.IterableDataset):
             raise ValueError("num_generations > 1 needs a train_dataset with a length, got an iterable one")
-        policy = _load_policy(model, args, peft_config)
+        if model_init is not None:
+            if model is not None:
+                raise ValueError("give model or model_init, not both")
+            if any(part is not None for part in optimizers):
+                raise RuntimeError("optimizers must be (None, None) with model_init, whose model comes anew")
+            enable_full_determinism(args.seed) if args.full_determinism else set_seed(args.seed)
+            self.model_init = model_init
+            model = super().call_model_init()
+        if model is None:
+            raise ValueError("model must be given, or model_init")
+        if reward_funcs is None:
+            raise ValueError("reward_funcs must be given")
+        self._peft_config, self._ref_model_given = peft_config, None
+        policy = _load_policy(model, args, peft_config, quantization_config)
         parts = read_language_model(policy)
-        limit = getattr(parts.model.config, "max_position_embeddings", None)
-        if isinstance(limit, int) and 0 < limit <= args.max_completion_length:
-            raise ValueError(
-                f"max_completion_length = {args.max_completion_length} leaves no room for a prompt in the model's {limit} "
-                "positions"
-            )
         if processing_class is None:
             name = parts.model.config._name_or_path
             if not name:
                 raise ValueError("processing_class must be the policy's tokenizer: the model has no name to find it by")
-            processing_class = load_by_name("the tokenizer of model", AutoTokenizer, name)
-        if not callable(processing_class):
-            raise TypeError(f"processing_class must be a tokenizer, got {type(processing_class).__name__}")
-        self._end_ids = _end_of_sequence(parts, processing_class)
-        pad = getattr(processing_class, "pad_token_id", None)
+            processing_class = load_by_name(
+                "the tokenizer of model", AutoTokenizer, name, trust_remote_code=args.trust_remote_code
+            )
+        self._tokenizer = tokenizer_of(processing_class)
+        without_token = ids_without_token(self._tokenizer, parts.vocab_size)
+        config = getattr(parts.model, "generation_config", None)
+        self._allowed = read_generation_config(config, parts.vocab_size, without_token)
+        self._end_ids = _end_of_sequence(parts, self._tokenizer, without_token)
+        self._allowed.check_ends(self._end_ids)
+        pad = getattr(self._tokenizer, "pad_token_id", None)
         self._pad_id = int(pad) if pad is not None else (self._end_ids or (0,))[0]
         if args.mask_truncated_completions and not self._end_ids:
             raise ValueError(
@@ -171,22 +217,26 @@ class GRADETrainer(Trainer):
                 "model must have a parameter that requires a gradient, but all are frozen (load PEFT's with "
                 "is_trainable=True)"
             )
-        check_checkpointing(policy)
-        if args.disable_dropout:
-            _switch_off_dropout(policy)
-            check_training_mode(policy)
-        for objective in self.objectives:
-            check_vocabulary(objective, parts)
-        _check_tokenizers(reward_funcs, reward_processing_classes, processing_class)
-        self.ref_model = None
-        if args.beta > 0.0 and hasattr(policy, "disable_adapter"):
-            check_adapter_reference(policy)
-        elif args.beta > 0.0:
-            self.ref_model = copy.deepcopy(policy).eval().requires_grad_(False)
+        self._check_policy(policy, args)
+        _check_tokenizers(reward_funcs, reward_processing_classes, self._tokenizer, args.trust_remote_code)
+        self._ref_model_given = _load_reference(ref_model, args, policy)
+        self._set_reference(policy, args)
+        room = room_for(parts.model.config, self.objectives, args, self.ref_model)
 
-        self._collator = PromptCollator(processing_class, self._pad_id)
+        tokens = PromptTokenizer(processing_class, self._end_ids, args.chat_template_kwargs, parts.model.config)
+        self._collator = PromptCollator(
+            tokens,
+            self._pad_id,
+            room,
+            vocab_size=parts.vocab_size,
+            drops_columns=args.remove_unused_columns,
+            progress=not args.disable_tqdm,
+        )
+        train_dataset = self._collator.fitting("train_dataset", train_dataset)
+        eval_dataset = self._collator.fitting("eval_dataset", eval_dataset)
         self._metrics: dict[str, list[float]] = defaultdict(list)
         self._eval_rows: dict[str, list[torch.Tensor]] = defaultdict(list)
+        self._eval_metrics: dict[str, list[float]] = defaultdict(list)
         self._eval_batches = self._micro_step = 0
         self._micro_of = -1
         self._seconds = 0.0
@@ -199,17 +249,19 @@ class GRADETrainer(Trainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
+            compute_metrics=compute_metrics,
             callbacks=[*(callbacks or []), StopOnNonFiniteGradient(), self._signals],
             optimizers=optimizers,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
         )
+        self.model_init = model_init  # the library would have called it a second time
         # The loss is the mean over a batch; without this, accumulated steps would be logged and scaled as sums.
         self.model_accepts_loss_kwargs = False
         device = self.accelerator.device
+        self._allowed = self._allowed.to(device)
         for objective in self.objectives:
             if isinstance(objective.reward, nn.Module):
                 objective.reward.to(device).eval()
-        if self.ref_model is not None:
-            self.ref_model.to(device)
         if train_dataset is not None:
             self._check_reward_gradients(train_dataset)
 
@@ -234,8 +286,9 @@ class GRADETrainer(Trainer):
             out = objectives_loss(
                 model, self.objectives, ids, mask, max_new_tokens=args.max_completion_length,
                 noise=self._training_noise(batch), tau=self.tau, estimator=args.estimator,
-                feedback_hops=args.feedback_hops, eps=args.eps, ref_model=self.ref_model, beta=args.beta,
+                feedback_hops=args.feedback_hops, eps=args.eps, ref_model=self.reference, beta=args.beta,
                 eos_token_id=self._end_ids or None, pad_token_id=self._pad_id, columns=inputs["columns"],
+                suppress_tokens=self._allowed.suppressed, begin_suppress_tokens=self._allowed.begin_suppressed,
                 skip_truncated=args.mask_truncated_completions,
             )  # fmt: skip
         self._note_training(inputs, out)
@@ -281,13 +334,13 @@ class GRADETrainer(Trainer):
         """Complete a batch of held-out prompts and judge it.
 
         The prediction is the completions' ids, `[B, max_completion_length]` for every batch, since the library would
-        fill shorter ones up with -100, which no tokenizer decodes.
+        fill shorter ones up with -100, which no tokenizer decodes. The labels are the prompts' ids, -100 where padded.
         """
         inputs = self._prepare_inputs(inputs)
         ids, mask, args = inputs["input_ids"], inputs["attention_mask"], self.args
         with torch.no_grad(), self.accelerator.autocast():
             gather_root(unwrap(model))
-            policy = read_language_model(model)
+            policy = read_language_model(model).allowing(self._allowed)
             sample = rollout(
                 policy, ids, mask, max_new_tokens=args.max_completion_length, noise=self._evaluation_noise(len(ids)),
                 eos_token_ids=self._end_ids, pad_token_id=self._pad_id, keep_hidden=True,
@@ -296,36 +349,48 @@ class GRADETrainer(Trainer):
                 values = score_completions(self.objectives, ids, mask, sample, inputs["columns"])
             rewards = weighted_sum(self.objectives, values)
             kl = values.new_zeros(len(ids))
-            if args.beta > 0.0:
-                with reference_of(model, self.ref_model) as reference:
+            if self.reference is not None:
+                self.reference.check(model, policy, int(mask.sum(dim=1).max()) + args.max_completion_length)
+                with self.reference.parts(model) as reference:
                     referred = refer(reference, Layout.of(ids, mask, sample))
                 assert sample.hidden is not None
-                kl = completion_kl(policy, referred, sample.hidden, sample.mask)
+                kl = completion_kl(policy, referred, sample.hidden, sample)
             logprobs = completion_logprobs(policy, sample)
-        rows = self._rows(inputs, sample.ids, sample.mask, logprobs, values, rewards, kl)
+        rows = self._rows(inputs, sample.ids, sample.mask, logprobs, values, rewards, kl, self._eval_metrics, {})
         for name, value in rows.items():
             self._eval_rows[name].append(self.accelerator.gather_for_metrics(value).cpu())
         loss = (args.beta * kl.float() - rows["reward"]).mean()
+        if prediction_loss_only:
+            return loss, None, None
         missing = args.max_completion_length - sample.ids.shape[1]
-        return loss, None if prediction_loss_only else F.pad(sample.ids, (0, missing), value=self._pad_id), None
+        return loss, F.pad(sample.ids, (0, missing), value=self._pad_id), ids.masked_fill(mask == 0, -100)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """The library's, with the completions' metrics added."""
         self._eval_rows.clear()
+        self._eval_metrics.clear()
         self._eval_batches = 0
         prefix = kwargs.get("metric_key_prefix", "eval")
         output = super().evaluation_loop(*args, **kwargs)
         rows = {name: torch.cat(values) for name, values in self._eval_rows.items()}
-        metrics = {f"{prefix}_{name}": value for name, value in self._summary(rows).items()}
-        return output._replace(metrics={**(output.metrics or {}), **metrics})
+        noted = {name: sum(values) / len(values) for name, values in self._eval_metrics.items()}
+        metrics = {f"{prefix}_{name}": value for name, value in (noted | self._summary(rows)).items()}
+        theirs = output.metrics or {}
+        if taken := sorted(theirs.keys() & metrics.keys()):
+            raise ValueError(f"compute_metrics must not return metrics that the trainer has itself, got {taken}")
+        return output._replace(metrics={**theirs, **metrics})
 
     # -------------------------------------------------------------------------------------------------------- metrics
 
     def _rows(
         self, inputs: dict[str, Any], ids: torch.Tensor, mask: torch.Tensor, logprobs: torch.Tensor,
-        values: torch.Tensor, rewards: torch.Tensor, kl: torch.Tensor,
+        values: torch.Tensor, rewards: torch.Tensor, kl: torch.Tensor, metrics: dict[str, list[float]],
+        shown: dict[str, Sequence[Any]],
     ) -> dict[str, torch.Tensor]:  # fmt: skip
-        """What is known of each completion of this process, `[B]` each."""
+        """What is known of each completion of this process, `[B]` each.
+
+        What functions of text log by themselves goes into `metrics` and, as columns of the table, into `shown`.
+        """
         lengths = mask.sum(dim=1)
         last = ids.gather(1, (lengths - 1)[:, None])[:, 0]
         ended = torch.isin(last, torch.tensor(self._end_ids, dtype=torch.int64, device=ids.device))
@@ -336,7 +401,7 @@ class GRADETrainer(Trainer):
             "completions/clipped_ratio": ~ended,
             "tokens": lengths + inputs["attention_mask"].sum(dim=1),
         }
-        if self.args.beta > 0.0:
+        if self.reference is not None:
             rows["kl"] = kl
         rows |= {f"rewards/{o.name}": value for o, value in zip(self.objectives, values, strict=True)}
         if self.text_rewards:
@@ -345,19 +410,16 @@ class GRADETrainer(Trainer):
                 [{"role": "assistant", "content": text}] if is_conversation(prompt) else text
                 for prompt, text in zip(inputs["prompts"], texts, strict=True)
             ]
-            for name, function in self.text_rewards.items():
-                scores = function(
-                    prompts=inputs["prompts"],
-                    completions=completions,
-                    completion_ids=[row[m.bool()].tolist() for row, m in zip(ids, mask, strict=True)],
-                    **inputs["columns"],
-                )
-                count = len(scores) if hasattr(scores, "__len__") else type(scores).__name__
-                if count != len(texts):
-                    raise ValueError(f"{name} must return one number per completion ({len(texts)}), got {count}")
-                rows[f"rewards/{name}"] = torch.tensor([torch.nan if s is None else float(s) for s in scores]).to(
-                    ids.device
-                )
+            scores = self.text_rewards(
+                inputs["prompts"], completions, [row[m.bool()].tolist() for row, m in zip(ids, mask, strict=True)],
+                inputs["columns"],
+                {
+                    "trainer_state": self.state,
+                    "log_metric": lambda name, value: metrics[name].append(float(value)),
+                    "log_extra": lambda column, values: shown.update({column: list(values)}),
+                },
+            )  # fmt: skip
+            rows |= {f"rewards/{name}": torch.tensor(numbers).to(ids.device) for name, numbers in scores.items()}
         return {name: value.detach().float() for name, value in rows.items()}
 
     @staticmethod
@@ -380,23 +442,24 @@ class GRADETrainer(Trainer):
         return metrics
 
     def _note_training(self, inputs: dict[str, Any], out: GradeLoss) -> None:
+        shown: dict[str, Sequence[Any]] = {}
         rows = self._rows(
-            inputs, out.completion_ids, out.completion_mask, out.logprobs, out.values, out.rewards, out.kl
-        )
+            inputs, out.completion_ids, out.completion_mask, out.logprobs, out.values, out.rewards, out.kl, self._metrics,
+            shown,
+        )  # fmt: skip
         gathered = {name: self.accelerator.gather(value) for name, value in rows.items()}
         for name, value in self._summary(gathered).items():
             self._metrics[name].append(value)
         self._metrics["tau"].append(self.tau)
         self.state.num_input_tokens_seen += int(gathered["tokens"].sum().item())
         if self.args.log_completions:
-            self._table = {"prompts": inputs["prompts"], "sample": out, "rows": rows}
+            self._table = {"prompts": inputs["prompts"], "sample": out, "rows": rows, "shown": shown}
 
     def _track_num_input_tokens(self, inputs: Any) -> None:
         """Nothing: completions are counted with their prompts, once they are there."""
 
     def _texts(self, ids: torch.Tensor, mask: torch.Tensor) -> list[str]:
-        rows = [row[m.bool()] for row, m in zip(ids, mask, strict=True)]
-        return self.processing_class.batch_decode(rows, skip_special_tokens=True)
+        return completion_texts(self._tokenizer, ids, mask)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The library's, timed; `step_time` is that of an optimizer step, with all batches that it accumulates."""
@@ -420,29 +483,43 @@ class GRADETrainer(Trainer):
                 self._show_table(**self._table)
             self._table = None
 
-    def _show_table(self, prompts: list[Any], sample: GradeLoss, rows: dict[str, torch.Tensor]) -> None:
-        count = len(prompts) if self.args.num_completions_to_print is None else self.args.num_completions_to_print
-        texts = self._texts(sample.completion_ids, sample.completion_mask)
-        numbers: dict[str, Sequence[float]] = {
-            name: value[:count].tolist()
+    def _show_table(
+        self, prompts: list[Any], sample: GradeLoss, rows: dict[str, torch.Tensor], shown: dict[str, Sequence[Any]]
+    ) -> None:
+        texts, named = self._texts(sample.completion_ids, sample.completion_mask), [prompt_text(p) for p in prompts]
+        kept = [i for i in range(len(named)) if not self.args.log_unique_prompts or named[i] not in named[:i]]
+        kept = kept[: self.args.num_completions_to_print]
+        columns: dict[str, Sequence[Any]] = {
+            name: [value[i].item() for i in kept]
             for name, value in rows.items()
             if name in ("reward", "kl") or "rewards/" in name
         }
+        columns |= {name: [values[i] for i in kept] for name, values in shown.items()}
         title = f"Step {self.state.global_step}"
-        show_completions(completions_table([prompt_text(p) for p in prompts[:count]], texts[:count], numbers, title))
+        show_completions(completions_table([named[i] for i in kept], [texts[i] for i in kept], columns, title))
 
     # ----------------------------------------------------------------------------------------------------- data loading
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
-            self._signature_columns: Any = ["prompt"]
+            self._signature_columns: Any = ["prompt", *TEMPLATE_COLUMNS]
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """The library's, of a data set of its own checked as those of the constructor were."""
+        if eval_dataset is not None and not isinstance(eval_dataset, str):
+            eval_dataset = self._collator.fitting("eval_dataset", eval_dataset)
+        return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
+        """The library's, of a data set checked as those of the constructor were."""
+        return super().get_test_dataloader(self._collator.fitting("test_dataset", test_dataset))
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         dataset = self.train_dataset if train_dataset is None else train_dataset
         if dataset is None or not hasattr(dataset, "__len__"):
             return None
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        shuffle = self.args.sampling_strategy != "sequential"
+        shuffle = self.args.shuffle_dataset and self.args.sampling_strategy != "sequential"
         return RepeatedPrompts(len(dataset), self.args.num_generations, seed, shuffle)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
@@ -459,7 +536,8 @@ class GRADETrainer(Trainer):
 
         Args:
             resume_from_checkpoint: a directory, or True for the latest in the output directory; if that one is damaged,
-                a warning names it and the one before is used.
+                a warning names it and the one before is used. With `args.allow_partial_checkpoint` it may be one that
+                another trainer wrote, or whose optimizer files were removed.
             args: further arguments of the library's.
             kwargs: further keywords of the library's.
 
@@ -478,16 +556,46 @@ class GRADETrainer(Trainer):
             raise TrainingInterrupted(self.state.global_step, self._signals.received)
         return output
 
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        """The library's, with what the constructor does to a policy; the reference is then this one as it comes."""
+        policy = _load_policy(super().call_model_init(trial), self.args, self._peft_config)
+        self._check_policy(policy, self.args)
+        self._set_reference(policy, self.args)
+        return policy
+
+    def _hp_search_setup(self, trial: Any) -> None:
+        super()._hp_search_setup(trial)
+        if self.hp_search_backend is not None and trial is not None:
+            self.args._check()  # a trial sets attributes, past the constructor
+            self._set_reference(self.model, self.args)  # beta may be another
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        given = self._ref_model_given is not None or self.args.ref_adapter_name is not None
+        policy: Any = self.model if model is None else model
+        self.reference = reference_record.restore(Path(resume_from_checkpoint), policy, self.reference, given)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        absent = [] if checkpoint is None else checkpoints.absent(Path(checkpoint))
+        if absent:
+            logger.warning(
+                "%s has no %s: the optimizer begins anew, the learning rate goes on at step %d of its schedule",
+                checkpoint, " and no ".join(absent), self.state.global_step,
+            )  # fmt: skip
+            checkpoints.advance(self.lr_scheduler, self.state.global_step)
+
     def _sound_checkpoint(self, choice: str | bool | None) -> str | None:
         if not choice:
             return None
+        partial = self.args.allow_partial_checkpoint
         if choice is not True:
-            if wrong := checkpoints.damage(Path(choice)):
+            if wrong := checkpoints.damage(Path(choice), partial):
                 raise ValueError(f"{choice} can not be resumed from: {wrong}")
             return str(choice)
         found = checkpoints.complete_checkpoints(Path(str(self.args.output_dir)))
         for path in found:
-            wrong = checkpoints.damage(path)
+            wrong = checkpoints.damage(path, partial)
             if wrong is None:
                 return str(path)
             logger.warning("%s can not be resumed from: %s; trying the one before", path, wrong)
@@ -514,8 +622,11 @@ class GRADETrainer(Trainer):
                 self.state.best_model_checkpoint = str(run / name)
                 if main:
                     self.state.save_to_json(str(staged / "trainer_state.json"))
+            # Processes that hold shards put them together.
+            values = self.reference.state() if isinstance(self.reference, FrozenCopy) else None
             self.accelerator.wait_for_everyone()
             if main:
+                reference_record.write(staged, self.reference, self._reference_digest, values)
                 checkpoints.seal(staged)
                 checkpoints.settle(staged, run / name)
         finally:
@@ -580,8 +691,30 @@ class GRADETrainer(Trainer):
 
     # --------------------------------------------------------------------------------------------------------- checking
 
+    def _check_policy(self, policy: nn.Module, args: GRADEConfig) -> None:
+        """Prepare a policy that is to be trained, or ValueError; rewards must have been read."""
+        check_checkpointing(policy)
+        if args.disable_dropout:
+            _switch_off_dropout(policy)
+            check_training_mode(policy)
+        parts = read_language_model(policy).allowing(self._allowed)
+        for objective in self.objectives:
+            check_vocabulary(objective, parts, self._pad_id)
+
+    def _set_reference(self, policy: nn.Module, args: GRADEConfig) -> None:
+        """Take what the KL compares with: what was given, or this policy as it is now."""
+        self.reference = reference_for_training(policy, self._ref_model_given, args.ref_adapter_name, args.beta)
+        self.ref_model = None
+        self._reference_digest = None
+        if self.reference is not None:
+            parts = read_language_model(policy).allowing(self._allowed)
+            self.reference.check(policy, parts)
+        if isinstance(self.reference, OtherModel):
+            self._reference_digest = fingerprint(self.reference.model)
+            self.ref_model = self.reference.model.to(args.device)
+
     def _policy(self) -> LanguageModel:
-        return read_language_model(self.accelerator.unwrap_model(self.model))
+        return read_language_model(self.accelerator.unwrap_model(self.model)).allowing(self._allowed)
 
     def _check_reward_gradients(self, dataset: Any) -> None:
         """Try every differentiable reward on two prompts, so that what is wrong with it shows before the first step."""
@@ -589,14 +722,17 @@ class GRADETrainer(Trainer):
         if not examples:
             return
         inputs: Any = self._prepare_input(self._collator(examples))
+        policy: Any = self.model
         ids, mask, time = inputs["input_ids"], inputs["attention_mask"], self.args.max_completion_length
         check_prompts(self._policy(), ids, mask, time)
+        if self.reference is not None:
+            self.reference.check(policy, self._policy(), int(mask.sum(dim=1).max()) + time)
         # Completions of some token as long as they may become: a reward may have fewer positions than the policy.
         ids, mask = torch.cat([ids, ids[:, -1:].expand(-1, time)], dim=1), F.pad(mask, (0, time), value=1)
         for objective in self.objectives:
             check_reward_device(objective, ids.device)
             with torch.enable_grad(), self.accelerator.autocast():
-                embeds = objective.table[ids].requires_grad_()
+                embeds = objective.embeds(ids).requires_grad_()
                 try:
                     value, _ = objective(embeds.clone(), mask, inputs["columns"])
                 except NonFiniteRewardError:
@@ -648,16 +784,28 @@ def load_by_name(what: str, loader: Any, name: str, **keywords: Any) -> Any:
         raise ValueError(f"{what} {name!r} was not found {where}: {error}") from error
 
 
-def _load_policy(model: Any, args: GRADEConfig, peft_config: Any) -> nn.Module:
+def _load_causal(what: str, name: str, args: GRADEConfig, dtype: torch.dtype = torch.float32, **more: Any) -> nn.Module:
+    """A causal language model by name, with `args.model_init_kwargs`, in the given precision unless they say another."""
+    given: dict[str, Any] = {**dict(args.model_init_kwargs or {}), **more}  # type: ignore[arg-type]
+    if "torch_dtype" not in given:  # its name before transformers 5, which dtype would override
+        given.setdefault("dtype", dtype)
+    given.setdefault("trust_remote_code", args.trust_remote_code)
+    model: nn.Module = load_by_name(what, AutoModelForCausalLM, name, **given)
+    return model
+
+
+def _load_policy(model: Any, args: GRADEConfig, peft_config: Any, quantization_config: Any = None) -> nn.Module:
     keywords: Any = args.model_init_kwargs
     if isinstance(model, str):
-        given = dict(keywords or {})
-        if "torch_dtype" not in given:  # its name before transformers 5, which dtype would override
-            # Weights of training are float32 unless asked otherwise, whatever precision they were saved in.
-            given.setdefault("dtype", torch.float32)
-        model = load_by_name("model", AutoModelForCausalLM, model, **given)
+        if quantization_config is not None and "quantization_config" in (keywords or {}):
+            raise ValueError("quantization_config must be given once: as an argument, or in model_init_kwargs")
+        more = {} if quantization_config is None else {"quantization_config": quantization_config}
+        # Weights of training are float32 unless asked otherwise, whatever precision they were saved in.
+        model = _load_causal("model", model, args, **more)
     elif keywords is not None:
         raise ValueError(f"model_init_kwargs is for a model that is given by name, got a {type(model).__name__}")
+    elif quantization_config is not None:
+        raise ValueError(f"quantization_config is for a model that is given by name, got a {type(model).__name__}")
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a name or a causal language model, got {type(model).__name__}")
     if peft_config is not None:
@@ -667,19 +815,32 @@ def _load_policy(model: Any, args: GRADEConfig, peft_config: Any) -> nn.Module:
 
         if not isinstance(peft_config, PeftConfig):
             raise TypeError(f"peft_config must be a PeftConfig, got {type(peft_config).__name__}")
-        before = some_states(model) if args.beta > 0.0 else None
         model = get_peft_model(model, peft_config)  # type: ignore[arg-type]
-        if args.beta > 0.0:
-            check_adapter_reference(model, before)
     return model
 
 
-def _end_of_sequence(parts: LanguageModel, tokenizer: Any) -> tuple[int, ...]:
+def _load_reference(ref_model: Any, args: GRADEConfig, policy: nn.Module) -> nn.Module | Reference | None:
+    if ref_model is None or isinstance(ref_model, Reference):
+        return ref_model
+    if isinstance(ref_model, str):
+        return _load_causal("ref_model", ref_model, args, read_language_model(policy).table.dtype)
+    if not isinstance(ref_model, nn.Module):
+        raise TypeError(
+            f"ref_model must be a name, a causal language model or a Reference, got {type(ref_model).__name__}"
+        )
+    _check_apart(
+        "ref_model", ref_model, policy, "the reference is a constant, so it must be a copy (by default it is one)"
+    )
+    return ref_model
+
+
+def _end_of_sequence(parts: LanguageModel, tokenizer: Any, without_token: Sequence[int]) -> tuple[int, ...]:
     """Every token that ends a completion, by tokenizer and generation config."""
     own = getattr(tokenizer, "eos_token_id", None)
     more = getattr(getattr(parts.model, "generation_config", None), "eos_token_id", None)
     # A small model of one's own may have kept the end of sequence that is its configuration's default.
-    known = [token for token in ([more] if isinstance(more, int) else more or []) if 0 <= token < parts.vocab_size]
+    has_token = set(range(parts.vocab_size)).difference(without_token)
+    known = [token for token in ([more] if isinstance(more, int) else more or []) if token in has_token]
     return token_ids("eos_token_id", list(dict.fromkeys([*([] if own is None else [own]), *known])), parts.vocab_size)
 
 
@@ -692,20 +853,22 @@ def _switch_off_dropout(model: nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
-def _check_apart(name: str, reward: nn.Module, policy: nn.Module) -> None:
-    """A classifier, which is frozen, has none of the policy's parameters; ValueError with one that it has."""
-    own = {id(parameter) for parameter in reward.parameters()}
+def _check_apart(
+    name: str,
+    frozen: nn.Module,
+    policy: nn.Module,
+    why: str = "a classifier is a constant, so it must be given copies",
+) -> None:
+    """A model that is frozen has none of the policy's parameters; ValueError with one that it has."""
+    own = {id(parameter) for parameter in frozen.parameters()}
     shared = [key for key, parameter in policy.named_parameters() if id(parameter) in own]
     if shared:
-        raise ValueError(
-            f"{name} shares {len(shared)} parameters with model, such as {shared[0]!r}: a classifier is a constant, so it "
-            "must be given copies"
-        )
+        raise ValueError(f"{name} shares {len(shared)} parameters with model, such as {shared[0]!r}: {why}")
 
 
 def _read_rewards(
     reward_funcs: Any, args: GRADEConfig, policy: nn.Module
-) -> tuple[list[Objective], dict[str, Callable[..., Sequence[float]]], list[str]]:
+) -> tuple[list[Objective], TextRewards, list[str]]:
     """Objectives to differentiate, functions of text to log, and the names of all."""
     functions = list(reward_funcs) if isinstance(reward_funcs, (list, tuple)) else [reward_funcs]
     if not functions:
@@ -714,11 +877,13 @@ def _read_rewards(
     if weights is not None and len(weights) != len(functions):
         raise ValueError(f"reward_weights must hold one number per reward ({len(functions)}), got {len(weights)}")
     objectives: list[Objective] = []
-    texts: dict[str, Callable[..., Sequence[float]]] = {}
+    texts: dict[str, Callable[..., Any]] = {}
     names: list[str] = []
     for i, function in enumerate(functions):
         if isinstance(function, str):
-            function = load_by_name("reward", AutoModelForSequenceClassification, function)
+            function = load_by_name(
+                "reward", AutoModelForSequenceClassification, function, trust_remote_code=args.trust_remote_code
+            )
         if isinstance(function, PreTrainedModel) or hasattr(function, "get_base_model"):  # PEFT's wrapper of one
             _check_apart(f"reward_funcs[{i}]", function, policy)
             try:
@@ -750,10 +915,10 @@ def _read_rewards(
             f"reward_funcs must hold a differentiable reward (a classifier, or a callable with `embedding`), got only "
             f"functions of text: {names}"
         )
-    return objectives, texts, names
+    return objectives, TextRewards(texts), names
 
 
-def _check_tokenizers(reward_funcs: Any, given: Any, tokenizer: Any) -> None:
+def _check_tokenizers(reward_funcs: Any, given: Any, tokenizer: Any, trust_remote_code: bool) -> None:
     """Every token has the same id for the policy and for the rewards, as far as tokenizers tell."""
     functions = list(reward_funcs) if isinstance(reward_funcs, (list, tuple)) else [reward_funcs]
     if given is None:
@@ -763,7 +928,11 @@ def _check_tokenizers(reward_funcs: Any, given: Any, tokenizer: Any) -> None:
         raise ValueError(f"reward_processing_classes must be one per reward ({len(functions)}), got {len(others)}")
     for i, (function, other) in enumerate(zip(functions, others, strict=True)):
         if other is None and isinstance(function, str):
-            other = load_by_name("the tokenizer of reward", AutoTokenizer, function)
+            other = load_by_name(
+                "the tokenizer of reward", AutoTokenizer, function, trust_remote_code=trust_remote_code
+            )
+        if other is not None:
+            other = tokenizer_of(other, f"reward_processing_classes[{i}]")
         if other is None or not hasattr(other, "get_vocab") or not hasattr(tokenizer, "get_vocab"):
             continue
         ours, theirs = tokenizer.get_vocab(), other.get_vocab()

@@ -396,13 +396,16 @@ def test_hub_models_with_lora(tmp_path):
     tokenizer = small_tokenizer(16)
     torch.manual_seed(0)
     size = GPT2Config(vocab_size=16, n_embd=16, n_layer=1, n_head=2, n_positions=64, bos_token_id=0, eos_token_id=0)
-    for name, model in (("policy", GPT2LMHeadModel(size)), ("reward", GPT2ForSequenceClassification(size))):
+    padded = copy.deepcopy(size)
+    padded.vocab_size = 24  # rows that no token has
+    for name, model in (("policy", GPT2LMHeadModel(padded)), ("reward", GPT2ForSequenceClassification(size))):
         model.save_pretrained(tmp_path / name)
         tokenizer.save_pretrained(tmp_path / name)
     names = {"policy_name": str(tmp_path / "policy"), "reward_name": str(tmp_path / "reward")}
     made = imdb.from_reviews(
         (texts, [i % 2 for i in range(60)]), texts, tmp_path / "cache", CONSOLE, evaluation_prompts=8, **names
     )
+    assert made.start().get_output_embeddings().weight.shape[0] == 16
     for method in ("grade_ste", "ppo"):
         run = train(made, METHODS[method], SETTINGS, learning_rate=1e-2, beta=0.02, seed=0)
         assert abs(run.points[0].kl) < 1e-5

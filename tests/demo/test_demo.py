@@ -29,6 +29,8 @@ from grade_kernels.demo.models import RewardModel
 from grade_kernels.demo.tokenizer import build_tokenizer, encode_reviews, with_start
 from grade_kernels.noise import GumbelNoise
 from grade_kernels.training import TrainingInterrupted, grade_loss
+from grade_kernels.training.positions import Room
+from grade_kernels.training.prompt_tokens import PromptTokenizer
 from grade_kernels.training.prompts import PromptCollator
 
 TINY = DemoConfig.tiny(speed=SpeedConfig(shapes=()))
@@ -270,7 +272,7 @@ def test_padding_changes_nothing():
     policy = models.new_policy(dataclasses.replace(TINY.policy, width=16), SMALL_TOKENIZER).eval()
     reward_model = RewardModel(len(SMALL_TOKENIZER), SMALL_REWARD)
     prompts = sorted(SMALL_CORPUS.train_prompts, key=len)[::6]
-    collate = PromptCollator(SMALL_TOKENIZER, SMALL_TOKENIZER.pad_token_id)
+    collate = PromptCollator(PromptTokenizer(SMALL_TOKENIZER), SMALL_TOKENIZER.pad_token_id, Room(1))
 
     def sample(rows: slice):
         batch = collate([{"prompt": with_start(prompt)} for prompt in prompts[rows]])

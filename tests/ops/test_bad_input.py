@@ -78,7 +78,7 @@ def test_tau_of_a_row_not_positive_and_finite(
 
 
 @every_op_with_tau
-@pytest.mark.parametrize("shape", [(2,), (4,), (1,), (3, VOCAB), (3, 2), (1, 3), (VOCAB,), (0,), (3, 1, 1)])
+@pytest.mark.parametrize("shape", [(2,), (4,), (3, VOCAB), (3, 2), (1, 3), (VOCAB,), (1, VOCAB), (0,), (3, 1, 1)])
 def test_tau_of_a_wrong_shape(backend: str, device: str, op: Op, shape: tuple[int, ...]) -> None:
     with raises(ValueError, "tau", shape, (3,)):
         op(logits_on(device), torch.ones(shape, device=device))
@@ -249,17 +249,76 @@ def test_dim_out_of_range(backend: str, device: str, op: Op, dim: int) -> None:
     assert str(ours.value) == str(theirs.value)
 
 
-@every_op
+@every_op_with_tau
+def test_tau_that_may_mean_two_things(backend: str, device: str, op: Op) -> None:
+    """One value per row, or one per token as PyTorch broadcasts it: refused, and the message says what would not be."""
+    for shape, given in (((4, 4), (4,)), ((2, 3, 6), (6,)), ((4, 4, 4), (4, 4)), ((1, 4), (4,)), ((4,), (4,))):
+        with raises(ValueError, "tau", given, shape, "token", (*shape[:-1], 1)):
+            op(logits_on(device, *shape), torch.ones(given, device=device))
+    if op in WITH_DIM.values():
+        for given in ((2, 5), (2, 2, 5)):
+            with raises(ValueError, "tau", given, "token", (2, 1, 5)):
+                op(logits_on(device, 2, 2, 5), torch.ones(given, device=device), dim=1)
+
+
+@pytest.mark.parametrize("op", WITH_DIM.values(), ids=WITH_DIM)
 def test_0d_logits(backend: str, device: str, op: Op) -> None:
-    with pytest.raises(IndexError):
-        op(torch.zeros((), device=device))
+    """One token, as for PyTorch, and its errors."""
+    for dim in (-1, 0):
+        y = op(torch.zeros((), device=device), dim=dim)
+        assert y.shape == ()
+        assert y == (0 if op is _sample else 1)
+        assert y.dtype == (torch.int64 if op is _sample else torch.float32)
+    with pytest.raises(IndexError) as theirs:
+        torch.softmax(torch.zeros((), device=device), 1)
+    with pytest.raises(IndexError) as ours:
+        op(torch.zeros((), device=device), dim=1)
+    assert str(ours.value) == str(theirs.value)
+    if op is not _sample:
+        for tau in (0.5, torch.tensor(0.5, device=device), torch.tensor([0.5], device=device)):
+            x = torch.zeros((), device=device, requires_grad=True)
+            assert torch.autograd.grad(op(x, tau, noise=gk.GumbelNoise(1)), x)[0] == 0
+        with raises(ValueError, "tau", (2,)):
+            op(torch.zeros((), device=device), torch.ones(2, device=device))
+
+
+@pytest.mark.parametrize("estimator", ["ste", "soft"])
+def test_0d_logits_of_a_lookup(backend: str, device: str, estimator: str) -> None:
+    with raises(IndexError, "logits", "[..., V]", "0-d"):
+        gk.gumbel_ste_embedding(torch.zeros((), device=device), torch.ones(1, 2, device=device), estimator=estimator)
 
 
 @pytest.mark.parametrize("op", WITH_DIM.values(), ids=WITH_DIM)
 def test_dim_that_is_no_int(backend: str, device: str, op: Op) -> None:
-    for wrong in (1.0, "0", None):
+    for wrong in (1.0, "0", None, True, np.float64(1), np.bool_(True), [1]):
         with raises(TypeError, "dim", type(wrong).__name__):
             op(logits_on(device), dim=wrong)
+
+
+@pytest.mark.parametrize("op", WITH_DIM.values(), ids=WITH_DIM)
+def test_numbers_of_numpy(backend: str, device: str, op: Op) -> None:
+    """A number is a number: dim, tau, vocab_start and seed take NumPy's as they take Python's."""
+    logits = torch.linspace(-1, 1, 3 * VOCAB, device=device).view(3, VOCAB)
+    expected = op(logits, dim=0, noise=gk.GumbelNoise(3, vocab_start=7), tau=2.0)
+    for integer in (np.int64, np.int32, np.uint8):
+        noise = gk.GumbelNoise(integer(3), vocab_start=integer(7))
+        assert torch.equal(op(logits, dim=integer(0), noise=noise, tau=integer(2)), expected)
+    for floating in (np.float64, np.float32, np.float16):
+        assert torch.equal(op(logits, dim=np.int64(0), noise=noise, tau=floating(2)), expected)
+
+
+def test_scripts() -> None:
+    """torch.jit.script says in one sentence what cannot be done and what can, wherever the operation is called."""
+
+    def user(x: torch.Tensor) -> torch.Tensor:
+        return gk.gumbel_softmax(x)
+
+    for name in gk.__all__:
+        if name.startswith(("gumbel_", "linear_")):
+            with raises(RuntimeError, f"grade_kernels.{name} cannot be scripted", "torch.compile"):
+                torch.jit.script(getattr(gk, name))
+    with raises(RuntimeError, "grade_kernels.gumbel_softmax cannot be scripted", "torch.compile"):
+        torch.jit.script(user)
 
 
 # --- devices

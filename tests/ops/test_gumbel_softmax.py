@@ -46,7 +46,7 @@ class Case:
         dy = randn(rows, vocab, dtype=logits.dtype, device=logits.device.type, seed=8)
         g = truth_noise(noise, rows, vocab)
         x, t = leaf(logits), leaf(tau)
-        self.y = gk.gumbel_softmax(x, t, hard, noise=noise)
+        self.y = gk.gumbel_softmax(x, t[:, None], hard, noise=noise)
         self.dlogits, self.dtau = grads((self.y * dy).sum(), x, t)
         x, t = leaf(logits.cpu()), leaf(tau.cpu().to(logits.dtype))
         self.torch_y = plain(x, g.to(logits.dtype), t)
@@ -182,6 +182,45 @@ def test_strides(backend: str, device: str, rows: int, layout: str, dtype: torch
             torch.testing.assert_close(ours, theirs, rtol=1e-6 if dtype == torch.float32 else 1e-2, atol=1e-7)
 
 
+@pytest.mark.thin(7)
+@pytest.mark.parametrize("hard", [False, True])
+@pytest.mark.parametrize("layout", ["plain", "channels last", "transposed", "every second"])
+@pytest.mark.parametrize("dim", [0, 1, 2, 3, -1, -2])
+def test_layout_of_the_result(backend: str, device: str, dim: int, layout: str, hard: bool) -> None:
+    """Strides are PyTorch's, of the result and of the gradient, so that the same views are possible."""
+    x = randn(2, 3 if dim == 2 else 8, 4, 1, device=device)
+    x = {
+        "plain": lambda x: x,
+        "channels last": lambda x: x.contiguous(memory_format=torch.channels_last),
+        "transposed": lambda x: x.transpose(0, 2).contiguous().transpose(0, 2),
+        "every second": lambda x: x.repeat_interleave(2, 2)[:, :, ::2],
+    }[layout](x)
+    results = []
+    for where in (F, gk):
+        leaf_x = x.detach().requires_grad_()
+        y = where.gumbel_softmax(leaf_x, 0.5, hard, dim=dim)
+        results.append((y, torch.autograd.grad(y.square().sum(), leaf_x)[0]))
+    for theirs, ours in list(zip(*results, strict=True))[: 1 if backend == "reference" else 2]:
+        assert ours.stride() == theirs.stride()
+    assert results[1][0].view(2, -1).shape == (2, x[0].numel())
+
+
+@pytest.mark.parametrize("dim", [0, 1, -1])
+def test_layout_of_the_fake_result(backend: str, device: str, dim: int) -> None:
+    """What torch.compile plans with is what comes: in strides, and for a batch of none."""
+    if backend == "reference":
+        pytest.skip("no operation of its own")
+    for shape in ((2, 3, 4), (2, 3, 1), (1, 3, 4), (0, 3, 4), (4, 3, 0)):
+        x = torch.zeros(shape, device=device).transpose(1, 2)
+        if x.shape[dim] == 0:
+            continue
+        tau = torch.ones(x.numel() // x.shape[dim], device=device)
+        args = (tau, torch.tensor(1), None, 0, dim, False, backend)
+        real = torch.ops.grade_kernels.gumbel_softmax(x, *args)[0]
+        fake = torch.ops.grade_kernels.gumbel_softmax(x.to("meta"), tau.to("meta"), *args[1:])[0]
+        assert real.stride() == fake.stride() == torch.empty(x.shape).stride()
+
+
 def test_expanded_logits_and_gradients(backend: str, device: str, rows: int) -> None:
     """Stride 0 on both sides: one row of logits for many draws, a sum's gradient."""
     row = leaf(randn(1, 37, device=device))
@@ -255,6 +294,68 @@ def test_forms_of_tau(backend: str, device: str, interpreted: bool, hard: bool) 
         assert torch.equal(gk.gumbel_softmax(logits, tau, hard, noise=noise_of()), one)
     if not hard:
         assert not torch.equal(one, expected)
+
+
+# Logits' shape, dim, tau's shape: one value per row in each, by broadcasting unless the last word says otherwise.
+TAUS = [
+    ((3, 5), -1, (1,)), ((3, 5), -1, (1, 1)), ((3, 5), -1, (3, 1)), ((3, 5), -1, (3,)), ((4, 4), -1, (4, 1)),
+    ((4, 4), 0, (4,)), ((4, 4), 0, (1, 4)), ((2, 3, 5), -1, (3, 1)), ((2, 3, 5), -1, (1, 3, 1)),
+    ((2, 3, 5), -1, (2, 1, 1)), ((2, 3, 5), -1, (6,)), ((3, 3, 5), -1, (3, 1)), ((2, 3, 5), 1, (5,)),
+    ((2, 3, 5), 1, (1, 5)), ((2, 3, 5), 1, (2, 1, 5)), ((2, 3, 5), 1, (2, 1, 1)), ((2, 3, 5), 1, (2, 5)),
+    ((2, 3, 5), -2, (1, 1, 1)), ((2, 3, 5), 0, (3, 5)), ((2, 3, 5), 0, (3, 1)), ((2, 3, 5), 0, (1, 3, 5)),
+    ((5,), 0, (1,)), ((5,), -1, ()), ((1, 1, 5), -1, (1, 1)), ((3, 1), -1, (1,)),
+]  # fmt: skip
+
+
+@pytest.mark.thin(7)
+@pytest.mark.parametrize(("shape", "dim", "given"), TAUS)
+def test_tau_that_broadcasts(
+    backend: str, device: str, shape: tuple[int, ...], dim: int, given: tuple[int, ...]
+) -> None:
+    """What has one value per row is taken, as PyTorch would broadcast it, and a gradient comes back in its shape."""
+    x, dy = (randn(*shape, dtype=torch.float64, device=device, seed=seed) for seed in (0, 4))
+    tau = leaf(0.5 + torch.arange(math.prod(given), dtype=torch.float64, device=device).view(given) / 8)
+    moved = x.movedim(dim, -1)
+    g = truth_noise(noise_of(), moved[..., 0].numel(), moved.shape[-1]).view(moved.shape).movedim(-1, dim).to(device)
+    kept = (*moved.shape[:-1], 1)
+    theirs = tau
+    if given in (kept[:-1], (math.prod(kept),)) and (len(given) == 0 or shape[-len(given) :] != given):
+        theirs = tau.reshape(kept).movedim(-1, dim)  # a list of the rows
+    expected = ((x + g) / theirs).softmax(dim)
+    (dtau,) = torch.autograd.grad((expected * dy).sum(), tau, retain_graph=True)
+    assert dtau.abs().max() > 1e-4 or shape[dim] == 1
+    for where in (gk, gk.reference):
+        y = where.gumbel_softmax(x, tau, dim=dim, noise=noise_of())
+        torch.testing.assert_close(y, expected)
+        torch.testing.assert_close(grads((y * dy).sum(), tau)[0], dtau)
+        torch.testing.assert_close(grads((where.gumbel_ste(x, tau, dim, noise=noise_of()) * dy).sum(), tau)[0], dtau)
+    if dim != -1:
+        return
+    table = randn(shape[-1], 2, dtype=torch.float64, device=device, seed=6)
+    head = torch.eye(shape[-1], dtype=torch.float64, device=device)
+    (dtau,) = grads((((x + g) / theirs).softmax(dim) @ table).square().sum(), tau)
+    for where in (gk, gk.reference):
+        out = where.gumbel_ste_embedding(x, table, tau, estimator="soft", noise=noise_of())
+        torch.testing.assert_close(grads(out.embedding.square().sum(), tau)[0], dtau)
+        out = where.linear_gumbel_ste(x, head, table, tau, estimator="soft", noise=noise_of(), eps=0.0)
+        torch.testing.assert_close(grads(out.embedding.square().sum(), tau)[0], dtau)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_learned_temperature(backend: str, device: str, rows: int, dtype: torch.dtype) -> None:
+    """`Parameter(torch.ones(1))`, the usual one, in any dtype: the gradient of a 0-d tau."""
+    logits, dy = randn(rows, 17, device=device), randn(rows, 17, device=device, seed=4)
+    found = []
+    for shape in ((), (1,), (1, 1)):
+        tau = torch.nn.Parameter(torch.ones(shape, dtype=dtype, device=device))
+        (gk.gumbel_softmax(logits, tau, noise=noise_of()) * dy).sum().backward()
+        assert tau.grad is not None
+        assert tau.grad.shape == shape
+        assert tau.grad.dtype == dtype
+        found.append(tau.grad.item())
+    tolerance = {torch.bfloat16: 0.05, torch.float16: 0.01}.get(dtype, 1e-5)
+    assert found[1:] == pytest.approx([found[0]] * 2, rel=tolerance)
+    assert abs(found[0]) > 1e-3
 
 
 @pytest.mark.parametrize("hard", [False, True])

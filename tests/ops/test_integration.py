@@ -397,3 +397,50 @@ def test_import_is_quiet() -> None:
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     assert run.stdout == ""
+
+
+# --- meta tensors
+
+
+def meta_calls() -> dict[str, Callable[[], Any]]:
+    """Every operation on meta tensors that want gradients, with support and without."""
+
+    def tensor(*shape: int) -> torch.Tensor:
+        return torch.zeros(shape, device="meta", requires_grad=True)
+
+    logits, hidden, head, table, tau = tensor(2, 3, 7), tensor(2, 3, 5), tensor(7, 5), tensor(7, 4), tensor(1)
+    ids = torch.zeros(2, 3, dtype=torch.int64, device="meta")
+    found: dict[str, Callable[[], Any]] = {
+        "gumbel_sample": lambda: gk.gumbel_sample(logits),
+        "gumbel_softmax": lambda: gk.gumbel_softmax(logits, tau),
+        "gumbel_ste dim": lambda: gk.gumbel_ste(logits, tau, dim=1),
+        "linear_gumbel_sample": lambda: gk.linear_gumbel_sample(hidden, head),
+    }
+    for estimator in ESTIMATORS:
+        found[f"gumbel_ste_embedding {estimator}"] = lambda e=estimator: gk.gumbel_ste_embedding(
+            logits, (table, table), tau, estimator=e, ids=ids, ignore_index=-100
+        )
+    for eps in (0.0, 0.1):
+        for estimator in ESTIMATORS:
+            found[f"linear_gumbel_ste {estimator} {eps}"] = lambda e=estimator, eps=eps: gk.linear_gumbel_ste(
+                hidden, head, table, tau, estimator=e, eps=eps
+            )
+        found |= {
+            f"linear_logprobs {eps}": lambda eps=eps: gk.linear_logprobs(hidden, head, ids, eps=eps, ignore_index=-1),
+            f"linear_kl {eps}": lambda eps=eps: gk.linear_kl(hidden, head, hidden, head, eps=eps),
+            f"linear_entropy {eps}": lambda eps=eps: gk.linear_entropy(hidden, head, eps=eps),
+        }
+    return found
+
+
+@pytest.mark.parametrize("name", meta_calls())
+@pytest.mark.parametrize("backend_name", [None, "torch", "reference"])
+def test_meta_tensors(name: str, backend_name: str | None) -> None:
+    """Shapes without values, forward and backward: results lie there, too, and so do the gradients."""
+    with gk.use_backend(backend_name):
+        out = torch.utils._pytree.tree_leaves(meta_calls()[name]())
+        assert all(x.device.type == "meta" and x.shape[:1] == (2,) for x in out)
+        if "sample" not in name:
+            total = sum(x.sum() for x in out if x.is_floating_point())
+            assert isinstance(total, torch.Tensor)
+            total.backward()

@@ -196,6 +196,22 @@ def test_more_devices_that_differ(backend: str, device: str) -> None:
         _ste(device, **good(device, tau=torch.ones(N, device="meta")))
 
 
+@every_op
+def test_numbers_of_numpy(backend: str, device: str, op: Op) -> None:
+    """A softcap, and where there are any a temperature and an eps, may be NumPy's."""
+    numbers: dict[str, Any] = {"logit_softcap": 4.0, "noise": gk.GumbelNoise(1)}
+    numbers |= {"eps": 0.25} if op in EPS.values() else {}
+    numbers |= {"temperature": 2.0} if op in STATISTICS.values() else {"tau": 2.0} if op in EPS.values() else {}
+    expected = op(device, **good(device, **numbers))
+    for kind in (np.float64, np.float32, np.float16):
+        given = {name: kind(x) if isinstance(x, float) else x for name, x in numbers.items()}
+        ours = op(device, **good(device, **given))
+        for a, b in zip((ours,) if isinstance(ours, torch.Tensor) else ours,
+                        (expected,) if isinstance(expected, torch.Tensor) else expected, strict=True):  # fmt: skip
+            assert torch.equal(a, b)
+    op(device, **good(device, logit_softcap=np.int64(3)))
+
+
 @pytest.mark.parametrize("op", [_ste, _logprobs], ids=["linear_gumbel_ste", "linear_logprobs"])
 def test_ids(backend: str, device: str, op: Op) -> None:
     ids = torch.zeros(N, dtype=torch.int64, device=device)

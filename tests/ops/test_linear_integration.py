@@ -401,23 +401,6 @@ def test_second_derivatives_are_refused(backend: str, device: str) -> None:
         torch.autograd.grad(first.square().sum(), hidden)
 
 
-def test_forward_mode_is_refused(backend: str, device: str) -> None:
-    """It is not implemented: an error, never silent zeros. A sample has no derivative, which is no error."""
-    if backend == "reference":
-        pytest.skip("plain autograd has it")
-    x, table = randn(N, V, device=device), randn(V, V, device=device, seed=1)
-    calls: tuple[Callable[[torch.Tensor], torch.Tensor], ...] = (
-        lambda x: gk.gumbel_softmax(x, noise=noise_of()),
-        lambda x: gk.gumbel_ste_embedding(x, (table, x.T), noise=noise_of()).embedding[1],
-        lambda x: gk.linear_gumbel_ste(x, table, table, noise=noise_of()).embedding,
-        lambda x: gk.linear_entropy(x, table),
-    )
-    for call in calls:
-        with pytest.raises(NotImplementedError, match="forward-mode"):
-            torch.func.jvp(call, (x,), (x,))
-    torch.func.jvp(lambda x: gk.linear_gumbel_sample(x, table, noise=noise_of())[1], (x,), (x,))
-
-
 def test_row_ids_identify_rows(backend: str, device: str) -> None:
     """Equal identities draw equal noise, negative and 64-bit ones included; default identities are flat indices."""
     hidden, head = randn(1, H, device=device).expand(6, H), randn(V, H, device=device, seed=1) * 0.1

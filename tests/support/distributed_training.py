@@ -6,6 +6,7 @@ import os
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import accelerate.accelerator
 import torch
@@ -89,11 +90,99 @@ def fsdp_step(path: Path) -> None:
         (path / "passed").write_text("yes")
 
 
+def adapted(seed: int = 2) -> Any:
+    """A policy with a LoRA adapter that has been trained, and a trained copy of its head."""
+    import peft
+
+    config = peft.LoraConfig(
+        r=2, target_modules=["q_proj", "v_proj"], modules_to_save=["lm_head"], init_lora_weights=False,
+        task_type="CAUSAL_LM",
+    )  # fmt: skip
+    torch.manual_seed(seed)
+    return peft.get_peft_model(policy("llama"), config)
+
+
+def moved(model: torch.nn.Module) -> None:
+    """A step on everything that is trained, of whole models and shards alike."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.mul_(1.2)
+
+
+def fsdp_reference(path: Path) -> None:
+    """A policy under FSDP2 against its own adapter as it came, copied before sharding or after, and in one process."""
+    from torch.distributed.fsdp import fully_shard
+
+    from grade_kernels.training import FrozenCopy, WithoutAdapter
+    from grade_kernels.training.reference import changes_nothing
+
+    dist.init_process_group("gloo")
+    ids, mask = prompts((4, 2, 3, 5))
+    options = {"max_new_tokens": 6, "eps": 0.0, "beta": 0.1, "feedback_hops": "exact"}
+    mine = slice(2 * dist.get_rank(), 2 * dist.get_rank() + 2)
+    for kind in ("before", "after", "without"):
+        model, plain = adapted(), adapted()
+        whole = FrozenCopy(plain) if kind != "without" else WithoutAdapter()
+        reference = FrozenCopy(model) if kind == "before" else None
+        for layer in model.base_model.model.model.layers:
+            fully_shard(layer)
+        fully_shard(model)
+        if reference is None:
+            reference = FrozenCopy(model) if kind == "after" else WithoutAdapter()
+        for _ in range(2):
+            for each in (model, plain):
+                each.zero_grad()
+            expected = grade_loss(plain, BagReward(), ids, mask, noise=GumbelNoise(4), ref_model=whole, **options)
+            noise = GumbelNoise(4, torch.arange(4)[mine])
+            ours = grade_loss(model, BagReward(), ids[mine], mask[mine], noise=noise, ref_model=reference, **options)
+            torch.testing.assert_close(ours.kl, expected.kl[mine], rtol=1e-6, atol=1e-9)
+            expected.loss.backward()
+            ours.loss.backward()
+            truth = {name: p.grad for name, p in plain.named_parameters() if p.grad is not None}
+            found = {name: p.grad.full_tensor() for name, p in model.named_parameters() if p.grad is not None}
+            assert worst_difference(found, truth) < 1e-6, kind
+            moved(model)
+            moved(plain)
+        assert expected.kl.min() > 1e-3
+        assert not changes_nothing(model)
+        if kind != "without":
+            state = reference.state()
+            assert all(torch.equal(value, whole.state()[name]) for name, value in state.items())
+            if dist.get_rank() == 0:
+                reference.save(path / kind, state)
+            dist.barrier()
+            reference.load(path / kind)
+            with torch.no_grad():
+                again = grade_loss(
+                    model, BagReward(), ids[mine], mask[mine], noise=noise, ref_model=reference, **options
+                )
+                moved_on = grade_loss(plain, BagReward(), ids, mask, noise=GumbelNoise(4), ref_model=whole, **options)
+            torch.testing.assert_close(again.kl, moved_on.kl[mine], rtol=1e-6, atol=1e-9)
+    if dist.get_rank() == 0:
+        (path / "passed").write_text("yes")
+
+
+def adapter_run(path: Path) -> None:
+    """Train an adapter that came trained under DDP, with a checkpoint, and go on from it."""
+    from tests.support.trainers import build, weights
+
+    options = SETTINGS | {"per_device_train_batch_size": 2, "save_strategy": "steps", "save_steps": 1}
+    build(path, model=adapted().float(), **options).train()
+    trainer = build(path, model=adapted().float(), **options)
+    trainer.train(resume_from_checkpoint=str(path / "checkpoint-1"))
+    if trainer.is_world_process_zero():
+        kls = [entry["kl"] for entry in trainer.state.log_history if "kl" in entry]
+        torch.save({"weights": weights(trainer), "kls": kls}, path / "result.pt")
+
+
 if __name__ == "__main__":
     modes = {
         "ddp": trainer_run,
         "ddp-stream": partial(trainer_run, streaming=True),
         "fsdp": fsdp_step,
+        "fsdp-reference": fsdp_reference,
+        "adapter": adapter_run,
         "fsdp-trainer": sharded_trainer_run,
     }
     modes[sys.argv[1]](Path(sys.argv[2]))

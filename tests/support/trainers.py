@@ -21,14 +21,17 @@ def config(path, **changes):
 
 
 def build(path, model=None, reward=None, dataset=None, **changes):
-    others = ("eval_dataset", "peft_config", "callbacks", "reward_processing_classes")
+    others = (
+        "eval_dataset", "peft_config", "callbacks", "reward_processing_classes", "processing_class", "ref_model",
+        "compute_metrics", "model_init", "optimizers", "optimizer_cls_and_kwargs",
+    )  # fmt: skip
     arguments = {name: changes.pop(name) for name in others if name in changes}
+    arguments.setdefault("processing_class", word_tokenizer())
     return GRADETrainer(
         model=policy("gpt2", dtype=torch.float32) if model is None else model,
         reward_funcs=BagReward(dtype=torch.float32) if reward is None else reward,
         args=config(path, **changes),
         train_dataset=Dataset.from_dict({"prompt": PROMPTS}) if dataset is None else dataset,
-        processing_class=word_tokenizer(),
         **arguments,
     )
 

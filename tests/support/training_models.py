@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -144,7 +145,7 @@ def relaxed(logits: torch.Tensor, noise: torch.Tensor, tau: float, estimator: st
     assert estimator == "reinmax"
     p0 = logits.softmax(-1).detach()
     p1 = ((hard + (logits / tau).softmax(-1)) / 2).detach()
-    step = logits - logits.detach()
+    step = torch.where(logits == -torch.inf, 0.0, logits - logits.detach())
     double = p1 * (step - (p1 * step).sum(-1, keepdim=True)) * 2
     return token, hard + double - p0 * (step - (p0 * step).sum(-1, keepdim=True)) / 2
 
@@ -152,8 +153,12 @@ def relaxed(logits: torch.Tensor, noise: torch.Tensor, tau: float, estimator: st
 def sequential_batch(
     model: Any, reward: Any, ids: torch.Tensor, mask: torch.Tensor, *, time: int, seed: int, tau: float, estimator: str,
     sequences: torch.Tensor, reference: Any = None, beta: float = 0.0, eos: int | None = None, pad: int = 0,
+    suppressed: Sequence[int] = (), begin_suppressed: Sequence[int] = (),
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:  # fmt: skip
-    """The whole decode as one graph: every sample is fed back, every step runs the model over all that came before."""
+    """The whole decode as one graph: every sample is fed back, every step runs the model over all that came before.
+
+    Some tokens may be suppressed throughout, others for the first step: by policy and reference.
+    """
     table, scale = model.get_input_embeddings().weight, getattr(model.get_input_embeddings(), "embed_scale", 1.0)
     fed, full = [model.get_input_embeddings()(ids)], mask
     ref_fed = [] if reference is None else [reference.get_input_embeddings()(ids)]
@@ -161,11 +166,14 @@ def sequential_batch(
     alive = torch.ones(batch, dtype=torch.bool)
     tokens, alives, samples, logits_of, ref_logits = [], [], [], [], []
     for t in range(time):
+        masked = torch.zeros(VOCAB, dtype=torch.bool)
+        masked[[*suppressed, *(begin_suppressed if t == 0 else ())]] = True
         arguments = {"attention_mask": full, "position_ids": positions(full), "use_cache": False}
-        logits = model(inputs_embeds=torch.cat(fed, 1), **arguments).logits[:, -1]
+        logits = model(inputs_embeds=torch.cat(fed, 1), **arguments).logits[:, -1].masked_fill(masked, -torch.inf)
         if reference is not None:
             with torch.no_grad():
-                ref_logits.append(reference(inputs_embeds=torch.cat(ref_fed, 1), **arguments).logits[:, -1])
+                ref = reference(inputs_embeds=torch.cat(ref_fed, 1), **arguments).logits[:, -1]
+                ref_logits.append(ref.masked_fill(masked, -torch.inf))
         rows = (sequences << 32) + t
         noise = GumbelNoise(seed, rows).dense(batch, VOCAB, dtype=logits.dtype)
         token, y = relaxed(logits, noise, tau, estimator)
@@ -188,7 +196,8 @@ def sequential_batch(
     kl = torch.zeros(batch, dtype=rewards.dtype)
     if reference is not None:
         logp, logq = torch.stack(logits_of, 1).log_softmax(-1), torch.stack(ref_logits, 1).log_softmax(-1)
-        kl = ((logp.exp() * (logp - logq)).sum(-1) * completion_mask).sum(1)
+        difference = torch.where(logp == -torch.inf, 0.0, logp - logq)
+        kl = ((logp.exp() * difference).sum(-1) * completion_mask).sum(1)
     loss = -rewards.mean() + beta * kl.mean()
     return loss, {
         "ids": torch.stack(tokens, 1),
@@ -286,3 +295,36 @@ def word_tokenizer() -> Any:
     return tf.PreTrainedTokenizerFast(
         tokenizer_object=inner, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", padding_side="left"
     )
+
+
+class SlowTokenizer(tf.PreTrainedTokenizer):
+    """A Python tokenizer of nine words, with a hole at 4: `<pad> <bos> <eos> w3`, and `w5` to `w9`."""
+
+    def __init__(self, **options: Any) -> None:
+        self.words = {word: i for i, word in enumerate(["<pad>", "<bos>", "<eos>", *(f"w{i}" for i in range(3, 10))])}
+        del self.words["w4"]
+        self.texts = {id: word for word, id in self.words.items()}
+        super().__init__(**({"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>"} | options))
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.words)
+
+    def get_vocab(self) -> dict[str, int]:
+        return dict(self.words)
+
+    def _tokenize(self, text: str, **options: Any) -> list[str]:
+        return text.split()
+
+    def _convert_token_to_id(self, token: str) -> int:
+        return self.words.get(token, 3)
+
+    def _convert_id_to_token(self, index: int) -> Any:
+        return self.texts.get(index)
+
+
+def padded_policy(seed: int = 0, **changes: Any) -> Any:
+    """A policy of 16 rows for the slow tokenizer's nine tokens."""
+    torch.manual_seed(seed)
+    size = {"vocab_size": 16, "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 64, "initializer_range": 0.3}
+    return tf.GPT2LMHeadModel(tf.GPT2Config(**size, tie_word_embeddings=False, **changes)).eval()

@@ -16,7 +16,7 @@ pytest.importorskip("datasets")
 from datasets import Dataset
 
 from tests.support import ROOT
-from tests.support.distributed_training import SETTINGS
+from tests.support.distributed_training import SETTINGS, adapted
 from tests.support.trainers import PROMPTS, build, same, stream, weights
 from tests.support.training_models import policy
 
@@ -65,3 +65,22 @@ def test_the_trainer_shards_a_model(tmp_path):
         assert result["log"][name] == pytest.approx(alone.state.log_history[1][name], abs=1e-4)
     for name in ("eval_reward", "eval_kl"):
         assert result["metrics"][name] == pytest.approx(alone.evaluate()[name], abs=1e-4)
+
+
+def test_a_sharded_policy_has_the_same_reference(tmp_path):
+    pytest.importorskip("peft")
+    launch("fsdp-reference", tmp_path)
+    assert (tmp_path / "passed").exists()
+
+
+def test_two_processes_keep_the_adapter_as_it_came(tmp_path):
+    pytest.importorskip("peft")
+    launch("adapter", tmp_path)
+    result = torch.load(tmp_path / "result.pt")
+    alone = build(tmp_path / "alone", model=adapted().float(), **SETTINGS)
+    alone.train()
+    for name, value in weights(alone).items():
+        torch.testing.assert_close(result["weights"][name], value, atol=1e-5, rtol=1e-4)
+    expected = [entry["kl"] for entry in alone.state.log_history if "kl" in entry]
+    assert expected[0] == 0.0 < expected[1]
+    assert result["kls"] == pytest.approx(expected, abs=1e-4)

@@ -214,7 +214,7 @@ def test_generations_conversations_and_truncation(tmp_path):
         assert log["grad_norm"] == 0.0
     assert all([list(message) for message in completion] == [["role", "content"]] for completion in seen)
     begun = [{"role": "user", "content": "w7"}, {"role": "assistant", "content": "w8 w9"}]
-    assert trainer._collator.tokens(begun) == [7, 8, 9]
+    assert trainer._collator.tokens({"prompt": begun}) == [7, 8, 9]
 
 
 def test_completions_are_shown_as_a_table(tmp_path, capsys):
@@ -308,25 +308,16 @@ def test_lora_trains_the_adapter_alone_and_refers_to_the_model_without_it(tmp_pa
     assert trainer.ref_model is None
     train_adapter_alone(trainer)
     logs = [entry for entry in trainer.state.log_history if "kl" in entry]
-    assert abs(logs[0]["kl"]) < 1e-4 < logs[-1]["kl"]
+    assert logs[0]["kl"] == 0.0
+    assert logs[-1]["kl"] > 1e-4
     with pytest.raises(ValueError, match="has an adapter already"):
         build(tmp_path, model=trainer.model, peft_config=adapter)
     bad = peft.LoraConfig(r=4, target_modules=["lm_head"], task_type="CAUSAL_LM")
     with pytest.raises(ValueError, match="must leave the LM head"):
         build(tmp_path, peft_config=bad)
-    bad = peft.LoraConfig(r=4, target_modules=["c_attn"], bias="all")
-    with pytest.raises(ValueError, match="parameters outside of the adapter require gradients"):
+    bad = peft.LoraConfig(r=4, target_modules=["c_attn"], task_type="CAUSAL_LM", alora_invocation_tokens=[3])
+    with pytest.raises(ValueError, match="an adapter that tokens invoke"):
         build(tmp_path, peft_config=bad)
-    for bad, message in (
-        ({"init_lora_weights": "olora"}, "peft_config changes that too"),
-        ({"alora_invocation_tokens": [3]}, "an adapter that tokens invoke"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            build(tmp_path, peft_config=peft.LoraConfig(r=4, target_modules=["c_attn"], task_type="CAUSAL_LM", **bad))
-    adapted = peft.get_peft_model(policy("gpt2", dtype=torch.float32), adapter)
-    adapted.base_model.model.transformer.ln_f.weight.requires_grad_(True)  # which the reference would share
-    with pytest.raises(ValueError, match=r"the first of them base_model.model.transformer.ln_f.weight"):
-        build(tmp_path, model=adapted)
 
 
 def test_adapters_of_transformers_own(tmp_path):
@@ -484,7 +475,7 @@ def test_arguments_that_can_not_work_are_refused(tmp_path):
         build(tmp_path, dataset="prompts.csv")
     with pytest.raises(TypeError, match="peft_config must be a PeftConfig, got dict"):
         build(tmp_path, peft_config={"r": 4})
-    with pytest.raises(TypeError, match="processing_class must be a tokenizer, got str"):
+    with pytest.raises(TypeError, match="processing_class must be a tokenizer or a processor that has one, got str"):
         GRADETrainer(policy("gpt2"), BagReward(), config(tmp_path), processing_class="gpt2")
     with pytest.raises(ValueError, match=r"reward_funcs\[0\] as .*: model must be a sequence classifier, got GPT2"):
         build(tmp_path, reward=policy("gpt2", seed=1))
@@ -507,7 +498,10 @@ def test_arguments_that_can_not_work_are_refused(tmp_path):
         ({"pad_token": "[NEW]"}, r"pad_token_id must lie in \[0, 61\), got 61"),
         ({"eos_token": "[NEW]"}, r"eos_token_id must lie in \[0, 61\), got 61"),
         ({"additional_special_tokens": ["w9"]}, None),
-        ({"additional_special_tokens": ["new"]}, r"input_ids must lie in \[0, 61\), got values in \[0, 61\]"),
+        (
+            {"additional_special_tokens": ["new"]},
+            r"input_ids must lie in \[0, 61\), got values in \[1, 61\]; .* 'w9 new'",
+        ),
     ],
 )
 def test_tokens_that_the_model_does_not_have_are_named(tmp_path, added, message):
@@ -531,20 +525,6 @@ def test_text_functions_return_a_number_per_completion(tmp_path, scores, got):
 
     with pytest.raises(ValueError, match=rf"short must return one number per completion \(4\), got {got}"):
         build(tmp_path, reward=[BagReward(dtype=torch.float32), short]).train()
-
-
-def test_columns_of_a_tokenized_data_set_do_not_hide_the_trainers_own(tmp_path):
-    names = ("input_ids", "attention_mask", "inputs_embeds", "prompts", "completions", "completion_ids")
-    dataset = Dataset.from_dict({"prompt": PROMPTS, **{name: [[1]] * len(PROMPTS) for name in names}})
-    seen = {}
-
-    def text(prompts, completions, completion_ids, **columns):
-        seen.update(columns, prompts=prompts)
-        return [0.0] * len(prompts)
-
-    build(tmp_path, reward=[BagReward(dtype=torch.float32), text], dataset=dataset, max_steps=1).train()
-    assert seen.keys() == {"prompts", "input_ids"}
-    assert isinstance(seen["prompts"][0], str)
 
 
 def test_columns_that_some_examples_lack_are_none_there(tmp_path):
@@ -572,10 +552,13 @@ def test_a_reward_on_another_device_is_named(tmp_path):
 
 
 def test_a_reward_with_too_few_positions_is_named(tmp_path):
-    sizes = {"vocab_size": VOCAB, "hidden_size": 12, "intermediate_size": 24, "num_hidden_layers": 1}
-    judge = tf.BertConfig(**sizes, num_attention_heads=2, max_position_embeddings=8)
-    with pytest.raises(ValueError, match="BertForSequenceClassification fails on prompts with completions, 12 tokens"):
-        build(tmp_path, reward=tf.BertForSequenceClassification(judge), max_completion_length=8)
+    class Learned(BagReward):
+        def forward(self, inputs_embeds, attention_mask, **columns):
+            torch.nn.functional.embedding(torch.arange(inputs_embeds.shape[1]), torch.zeros(8, 2))
+            return super().forward(inputs_embeds, attention_mask)
+
+    with pytest.raises(ValueError, match="Learned fails on prompts with completions, 12 tokens"):
+        build(tmp_path, reward=Learned(dtype=torch.float32), max_completion_length=8)
 
 
 def test_a_reward_that_is_always_nan_names_its_prompts(tmp_path):

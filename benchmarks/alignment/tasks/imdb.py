@@ -72,6 +72,9 @@ def from_reviews(
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     start: Any = AutoModelForCausalLM.from_pretrained(policy_name, dtype=torch.float32)
+    tokens = max(tokenizer.get_vocab().values()) + 1
+    if start.config.vocab_size > tokens:  # rows that no token has, which no method shall sample
+        start.resize_token_embeddings(tokens)
     start.to(device).eval()
     identity = settings_hash("imdb 1", policy_name, reward_name, list(labelled), prompts, evaluation_prompts, LORA)
     classifier, accuracy = _classifier(cache / f"reward-{identity}", reward_name, labelled, tokenizer, console, device)

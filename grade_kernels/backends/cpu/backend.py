@@ -22,8 +22,8 @@ from grade_kernels.dtypes import compute_dtype
 
 __all__ = ["CpuBackend"]
 
-_FEW_ROWS = 8  # hidden rows up to which padding them to whole lanes is most of the work
-_FRESH_MEMORY = 2**21  # bytes from which a mapping of its own pays
+_FEW_ROWS = 8  # a product of so few hidden rows, padded to 16 lanes, would be mostly padding
+_FRESH_MEMORY = 2**21  # a result of so many bytes is faster in a memory mapping of its own
 
 
 @functools.cache
@@ -39,7 +39,7 @@ def _why_unavailable() -> str | None:
 
 
 class CpuBackend(TorchBackend):
-    """Kernels of csrc/cpu. What goes through a head in float64 is the torch backend's."""
+    """Kernels of csrc/cpu, which has none for heads in float64: those calls go to the torch backend."""
 
     name = "cpu"
     most_repeated_rows = MOST_ROWS
@@ -75,21 +75,22 @@ class CpuBackend(TorchBackend):
     def one_hot(self, sample: Sample, vocab: int, dtype: torch.dtype) -> torch.Tensor:
         """See `Backend.one_hot`.
 
-        A large one stands on fresh anonymous memory, which the system hands out as zeros and backs with real pages only
-        where it is written: once a row. Filling it would take longer than sampling, and most of that in page faults.
+        Filling a large result with zeros would take longer than sampling, mostly in page faults. Fresh anonymous memory
+        reads as zeros already, and the system gives it a real page only where something is written: one number a row.
         """
         rows = sample.ids.shape[0]
         size = rows * vocab * dtype.itemsize
         if size < _FRESH_MEMORY:
             out = sample.ids.new_zeros(rows, vocab, dtype=dtype)
         else:
-            memory = mmap.mmap(
-                -1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-            )  # by default a fork would share it
+            # By default a forked process would share the memory.
+            memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             with contextlib.suppress(AttributeError, OSError):
-                memory.madvise(mmap.MADV_NOHUGEPAGE)  # each would be cleared for the one number in it
+                # The system would clear a whole huge page for one number in it.
+                memory.madvise(mmap.MADV_NOHUGEPAGE)
             out = torch.frombuffer(memory, dtype=dtype).view(rows, vocab)
-        out[torch.arange(rows, device=out.device), sample.ids] = 1.0  # in 16 bits scatter_ would pass over all of it
+        # On CPUs scatter_ reads and writes the whole of a tensor in 16 bits.
+        out[torch.arange(rows, device=out.device), sample.ids] = 1.0
         return out
 
     @override
@@ -164,8 +165,8 @@ class CpuBackend(TorchBackend):
     def _few_chunks(self, head: Head) -> Iterator[tuple[slice, torch.Tensor]]:
         """Columns and logits `[N, columns]` of a decoding step's few rows, half a buffer at a time.
 
-        A padded product would compute several times what is needed; this one takes little longer than reading the
-        weight. In narrower dtypes torch's product is that fast by itself.
+        A product padded to whole lanes would compute several times what is needed. This one takes little longer than
+        reading the weight. For narrower dtypes PyTorch's own product is as fast.
         """
         hidden, weight = unit_stride(head.hidden), unit_stride(head.weight)
         rows, vocab = hidden.shape[0], weight.shape[0]
@@ -180,11 +181,12 @@ class CpuBackend(TorchBackend):
             yield columns, softcapped(logits, head.softcap)
 
     def _sample_few_rows(self, head: Head, noise: Noise) -> Sample:
-        """`head_sample` of a few rows: samples of chunks, the best of which wins."""
+        """`head_sample` of a few rows: each chunk is sampled, and the best of the chunks' tokens wins."""
         parts, bad = [], head.hidden.new_zeros(head.hidden.shape[0], dtype=torch.bool)
         for columns, logits in self._few_chunks(head):
             part = self.sample(logits, noise.at(columns), True)
-            none = part.ids < 0  # NaN, +inf or only -inf; a chunk may well be masked throughout
+            # NaN, +inf or only -inf. The last is an error only if all chunks of the row are masked.
+            none = part.ids < 0
             if none.any():
                 top = logits.amax(dim=1)
                 bad |= none & (top != -torch.inf)

@@ -19,7 +19,11 @@ _CANDIDATE_WORDS = 3  # int32 words of csrc/cpu/head.h's Candidate and of its Fo
 
 
 def _chunks(vocab: int, width: int) -> Iterator[slice]:
-    """Chunks of the vocabulary. The first are short: before any normaliser is known, every token is a candidate."""
+    """Chunks of the vocabulary.
+
+    A token is a candidate if it may be in the support under the normaliser so far. In the first chunk that is every token,
+    so the first chunks are short.
+    """
     start, step = 0, max(256, width // 32)
     while start < vocab:
         stop = min(start + min(step, width), vocab)
@@ -54,10 +58,10 @@ class HeadPass:
         """Take the whole vocabulary; returns the pass itself."""
         head, rows = self.head, self.head.hidden.shape[0]
         lanes, vocab = padded(rows), head.weight.shape[0]
-        # Whole blocks of products, evenly many for two threads.
+        # The product's kernels take blocks of up to 48 tokens. A multiple of four blocks is even, for two threads.
         width = max(192, self.sizes.tile_buffer // lanes // 192 * 192)
         products = head_products(head, ref, width, self.sizes.product)
-        # Candidates of a chunk before they are filtered: room for all, touched where there are any.
+        # All tokens of a chunk may be candidates. Memory that no candidate is written to is reserved, but takes no page.
         room = lanes * (width + _PIECES) * _CANDIDATE_WORDS if self.eps > 0 else 0
         scratch = self.flags.new_empty(room)
         row_ids = contiguous(noise.row_ids)

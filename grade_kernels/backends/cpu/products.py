@@ -1,7 +1,7 @@
 """Products with a head's weight, by csrc/cpu/products.h where it has kernels, else by PyTorch.
 
-They are taken as `weight[chunk] @ hidden.T`: faster than its transpose, and it puts hidden rows into the lanes of the
-kernels that consume them, so that no statistic is reduced across lanes.
+They are computed as `weight[chunk] @ hidden.T`, which is faster than its transpose. Hidden rows then lie side by side, one
+in each lane of the kernels that read the product, so no kernel has to add up the lanes of a vector.
 """
 
 from __future__ import annotations
@@ -73,7 +73,10 @@ class HeadProduct:
 def head_products(
     head: Head, ref: Head | None, width: int, elements: int
 ) -> Callable[[slice], tuple[torch.Tensor, torch.Tensor | None]]:
-    """Products of a chunk, and the reference's in the same dtype and layout. Weights that both share are read once."""
+    """A function that returns a chunk's products, and the reference's in the same dtype and layout.
+
+    Where both heads have one weight, it is read once.
+    """
     if ref is None:
         product = HeadProduct(head.hidden, head.weight, width, elements)
         return lambda chunk: (product(chunk), None)

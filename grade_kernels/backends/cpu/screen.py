@@ -7,7 +7,9 @@ import torch
 from grade_kernels.backends.native import contiguous, cpu_kernels, unit_stride
 from grade_kernels.backends.records import Head, Noise
 
-MOST_ROWS = 8  # kScreenRows of csrc/cpu/screen.h: with more, reading the head is no longer what takes the time
+MOST_ROWS = (
+    8  # kScreenRows of csrc/cpu/screen.h: with more rows, a step's arithmetic takes longer than reading the head
+)
 _LANES, _ROWS_FOR_COLUMNS = 16, 1024
 
 
@@ -15,15 +17,16 @@ class Screen:
     """A head's weight in eight bits with the error of each row, a quarter of float32's bytes.
 
     Args:
-        head: in float32, bfloat16 or float16; its weight must not change while this is in use, its hidden rows are not
-            looked at.
+        head: in float32, bfloat16 or float16; its weight must not change while this is in use. Its hidden rows are not
+            read.
     """
 
     def __init__(self, head: Head) -> None:
         vocab, width = head.weight.shape
         self._head = head._replace(weight=unit_stride(head.weight))
-        # Trained heads have columns that are larger throughout, which would make the codes of all others coarse. So each
-        # column is divided by its size first, which some rows tell. Any factors are right; good ones tighten the bound.
+        # In trained heads a few columns are much larger than the others. Codes with one scale for all columns would be
+        # coarse for the others. So each column is divided by its root mean square, estimated on about a thousand rows.
+        # Any positive factor gives the right ids; a good one makes the error smaller.
         some = head.weight[:: -(-vocab // _ROWS_FOR_COLUMNS)].float()
         size = torch.nan_to_num(some.square().mean(dim=0).sqrt(), posinf=0.0)
         self._columns = torch.where(size > 0, size, 1.0)
@@ -36,10 +39,10 @@ class Screen:
         self.usable = bool(self._slack.isfinite().all())
 
     def sample(self, hidden: torch.Tensor, noise: Noise) -> torch.Tensor | None:
-        """Ids `[N]` of `head_sample`, up to the rounding of a product; None where that has to be asked.
+        """Ids `[N]` of `head_sample`, up to the rounding of a product; None where the caller must ask `head_sample`.
 
-        So it is for hidden rows `[N, H]` of another dtype or width than the weight's; and from the first time on that a
-        row has no distribution, or that eight bits leave too many tokens in question.
+        That is the answer for hidden rows `[N, H]` of another dtype or width than the weight's. It is also the answer from
+        the first call on in which a row has no distribution, or in which eight bits do not rule out enough tokens.
         """
         head = self._head
         if not self.usable or hidden.dtype != head.weight.dtype or hidden.shape[1] != head.weight.shape[1]:

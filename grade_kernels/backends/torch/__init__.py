@@ -1,5 +1,5 @@
-"""Plain PyTorch operations on any device, chunked over the vocabulary: what serves where no other backend does.
+"""Plain PyTorch operations on any device. They serve where no other backend does.
 
-The noise is that of `grade_kernels.noise`, made one chunk at a time, so nothing of the size of the logits is ever held
-beside inputs and outputs.
+The vocabulary is taken a chunk at a time, noise included, so that beside inputs and results nothing of the logits' size is
+ever in memory.
 """

@@ -80,9 +80,8 @@ class TorchBackend(Backend):
     def one_hot(self, sample: Sample, vocab: int, dtype: torch.dtype) -> torch.Tensor:
         rows = sample.ids.shape[0]
         out = torch.zeros(rows, vocab, dtype=dtype, device=sample.ids.device)
-        out[torch.arange(rows, device=out.device), sample.ids] = (
-            1.0  # scatter_ passes over all of it in 16 bits on CPUs
-        )
+        # On CPUs scatter_ reads and writes the whole of a tensor in 16 bits.
+        out[torch.arange(rows, device=out.device), sample.ids] = 1.0
         return out if out.device.type == "cpu" else out.masked_fill_(sample.score_max.isnan()[:, None], torch.nan)
 
     @override
@@ -110,7 +109,8 @@ class TorchBackend(Backend):
             total += part.sum(dim=1)
             weights[:, columns] = part
         if normalize:
-            narrow = dtype != scores.dtype  # rounding twice would be an error of our own
+            # Weights in 16 bits are rounded already; dividing them would round twice. So they are computed again.
+            narrow = dtype != scores.dtype
             for columns in self.column_chunks(rows, vocab):
                 weights[:, columns] = (chunk(columns) if narrow else weights[:, columns]) / total[:, None]
         return weights, total
@@ -204,7 +204,8 @@ class TorchBackend(Backend):
         ref_chunks: Iterator[tuple[slice, torch.Tensor]] | None = None if ref is None else self.head_chunks(ref)
         moment = torch.zeros_like(sums.total)
         for columns, logits in self.head_chunks(head):
-            # The moment counts from the maxima, which may move: a constant on all logits does not show in it.
+            # The moment is that of logits relative to the maximum so far (with a reference: to the two maxima's difference).
+            # When that pivot moves by d, the sum of weights * distance grows by d * (sum of weights).
             pivots, total = sums.pivot() - ref_sums.pivot(), sums.total
             weights, scale = sums.update(logits)
             centred = logits - sums.pivot()[:, None]
@@ -253,7 +254,7 @@ class TorchBackend(Backend):
     ) -> torch.Tensor:
         width = table.shape[1]
         out = torch.zeros(len(offsets) - 1, width, dtype=values.dtype, device=table.device)
-        # Blocks of columns keep what is gathered small without splitting a row's sum.
+        # What is gathered at a time is limited by taking blocks of columns. Taking blocks of entries would split a row's sum.
         step = max(1, self.sizes.gather // max(1, len(tokens)))
         for i in range(0, width, step):
             gathered = table[:, i : i + step][tokens].to(values.dtype) * values[:, None]

@@ -11,7 +11,10 @@ __all__ = ["Candidates"]
 
 
 class Candidates:
-    """Entries that may be in the support: decided against the running normaliser, a lower bound of the final one.
+    """Tokens that may be in the support.
+
+    Whether a token is in the support depends on the normaliser of the whole row. The normaliser so far is a lower bound of
+    it, so tokens that it leaves out are out for good. Those that it keeps are kept until the final one is known.
 
     Args:
         sums: the normaliser.

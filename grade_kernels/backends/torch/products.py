@@ -1,4 +1,4 @@
-"""Products of narrow matrices on machines that have kernels for them, and on those that have none."""
+"""Products of matrices in 16 bits, by PyTorch's kernels for them where the machine has such, else in float32."""
 
 from __future__ import annotations
 
@@ -20,17 +20,18 @@ def _onednn_has(dtype: torch.dtype) -> bool:
 
 
 def has_kernels(x: torch.Tensor) -> bool:
-    """Whether PyTorch has kernels for products of x's dtype here. Without, they take up to 100 times as long as float32."""
+    """Whether PyTorch has kernels for products of x's dtype here; else they take up to 100 times as long as in float32."""
     return x.device.type != "cpu" or x.dtype.itemsize != 2 or _onednn_has(x.dtype)
 
 
 def product(x: torch.Tensor, table: torch.Tensor, out: torch.Tensor | None, elements: int) -> torch.Tensor:
-    """`Backend.product`, of which `elements` are taken at a time where it is not PyTorch's own."""
+    """`Backend.product`: PyTorch's own, or one of chunks of the table, of which the result has `elements` at most."""
     if out is None:
         if has_kernels(x):
             return x @ table.T
         out, x = x.new_empty(len(x), len(table)), x.float()
-    dtype = torch.promote_types(x.dtype, out.dtype)  # what is kept in more bits is not rounded to fewer on its way
+    # A result in float32 of operands in 16 bits must not be rounded to 16 bits in between.
+    dtype = torch.promote_types(x.dtype, out.dtype)
     x, width = x.to(dtype), 0 if dtype == x.dtype else x.shape[1]
     for columns in column_chunks(max(len(x), width), len(table), elements):
         part = table[columns].to(dtype).T
@@ -42,7 +43,7 @@ def product(x: torch.Tensor, table: torch.Tensor, out: torch.Tensor | None, elem
 
 
 def weighted_sum(values: torch.Tensor, table: torch.Tensor, elements: int) -> torch.Tensor:
-    """`Backend.weighted_sum`, for which `elements` of the table are widened at a time where they have to be."""
+    """`Backend.weighted_sum`; where there are no kernels, it widens `elements` of the table at a time."""
     dtype = compute_dtype(values.dtype)
     if not has_kernels(table):
         values, out = values.to(dtype), torch.zeros(len(values), table.shape[1], dtype=dtype)
@@ -52,6 +53,7 @@ def weighted_sum(values: torch.Tensor, table: torch.Tensor, elements: int) -> to
     if table.dtype != torch.float16:
         return (values.to(table.dtype) @ table).to(dtype)
     values = values.to(dtype)
-    # Thousands of rows of a table may add up to more than float16 holds, though their mean never does.
+    # A sum of thousands of rows may exceed float16's largest number. So weights that sum to more than 1024 are scaled down
+    # before the product, and its result up.
     shrink = (values.abs().sum(dim=1, keepdim=True) / 2**10).clamp_min_(1.0)
     return ((values / shrink).half() @ table) * shrink

@@ -18,10 +18,7 @@ of few rows may use another one.
 
 from __future__ import annotations
 
-from typing import Any, Generic
-
 import torch
-from typing_extensions import NamedTuple
 
 from grade_kernels import backends
 from grade_kernels.backends import Head
@@ -31,21 +28,17 @@ from grade_kernels.ops import checks, tables
 from grade_kernels.ops.head import canonical_eps, check_head, needs_graph
 from grade_kernels.ops.linear_gumbel_ste import backward, forward
 from grade_kernels.ops.linear_gumbel_ste.records import Draw, Gradients, Kept
-from grade_kernels.ops.registry import answered_by, differentiable
+from grade_kernels.ops.registry import answered_by, differentiable, public
 from grade_kernels.ops.tables import Embedded
-from grade_kernels.reference import Embedding, GumbelSTEEmbedding
+from grade_kernels.reference import Embedding, GumbelSTEEmbedding, ignored_rows
 
 __all__ = ["LinearGumbelSTE", "linear_gumbel_ste"]
 
 
-class LinearGumbelSTE(NamedTuple, Generic[Embedding]):
-    """Result of `linear_gumbel_ste`."""
-
-    embedding: Embedding  # [..., D], one for each table
-    ids: torch.Tensor  # [...] int64, the sampled tokens
-    logprobs: torch.Tensor  # [...], log softmax(logits)[ids], untempered
+LinearGumbelSTE = GumbelSTEEmbedding  # one result for both: embedding, ids, logprobs
 
 
+@public
 def linear_gumbel_ste(
     hidden: torch.Tensor,
     lm_head: torch.Tensor,
@@ -57,24 +50,29 @@ def linear_gumbel_ste(
     estimator: str = "ste",
     noise: GumbelNoise | None = None,
     ids: torch.Tensor | None = None,
+    ignore_index: int | None = None,
     eps: float = 2**-11,
-) -> LinearGumbelSTE[Embedding]:
+) -> GumbelSTEEmbedding[Embedding]:
     """Sample tokens from a head's logits and return their embeddings, differentiable in hidden states, head and tables.
 
     What it computes is `gumbel_ste_embedding(softcap(hidden @ lm_head.T + bias), embedding, ...)`, estimators included,
-    but `[N, V]` never exists, neither forward nor backward.
+    but `[N, V]` never exists, neither forward nor backward. Under transforms of `torch.func` and for forward-mode
+    derivatives `grade_kernels.reference` serves the call, where it does. There is no second derivative, except under
+    `use_backend("reference")`; `reinmax` has none anywhere.
 
     Args:
         hidden: `[..., H]`, float32, bfloat16, float16 or float64.
         lm_head: `[V, H]`, hidden's dtype.
         embedding: a table `[V, D]`, or a tuple of tables, all of which are looked up. Dtypes may differ.
-        tau: temperature: a positive number, a 0-d tensor, or one value per row. A tensor receives its gradient
-            (`reinmax` defines none, so there it is zero).
+        tau: temperature: a positive number, or a tensor with one value for all rows or one per row, as in
+            `gumbel_softmax` for logits `[..., V]`. A tensor receives its gradient (`reinmax` defines none, so there it
+            is zero).
         bias: `[V]`, optional; -inf masks a token.
         logit_softcap: c in `c * tanh(l / c)`, optional.
         estimator: `ste`, `soft`, `st` or `reinmax`; see `gumbel_ste_embedding`.
         noise: which noise to use. None draws a fresh seed from torch's default generator.
         ids: int64 `[...]`: return these tokens instead of sampled ones, with the same noise in the relaxation.
+        ignore_index: rows of this id are ignored, as in `gumbel_ste_embedding`.
         eps: stochastic support: backward visits a token of probability p with probability `min(1, p / eps)`, about
             `2 / eps` tokens a row at most, and stays exactly unbiased. 0 is the dense, exact backward.
 
@@ -84,29 +82,35 @@ def linear_gumbel_ste(
 
     Raises:
         TypeError: a tensor of a wrong type, hidden and lm_head of different dtypes, tau or eps that is no number, noise
-            that is no GumbelNoise.
-        ValueError: shapes that do not match (with both numbers), an unknown estimator, ids out of range, eps outside
-            [0, 1), tau or logit_softcap not positive and finite, row_ids of the wrong length, tensors on different
-            devices; on CPU a row without a distribution.
+            that is no GumbelNoise, ignore_index that is no int.
+        ValueError: shapes that do not match (with both numbers), an unknown estimator, ids out of range, ignore_index
+            without ids, eps outside [0, 1), tau or logit_softcap not positive and finite, row_ids of the wrong length,
+            tensors on different devices; on CPU a row without a distribution.
     """
     hidden, lm_head, bias = check_head(hidden, lm_head, bias, logit_softcap)
     checks.check_estimator(estimator)
     eps = canonical_eps(eps)
-    batch, vocab = hidden.shape[:-1], lm_head.shape[0]
+    batch: tuple[int, ...] = hidden.shape[:-1]
+    vocab = lm_head.shape[0]
     given = checks.check_tables(embedding, vocab, hidden, "hidden")
     rows = hidden.reshape(-1, hidden.shape[-1])
     if ids is not None:
         checks.check_ids(ids, batch, hidden, "hidden")
+    ignored, safe_ids, open_hidden = ignored_rows(ids, checks.canonical_ignore_index(ignore_index, ids), hidden)
+    if ignored is not None and ids is not None:
+        out = linear_gumbel_ste(
+            open_hidden, lm_head, embedding, tau, bias=bias, logit_softcap=logit_softcap, estimator=estimator,
+            noise=noise, ids=safe_ids, eps=eps,
+        )  # fmt: skip
+        return tables.without_ignored(out, ignored, ids)
     drawn = checks.canonical_noise(noise, rows.shape[0], hidden.device)
-    row_tau = checks.canonical_tau(tau, batch, hidden.device, compute_dtype(hidden.dtype))
+    row_tau = checks.canonical_tau(tau, (*batch, vocab), hidden.device, compute_dtype(hidden.dtype))
     flat_ids = None if ids is None else ids.reshape(-1)
     wants_support = needs_graph(hidden, lm_head, bias, row_tau, *given)
     backend = backends.select(hidden.device, hidden.dtype, head=True)
     head = Head(rows, lm_head, bias, logit_softcap)
     found = _draw_and_embed(Draw(head, list(given), row_tau, drawn, flat_ids, estimator, eps, wants_support, backend))
-    parts = tuple(x.view(*batch, x.shape[1]) for x in found.embedding)
-    result: Any = parts if isinstance(embedding, (tuple, list)) else parts[0]
-    return LinearGumbelSTE(result, found.ids.view(batch), found.logprobs.view(batch))
+    return tables.shaped(found, batch, embedding)
 
 
 _linear_gumbel_ste = differentiable(

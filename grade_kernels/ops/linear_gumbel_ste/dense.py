@@ -46,10 +46,10 @@ class DenseRows:
     def add(self, dtau: torch.Tensor | None, dtables: list[torch.Tensor | None]) -> None:
         """Add everything: to the head's gradients, to dtau `[N]`, and with `soft` to those of the tables, where given.
 
-        The gradient of the logits is `p (dY - D)`, and D is known only at the end of the vocabulary. The gradient of the
-        hidden states is linear in D, so where no other tensor of the head wants one, a single pass does: it keeps the sums
-        that D multiplies apart. Where the backend rounds weights to 16 bits, these sums would be of nearly equal terms
-        that were rounded apart, so there it takes two passes, too.
+        The gradient of the logits is `p (dY - D)`, and D is known only at the end of the vocabulary. So in general it takes
+        two passes. The gradient of the hidden states is linear in D. Where no other tensor of the head wants a gradient,
+        one pass is enough: it sums what D multiplies by itself. The result is then a difference of two sums that are nearly
+        equal. If the backend rounds weights to 16 bits, their difference would be mostly rounding, so then two passes run.
         """
         exact = self.backend.exact_weights(self.head.weight.dtype)
         wanted = self.gradients.wanted
@@ -106,7 +106,7 @@ class DenseRows:
         """For the gradients of hidden states, tau and, with `soft`, tables.
 
         It accumulates `sum p (dY - m)` with the mean m of dY so far; when m moves by d, it subtracts `d * sum p` from what
-        has been summed. So terms are nearly the gradient's own, and rounding them to bfloat16, where the head is in it,
+        has been summed. So terms are nearly as small as the gradient's own. A head in bfloat16 rounds them to bfloat16, which
         loses no more than rounding the gradient would.
         """
         tau, head = self.tau, self.head
@@ -114,7 +114,7 @@ class DenseRows:
         totals = tau.new_zeros(2, len(self.rows))
         kinds = 2 if self.dlogprobs is None else 3
         sums = torch.zeros(kinds, len(self.rows), head.hidden.shape[1], dtype=tau.dtype, device=tau.device)
-        # In float16 large terms would be infinite.
+        # Large terms would overflow float16.
         dtype = head.weight.dtype if head.weight.dtype == torch.bfloat16 else tau.dtype
         scratch = Scratch(kinds * len(self.rows), dtype, tau.device)
         for columns, logits in self.backend.head_chunks(head):

@@ -13,6 +13,7 @@ from grade_kernels.ops.head import check_reference_rows, fake_support
 from grade_kernels.ops.linear_gumbel_sample import chosen_logprobs
 from grade_kernels.ops.linear_gumbel_ste.records import Draw, Kept, Statistics
 from grade_kernels.ops.tables import Embedded
+from grade_kernels.ops.transforms import check_order
 from grade_kernels.reference import GumbelSTEEmbedding
 
 __all__ = ["by_reference", "fake", "kernel"]
@@ -98,12 +99,10 @@ def fake(draw: Draw) -> tuple[Embedded[torch.Tensor], Kept]:
 def by_reference(draw: Draw) -> GumbelSTEEmbedding[tuple[torch.Tensor, ...]]:
     """`reference.linear_gumbel_ste`, whose gradient is exact at every eps."""
     hidden, weight, bias, softcap = draw.head
-    if checks.may_read(draw.tau):
-        checks.check_tau_values(draw.tau)
-    if draw.ids is not None and checks.may_read(draw.ids):
-        checks.check_ids_values(draw.ids, weight.shape[0])
+    check_order(draw.estimator)
+    checks.check_for_reference(None, draw.tau, draw.ids, weight.shape[0])
     check_reference_rows(draw.head)
     return reference.linear_gumbel_ste(
-        hidden, weight, tuple(draw.tables), draw.tau, bias=bias, logit_softcap=softcap,
+        hidden, weight, tuple(draw.tables), draw.tau.unsqueeze(-1), bias=bias, logit_softcap=softcap,
         estimator=draw.estimator, noise=draw.noise.public(), ids=draw.ids,
     )  # fmt: skip

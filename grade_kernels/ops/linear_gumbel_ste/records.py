@@ -38,7 +38,7 @@ class Kept(NamedTuple):
 
 
 class Statistics(NamedTuple):
-    """The rows of `Kept.statistics`; those that nobody uses are zero."""
+    """The rows of `Kept.statistics`; a row that no pass fills is zero."""
 
     score_max: torch.Tensor
     logit_max: torch.Tensor

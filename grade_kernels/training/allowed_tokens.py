@@ -1,0 +1,308 @@
+"""Which tokens a completion may be made of. All others have probability 0, wherever the policy's distribution is used.
+
+A head often scores more rows than its tokenizer has tokens (vocabularies are padded), and a generation config may name
+tokens that are never to be generated. Sampled all the same, such a row would decode to nothing or to something unwanted,
+and the reward's row of it, which nobody trained, would invite it. So its logit is -inf: the head gets a bias that is -inf
+there, in the rollout, in the replay and in the KL, for policy and reference alike. Noise belongs to a token's id, so the
+mask changes no other token's noise.
+"""
+
+from __future__ import annotations
+
+import logging
+import reprlib
+from collections.abc import Iterable, Mapping, Sequence, Sized
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+
+__all__ = ["AllowedTokens", "TokenIds", "ids_without_token", "read_generation_config", "with_rows"]
+
+logger = logging.getLogger(__name__)
+
+TokenIds = torch.Tensor | Iterable[int] | int
+"""Tokens by id, or a mask, bool `[V]`, that is True at each of them."""
+
+# Settings of a generation config that change which tokens are drawn, or where a completion ends, by the context and not
+# by the token alone, each with the values that change nothing. None never does.
+_UNFOLLOWED: dict[str, tuple[object, ...]] = {
+    "temperature": (1.0,),
+    "top_k": (),  # see `_changes_nothing`
+    "top_p": (1.0,),
+    "min_p": (0.0,),
+    "top_h": (),
+    "typical_p": (1.0,),
+    "epsilon_cutoff": (0.0, 1.0),
+    "eta_cutoff": (0.0, 1.0),
+    "repetition_penalty": (1.0,),
+    "encoder_repetition_penalty": (1.0,),
+    "no_repeat_ngram_size": (0,),
+    "encoder_no_repeat_ngram_size": (0,),
+    "min_length": (0,),
+    "min_new_tokens": (0,),
+    "forced_bos_token_id": (),
+    "forced_eos_token_id": (),
+    "exponential_decay_length_penalty": (),
+    "guidance_scale": (1.0,),
+    "watermarking_config": (),
+    "token_healing": (False,),
+    "stop_strings": (),
+    "max_time": (),
+    "num_beams": (1,),
+    "num_beam_groups": (1,),
+    "diversity_penalty": (0.0,),
+    "penalty_alpha": (0.0,),
+    "dola_layers": (),
+    "constraints": (),
+    "force_words_ids": (),
+}
+
+
+@dataclass(frozen=True)
+class AllowedTokens:
+    """The tokens that may be sampled, as masks of those that may not.
+
+    Attributes:
+        suppressed: bool `[V]`, True at tokens that are never sampled; None where all may be.
+        begin_suppressed: bool `[V]`, True at tokens that are not sampled as the first of a completion, those of
+            `suppressed` among them; None where the first token is as free as the others.
+    """
+
+    suppressed: torch.Tensor | None = None
+    begin_suppressed: torch.Tensor | None = None
+
+    @classmethod
+    def without(
+        cls,
+        vocab_size: int,
+        suppress_tokens: TokenIds | None = None,
+        begin_suppress_tokens: TokenIds | None = None,
+        device: torch.device | None = None,
+    ) -> AllowedTokens:
+        """All tokens of a vocabulary but these, and but those at the first place of a completion.
+
+        Raises:
+            TypeError: something else than ids or a bool mask.
+            ValueError: ids out of range, a mask of another length, or no token that is left.
+        """
+        always = _mask("suppress_tokens", suppress_tokens, vocab_size, device)
+        begin = _mask("begin_suppress_tokens", begin_suppress_tokens, vocab_size, device)
+        if always is not None and bool(always.all()):
+            raise ValueError(f"suppress_tokens must leave a token to sample, but names all {vocab_size}")
+        if begin is not None and always is not None:
+            begin = begin | always
+        if begin is not None and bool(begin.all()):
+            raise ValueError("begin_suppress_tokens must leave a token to begin with, but none is left")
+        return cls(always, begin)
+
+    def to(self, device: torch.device) -> AllowedTokens:
+        """The same on a device."""
+        masks = (self.suppressed, self.begin_suppressed)
+        return AllowedTokens(*(None if mask is None else mask.to(device) for mask in masks))
+
+    def bias(self, weight: torch.Tensor, own: torch.Tensor | None, first: bool = False) -> torch.Tensor | None:
+        """A head's bias with -inf at what is masked.
+
+        Args:
+            weight: the head's, `[V, H]`.
+            own: the head's own bias `[V]`, if it has one; it gets gradient exactly 0 where it is masked.
+            first: for the first token of completions.
+        """
+        masked = self.begin_suppressed if first and self.begin_suppressed is not None else self.suppressed
+        if masked is None:
+            return own
+        masked = masked.to(weight.device)
+        return torch.where(masked, -torch.inf, weight.new_zeros(len(masked)) if own is None else own)
+
+    def spans(self, time: int) -> list[tuple[slice, bool]]:
+        """Positions of completions of `time` tokens that have one mask each, and whether it is that of the first."""
+        if self.begin_suppressed is None:
+            return [(slice(0, time), False)]
+        return [(slice(0, 1), True), *([(slice(1, time), False)] if time > 1 else [])]
+
+    def last(self, vocab_size: int) -> int:
+        """The greatest id that may be sampled, of so many tokens."""
+        return vocab_size - 1 if self.suppressed is None else int((~self.suppressed).nonzero()[-1])
+
+    def check_ends(self, ends: Sequence[int]) -> None:
+        """Some end of sequence can be sampled, if there is any, or ValueError: no completion would ever end."""
+        if self.suppressed is None or not ends:
+            return
+        if bool(self.suppressed[torch.tensor(list(ends), device=self.suppressed.device)].all()):
+            raise ValueError(
+                f"eos_token_id = {_listed(ends)} must be sampled for a completion to end, but suppress_tokens masks it "
+                "(for completions of one length leave eos_token_id out)"
+            )
+
+
+def with_rows(table: torch.Tensor, rows: int) -> torch.Tensor:
+    """A table `[R, D]` cut off, or filled up with zeros for masked tokens, to `[rows, D]`."""
+    if len(table) == rows:
+        return table
+    if len(table) > rows:
+        return table[:rows]
+    return torch.cat([table, table.new_zeros(rows - len(table), table.shape[1])])
+
+
+def ids_without_token(tokenizer: Any, vocab_size: int) -> list[int]:
+    """The ids below `vocab_size` that no token of a tokenizer has: behind its last token, and holes before it.
+
+    Of a tokenizer that does not tell its tokens, they are the ids from its length on; without a length, none.
+    """
+    try:
+        length = len(tokenizer)
+    except (TypeError, NotImplementedError):
+        length = 0
+    try:
+        known = set(tokenizer.get_vocab().values())
+    except (AttributeError, NotImplementedError):  # the base class of slow tokenizers has one that is not written
+        known = set()
+    if not known:
+        return list(range(length, vocab_size)) if length else []
+    size = max(length, max(known) + 1)
+    # Two ids may have one text, under which a slow tokenizer's vocabulary holds only one of them. Beyond its size none
+    # is asked for: tokenizers of characters have a text for every number.
+    return [id for id in range(vocab_size) if id not in known and (id >= size or not _has_text(tokenizer, id))]
+
+
+def _has_text(tokenizer: Any, id: int) -> bool:
+    try:
+        text = tokenizer.convert_ids_to_tokens(id)
+    except Exception:  # slow tokenizers raise whatever their vocabulary's container does
+        return False
+    return isinstance(text, str) and text != getattr(tokenizer, "unk_token", None)
+
+
+def read_generation_config(
+    config: GenerationConfig | None, vocab_size: int, without_token: Sequence[int] = ()
+) -> AllowedTokens:
+    """What a policy may sample by its generation config and its tokenizer; says once what is masked and what is ignored.
+
+    Masks that are the same at every position are followed: `suppress_tokens`, `bad_words_ids` and `sequence_bias` of -inf
+    as far as they are about single tokens, and `begin_suppress_tokens`. All else that would change which tokens
+    `generate()` draws is named in a warning with its value.
+
+    Args:
+        config: the policy's `generation_config`.
+        vocab_size: how many tokens its head scores.
+        without_token: ids that no token of its tokenizer has.
+
+    Raises:
+        ValueError: no token is left.
+    """
+    suppressed = _in_range(getattr(config, "suppress_tokens", None), vocab_size)
+    begin = _in_range(getattr(config, "begin_suppress_tokens", None), vocab_size)
+    words, more = _single_tokens(config)
+    suppressed += _in_range(words, vocab_size)
+    if without_token:
+        logger.warning(
+            "The policy's head scores %d tokens, of which its tokenizer has %d: the rows %s are never sampled",
+            vocab_size, vocab_size - len(without_token), _listed(without_token),
+        )  # fmt: skip
+    for ids, where in ((suppressed, ""), (begin, " at the beginning of a completion")):
+        if ids:
+            logger.warning("By the policy's generation_config, the tokens %s are never sampled%s", _listed(ids), where)
+    unfollowed = {**_unfollowed(config, vocab_size), **more}
+    if unfollowed:
+        named = ", ".join(f"{name}={_brief.repr(value)}" for name, value in unfollowed.items())
+        logger.warning(
+            "Training samples from the model's own distribution, and ignores of the policy's generation_config: %s",
+            named,
+        )
+    return AllowedTokens.without(vocab_size, [*without_token, *suppressed] or None, begin or None)
+
+
+def _unfollowed(config: GenerationConfig | None, vocab_size: int) -> dict[str, object]:
+    """The settings that change what `generate()` draws and that training does not follow."""
+    default = GenerationConfig()  # early releases of transformers 5 have a top_k that nobody asked for
+    found = {}
+    for name in _UNFOLLOWED:
+        value = getattr(config, name, None)
+        if (
+            value is not None
+            and value != getattr(default, name, None)
+            and not _changes_nothing(name, value, vocab_size)
+        ):
+            found[name] = value
+    return found
+
+
+def _changes_nothing(name: str, value: object, vocab_size: int) -> bool:
+    if isinstance(value, Sized) and len(value) == 0:
+        return True
+    if name == "top_k":
+        return isinstance(value, int) and not 0 < value < vocab_size
+    return value in _UNFOLLOWED[name]
+
+
+def _single_tokens(config: GenerationConfig | None) -> tuple[list[int], dict[str, object]]:
+    """Tokens that `bad_words_ids` and `sequence_bias` forbid by themselves, and what else these say, by name."""
+    ends = getattr(config, "eos_token_id", None)
+    ends = [ends] if isinstance(ends, int) else list(ends or [])
+    more: dict[str, object] = {}
+    words = [list(word) for word in getattr(config, "bad_words_ids", None) or []]
+    longer = [word for word in words if len(word) > 1]
+    if longer:
+        more["bad_words_ids"] = longer
+    # `generate()` lets an end of sequence through that is named as a bad word.
+    single = [word[0] for word in words if len(word) == 1 and word[0] not in ends]
+    biases: Any = getattr(config, "sequence_bias", None) or []
+    pairs = [(tuple(ids), bias) for ids, bias in (biases.items() if isinstance(biases, Mapping) else biases)]
+    others = [(ids, bias) for ids, bias in pairs if len(ids) != 1 or bias != -torch.inf]
+    if others:
+        more["sequence_bias"] = dict(others)
+    return single + [ids[0] for ids, bias in pairs if len(ids) == 1 and bias == -torch.inf], more
+
+
+def _in_range(ids: TokenIds | None, vocab_size: int) -> list[int]:
+    """The ids that the head scores; a configuration's others, as `generate()` has it, mean nothing."""
+    if ids is None:
+        return []
+    ids = ids.tolist() if isinstance(ids, torch.Tensor) else [ids] if isinstance(ids, int) else ids
+    return sorted({int(id) for id in ids if 0 <= id < vocab_size})
+
+
+def _mask(name: str, ids: TokenIds | None, vocab_size: int, device: torch.device | None) -> torch.Tensor | None:
+    """A mask `[V]` of ids that are given as ids or as a mask; None where it would mask nothing."""
+    if ids is None:
+        return None
+    if isinstance(ids, torch.Tensor) and ids.dtype == torch.bool:
+        if tuple(ids.shape) != (vocab_size,):
+            raise ValueError(f"{name} as a mask must have shape ({vocab_size},), got {tuple(ids.shape)}")
+        return ids.to(device)
+    if isinstance(ids, torch.Tensor):
+        if ids.is_floating_point() or ids.is_complex() or ids.dim() > 1:
+            raise TypeError(f"{name} must be token ids or a bool mask [V], got {ids.dtype} of {tuple(ids.shape)}")
+        ids = ids.reshape(-1).tolist()
+    if isinstance(ids, (bool, str)) or not isinstance(ids, int | Iterable):
+        raise TypeError(f"{name} must be token ids or a bool mask [V], got {ids!r}")
+    listed = [ids] if isinstance(ids, int) else list(ids)
+    for id in listed:
+        if isinstance(id, bool) or not hasattr(id, "__index__"):
+            raise TypeError(f"{name} must be token ids or a bool mask [V], got {id!r} among them")
+        if not 0 <= id < vocab_size:
+            raise ValueError(f"{name} must lie in [0, {vocab_size}), got {id}")
+    if not listed:
+        return None
+    mask = torch.zeros(vocab_size, dtype=torch.bool, device=device)
+    mask[torch.tensor([int(id) for id in listed], device=device)] = True
+    return mask
+
+
+def _listed(ids: Sequence[int]) -> str:
+    """Ids as a human reads them: `3, 10 to 15`."""
+    runs: list[list[int]] = []
+    for id in sorted(set(ids)):
+        if runs and id == runs[-1][-1] + 1:
+            runs[-1] = [runs[-1][0], id]
+        else:
+            runs.append([id])
+    shown = [f"{run[0]} to {run[-1]}" if len(run) > 1 else str(run[0]) for run in runs[:8]]
+    return ", ".join(shown) + (f" and {len(runs) - 8} more runs" if len(runs) > 8 else "")
+
+
+_brief = reprlib.Repr()
+_brief.maxlist = _brief.maxdict = _brief.maxtuple = 8
+_brief.maxstring = _brief.maxother = 80
