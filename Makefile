@@ -13,20 +13,21 @@ help:  ## show this list
 demo: venv  ## align a small language model with the package's kernels, on this machine
 	$(BIN)/grade-kernels demo $(ARGS)
 
-test: venv  ## run all tests
+test: venv  ## run all tests, each on the cases that cover the others; with ARGS=--all on every combination
 	$(BIN)/python -m pytest -n logical --dist worksteal $(ARGS)
 
-test-gpu: venv  ## run the tests that a GPU is needed for, on it
+test-gpu: venv  ## run the tests that need a GPU, on it, in the same way
 	$(BIN)/python -m pytest -m gpu $(ARGS)
 
 bench: venv  ## check, then time every operation against plain PyTorch
 	$(BIN)/python -m pytest benchmarks $(ARGS)
 	$(if $(findstring --quick,$(ARGS)),,$(BIN)/python -m benchmarks.training)
 
-lint: venv  ## ruff and mypy
+lint: venv  ## ruff, mypy, and clang-format for C++
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	find csrc tests -type f -name '*.h' -o -name '*.inl' -o -name '*.cpp' -o -name '*.cu' | xargs $(BIN)/clang-format --dry-run --Werror
 
 # Ninja looks after the sources of csrc, so this costs a fraction of a second when nothing has changed.
 venv: .venv/.stamp  ## the set-up alone

@@ -33,7 +33,7 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-SOURCES = sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))
+SOURCES = sorted((ROOT / "csrc" / "cpu").rglob("*.cpp"))
 CUDA_SOURCES = sorted(path for path in (ROOT / "csrc" / "cuda").glob("*") if path.suffix in (".cu", ".cpp"))
 HEADERS = sorted(path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".h", ".inl"))
 MACOS = sys.platform == "darwin"
@@ -204,7 +204,8 @@ def ninja_file(
     def shell(words: list[str]) -> str:
         return shlex.join(words).replace("$", "$$")
 
-    objects = [f"{source.stem}.o" for source in sources]
+    # By folder and name: two folders may well have files of the same name.
+    objects = [str(source.relative_to(ROOT).with_suffix(".o")) for source in sources]
     lines = [
         "rule compile",
         f"  command = {shell(compile_command)} -MMD -MF $out.d -c $in -o $out",

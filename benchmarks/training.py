@@ -23,7 +23,7 @@ from torch import nn
 import grade_kernels as gk
 from benchmarks import memory
 from grade_kernels.training import grade_loss
-from grade_kernels.training.policy import cache_arguments, cache_of
+from grade_kernels.training.model import cache_arguments, cache_of
 
 BETA, TAU, PROMPT = 0.05, 0.5, 16
 

@@ -1,15 +1,16 @@
 """Fixtures of the suite: where a test runs (backend and device), and poisoned uninitialised memory.
 
 A test that takes `backend` runs once for every backend on every device that backend serves, with the backend switched
-on; `device` is that device. Cases on a GPU are the same tests: marked `gpu`, and skipped with a reason without one.
+on; `device` is that device. Cases on a GPU are the same tests: marked `gpu`, and not collected without one.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import os
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 # The compiler's cache knows neither schemas nor kernels of operations: it would answer for another version of them.
@@ -28,42 +29,116 @@ if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
 
 import grade_kernels as gk  # noqa: E402
+from tests.support.covering import Case, covering  # noqa: E402
 from tests.support.helpers import poisoned_memory  # noqa: E402
-from tests.support.interpreter import quicken, settle  # noqa: E402
+from tests.support.interpreter import INTERPRETED, quicken, settle, share_shapes  # noqa: E402
+from tests.support.needs import needs_backend  # noqa: E402
 
 if not HAS_GPU and importlib.util.find_spec("triton") is not None:
     quicken()
+    share_shapes()
     settle()
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--all", action="store_true", dest="every_combination", help="run every combination of parameters")
+
+
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line(
-        "markers", "thin(k): Triton's interpreter, which is slow, runs every k-th case of this test"
-    )
+    for line in (
+        "needs(what, met): not collected unless met; the summary says how many cases need `what`",
+        "uncollect_if(condition, reason): there is no case where condition, a function of parameters, is true",
+        "cover(strength): how many values together a selection of cases covers; without this mark pairs on each backend",
+        "takes_long(reason): a case that is run with --all only, and what else notices most of its faults",
+        "costs(cost): of running a case, relative to others of the same test; the selection has fewer of dear ones",
+    ):
+        config.addinivalue_line("markers", line)
+    config.stash[LEFT_OUT] = {}
 
 
+LEFT_OUT = pytest.StashKey[dict[str, int]]()  # what the summary says to numbers of cases
+
+
+@pytest.hookimpl(trylast=True)  # behind -k and -m: what they leave is covered
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselect all but every k-th interpreted case of a thinned test.
-
-    The mark nearest to a test counts. k has no divisor in common with the number of backends and estimators, so each
-    value of a parameter comes up in some test, if not in every one.
-    """
-    seen: dict[str, int] = {}
-    kept, dropped = [], []
+    """Leave out what is no case, what this machine cannot run, and, without --all, what others cover."""
+    left_out = config.stash[LEFT_OUT]
+    kept: list[pytest.Item] = []
     for item in items:
-        mark = item.get_closest_marker("thin")
-        call = getattr(item, "callspec", None)
-        params = {} if call is None else call.params
-        interpreted = params.get("place") == ("triton", "cpu") or params.get("rows_backend") == "triton"
-        if mark is None or HAS_GPU or not interpreted:
-            kept.append(item)
+        unmet = [mark.args[0] for mark in item.iter_markers("needs") if not mark.kwargs["met"]]
+        if item.get_closest_marker("gpu") and not HAS_GPU:
+            unmet = ["a GPU"]
+        if is_no_case(item):
             continue
-        name = item.nodeid.split("[")[0]
-        seen[name] = seen.get(name, -1) + 1
-        (dropped if seen[name] % mark.args[0] else kept).append(item)
-    if dropped:
-        config.hook.pytest_deselected(items=dropped)
+        if unmet:
+            line = f"cases that need {unmet[0]}, not collected"
+            left_out[line] = left_out.get(line, 0) + 1
+        else:
+            kept.append(item)
+    if not config.getoption("every_combination"):
+        tests: dict[tuple[str, str], list[pytest.Item]] = {}
+        for item in kept:
+            tests.setdefault((item.parent.nodeid, getattr(item, "originalname", item.name)), []).append(item)
+        chosen = {item for cases in tests.values() for item in selection(cases)}
+        if len(chosen) < len(kept):
+            left_out["cases that others cover, not run without --all"] = len(kept) - len(chosen)
+        kept = [item for item in kept if item in chosen]
+        short = [item for item in kept if item.get_closest_marker("takes_long") is None]
+        if 0 < len(short) < len(kept):  # who asks for such cases alone has them
+            left_out["cases that take long, not run without --all"] = len(kept) - len(short)
+            kept = short
+    if hasattr(config, "workeroutput"):
+        config.workeroutput["left_out"] = left_out
+    if len(kept) < len(items):
+        still = set(kept)
+        config.hook.pytest_deselected(items=[item for item in items if item not in still])
         items[:] = kept
+
+
+def is_no_case(item: pytest.Item) -> bool:
+    """Whether a condition says so; one that asks where a test runs says nothing of tests that run in one place."""
+    params = dict(item.callspec.params) if hasattr(item, "callspec") else {}
+    place = params.get("place")
+    if isinstance(place, Place):
+        params |= {"backend": place.backend, "device": place.device, "interpreted": place.interpreted}
+    for condition, _reason in (mark.args for mark in item.iter_markers("uncollect_if")):
+        asked = inspect.signature(condition).parameters
+        if not isinstance(place, Place) and not {"backend", "device", "interpreted"}.isdisjoint(asked):
+            continue
+        if condition(**{name: params[name] for name in asked}):
+            return True
+    return False
+
+
+def selection(items: list[pytest.Item]) -> list[pytest.Item]:
+    """Of the cases of one test those that cover the others."""
+    return items if len(items) == 1 else [items[i] for i in covering([case_of(item) for item in items])]
+
+
+def case_of(item: pytest.Item) -> Case:
+    """Each backend is code of its own: pairs have to occur on each, or single values where that takes long."""
+    cover, costs = item.get_closest_marker("cover"), item.get_closest_marker("costs")
+    strength, cost = cover.args[0] if cover else 2, costs.args[0] if costs else 1.0
+    # Not all values can be hashed or compared; those of one list are the same objects in every case.
+    values = {name: id(value) for name, value in item.callspec.params.items()}
+    backend = None
+    if strength > 1:
+        backend = next((values.pop(name) for name in ("place", "rows_backend", "gpu_backend") if name in values), None)
+        strength -= cost > 1
+    return Case(item.name, values, strength, backend, cost)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """A worker of pytest-xdist has finished: what it left out is what all of them did."""
+    node.config.stash[LEFT_OUT].update(getattr(node, "workeroutput", {}).get("left_out", {}))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if config.stash[LEFT_OUT]:
+        terminalreporter.section("left out", sep="-")
+    for line, count in config.stash[LEFT_OUT].items():
+        terminalreporter.write_line(f"{line}: {count:,}")
 
 
 class Place(NamedTuple):
@@ -72,10 +147,14 @@ class Place(NamedTuple):
     backend: str
     device: str
 
+    @property
+    def interpreted(self) -> bool:
+        """Whether kernels run in Triton's interpreter, which is slow and wants few rows."""
+        return (self.backend, self.device) == ("triton", "cpu")
+
 
 def _places() -> list:
-    """Every backend on every device it serves; what cannot run here stays visible as a skip with its reason."""
-    reasons = gk.backends.status()
+    """Every backend on every device it serves, whether or not it can run here."""
     places = []
     for device in ("cpu", "cuda"):
         for name in gk.backends.BACKENDS:
@@ -83,14 +162,13 @@ def _places() -> list:
                 name == "triton" and device == "cpu" and HAS_GPU
             ):
                 continue
-            if device == "cuda" and not HAS_GPU and name != "triton":
-                continue  # one skipped case says it for all
-            marks = [pytest.mark.gpu] if device == "cuda" else []
-            if device == "cuda" and not HAS_GPU:
-                marks.append(pytest.mark.skip(reason="no GPU on this machine"))
-            elif reasons[name] is not None:
-                marks.append(pytest.mark.skip(reason=f"backend {name}: {reasons[name]}"))
-            places.append(pytest.param(Place(name, device), id=f"{name}-{device}", marks=marks))
+            place = Place(name, device)
+            marks = [needs_backend(name)]
+            if device == "cuda":
+                marks.append(pytest.mark.gpu)
+            if place.interpreted:
+                marks.append(INTERPRETED)
+            places.append(pytest.param(place, id=f"{name}-{device}", marks=marks))
     return places
 
 
@@ -114,7 +192,7 @@ def device(place: Place) -> str:
 @pytest.fixture
 def interpreted(place: Place) -> bool:
     """Whether kernels run in Triton's interpreter, which wants few rows."""
-    return place.backend == "triton" and not HAS_GPU
+    return place.interpreted
 
 
 @pytest.fixture

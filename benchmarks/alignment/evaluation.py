@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from benchmarks.alignment.methods.base import Batch, complete, completion_logits, score
-from benchmarks.alignment.tasks import Prompts, Task
+from benchmarks.alignment.tasks import Task
 from grade_kernels import GumbelNoise
-from grade_kernels.training.policy import evaluating
+from grade_kernels.training import Prompts
+from grade_kernels.training.model import evaluating
 
 __all__ = ["Evaluation", "distinct", "evaluate"]
 

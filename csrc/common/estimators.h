@@ -6,7 +6,19 @@
 
 namespace gk {
 
-enum class Estimator { kNoisy, kPlain, kReinmax };  // ste and soft; st; reinmax
+// Which softmax is the relaxation: softmax((l + g) / tau) (ste and soft), softmax(l / tau) (st), or reinmax's two.
+// `untempered` below is softmax(l): tau = 1, no noise.
+enum class Estimator { kNoisy, kNoiseless, kReinmax };
+
+// call.template operator()<kRule>() with the estimator as a constant.
+template <typename Call>
+inline void with_estimator(Estimator estimator, const Call& call) {
+  switch (estimator) {
+    case Estimator::kNoisy: return call.template operator()<Estimator::kNoisy>();
+    case Estimator::kNoiseless: return call.template operator()<Estimator::kNoiseless>();
+    case Estimator::kReinmax: return call.template operator()<Estimator::kReinmax>();
+  }
+}
 
 // A zero weight sends nothing, whatever it is multiplied with.
 template <typename Real>
@@ -18,23 +30,23 @@ GK_HOST_DEVICE inline Real product(Real weight, Real x) {
 // instead, and under softmax(l).
 template <typename Real>
 struct Means {
-  Real relaxed, plain;
+  Real relaxed, untempered;
 };
 
 template <Estimator kRule, typename Real>
-GK_HOST_DEVICE inline Means<Real> means_of(Real relaxed, Real plain, Real chosen_dy) {
-  if constexpr (kRule == Estimator::kReinmax) return {Real(0.5) * (relaxed + chosen_dy), plain};
+GK_HOST_DEVICE inline Means<Real> means_of(Real relaxed, Real untempered, Real chosen_dy) {
+  if constexpr (kRule == Estimator::kReinmax) return {Real(0.5) * (relaxed + chosen_dy), untempered};
   else return {relaxed, Real(0)};
 }
 
-// The gradient of a logit through the relaxation. `weight` is p / tau, for reinmax p; `plain` is softmax(l), read by
-// reinmax only; `hit` says that the token is the sampled one. 2 J((D + p) / 2) dy is p (dy - mean) away from the
+// The gradient of a logit through the relaxation. `weight` is p / tau, for reinmax p; `untempered` is softmax(l), read
+// by reinmax only; `hit` says that the token is the sampled one. 2 J((D + p) / 2) dy is p (dy - mean) away from the
 // sampled token, which adds dy - mean for its own half.
 template <Estimator kRule, typename Real>
-GK_HOST_DEVICE inline Real relaxation_gradient(Real weight, Real plain, Real dy, bool hit, Means<Real> mean) {
+GK_HOST_DEVICE inline Real relaxation_gradient(Real weight, Real untempered, Real dy, bool hit, Means<Real> mean) {
   Real dl = product(weight, dy - mean.relaxed);
   if constexpr (kRule == Estimator::kReinmax) {
-    dl -= Real(0.5) * product(plain, dy - mean.plain);
+    dl -= Real(0.5) * product(untempered, dy - mean.untempered);
     if (hit) dl += dy - mean.relaxed;
   }
   return dl;
@@ -42,8 +54,8 @@ GK_HOST_DEVICE inline Real relaxation_gradient(Real weight, Real plain, Real dy,
 
 // The gradient of a logit through log softmax(l) of the sampled token.
 template <typename Real>
-GK_HOST_DEVICE inline Real logprob_gradient(Real plain, bool hit, Real dlogprob) {
-  return product(Real(hit) - plain, dlogprob);
+GK_HOST_DEVICE inline Real logprob_gradient(Real untempered, bool hit, Real dlogprob) {
+  return product(Real(hit) - untempered, dlogprob);
 }
 
 }  // namespace gk

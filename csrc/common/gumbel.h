@@ -1,4 +1,5 @@
-// From a 32-bit word to exponential and Gumbel noise: g = -log(E), E = -log1p(-u), u = (w + 0.5) / 2^32. Host and device.
+// From a 32-bit word to exponential and Gumbel noise: g = -log(E), E = -log1p(-u), u = (w + 0.5) / 2^32.
+// Host and device.
 #pragma once
 
 #include <cmath>
@@ -40,9 +41,7 @@ GK_HOST_DEVICE inline Real token_gumbel(uint64_t seed, int64_t row, int64_t toke
 constexpr float kNoiseShift = 0.36651292058166435f;  // -ln(ln 2)
 
 // A word as its distance from the nearer end: -u for words below 2^31, 1 - u for the others, at full relative accuracy.
-GK_HOST_DEVICE inline float noise_argument(uint32_t w) {
-  return std::fma(float(int32_t(w)), -0x1p-32f, -0x1p-33f);
-}
+GK_HOST_DEVICE inline float noise_argument(uint32_t w) { return std::fma(float(int32_t(w)), -0x1p-32f, -0x1p-33f); }
 
 // Whether an argument is that of a word below kRefineBelow.
 GK_HOST_DEVICE inline bool needs_refinement(float y) { return y < 0.0f && y > -float(kRefineBelow) * 0x1p-32f; }

@@ -14,16 +14,11 @@ using torch::stable::Tensor;
 
 inline Dtype dtype_of(const Tensor& x) {
   switch (x.scalar_type()) {
-    case ScalarType::Float:
-      return Dtype::kFloat;
-    case ScalarType::BFloat16:
-      return Dtype::kBFloat16;
-    case ScalarType::Half:
-      return Dtype::kHalf;
-    case ScalarType::Double:
-      return Dtype::kDouble;
-    default:
-      STD_TORCH_CHECK(false, "grade_kernels: dtype must be float32, float64, bfloat16 or float16");
+    case ScalarType::Float: return Dtype::kFloat;
+    case ScalarType::BFloat16: return Dtype::kBFloat16;
+    case ScalarType::Half: return Dtype::kHalf;
+    case ScalarType::Double: return Dtype::kDouble;
+    default: STD_TORCH_CHECK(false, "grade_kernels: dtype must be float32, float64, bfloat16 or float16");
   }
 }
 

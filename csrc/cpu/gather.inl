@@ -7,17 +7,19 @@ constexpr int kEntries = 4;
 template <typename T>
 GK_INLINE void prefetch(const T* p, int64_t elements) {
   for (int64_t byte = 0; byte < elements * int64_t(sizeof(T)); byte += 64) {
-    __builtin_prefetch(reinterpret_cast<const char*>(p) + byte, 0, 2);  // into the second level: faster than into the first
+    // Into the second level of cache, which is faster than into the first.
+    __builtin_prefetch(reinterpret_cast<const char*>(p) + byte, 0, 2);
   }
 }
 
 // Rows that entries k and after name, no further than the last one before `end`.
 template <typename T>
-GK_INLINE void rows_of(const void* x, int64_t stride, const int64_t* rows, int64_t k, int64_t end, const T* out[kEntries]) {
+GK_INLINE void rows_of(const void* x, int64_t stride, const int64_t* rows, int64_t k, int64_t end,
+                       const T* out[kEntries]) {
   for (int q = 0; q < kEntries; ++q) out[q] = static_cast<const T*>(x) + rows[k + q < end ? k + q : end - 1] * stride;
 }
 
-// Entries k and after. Those of one row of x (kShared), which most are, load it once.
+// kEntries entries from k on. kShared: they all are of one row of x, as most are, which is then loaded once.
 template <bool kShared, typename X, typename Y>
 GK_INLINE void dot_some(const GatherArgs& args, int64_t k, int64_t end) {
   constexpr int64_t kStep = 2 * kLanes;
@@ -86,36 +88,13 @@ static void sum_block(const GatherArgs& args, int64_t row, int64_t begin, int64_
   }
 }
 
-template <typename X>
-static void dot_with(const GatherArgs& args, int64_t begin, int64_t end) {
-  switch (args.table_dtype) {
-    case Dtype::kFloat:
-      return dot_entries<X, float>(args, begin, end);
-    case Dtype::kBFloat16:
-      return dot_entries<X, BFloat16>(args, begin, end);
-    default:
-      return dot_entries<X, Half>(args, begin, end);
-  }
-}
 static void gather_dot(const GatherArgs& args, int64_t begin, int64_t end) {
-  switch (args.x_dtype) {
-    case Dtype::kFloat:
-      return dot_with<float>(args, begin, end);
-    case Dtype::kBFloat16:
-      return dot_with<BFloat16>(args, begin, end);
-    default:
-      return dot_with<Half>(args, begin, end);
-  }
+  with_dtype(args.x_dtype, [&]<Dtype kX>() {
+    with_dtype(args.table_dtype, [&]<Dtype kTable>() { dot_entries<Element<kX>, Element<kTable>>(args, begin, end); });
+  });
 }
 static void gather_sum(const GatherArgs& args, int64_t row, int64_t begin, int64_t end) {
-  switch (args.table_dtype) {
-    case Dtype::kFloat:
-      return sum_block<float>(args, row, begin, end);
-    case Dtype::kBFloat16:
-      return sum_block<BFloat16>(args, row, begin, end);
-    default:
-      return sum_block<Half>(args, row, begin, end);
-  }
+  with_dtype(args.table_dtype, [&]<Dtype kDtype>() { sum_block<Element<kDtype>>(args, row, begin, end); });
 }
 
 template <typename T>
@@ -123,7 +102,8 @@ static void terms_of(const TermsArgs& args, int64_t row) {
   const float* weights = args.weights + row * args.weights_stride;
   const float* dy = args.dy + row * args.dy_stride;
   const float* slope = args.slope ? args.slope + row * args.slope_stride : nullptr;
-  T *weighted = static_cast<T*>(args.weighted) + row * args.out_stride, *plain = static_cast<T*>(args.plain) + row * args.out_stride;
+  T* weighted = static_cast<T*>(args.weighted) + row * args.out_stride;
+  T* unweighted = static_cast<T*>(args.unweighted) + row * args.out_stride;
   constexpr int64_t kStep = 2 * kLanes;
   f32 totals[2], dots[2];
   for (int j = 0; j < 2; ++j) totals[j] = dots[j] = f32{};
@@ -149,12 +129,12 @@ static void terms_of(const TermsArgs& args, int64_t row) {
   for (i = 0; i + kLanes <= args.columns; i += kLanes) {
     f32 p = load(weights + i);
     if (slope) p *= load(slope + i);
-    store(plain + i, p);
+    store(unweighted + i, p);
     store(weighted + i, p * (load(dy + i) - mean));
   }
   for (; i < args.columns; ++i) {
     const float p = slope ? weights[i] * slope[i] : weights[i];
-    plain[i] = T(p);
+    unweighted[i] = T(p);
     weighted[i] = T(p * (dy[i] - mean));
   }
 }
@@ -163,7 +143,7 @@ static void weight_terms(const TermsArgs& args, int64_t row) {
 }
 
 // The sums over the lanes of sixteen vectors.
-GK_STEP f32 lane_sums(const f32 v[kLanes]) {
+GK_INLINE_IF_WIDE f32 lane_sums(const f32 v[kLanes]) {
 #ifdef GK_AVX512
   // Each level adds the halves of two vectors and leaves the sums side by side.
   __m512 pairs[8], quads[4], halves[2];
@@ -187,8 +167,9 @@ GK_STEP f32 lane_sums(const f32 v[kLanes]) {
 #endif
 }
 
-// x[r] . table[v] for kRows rows of x and table rows [begin, end). The table is read once for all of these rows, several
-// of its own at a time, and asked for well ahead: with few rows of x, that reading is nearly all the time there is.
+// x[r] . table[v] for kRows rows of x and table rows [begin, end). The table is read once for all of these rows,
+// several of its own at a time, and asked for well ahead: with few rows of x, that reading is nearly all the time there
+// is.
 template <int kRows, typename T>
 GK_INLINE void product_rows(const FewRows<T>& args, int64_t first_row, int64_t begin, int64_t end) {
   constexpr int kTokens = kLanes / kRows, kAhead = 8192 / int(sizeof(T));

@@ -1,7 +1,7 @@
 // Statistics and stochastic support of a head's logits, one chunk of the vocabulary at a time.
 //
-// A chunk is the product weight[chunk] @ hidden.T: tokens along its rows, hidden rows along its lanes. Each lane keeps the
-// statistics of its own hidden row, so nothing is reduced across lanes, and a Philox call makes four tokens' words.
+// A chunk is the product weight[chunk] @ hidden.T: tokens along its rows, hidden rows along its lanes. Each lane keeps
+// the statistics of its own hidden row, so nothing is reduced across lanes, and a Philox call makes four tokens' words.
 #pragma once
 
 #include <cstdint>
@@ -22,46 +22,64 @@ struct HeadChunk {
   Noise noise;
 };
 
-// A token that may be in the support: kept if word's uniform < p / eps, with p = exp((score - max) / tau) / total.
+// What one call of a kernel covers: tokens [begin, end) of the chunk, and kHeadLanes hidden rows from group *
+// kHeadLanes on.
+struct Span {
+  int64_t group, begin, end;
+};
+
+// A token that may be in the support: it is if p > eps * uniform(word), p = exp((score - max) / tau) / sum.
 struct Candidate {
   int32_t token;
   uint32_t word;
   float score;
 };
 
-// One that a piece of a chunk found: place is its token in the chunk times kHeadLanes, and its lane.
-struct Found {
-  int32_t place;
+// A candidate as a piece of a chunk found it.
+struct Hit {
+  int32_t place;  // its token in the chunk times kHeadLanes, plus its lane
   uint32_t word;
   float score;
 };
 
-// Statistics of one piece of a chunk (some tokens, kHeadLanes hidden rows). Sums are relative to their own maxima.
-struct HeadPiece {
-  float score_max[kHeadLanes], score_sum[kHeadLanes];  // sum of exp((score - score_max) / tau)
-  float logit_max[kHeadLanes], logit_sum[kHeadLanes];  // of a reference's logits in head_softmax
-  float moment[kHeadLanes];                            // sum of weight * (l - score_max) / tau, or * (l - r) / tau
-  int32_t id[kHeadLanes];
-  int32_t bad[kHeadLanes];  // 1: a logit is NaN or +inf; 2: one of the reference is
-  int32_t found;            // candidates
+// What a kernel has to say of a span, lane by lane. A sum is relative to the maximum of the same name, which is the
+// most negative number or -inf, and the sum 0, where a lane has nothing above -inf.
+struct Piece {
+  int32_t bad[kHeadLanes];  // 1: a logit is NaN or +inf; 2: one of the reference's is
+  int32_t hits;
+};
+struct SamplePiece : Piece {
+  float score_max[kHeadLanes];                         // of l + g
+  float logit_max[kHeadLanes], logit_sum[kHeadLanes];  // of exp(l - logit_max)
+  int32_t id[kHeadLanes];                              // of the token with score_max, in the chunk
+};
+struct ScoresPiece : SamplePiece {
+  float score_sum[kHeadLanes];  // of exp((l + g - score_max) / tau)
+};
+struct SoftmaxPiece : Piece {
+  float max[kHeadLanes], sum[kHeadLanes];          // of exp((l - max) / tau)
+  float ref_max[kHeadLanes], ref_sum[kHeadLanes];  // of the reference's logits r: exp((r - ref_max) / tau)
+  float
+      moment[kHeadLanes];  // sum of exp((l - max) / tau) * x, x = (l - max) / tau or, with a reference, that minus r's
 };
 
 struct HeadArgs {
   HeadChunk in;
-  const void* ref;        // head_softmax: logits of a reference, laid out alike, or null
+  const void* ref;  // softmax: logits of a reference, laid out alike, or null
   const float* ref_bias;
-  const float* tau;       // [rows]
-  const float *max, *sum; // [rows] of all chunks before this one
-  float eps;              // 0: no candidates
+  const float* tau;  // [rows]
+  const float *max,
+      *sum;   // [rows], normaliser of all chunks before this one: of the scores, or in softmax of the logits
+  float eps;  // 0: no candidates
 };
 
 struct HeadKernels {
-  // argmax of the scores and the logits' log-sum-exp.
-  void (*sample)(const HeadArgs& args, int64_t group, int64_t begin, int64_t end, HeadPiece& out, Found* found);
-  // The same, and the normaliser and candidates of softmax(score / tau).
-  void (*scores)(const HeadArgs& args, int64_t group, int64_t begin, int64_t end, HeadPiece& out, Found* found);
+  // argmax of the scores and the logits' log-sum-exp. Finds no candidates.
+  void (*sample)(const HeadArgs& args, const Span& span, SamplePiece& out);
+  // The same, and normaliser and candidates of softmax(score / tau).
+  void (*scores)(const HeadArgs& args, const Span& span, ScoresPiece& out, Hit* hits);
   // Normaliser, moment and candidates of softmax(l / tau).
-  void (*softmax)(const HeadArgs& args, int64_t group, int64_t begin, int64_t end, HeadPiece& out, Found* found);
+  void (*softmax)(const HeadArgs& args, const Span& span, SoftmaxPiece& out, Hit* hits);
 };
 
 extern const HeadKernels kHeadGeneric;

@@ -1,6 +1,7 @@
 // Kernels over a chunk of a head's logits, sixteen hidden rows in the lanes. Included like simd.h, after rows.inl.
 
-constexpr int kCall = 4;  // tokens whose words one Philox call makes
+// Tokens are visited in quads: the four tokens whose words one Philox call makes.
+constexpr int kTokensPerPhilox = 4;
 
 // Philox for sixteen rows at one counter: what depends on the row alone is computed once, the rest is scalar until the
 // two meet in the third round.
@@ -30,7 +31,7 @@ struct LaneKey {
 };
 
 // Words of tokens 4 * counter .. 4 * counter + 3 for the sixteen rows.
-GK_STEP void lane_words(const LaneKey& key, uint32_t counter, u32 out[kCall]) {
+GK_INLINE_IF_WIDE void lane_words(const LaneKey& key, uint32_t counter, u32 out[kTokensPerPhilox]) {
   const uint64_t p0_scalar = uint64_t(kPhiloxM0) * counter;
   const uint64_t p1_scalar = uint64_t(kPhiloxM1) * (uint32_t(p0_scalar >> 32) ^ key.domain ^ key.k1[0]);
   const uint32_t c0_scalar = uint32_t(p1_scalar >> 32), c2_scalar = uint32_t(p0_scalar);
@@ -38,7 +39,7 @@ GK_STEP void lane_words(const LaneKey& key, uint32_t counter, u32 out[kCall]) {
 #if defined(GK_AVX512) || defined(GK_AVX2)
   constexpr int kWide = 2 * kCountersPerCall;  // lanes of `wide` counted as 32-bit ones
   const wide m0 = w_set(kPhiloxM0), m1 = w_set(kPhiloxM1), zero = w_set(0);
-  wide parity[2][kCall];
+  wide parity[2][kTokensPerPhilox];
 #pragma GCC unroll 2
   for (int part = 0; part < kLanes / kWide; ++part) {
 #pragma GCC unroll 2
@@ -64,7 +65,7 @@ GK_STEP void lane_words(const LaneKey& key, uint32_t counter, u32 out[kCall]) {
       parity[odd][2] = c2;
       parity[odd][3] = c3;
     }
-    for (int j = 0; j < kCall; ++j) ((wide*)(out + j))[part] = w_pair(parity[0][j], parity[1][j]);
+    for (int j = 0; j < kTokensPerPhilox; ++j) ((wide*)(out + j))[part] = w_pair(parity[0][j], parity[1][j]);
   }
 #else
   uint32_t c0[kLanes], c1[kLanes], c2[kLanes], c3[kLanes];
@@ -103,9 +104,10 @@ GK_STEP void lane_words(const LaneKey& key, uint32_t counter, u32 out[kCall]) {
   }
 }
 
-// E of one call's four tokens for the sixteen rows; the noise is -log(E).
-GK_STEP void lane_exponential(const LaneKey& key, int64_t token, const u32 w[kCall], f32 out[kCall]) {
-  for (int j = 0; j < kCall; j += kPack) {
+// E of a quad for the sixteen rows, refined. `token` is the quad's first. Errors as in exponential().
+GK_INLINE_IF_WIDE void lane_exponential(const LaneKey& key, int64_t token, const u32 w[kTokensPerPhilox],
+                                        f32 out[kTokensPerPhilox]) {
+  for (int j = 0; j < kTokensPerPhilox; j += kPack) {
     f32p e = exponential_unrefined(pack(w + j));
     u32 least = w[j];
     for (int i = 1; i < kPack; ++i) least = least < w[j + i] ? least : w[j + i];
@@ -120,31 +122,19 @@ GK_STEP void lane_exponential(const LaneKey& key, int64_t token, const u32 w[kCa
   }
 }
 
-GK_STEP void lane_gumbel(const f32 e[kCall], f32 out[kCall]) {
-  for (int j = 0; j < kCall; j += kPack) unpack(vlog(pack(e + j)) * -1.0f, out + j);
+// Gumbel noise -log(E) of a quad. Error as in gumbel().
+GK_INLINE_IF_WIDE void lane_gumbel(const f32 e[kTokensPerPhilox], f32 out[kTokensPerPhilox]) {
+  for (int j = 0; j < kTokensPerPhilox; j += kPack) unpack(vlog(pack(e + j)) * -1.0f, out + j);
 }
 
-// c tanh(x / c). What is masked stays so, and NaN is NaN.
-GK_INLINE f32 softcapped(f32 x, float softcap) {
-  // tanh(y) = sign(y) (1 - t) / (1 + t) with t = exp(-2 |y|).
-  const f32 y = x * (1.0f / softcap), magnitude = y < 0.0f ? -y : y;
-  const f32 t = vexp2_one(magnitude * (-2.0f * kLog2E));
-  // Small arguments cancel in 1 - t, where the odd series is exact enough.
-  const f32 square = y * y;
-  const f32 series = x * (1.0f + square * (-0.333333333f + square * (0.133333333f - square * 0.053968254f)));
-  const f32 ratio = (1.0f - t) / (1.0f + t);
-  const f32 value = select(magnitude < 0.1f, series, (y < 0.0f ? -ratio : ratio) * softcap);
-  return select((x == x) & (x > -__builtin_inff()), value, x);
-}
-
-// The logits of up to four tokens; those outside [begin, end) are masked.
+// The logits of a quad; those outside the span are masked.
 template <typename T>
-GK_STEP void load_call(const HeadChunk& in, const void* logits, const float* bias, int64_t group, int64_t token,
-                         int64_t begin, int64_t end, f32 out[kCall]) {
-  const T* x = static_cast<const T*>(logits) + group * kLanes;
-  for (int j = 0; j < kCall; ++j) {
+GK_INLINE_IF_WIDE void load_quad(const HeadChunk& in, const void* logits, const float* bias, const Span& span,
+                                 int64_t token, f32 out[kTokensPerPhilox]) {
+  const T* x = static_cast<const T*>(logits) + span.group * kLanes;
+  for (int j = 0; j < kTokensPerPhilox; ++j) {
     const int64_t t = token + j;
-    if (__builtin_expect(t < begin || t >= end, 0)) {
+    if (__builtin_expect(t < span.begin || t >= span.end, 0)) {
       out[j] = splat(-__builtin_inff());
       continue;
     }
@@ -153,15 +143,31 @@ GK_STEP void load_call(const HeadChunk& in, const void* logits, const float* bia
     if (bias) out[j] += bias[t];
   }
   if (in.softcap > 0.0f) {
-    for (int j = 0; j < kCall; ++j) out[j] = softcapped(out[j], in.softcap);
+    for (int j = 0; j < kTokensPerPhilox; ++j) out[j] = softcapped(out[j], in.softcap);
   }
 }
 
-// Running maximum and sum of exp((x - max) * scale), lane by lane.
+// exp2((x - max) * scale) of a quad, and `sum` plus these. Vectors come by reference, since a call would copy them.
+GK_INLINE_IF_WIDE f32 add_weights(const f32& sum, const f32 x[kTokensPerPhilox], const f32& max, const f32& scale,
+                                  f32 out[kTokensPerPhilox]) {
+  for (int j = 0; j < kTokensPerPhilox; j += kPack) {
+    f32p y;
+    for (int i = 0; i < kPack; ++i) y.v[i] = (x[j + i] - max) * scale;
+    unpack(vexp2(y), out + j);
+  }
+  return sum + ((out[0] + out[1]) + (out[2] + out[3]));
+}
+
+// Running maximum and sum of exp2((x - max) * scale), lane by lane.
 struct LaneSum {
   f32 max, sum;
-  // Raise the maximum to cover x; returns whether anything changed and, if so, the factor of what was summed before.
-  [[gnu::always_inline]] bool raise(const f32 x[kCall], f32 scale, f32& factor) {
+
+  // Starts at the most negative number: from -inf, -inf - -inf would make NaN. (Constructors are written out, because
+  // the compiler's own would be compiled without this file's instruction set.)
+  [[gnu::always_inline]] LaneSum() : max(splat(-3.402823466e38f)), sum{} {}
+
+  // Raises the maximum to cover x. Returns whether anything changed and, if so, the factor of what was summed before.
+  [[gnu::always_inline]] bool raise(const f32 x[kTokensPerPhilox], f32 scale, f32& factor) {
     const f32 top = vmax(vmax(x[0], x[1]), vmax(x[2], x[3]));
     if (__builtin_expect(!any_gt(top, max), 1)) return false;
     const f32 raised = vmax(top, max);
@@ -170,23 +176,33 @@ struct LaneSum {
     sum *= factor;
     return true;
   }
-#ifdef GK_AVX512
-  [[gnu::always_inline]]
-#else
-  [[gnu::noinline]]
-#endif
-  void weigh(const f32 x[kCall], f32 scale, f32 out[kCall]) {
-    for (int j = 0; j < kCall; j += kPack) {
-      f32p y;
-      for (int i = 0; i < kPack; ++i) y.v[i] = (x[j + i] - max) * scale;
-      unpack(vexp2(y), out + j);
-    }
-    sum += (out[0] + out[1]) + (out[2] + out[3]);
+  [[gnu::always_inline]] void weigh(const f32 x[kTokensPerPhilox], f32 scale, f32 out[kTokensPerPhilox]) {
+    sum = add_weights(sum, x, max, scale, out);
+  }
+  [[gnu::always_inline]] void add(const f32 x[kTokensPerPhilox], f32 scale) {
+    f32 factor, unused[kTokensPerPhilox];
+    raise(x, scale, factor);
+    weigh(x, scale, unused);
   }
 };
 
-// Starts at the most negative number: from -inf, -inf - -inf would make NaN.
-GK_INLINE LaneSum empty_sum() { return {splat(-3.402823466e38f), f32{}}; }
+// The best score so far and its token, lane by lane.
+struct LaneBest {
+  f32 score;
+  i32 id;
+
+  [[gnu::always_inline]] LaneBest() : score(splat(-__builtin_inff())), id{} {}
+
+  // A tie stays with the smaller token.
+  [[gnu::always_inline]] void take(const f32 s[kTokensPerPhilox], int64_t token) {
+    for (int j = 0; j < kTokensPerPhilox; ++j) take(j, s[j], token);
+  }
+  [[gnu::always_inline]] void take(int j, f32 s, int64_t token) {
+    const i32 better = s > score;
+    score = select(better, s, score);
+    id = better ? splat_i(int32_t(token + j)) : id;
+  }
+};
 
 GK_INLINE f32 load_lanes(const float* x, int64_t group, int64_t rows, float fill) {
   f32 out = splat(fill);
@@ -194,283 +210,321 @@ GK_INLINE f32 load_lanes(const float* x, int64_t group, int64_t rows, float fill
   return out;
 }
 
-// Rows whose score is NaN or +inf.
-[[gnu::noinline, gnu::cold]] static void mark_bad(const f32 s[kCall], HeadPiece& out, int32_t mark) {
-  for (int j = 0; j < kCall; ++j) {
-    for (int i = 0; i < kLanes; ++i) out.bad[i] |= s[j][i] < __builtin_inff() ? 0 : mark;
+// Rows with a logit that is NaN or +inf.
+[[gnu::noinline, gnu::cold]] static void mark_bad(const f32 l[kTokensPerPhilox], Piece& out, int32_t mark) {
+  for (int j = 0; j < kTokensPerPhilox; ++j) {
+    for (int i = 0; i < kLanes; ++i) out.bad[i] |= l[j][i] < __builtin_inff() ? 0 : mark;
   }
 }
-GK_INLINE void check(const f32 s[kCall], HeadPiece& out, int32_t mark = 1) {
-  const f32 sum = (s[0] + s[1]) + (s[2] + s[3]);
-  if (__builtin_expect(any_not_le(sum, splat(3.402823466e38f)), 0)) mark_bad(s, out, mark);
+GK_INLINE void check(const f32 l[kTokensPerPhilox], Piece& out, int32_t mark) {
+  const f32 sum = (l[0] + l[1]) + (l[2] + l[3]);
+  if (__builtin_expect(any_not_le(sum, splat(3.402823466e38f)), 0)) mark_bad(l, out, mark);
 }
 
-// Candidates among four tokens: weight > uniform * bound, uniform the word times the golden ratio modulo one.
+// Candidates of a quad: weight > uniform * bound, uniform the word times the golden ratio modulo one.
 template <typename Score>
-GK_STEP void collect(const f32 weight[kCall], const u32 w[kCall], f32 bound, int64_t token, HeadPiece& out, Found* found,
-                     const Score& score) {
+GK_INLINE_IF_WIDE void collect(const f32 weight[kTokensPerPhilox], const u32 w[kTokensPerPhilox], f32 bound,
+                               int64_t token, Piece& out, Hit* hits, const Score& score) {
   const f32 unit = bound * -0x1p-32f;
-  f32 excess[kCall];
-  for (int j = 0; j < kCall; ++j) excess[j] = to_float(w[j] * 0x9E3779B1u) * unit + weight[j];
+  f32 excess[kTokensPerPhilox];
+  for (int j = 0; j < kTokensPerPhilox; ++j) excess[j] = to_float(w[j] * 0x9E3779B1u) * unit + weight[j];
   if (__builtin_expect(!any_gt(vmax(vmax(excess[0], excess[1]), vmax(excess[2], excess[3])), f32{}), 1)) return;
-  // One loop over all: its end is the only jump that nothing foresees.
+  // One loop over the set bits of all four vectors, so that there is a single branch that is hard to predict: its end.
   uint64_t rest = 0;
-  for (int j = 0; j < kCall; ++j) rest |= uint64_t(greater_bits(excess[j], f32{})) << j * kLanes;
+  for (int j = 0; j < kTokensPerPhilox; ++j) rest |= uint64_t(greater_bits(excess[j], f32{})) << j * kLanes;
   for (; rest; rest &= rest - 1) {
     const int place = __builtin_ctzll(rest), j = place / kLanes, lane = place % kLanes;
-    found[out.found++] = {int32_t(token) * kLanes + place, w[j][lane], score(j, lane)};
+    hits[out.hits++] = {int32_t(token) * kLanes + place, w[j][lane], score(j, lane)};
   }
 }
 
-// Token positions that a piece visits: four at a time, aligned to the noise's counters.
+// Calls visit(token) for the first tokens of the quads that cover a span. Quads begin at multiples of four of the
+// global token id, as the noise's counters do, so the first quad may begin before the span.
 template <typename Visit>
-GK_INLINE void for_each_call(const HeadChunk& in, int64_t begin, int64_t end, Visit&& visit) {
-  const int64_t shift = (in.noise.vocab_start + in.first_token) & (kCall - 1);
-  for (int64_t token = ((begin + shift) & ~int64_t(kCall - 1)) - shift; token < end; token += kCall) visit(token);
+GK_INLINE void for_each_quad(const HeadChunk& in, const Span& span, Visit&& visit) {
+  constexpr int64_t kMask = kTokensPerPhilox - 1;
+  const int64_t shift = (in.noise.vocab_start + in.first_token) & kMask;
+  for (int64_t token = ((span.begin + shift) & ~kMask) - shift; token < span.end; token += kTokensPerPhilox)
+    visit(token);
 }
 
-// The words of a piece's calls. They wait for nothing else, so drawn a call ahead they are made while logarithms and
-// exponentials, chains of dependent instructions, leave the processor idle.
+// The words of a span's quads, in order. They wait for nothing else, so drawn a quad ahead they are made while
+// logarithms and exponentials, chains of dependent instructions, leave the processor idle.
 class Words {
  public:
   [[gnu::always_inline]] Words(const HeadChunk& in, const LaneKey& key, int64_t begin)
       : key_(key), counter_(uint32_t((in.noise.vocab_start + in.first_token + begin) >> 2)) {
     lane_words(key_, counter_, next_);
   }
-  [[gnu::always_inline]] void take(u32 w[kCall]) {
-    for (int j = 0; j < kCall; ++j) w[j] = next_[j];
+  [[gnu::always_inline]] void take(u32 w[kTokensPerPhilox]) {
+    for (int j = 0; j < kTokensPerPhilox; ++j) w[j] = next_[j];
     lane_words(key_, ++counter_, next_);
   }
 
  private:
   const LaneKey& key_;
   uint32_t counter_;
-  u32 next_[kCall];
+  u32 next_[kTokensPerPhilox];
 };
 
-template <typename T>
-static void sample_piece(const HeadArgs& args, int64_t group, int64_t begin, int64_t end, HeadPiece& out) {
+// ---- Passes ---------------------------------------------------------------------------------------------------------
+//
+// A pass is a class with the statistics of its lanes. `run_piece` shows it the quads of a span one after the other
+// (`visit`), then asks it for the result (`store`).
+
+// The quad at hand and what belongs to it.
+struct Quad {
+  const HeadArgs& args;
+  const Span& span;
+  const LaneKey& key;
+  Words& words;
+  int64_t token;  // the first one's place in the chunk
+
+  int64_t global_token() const { return args.in.noise.vocab_start + args.in.first_token + token; }
+};
+
+template <typename T, typename Pass>
+static void run_piece(const HeadArgs& args, const Span& span, typename Pass::Result& out, Hit* hits) {
   const HeadChunk& in = args.in;
-  const LaneKey key(in.noise, group * kLanes, in.rows, kDomainGumbel);
-  f32 best = splat(-__builtin_inff()), threshold = best;
-  i32 id = splat_i(0);
-  LaneSum plain = empty_sum();
-  Words words(in, key, begin);
-  for_each_call(in, begin, end, [&](int64_t token) __attribute__((always_inline)) {
-    f32 l[kCall], weight[kCall];
-    u32 w[kCall];
-    load_call<T>(in, in.logits, in.bias, group, token, begin, end, l);
-    check(l, out);
-    words.take(w);
-    f32 bound[kCall];
-    for (int j = 0; j < kCall; ++j) bound[j] = l[j] + gumbel_bound(w[j]);
-    const i32 below = (bound[0] <= threshold) & (bound[1] <= threshold) & (bound[2] <= threshold) & (bound[3] <= threshold);
+  const LaneKey key(in.noise, span.group * kLanes, in.rows, Pass::kDomain);
+  Pass pass(args, span.group);
+  Words words(in, key, span.begin);
+  for_each_quad(in, span, [&](int64_t token) __attribute__((always_inline)) {
+    f32 l[kTokensPerPhilox];
+    load_quad<T>(in, in.logits, in.bias, span, token, l);
+    check(l, out, 1);
+    pass.template visit<T>(Quad{args, span, key, words, token}, l, out, hits);
+  });
+  pass.store(out);
+}
+
+// argmax(l + g), and the sum of exp(l).
+struct SamplePass {
+  using Result = SamplePiece;
+  static constexpr uint32_t kDomain = kDomainGumbel;
+
+  LaneBest best;
+  f32 threshold = splat(-__builtin_inff());  // a score whose bound is no larger cannot win
+  LaneSum logits;
+
+  [[gnu::always_inline]] SamplePass(const HeadArgs&, int64_t) {}
+
+  template <typename T>
+  [[gnu::always_inline]] void visit(const Quad& at, const f32 l[kTokensPerPhilox], SamplePiece&, Hit*) {
+    u32 w[kTokensPerPhilox];
+    at.words.take(w);
+    f32 bound[kTokensPerPhilox];
+    for (int j = 0; j < kTokensPerPhilox; ++j) bound[j] = l[j] + gumbel_bound(w[j]);
+    const i32 below =
+        (bound[0] <= threshold) & (bound[1] <= threshold) & (bound[2] <= threshold) & (bound[3] <= threshold);
     if (__builtin_expect(any(~below), 0)) {
-      f32 e[kCall], g[kCall];
-      lane_exponential(key, in.noise.vocab_start + in.first_token + token, w, e);
+      f32 e[kTokensPerPhilox], g[kTokensPerPhilox];
+      lane_exponential(at.key, at.global_token(), w, e);
       lane_gumbel(e, g);
-      for (int j = 0; j < kCall; ++j) {
-        const f32 s = l[j] + g[j];
-        const i32 better = s > best;
-        best = select(better, s, best);
-        id = better ? splat_i(int32_t(token + j)) : id;
-      }
+      for (int j = 0; j < kTokensPerPhilox; ++j) best.take(j, l[j] + g[j], at.token);
       // Room for the bound's and the score's rounding.
-      const f32 magnitude = best < 0.0f ? -best : best;
-      threshold = best - (magnitude * 0x1p-21f + 1e-4f);
+      const f32 magnitude = best.score < 0.0f ? -best.score : best.score;
+      threshold = best.score - (magnitude * 0x1p-21f + 1e-4f);
     }
-    f32 factor;
-    plain.raise(l, splat(kLog2E), factor);
-    plain.weigh(l, splat(kLog2E), weight);
-  });
-  *(f32u*)out.score_max = best;
-  *(f32u*)out.logit_max = plain.max;
-  *(f32u*)out.logit_sum = plain.sum;
-  for (int i = 0; i < kLanes; ++i) out.id[i] = id[i];
-}
+    logits.add(l, splat(kLog2E));
+  }
 
-template <typename T>
-static void scores_piece(const HeadArgs& args, int64_t group, int64_t begin, int64_t end, HeadPiece& out,
-                         Found* found) {
-  const HeadChunk& in = args.in;
-  const LaneKey key(in.noise, group * kLanes, in.rows, kDomainGumbel);
-  const f32 scale = kLog2E / load_lanes(args.tau, group, in.rows, 1.0f);
-  const f32 eps = splat(args.eps);
-  LaneSum noisy = empty_sum(), plain = empty_sum();
-  noisy.max = vmax(load_lanes(args.max, group, in.rows, 0.0f), noisy.max);
-  f32 before = load_lanes(args.sum, group, in.rows, 0.0f), leader = splat(-__builtin_inff());
-  i32 id = splat_i(0);
-  Words words(in, key, begin);
-  for_each_call(in, begin, end, [&](int64_t token) __attribute__((always_inline)) {
-    f32 l[kCall], e[kCall], s[kCall], weight[kCall], unused[kCall], factor;
-    u32 w[kCall];
-    load_call<T>(in, in.logits, in.bias, group, token, begin, end, l);
-    check(l, out);
-    words.take(w);
-    lane_exponential(key, in.noise.vocab_start + in.first_token + token, w, e);
+  [[gnu::always_inline]] void store(SamplePiece& out) const {
+    *(f32u*)out.score_max = best.score;
+    *(f32u*)out.logit_max = logits.max;
+    *(f32u*)out.logit_sum = logits.sum;
+    for (int i = 0; i < kLanes; ++i) out.id[i] = best.id[i];
+  }
+};
+
+// The same, and the sum of exp((l + g) / tau) with its candidates.
+struct ScoresPass {
+  using Result = ScoresPiece;
+  static constexpr uint32_t kDomain = kDomainGumbel;
+
+  const f32 scale, eps;
+  LaneSum scores, logits;
+  f32 before;  // the sum of all chunks before this one, relative to scores.max
+  LaneBest best;
+
+  [[gnu::always_inline]] ScoresPass(const HeadArgs& args, int64_t group)
+      : scale(kLog2E / load_lanes(args.tau, group, args.in.rows, 1.0f)),
+        eps(splat(args.eps)),
+        before(load_lanes(args.sum, group, args.in.rows, 0.0f)) {
+    // Weights count from the row's maximum so far, so that what earlier chunks rule out is no candidate.
+    scores.max = vmax(load_lanes(args.max, group, args.in.rows, 0.0f), scores.max);
+  }
+
+  template <typename T>
+  [[gnu::always_inline]] void visit(const Quad& at, const f32 l[kTokensPerPhilox], ScoresPiece& out, Hit* hits) {
+    f32 e[kTokensPerPhilox], s[kTokensPerPhilox], weight[kTokensPerPhilox], factor;
+    u32 w[kTokensPerPhilox];
+    at.words.take(w);
+    lane_exponential(at.key, at.global_token(), w, e);
     lane_gumbel(e, s);
-    for (int j = 0; j < kCall; ++j) s[j] += l[j];
-    if (noisy.raise(s, scale, factor)) {
+    for (int j = 0; j < kTokensPerPhilox; ++j) s[j] += l[j];
+    if (scores.raise(s, scale, factor)) {
       before *= factor;
-      for (int j = 0; j < kCall; ++j) {
-        const i32 better = s[j] > leader;
-        leader = select(better, s[j], leader);
-        id = better ? splat_i(int32_t(token + j)) : id;
-      }
+      best.take(s, at.token);
     }
-    noisy.weigh(s, scale, weight);
-    if (args.eps > 0.0f) {
-      collect(weight, w, eps * (before + noisy.sum), token, out, found, [&](int j, int lane) { return s[j][lane]; });
+    scores.weigh(s, scale, weight);
+    if (at.args.eps > 0.0f) {
+      const auto score = [&](int j, int lane) { return s[j][lane]; };
+      collect(weight, w, eps * (before + scores.sum), at.token, out, hits, score);
     }
-    plain.raise(l, splat(kLog2E), factor);
-    plain.weigh(l, splat(kLog2E), unused);
-  });
-  *(f32u*)out.score_max = noisy.max;
-  *(f32u*)out.score_sum = noisy.sum;
-  *(f32u*)out.logit_max = plain.max;
-  *(f32u*)out.logit_sum = plain.sum;
-  for (int i = 0; i < kLanes; ++i) out.id[i] = leader[i] > -__builtin_inff() ? id[i] : -1;
-}
+    logits.add(l, splat(kLog2E));
+  }
 
-// The same at tau = 1, where exp(l + g) is exp(l) / E: one exponential serves both sums, and the noise itself is wanted
-// only where a token may win or may be a candidate.
-template <typename T>
-static void scores_piece_at_one(const HeadArgs& args, int64_t group, int64_t begin, int64_t end, HeadPiece& out,
-                                Found* found) {
-  const HeadChunk& in = args.in;
-  const LaneKey key(in.noise, group * kLanes, in.rows, kDomainGumbel);
-  const f32 eps = splat(args.eps);
-  const f32 max_before = load_lanes(args.max, group, in.rows, 0.0f), sum_before = load_lanes(args.sum, group, in.rows, 0.0f);
-  LaneSum plain = empty_sum();
-  // Sums of exp(score - plain.max), and what a weight must exceed for its token to be looked at as a winner.
-  f32 before = {}, noisy = {}, hurdle = splat(-1.0f), leader = splat(-__builtin_inff());
-  i32 id = splat_i(0);
-  Words words(in, key, begin);
-  for_each_call(in, begin, end, [&](int64_t token) __attribute__((always_inline)) {
-    f32 l[kCall], e[kCall], weight[kCall], factor;
-    u32 w[kCall];
-    load_call<T>(in, in.logits, in.bias, group, token, begin, end, l);
-    check(l, out);
-    words.take(w);
-    lane_exponential(key, in.noise.vocab_start + in.first_token + token, w, e);
-    if (plain.raise(l, splat(kLog2E), factor)) {
+  [[gnu::always_inline]] void store(ScoresPiece& out) const {
+    *(f32u*)out.score_max = scores.max;
+    *(f32u*)out.score_sum = scores.sum;
+    *(f32u*)out.logit_max = logits.max;
+    *(f32u*)out.logit_sum = logits.sum;
+    for (int i = 0; i < kLanes; ++i) out.id[i] = best.score[i] > -__builtin_inff() ? best.id[i] : -1;
+  }
+};
+
+// ScoresPass at tau = 1, where exp(l + g) is exp(l) / E: one exponential serves both sums, and the noise itself is
+// wanted only where a token may win or may be a candidate.
+struct ScoresAtOnePass {
+  using Result = ScoresPiece;
+  static constexpr uint32_t kDomain = kDomainGumbel;
+
+  const f32 eps, max_before, sum_before;  // of all chunks before this one
+  LaneSum logits;
+  f32 before = {}, noisy = {};  // sums of exp(score - logits.max): of the chunks before this one, and of the span
+  f32 hurdle = splat(-1.0f);    // a token with a smaller weight cannot win
+  LaneBest best;
+
+  [[gnu::always_inline]] ScoresAtOnePass(const HeadArgs& args, int64_t group)
+      : eps(splat(args.eps)),
+        max_before(load_lanes(args.max, group, args.in.rows, 0.0f)),
+        sum_before(load_lanes(args.sum, group, args.in.rows, 0.0f)) {}
+
+  template <typename T>
+  [[gnu::always_inline]] void visit(const Quad& at, const f32 l[kTokensPerPhilox], ScoresPiece& out, Hit* hits) {
+    f32 e[kTokensPerPhilox], weight[kTokensPerPhilox], factor;
+    u32 w[kTokensPerPhilox];
+    at.words.take(w);
+    lane_exponential(at.key, at.global_token(), w, e);
+    if (logits.raise(l, splat(kLog2E), factor)) {
       noisy *= factor;
       hurdle *= factor;
-      // Where the row is far beyond this piece, any large number is bound enough.
-      const f32 ahead = (max_before - plain.max) * kLog2E;
+      // Clamped at 2^100, so that it stays finite: with that much before it, no token of this span is a candidate
+      // anyway.
+      const f32 ahead = (max_before - logits.max) * kLog2E;
       before = sum_before * vexp2_one(ahead < 100.0f ? ahead : splat(100.0f));
     }
-    plain.weigh(l, splat(kLog2E), weight);
-    for (int j = 0; j < kCall; ++j) weight[j] *= reciprocal(e[j]);
+    logits.weigh(l, splat(kLog2E), weight);
+    for (int j = 0; j < kTokensPerPhilox; ++j) weight[j] *= reciprocal(e[j]);
     noisy += (weight[0] + weight[1]) + (weight[2] + weight[3]);
     const f32 top = vmax(vmax(weight[0], weight[1]), vmax(weight[2], weight[3]));
     if (__builtin_expect(any_gt(top, hurdle), 0)) {
-      f32 g[kCall];
+      f32 g[kTokensPerPhilox];
       lane_gumbel(e, g);
-      for (int j = 0; j < kCall; ++j) {
-        const f32 s = l[j] + g[j];
-        const i32 better = s > leader;
-        leader = select(better, s, leader);
-        id = better ? splat_i(int32_t(token + j)) : id;
-      }
+      for (int j = 0; j < kTokensPerPhilox; ++j) best.take(j, l[j] + g[j], at.token);
       hurdle = vmax(top * (1.0f - 0x1p-15f), hurdle);  // with room for the weights' rounding
     }
-    if (args.eps > 0.0f) {
-      collect(weight, w, eps * (before + noisy), token, out, found,
-              [&](int j, int lane) { return l[j][lane] - std::log(e[j][lane]); });
+    if (at.args.eps > 0.0f) {
+      const auto score = [&](int j, int lane) { return l[j][lane] - std::log(e[j][lane]); };
+      collect(weight, w, eps * (before + noisy), at.token, out, hits, score);
     }
-  });
-  const i32 any_token = leader > -__builtin_inff();
-  *(f32u*)out.score_max = select(any_token, leader, empty_sum().max);
-  *(f32u*)out.score_sum = select(any_token, noisy * vexp2_one((plain.max - leader) * kLog2E), f32{});
-  *(f32u*)out.logit_max = plain.max;
-  *(f32u*)out.logit_sum = plain.sum;
-  for (int i = 0; i < kLanes; ++i) out.id[i] = any_token[i] ? id[i] : -1;
-}
+  }
 
-template <typename T, bool kRef>
-static void softmax_piece(const HeadArgs& args, int64_t group, int64_t begin, int64_t end, HeadPiece& out,
-                          Found* found) {
-  const HeadChunk& in = args.in;
-  const LaneKey key(in.noise, group * kLanes, in.rows, kDomainSupport);
-  const f32 inverse_tau = 1.0f / load_lanes(args.tau, group, in.rows, 1.0f), scale = kLog2E * inverse_tau;
-  const f32 eps = splat(args.eps);
-  LaneSum sum = empty_sum(), ref_sum = empty_sum();
-  sum.max = vmax(load_lanes(args.max, group, in.rows, 0.0f), sum.max);
-  f32 before = load_lanes(args.sum, group, in.rows, 0.0f), moment = {};
-  Words words(in, key, begin);
-  for_each_call(in, begin, end, [&](int64_t token) __attribute__((always_inline)) {
-    f32 l[kCall], r[kCall], weight[kCall], unused[kCall], factor;
-    load_call<T>(in, in.logits, in.bias, group, token, begin, end, l);
-    check(l, out);
-    // The moment counts from the maxima, which may move: a constant on all logits does not show in it.
-    const f32 old_max = sum.max, old_sum = sum.sum, old_ref = ref_sum.max;
-    bool moved = sum.raise(l, scale, factor);
+  [[gnu::always_inline]] void store(ScoresPiece& out) const {
+    const i32 any_token = best.score > -__builtin_inff();
+    *(f32u*)out.score_max = select(any_token, best.score, LaneSum{}.max);
+    *(f32u*)out.score_sum = select(any_token, noisy * vexp2_one((logits.max - best.score) * kLog2E), f32{});
+    *(f32u*)out.logit_max = logits.max;
+    *(f32u*)out.logit_sum = logits.sum;
+    for (int i = 0; i < kLanes; ++i) out.id[i] = any_token[i] ? best.id[i] : -1;
+  }
+};
+
+// The sum of exp(l / tau) with its moment and candidates, and with kRef the sum of the reference's exp(r / tau).
+template <bool kRef>
+struct SoftmaxPass {
+  using Result = SoftmaxPiece;
+  static constexpr uint32_t kDomain = kDomainSupport;
+
+  const f32 inverse_tau, scale, eps;
+  LaneSum logits, ref;
+  f32 before;  // the sum of all chunks before this one, relative to logits.max
+  f32 moment = {};
+
+  [[gnu::always_inline]] SoftmaxPass(const HeadArgs& args, int64_t group)
+      : inverse_tau(1.0f / load_lanes(args.tau, group, args.in.rows, 1.0f)),
+        scale(kLog2E * inverse_tau),
+        eps(splat(args.eps)),
+        before(load_lanes(args.sum, group, args.in.rows, 0.0f)) {
+    logits.max = vmax(load_lanes(args.max, group, args.in.rows, 0.0f), logits.max);  // as in ScoresPass
+  }
+
+  template <typename T>
+  [[gnu::always_inline]] void visit(const Quad& at, const f32 l[kTokensPerPhilox], SoftmaxPiece& out, Hit* hits) {
+    f32 r[kTokensPerPhilox], weight[kTokensPerPhilox], unused[kTokensPerPhilox], factor;
+    // The moment counts from the maxima, which may move: when they do by a distance, every term summed so far moves,
+    // too.
+    const f32 old_max = logits.max, old_sum = logits.sum, old_ref = ref.max;
+    bool moved = logits.raise(l, scale, factor);
     if (moved) {
       before *= factor;
       moment *= factor;
     }
-    const f32 kept_sum = sum.sum;
-    sum.weigh(l, scale, weight);
+    const f32 kept_sum = logits.sum;
+    logits.weigh(l, scale, weight);
     if constexpr (kRef) {
-      load_call<T>(in, args.ref, args.ref_bias, group, token, begin, end, r);
+      load_quad<T>(at.args.in, at.args.ref, at.args.ref_bias, at.span, at.token, r);
       check(r, out, 2);
-      moved |= ref_sum.raise(r, scale, factor);
-      ref_sum.weigh(r, scale, unused);
+      moved |= ref.raise(r, scale, factor);
+      ref.weigh(r, scale, unused);
     }
     if (__builtin_expect(moved, 0)) {
-      const f32 distance = (old_max - sum.max) - (old_ref - ref_sum.max);
+      const f32 distance = (old_max - logits.max) - (old_ref - ref.max);
       moment += select((old_sum > 0.0f) & (kept_sum > 0.0f), kept_sum * (distance * inverse_tau), f32{});
     }
-    for (int j = 0; j < kCall; ++j) {
-      f32 x = l[j] - sum.max;
-      if constexpr (kRef) x -= r[j] - ref_sum.max;
+    for (int j = 0; j < kTokensPerPhilox; ++j) {
+      f32 x = l[j] - logits.max;
+      if constexpr (kRef) x -= r[j] - ref.max;
       moment += select(weight[j] > 0.0f, weight[j] * (x * inverse_tau), f32{});
     }
-    if (args.eps > 0.0f) {
-      u32 w[kCall];
-      words.take(w);
-      collect(weight, w, eps * (before + sum.sum), token, out, found, [&](int j, int lane) { return l[j][lane]; });
+    if (at.args.eps > 0.0f) {
+      u32 w[kTokensPerPhilox];
+      at.words.take(w);
+      const auto score = [&](int j, int lane) { return l[j][lane]; };
+      collect(weight, w, eps * (before + logits.sum), at.token, out, hits, score);
+    }
+  }
+
+  [[gnu::always_inline]] void store(SoftmaxPiece& out) const {
+    *(f32u*)out.max = logits.max;
+    *(f32u*)out.sum = logits.sum;
+    *(f32u*)out.moment = moment;
+    *(f32u*)out.ref_max = ref.max;
+    *(f32u*)out.ref_sum = ref.sum;
+  }
+};
+
+static void head_sample(const HeadArgs& args, const Span& span, SamplePiece& out) {
+  with_dtype(args.in.dtype, [&]<Dtype kDtype>() { run_piece<Element<kDtype>, SamplePass>(args, span, out, nullptr); });
+}
+static void head_scores(const HeadArgs& args, const Span& span, ScoresPiece& out, Hit* hits) {
+  const f32 tau = load_lanes(args.tau, span.group, args.in.rows, 1.0f);
+  const bool at_one = !any(~(tau == 1.0f));
+  with_dtype(args.in.dtype, [&]<Dtype kDtype>() {
+    if (at_one) {
+      run_piece<Element<kDtype>, ScoresAtOnePass>(args, span, out, hits);
+    } else {
+      run_piece<Element<kDtype>, ScoresPass>(args, span, out, hits);
     }
   });
-  *(f32u*)out.score_max = sum.max;
-  *(f32u*)out.score_sum = sum.sum;
-  *(f32u*)out.moment = moment;
-  *(f32u*)out.logit_max = ref_sum.max;
-  *(f32u*)out.logit_sum = ref_sum.sum;
 }
-
-#define GK_HEAD_DISPATCH(call)              \
-  switch (args.in.dtype) {                  \
-    case Dtype::kFloat: {                   \
-      using T = float;                      \
-      return call;                          \
-    }                                       \
-    case Dtype::kBFloat16: {                \
-      using T = BFloat16;                   \
-      return call;                          \
-    }                                       \
-    default: {                              \
-      using T = Half;                       \
-      return call;                          \
-    }                                       \
-  }
-
-static void head_sample(const HeadArgs& args, int64_t group, int64_t begin, int64_t end, HeadPiece& out, Found*) {
-  GK_HEAD_DISPATCH(sample_piece<T>(args, group, begin, end, out))
-}
-static void head_scores(const HeadArgs& args, int64_t group, int64_t begin, int64_t end, HeadPiece& out,
-                        Found* found) {
-  const f32 tau = load_lanes(args.tau, group, args.in.rows, 1.0f);
-  if (!any(~(tau == 1.0f))) {
-    GK_HEAD_DISPATCH(scores_piece_at_one<T>(args, group, begin, end, out, found))
-  }
-  GK_HEAD_DISPATCH(scores_piece<T>(args, group, begin, end, out, found))
-}
-static void head_softmax(const HeadArgs& args, int64_t group, int64_t begin, int64_t end, HeadPiece& out,
-                         Found* found) {
-  if (args.ref) {
-    GK_HEAD_DISPATCH((softmax_piece<T, true>(args, group, begin, end, out, found)))
-  }
-  GK_HEAD_DISPATCH((softmax_piece<T, false>(args, group, begin, end, out, found)))
+static void head_softmax(const HeadArgs& args, const Span& span, SoftmaxPiece& out, Hit* hits) {
+  with_dtype(args.in.dtype, [&]<Dtype kDtype>() {
+    if (args.ref) {
+      run_piece<Element<kDtype>, SoftmaxPass<true>>(args, span, out, hits);
+    } else {
+      run_piece<Element<kDtype>, SoftmaxPass<false>>(args, span, out, hits);
+    }
+  });
 }

@@ -37,7 +37,8 @@ inline bool lends_tiles() {
 #endif
 }
 
-// The best that the processor has; GRADE_KERNELS_CPU_ISA (generic, avx2, avx512) asks for less, so that each can be tested.
+// The best that the processor has. GRADE_KERNELS_CPU_ISA (generic, avx2, avx512) asks for less, so that each can be
+// tested.
 inline Isa machine_isa() {
   static const Isa chosen = [] {
 #if defined(__x86_64__)
@@ -59,8 +60,10 @@ inline Isa machine_isa() {
 }
 
 #if defined(__x86_64__)
-#define GK_KERNELS_OF(name) \
-  (::gk::machine_isa() >= ::gk::Isa::kAvx512 ? name##Avx512 : ::gk::machine_isa() == ::gk::Isa::kAvx2 ? name##Avx2 : name##Generic)
+#define GK_KERNELS_OF(name)                                 \
+  (::gk::machine_isa() >= ::gk::Isa::kAvx512 ? name##Avx512 \
+   : ::gk::machine_isa() == ::gk::Isa::kAvx2 ? name##Avx2   \
+                                             : name##Generic)
 #else
 #define GK_KERNELS_OF(name) name##Generic
 #endif

@@ -14,7 +14,8 @@
 #include "cpu/screen.h"
 
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c"))), \
+                             apply_to = function)
 #else
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c,prefer-vector-width=512")
 #endif
@@ -37,9 +38,9 @@ using c10::Half;
 #endif
 
 const gk::RowKernels<float> gk::kRowsAvx512 = {"avx512", gk::avx512::sample, gk::avx512::softmax,
-                                                 gk::avx512::softmax_backward};
+                                               gk::avx512::softmax_backward};
 const gk::HeadKernels gk::kHeadAvx512 = {gk::avx512::head_sample, gk::avx512::head_scores, gk::avx512::head_softmax};
 const gk::GatherKernels gk::kGatherAvx512 = {gk::avx512::gather_dot, gk::avx512::gather_sum, gk::avx512::few_product,
-                                                     gk::avx512::weight_terms};
+                                             gk::avx512::weight_terms};
 const gk::ScreenKernels gk::kScreenAvx512 = {gk::avx512::screen_encode, gk::avx512::screen_tokens};
 #endif

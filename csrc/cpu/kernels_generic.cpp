@@ -24,8 +24,9 @@ using c10::Half;
 }  // namespace gk::generic
 
 const gk::RowKernels<float> gk::kRowsGeneric = {"generic", gk::generic::sample, gk::generic::softmax,
-                                                 gk::generic::softmax_backward};
-const gk::HeadKernels gk::kHeadGeneric = {gk::generic::head_sample, gk::generic::head_scores, gk::generic::head_softmax};
-const gk::GatherKernels gk::kGatherGeneric = {gk::generic::gather_dot, gk::generic::gather_sum, gk::generic::few_product,
-                                                     gk::generic::weight_terms};
+                                                gk::generic::softmax_backward};
+const gk::HeadKernels gk::kHeadGeneric = {gk::generic::head_sample, gk::generic::head_scores,
+                                          gk::generic::head_softmax};
+const gk::GatherKernels gk::kGatherGeneric = {gk::generic::gather_dot, gk::generic::gather_sum,
+                                              gk::generic::few_product, gk::generic::weight_terms};
 const gk::ScreenKernels gk::kScreenGeneric = {gk::generic::screen_encode, gk::generic::screen_tokens};

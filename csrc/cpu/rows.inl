@@ -10,7 +10,7 @@ constexpr int kBlock = 64, kVectors = kBlock / kLanes;
 constexpr int kGroup = 16;
 
 struct Block {
-  int64_t column;  // of its first token; negative in a first block that begins before the row
+  int64_t column;   // of its first token; negative in a first block that begins before the row
   int first, last;  // valid tokens [first, last) of the 64
   uint32_t counter;
   bool full() const { return first == 0 && last == kBlock; }
@@ -29,7 +29,7 @@ GK_INLINE void for_each_block(int64_t vocab_start, int64_t begin, int64_t end, V
 }
 
 template <typename T>
-GK_STEP void load_block(const T* row, const Block& block, float fill, f32 out[kVectors]) {
+GK_INLINE_IF_WIDE void load_block(const T* row, const Block& block, float fill, f32 out[kVectors]) {
   if (__builtin_expect(block.full(), 1)) {
     for (int j = 0; j < kVectors; ++j) out[j] = load(row + block.column + j * kLanes);
     return;
@@ -42,7 +42,7 @@ GK_STEP void load_block(const T* row, const Block& block, float fill, f32 out[kV
 }
 
 template <typename T>
-GK_STEP void store_block(T* row, const Block& block, const f32 x[kVectors]) {
+GK_INLINE_IF_WIDE void store_block(T* row, const Block& block, const f32 x[kVectors]) {
   if (__builtin_expect(block.full(), 1)) {
     for (int j = 0; j < kVectors; ++j) store(row + block.column + j * kLanes, x[j]);
     return;
@@ -50,21 +50,6 @@ GK_STEP void store_block(T* row, const Block& block, const f32 x[kVectors]) {
   T staged[kBlock];
   for (int j = 0; j < kVectors; ++j) store(staged + j * kLanes, x[j]);
   for (int i = block.first; i < block.last; ++i) row[block.column + i] = staged[i];
-}
-
-template <typename V>
-GK_INLINE Packed<V> pack(const V* x) {
-  Packed<V> out;
-  for (int i = 0; i < kPack; ++i) out.v[i] = x[i];
-  return out;
-}
-GK_INLINE void unpack(f32p x, f32* out) {
-  for (int i = 0; i < kPack; ++i) out[i] = x.v[i];
-}
-GK_INLINE f32 vexp2_one(f32 x) {
-  f32p all;
-  for (int i = 0; i < kPack; ++i) all.v[i] = x;
-  return vexp2(all).v[0];
 }
 
 // Sum over a row, lane by lane.
@@ -91,7 +76,7 @@ struct Sum {
 // ---- Sampling -----------------------------------------------------------------------------------------------------
 
 // Gumbel noise of sixteen tokens.
-GK_STEP f32 gumbel_one(const RowKey& key, int64_t token, u32 w) {
+GK_INLINE_IF_WIDE f32 gumbel_one(const RowKey& key, int64_t token, u32 w) {
   u32p words;
   for (int i = 0; i < kPack; ++i) words.v[i] = splat_u(0x80000000u);
   words.v[0] = w;
@@ -99,7 +84,8 @@ GK_STEP f32 gumbel_one(const RowKey& key, int64_t token, u32 w) {
 }
 
 // The exact scores of sixteen tokens, taken only where the bound says that one of them may win.
-[[gnu::noinline]] static void contest(const RowKey& key, int64_t token, int64_t column, f32 l, u32 w, SamplePart<float>& best) {
+[[gnu::noinline]] static void contest(const RowKey& key, int64_t token, int64_t column, f32 l, u32 w,
+                                      SamplePart<float>& best) {
   const f32 s = l + gumbel_one(key, token, w);
   for (int i = 0; i < kLanes; ++i) {
     if (s[i] <= best.score_max) continue;
@@ -128,13 +114,15 @@ static SamplePart<float> sample_part(const Rows& in, int64_t row, int64_t begin,
     noise_words(key, block.counter, w);
     f32 bound[kVectors];
     for (int j = 0; j < kVectors; ++j) bound[j] = l[j] + gumbel_bound(w[j]);
-    const i32 none_above = (bound[0] <= threshold) & (bound[1] <= threshold) & (bound[2] <= threshold) & (bound[3] <= threshold);
+    const i32 none_above =
+        (bound[0] <= threshold) & (bound[1] <= threshold) & (bound[2] <= threshold) & (bound[3] <= threshold);
     if (__builtin_expect(any(~none_above), 0)) {
       for (int j = 0; j < kVectors; ++j) {
         if (!any_not_le(bound[j], threshold)) continue;
         contest(key, in.noise.vocab_start + block.column + j * kLanes, block.column + j * kLanes, l[j], w[j], best);
         const float m = best.score_max;
-        threshold = splat(m - (1e-4f + __builtin_fabsf(m) * 0x1p-21f));  // room for the bound's and the score's rounding
+        threshold =
+            splat(m - (1e-4f + __builtin_fabsf(m) * 0x1p-21f));  // room for the bound's and the score's rounding
       }
     }
     if constexpr (kLogSumExp) {
@@ -158,15 +146,10 @@ static SamplePart<float> sample_part(const Rows& in, int64_t row, int64_t begin,
 }
 
 static SamplePart<float> sample(const Rows& in, int64_t row, int64_t begin, int64_t end, bool logsumexp) {
-  switch (in.dtype) {
-    case Dtype::kFloat:
-      return logsumexp ? sample_part<float, true>(in, row, begin, end) : sample_part<float, false>(in, row, begin, end);
-    case Dtype::kBFloat16:
-      return logsumexp ? sample_part<BFloat16, true>(in, row, begin, end)
-                       : sample_part<BFloat16, false>(in, row, begin, end);
-    default:
-      return logsumexp ? sample_part<Half, true>(in, row, begin, end) : sample_part<Half, false>(in, row, begin, end);
-  }
+  return with_dtype(in.dtype, [&]<Dtype kDtype>() {
+    using T = Element<kDtype>;
+    return logsumexp ? sample_part<T, true>(in, row, begin, end) : sample_part<T, false>(in, row, begin, end);
+  });
 }
 
 // ---- Softmax of the scores ------------------------------------------------------------------------------------------
@@ -174,8 +157,8 @@ static SamplePart<float> sample(const Rows& in, int64_t row, int64_t begin, int6
 // exp((l + g - pivot) / tau), or without noise exp((l - pivot) / tau), of one block. At tau = 1 the first is
 // exp(l - pivot) / E, one logarithm less.
 template <bool kNoisy>
-GK_STEP void weigh(const RowKey& key, int64_t vocab_start, const Block& block, const f32 l[kVectors], float pivot,
-                     float scale, f32 out[kVectors]) {
+GK_INLINE_IF_WIDE void weigh(const RowKey& key, int64_t vocab_start, const Block& block, const f32 l[kVectors],
+                             float pivot, float scale, f32 out[kVectors]) {
   u32 w[kVectors];
   if constexpr (kNoisy) noise_words(key, block.counter, w);
   if (kNoisy && scale == kLog2E) {
@@ -195,7 +178,7 @@ GK_STEP void weigh(const RowKey& key, int64_t vocab_start, const Block& block, c
 }
 
 // exp(l - pivot) of one block.
-GK_STEP void weigh_plain(const f32 l[kVectors], float pivot, f32 out[kVectors]) {
+GK_INLINE_IF_WIDE void weigh_untempered(const f32 l[kVectors], float pivot, f32 out[kVectors]) {
   for (int j = 0; j < kVectors; j += kPack) unpack(vexp2((pack(l + j) - pivot) * kLog2E), out + j);
 }
 
@@ -227,27 +210,10 @@ static void softmax_row(const SoftmaxArgs<float>& args, int64_t row, float* scra
   });
 }
 
-template <typename T>
-static void softmax_to(const SoftmaxArgs<float>& args, int64_t row, float* scratch) {
-  switch (args.out_dtype) {
-    case Dtype::kFloat:
-      return softmax_row<T, float>(args, row, scratch);
-    case Dtype::kBFloat16:
-      return softmax_row<T, BFloat16>(args, row, scratch);
-    default:
-      return softmax_row<T, Half>(args, row, scratch);
-  }
-}
-
 static void softmax(const SoftmaxArgs<float>& args, int64_t row, float* scratch) {
-  switch (args.in.dtype) {
-    case Dtype::kFloat:
-      return softmax_to<float>(args, row, scratch);
-    case Dtype::kBFloat16:
-      return softmax_to<BFloat16>(args, row, scratch);
-    default:
-      return softmax_to<Half>(args, row, scratch);
-  }
+  with_dtype(args.in.dtype, [&]<Dtype kDtype>() {
+    with_dtype(args.out_dtype, [&]<Dtype kOut>() { softmax_row<Element<kDtype>, Element<kOut>>(args, row, scratch); });
+  });
 }
 
 // ---- Backward -------------------------------------------------------------------------------------------------------
@@ -264,13 +230,13 @@ static void backward_row(const BackwardArgs<float>& args, int64_t row, float* sc
   const float tau = args.tau[row], scale = kLog2E / tau;
   const float pivot = kNoisy ? args.score_max[row] : args.logit_max[row];
   const float dlogprob = args.dlogprobs ? args.dlogprobs[row] : 0.0f;
-  const bool needs_plain = kReinmax || args.dlogprobs;
-  const float plain_pivot = needs_plain ? args.logit_max[row] : 0.0f;
-  const float plain_inverse = needs_plain ? 1.0f / args.logit_sum[row] : 0.0f;
+  const bool needs_untempered = kReinmax || args.dlogprobs;
+  const float untempered_pivot = needs_untempered ? args.logit_max[row] : 0.0f;
+  const float untempered_inverse = needs_untempered ? 1.0f / args.logit_sum[row] : 0.0f;
 
   // First pass: weights to scratch, their sum, and their products with dy. A weight of exactly zero (masked, or beyond
   // the exponent's reach) sends nothing, whatever dy holds there.
-  Sum sum, dot, plain_dot;
+  Sum sum, dot, untempered_dot;
   for_each_block(vocab_start, 0, in.vocab, [&](const Block& block) __attribute__((always_inline)) {
     f32 l[kVectors], dy[kVectors], e[kVectors];
     load_block(l_row, block, -__builtin_inff(), l);
@@ -281,21 +247,22 @@ static void backward_row(const BackwardArgs<float>& args, int64_t row, float* sc
       dot.inner[j] += select(e[j] != 0.0f, e[j] * dy[j], f32{});
     }
     if constexpr (kReinmax) {
-      f32 plain[kVectors];
-      weigh_plain(l, plain_pivot, plain);
-      for (int j = 0; j < kVectors; ++j) plain_dot.inner[j] += select(plain[j] != 0.0f, plain[j] * dy[j], f32{});
+      f32 untempered[kVectors];
+      weigh_untempered(l, untempered_pivot, untempered);
+      for (int j = 0; j < kVectors; ++j)
+        untempered_dot.inner[j] += select(untempered[j] != 0.0f, untempered[j] * dy[j], f32{});
     }
     sum.tick();
     dot.tick();
-    if constexpr (kReinmax) plain_dot.tick();
+    if constexpr (kReinmax) untempered_dot.tick();
     store_block(scratch, block, e);
   });
   const float inverse = 1.0f / sum.total();
-  float mean = dot.total() * inverse, plain_mean = 0.0f, chosen_dy = 0.0f;
+  float mean = dot.total() * inverse, untempered_mean = 0.0f, chosen_dy = 0.0f;
   if (kReinmax || args.dlogprobs) chosen_dy = float(dy_row[args.ids[row]]);
   if constexpr (kReinmax) {
     mean = 0.5f * (mean + chosen_dy);
-    plain_mean = plain_dot.total() * plain_inverse;
+    untempered_mean = untempered_dot.total() * untempered_inverse;
   }
 
   // Second pass: the gradient. reinmax's middle distribution is (one_hot + p) / 2, so 2 J(middle) is p (dy - mean) away
@@ -314,52 +281,39 @@ static void backward_row(const BackwardArgs<float>& args, int64_t row, float* sc
       for (int j = 0; j < kVectors; j += kPack) moment.add(j, pack(dl + j) * vlog(pack(e + j)));
       moment.tick();
     }
-    if (needs_plain) {
-      f32 l[kVectors], plain[kVectors];
+    if (needs_untempered) {
+      f32 l[kVectors], untempered[kVectors];
       load_block(l_row, block, -__builtin_inff(), l);
-      weigh_plain(l, plain_pivot, plain);
+      weigh_untempered(l, untempered_pivot, untempered);
       for (int j = 0; j < kVectors; ++j) {
-        plain[j] *= plain_inverse;
-        dl[j] -= dlogprob * plain[j];
-        if constexpr (kReinmax) dl[j] -= select(plain[j] != 0.0f, 0.5f * plain[j] * (dy[j] - plain_mean), f32{});
+        untempered[j] *= untempered_inverse;
+        dl[j] -= dlogprob * untempered[j];
+        if constexpr (kReinmax)
+          dl[j] -= select(untempered[j] != 0.0f, 0.5f * untempered[j] * (dy[j] - untempered_mean), f32{});
       }
     }
     store_block(out, block, dl);
   });
-  if (needs_plain) {
+  if (needs_untempered) {
     // The sampled token alone, in full precision: what the passes wrote there plus what only it receives.
     const int64_t id = args.ids[row];
     const float l = float(l_row[id]);
     if (l > -__builtin_inff()) {
-      const float e = scratch[id], plain = vexp2_one(splat((l - plain_pivot) * kLog2E))[0] * plain_inverse;
-      float dl = e * factor * (chosen_dy - mean) + dlogprob * (1.0f - plain);
-      if constexpr (kReinmax) dl += (chosen_dy - mean) - 0.5f * plain * (chosen_dy - plain_mean);
+      const float e = scratch[id],
+                  untempered = vexp2_one(splat((l - untempered_pivot) * kLog2E))[0] * untempered_inverse;
+      float dl = e * factor * (chosen_dy - mean) + dlogprob * (1.0f - untempered);
+      if constexpr (kReinmax) dl += (chosen_dy - mean) - 0.5f * untempered * (chosen_dy - untempered_mean);
       out[id] = T(dl);
     }
   }
-  // d/dtau of exp(s / tau) is -s / tau^2, and s - pivot = tau * log(weight): the pivot drops out, since dl sums to zero.
+  // d/dtau of exp(s / tau) is -s / tau^2, and s - pivot = tau * log(weight): the pivot drops out, since dl sums to
+  // zero.
   if (args.dtau) args.dtau[row] = kReinmax ? 0.0f : -moment.total();
 }
 
-template <typename T>
-static void backward_for(const BackwardArgs<float>& args, int64_t row, float* scratch) {
-  switch (args.estimator) {
-    case Estimator::kNoisy:
-      return backward_row<T, Estimator::kNoisy>(args, row, scratch);
-    case Estimator::kPlain:
-      return backward_row<T, Estimator::kPlain>(args, row, scratch);
-    default:
-      return backward_row<T, Estimator::kReinmax>(args, row, scratch);
-  }
-}
-
 static void softmax_backward(const BackwardArgs<float>& args, int64_t row, float* scratch) {
-  switch (args.in.dtype) {
-    case Dtype::kFloat:
-      return backward_for<float>(args, row, scratch);
-    case Dtype::kBFloat16:
-      return backward_for<BFloat16>(args, row, scratch);
-    default:
-      return backward_for<Half>(args, row, scratch);
-  }
+  with_dtype(args.in.dtype, [&]<Dtype kDtype>() {
+    with_estimator(args.estimator,
+                   [&]<Estimator kRule>() { backward_row<Element<kDtype>, kRule>(args, row, scratch); });
+  });
 }

@@ -55,25 +55,25 @@ void backward_row(const BackwardArgs<double>& args, int64_t row, double* weights
   const double* dy = static_cast<const double*>(args.dy) + row * args.dy_stride;
   double* out = static_cast<double*>(args.out) + row * args.out_stride;
   constexpr bool kNoisy = kRule == Estimator::kNoisy, kReinmax = kRule == Estimator::kReinmax;
-  const bool needs_plain = kReinmax || args.dlogprobs;
+  const bool needs_untempered = kReinmax || args.dlogprobs;
   const double tau = args.tau[row], pivot = kNoisy ? args.score_max[row] : args.logit_max[row];
   const double dlogprob = args.dlogprobs ? args.dlogprobs[row] : 0.0;
-  const int64_t id = needs_plain ? args.ids[row] : -1;
-  const auto plain = [&](int64_t v) { return std::exp(l[v] - args.logit_max[row]) / args.logit_sum[row]; };
+  const int64_t id = needs_untempered ? args.ids[row] : -1;
+  const auto untempered = [&](int64_t v) { return std::exp(l[v] - args.logit_max[row]) / args.logit_sum[row]; };
   const auto distance = [&](int64_t v) { return (kNoisy ? score(args.in, row, v, l[v]) : l[v]) - pivot; };
-  double total = 0.0, mean = 0.0, plain_mean = 0.0;
+  double total = 0.0, mean = 0.0, untempered_mean = 0.0;
   for (int64_t v = 0; v < args.in.vocab; ++v) {
     weights[v] = std::exp(distance(v) / tau);
     total += weights[v];
     mean += product(weights[v], dy[v]);
-    if (kReinmax) plain_mean += product(plain(v), dy[v]);
+    if (kReinmax) untempered_mean += product(untempered(v), dy[v]);
   }
-  const Means<double> means = means_of<kRule>(mean / total, plain_mean, kReinmax ? dy[id] : 0.0);
+  const Means<double> means = means_of<kRule>(mean / total, untempered_mean, kReinmax ? dy[id] : 0.0);
   const double factor = kReinmax ? 1.0 / total : 1.0 / (total * tau);
   double moment = 0.0;
   for (int64_t v = 0; v < args.in.vocab; ++v) {
     const bool hit = v == id && l[v] > -kInfinity;
-    const double p = needs_plain ? plain(v) : 0.0;
+    const double p = needs_untempered ? untempered(v) : 0.0;
     double dl = relaxation_gradient<kRule>(weights[v] * factor, p, dy[v], hit, means);
     if (!kReinmax && args.dtau && weights[v] != 0.0) moment += dl * distance(v) / tau;
     if (args.dlogprobs) dl += logprob_gradient(p, hit, dlogprob);
@@ -83,14 +83,7 @@ void backward_row(const BackwardArgs<double>& args, int64_t row, double* weights
 }
 
 void softmax_backward(const BackwardArgs<double>& args, int64_t row, double* weights) {
-  switch (args.estimator) {
-    case Estimator::kNoisy:
-      return backward_row<Estimator::kNoisy>(args, row, weights);
-    case Estimator::kPlain:
-      return backward_row<Estimator::kPlain>(args, row, weights);
-    default:
-      return backward_row<Estimator::kReinmax>(args, row, weights);
-  }
+  with_estimator(args.estimator, [&]<Estimator kRule>() { backward_row<kRule>(args, row, weights); });
 }
 
 }  // namespace

@@ -1,4 +1,5 @@
-// Registers the row kernels with torch (stable ABI): unpacks tensors, picks an instruction set, spreads rows over threads.
+// Registers the row kernels with torch (stable ABI): unpacks tensors, picks an instruction set, spreads rows over
+// threads.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -25,8 +26,12 @@ constexpr int64_t kPiece = 1 << 16;
 Rows rows_of(const Tensor& logits, const Tensor& seed, const std::optional<Tensor>& row_ids, int64_t vocab_start) {
   STD_TORCH_CHECK(logits.dim() == 2 && (logits.size(1) <= 1 || logits.stride(1) == 1),
                   "grade_kernels: the cpu kernels take [N, V] with unit stride along V");
-  return {logits.const_data_ptr(), dtype_of(logits), logits.size(0), logits.size(1), logits.stride(0),
-          noise_of(seed, row_ids, vocab_start)};
+  return {.logits = logits.const_data_ptr(),
+          .dtype = dtype_of(logits),
+          .rows = logits.size(0),
+          .vocab = logits.size(1),
+          .stride = logits.stride(0),
+          .noise = noise_of(seed, row_ids, vocab_start)};
 }
 
 template <typename Real>
@@ -47,8 +52,7 @@ void sample_rows(const Rows& in, bool logsumexp, int64_t* ids, Real* score_max, 
   parallel_rows(in.rows * pieces, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t first = i % pieces * kPiece;
-      parts[size_t(i)] =
-          kernels<Real>().sample(in, i / pieces, first, std::min(in.vocab, first + kPiece), logsumexp);
+      parts[size_t(i)] = kernels<Real>().sample(in, i / pieces, first, std::min(in.vocab, first + kPiece), logsumexp);
     }
   });
   for (int64_t row = 0; row < in.rows; ++row) {
@@ -107,14 +111,14 @@ void each_row(Kernel kernel, const Args& args) {
 template <typename Real>
 void softmax_rows(const Rows& in, const Tensor& tau, const Tensor& score_max, bool normalize, const Tensor& out,
                   const Tensor& total) {
-  const SoftmaxArgs<Real> args{in,
-                               data<Real>(tau),
-                               data<Real>(score_max),
-                               normalize,
-                               fresh_rows(out),
-                               dtype_of(out),
-                               out.stride(0),
-                               mutable_data<Real>(total)};
+  const SoftmaxArgs<Real> args{.in = in,
+                               .tau = data<Real>(tau),
+                               .score_max = data<Real>(score_max),
+                               .normalize = normalize,
+                               .out = fresh_rows(out),
+                               .out_dtype = dtype_of(out),
+                               .out_stride = out.stride(0),
+                               .total = mutable_data<Real>(total)};
   each_row<Real>(kernels<Real>().softmax, args);
 }
 
@@ -129,19 +133,19 @@ template <typename Real>
 void backward_rows(const Rows& in, Estimator estimator, const Tensor& dy, const Tensor& tau, const Tensor& ids,
                    const Tensor& score_max, const Tensor& logit_max, const Tensor& logit_sum,
                    const std::optional<Tensor>& dlogprobs, const Tensor& out, const std::optional<Tensor>& dtau) {
-  const BackwardArgs<Real> args{in,
-                                estimator,
-                                data<Real>(tau),
-                                data<Real>(score_max),
-                                data<Real>(logit_max),
-                                data<Real>(logit_sum),
-                                data<int64_t>(ids),
-                                dlogprobs ? data<Real>(*dlogprobs) : nullptr,
-                                dy.const_data_ptr(),
-                                dy.stride(0),
-                                fresh_rows(out),
-                                out.stride(0),
-                                dtau ? mutable_data<Real>(*dtau) : nullptr};
+  const BackwardArgs<Real> args{.in = in,
+                                .estimator = estimator,
+                                .tau = data<Real>(tau),
+                                .score_max = data<Real>(score_max),
+                                .logit_max = data<Real>(logit_max),
+                                .logit_sum = data<Real>(logit_sum),
+                                .ids = data<int64_t>(ids),
+                                .dlogprobs = dlogprobs ? data<Real>(*dlogprobs) : nullptr,
+                                .dy = dy.const_data_ptr(),
+                                .dy_stride = dy.stride(0),
+                                .out = fresh_rows(out),
+                                .out_stride = out.stride(0),
+                                .dtau = dtau ? mutable_data<Real>(*dtau) : nullptr};
   each_row<Real>(kernels<Real>().softmax_backward, args);
 }
 
@@ -149,7 +153,8 @@ void softmax_backward(Tensor dy, Tensor logits, Tensor tau, Tensor seed, std::op
                       int64_t vocab_start, int64_t estimator, Tensor ids, Tensor score_max, Tensor logit_max,
                       Tensor logit_sum, std::optional<Tensor> dlogprobs, Tensor out, std::optional<Tensor> dtau) {
   const Rows in = rows_of(logits, seed, row_ids, vocab_start);
-  STD_TORCH_CHECK(dtype_of(dy) == in.dtype && dtype_of(out) == in.dtype, "grade_kernels: dy and out have logits' dtype");
+  STD_TORCH_CHECK(dtype_of(dy) == in.dtype && dtype_of(out) == in.dtype,
+                  "grade_kernels: dy and out have logits' dtype");
   const Estimator rule = static_cast<Estimator>(estimator);
   if (in.dtype == Dtype::kDouble) {
     backward_rows<double>(in, rule, dy, tau, ids, score_max, logit_max, logit_sum, dlogprobs, out, dtau);

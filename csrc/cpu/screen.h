@@ -1,7 +1,8 @@
-// Sampling through a head that stands in eight bits beside itself: a quarter of float32's bytes to read.
+// Sampling through an eight-bit copy of a head, which is a quarter of float32's bytes to read.
 //
-// Codes give each logit within a bound, by Cauchy and Schwarz, of the head's error. Noise is known, so a token whose upper
-// bound with its noise stays below the best lower bound cannot win; the few others are looked at in full.
+// The copy gives each logit up to an error, which Cauchy and Schwarz bound by the length of what the codes of the
+// token's row leave out times the length of the hidden row. The noise is known exactly. So a token whose upper bound,
+// with its noise, is below the best lower bound cannot win. The few others are looked at in full.
 #pragma once
 
 #include <cstdint>
@@ -17,9 +18,10 @@ struct ScreenCodes {
   const void* weight;  // [tokens, width]
   Dtype dtype;
   int64_t width, stride;
-  const float* columns;  // [padded], what a column is divided by, inverted; zeros up to a multiple of sixteen
+  const float* columns;  // [padded], factor of each column before it is rounded; zeros beyond the width
   int64_t padded;
-  // Token's weights in units of their columns are scale * codes within `slack` (a length, with room for float32's rounding).
+  // A token's weights, times their columns' factors, are scale * codes up to a vector of length `slack` (which has room
+  // for float32's rounding).
   int8_t* codes;  // [tokens, padded]
   float *scale, *slack;
 };
@@ -31,7 +33,7 @@ struct Contender {
 };
 
 struct ScreenArgs {
-  const float* x;  // [rows, padded], in units of the columns
+  const float* x;     // [rows, padded], hidden divided by the columns' factors
   const float* norm;  // [rows], its length
   int64_t rows, padded;
   const int8_t* codes;

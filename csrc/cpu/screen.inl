@@ -34,19 +34,12 @@ static void encode_tokens(const ScreenCodes& args, int64_t begin, int64_t end) {
 }
 
 static void screen_encode(const ScreenCodes& args, int64_t begin, int64_t end) {
-  switch (args.dtype) {
-    case Dtype::kFloat:
-      return encode_tokens<float>(args, begin, end);
-    case Dtype::kBFloat16:
-      return encode_tokens<BFloat16>(args, begin, end);
-    default:
-      return encode_tokens<Half>(args, begin, end);
-  }
+  with_dtype(args.dtype, [&]<Dtype kDtype>() { encode_tokens<Element<kDtype>>(args, begin, end); });
 }
 
 // Of sixteen tokens with upper bounds u of their logits and twice as wide an error, those that may win.
-[[gnu::noinline]] static void consider(const RowKey& key, int64_t token, int32_t column, f32 u, f32 width, u32 w, int32_t row,
-                                       ScreenPiece& out, Contender* found) {
+[[gnu::noinline]] static void consider(const RowKey& key, int64_t token, int32_t column, f32 u, f32 width, u32 w,
+                                       int32_t row, ScreenPiece& out, Contender* found) {
   const f32 s = u + gumbel_one(key, token, w), low = s - width;
   for (int i = 0; i < kLanes; ++i) {
     if (!(s[i] < __builtin_inff()) || out.count == kScreenRoom) {
@@ -64,8 +57,9 @@ static void screen_tokens(const ScreenArgs& args, int64_t begin, int64_t end, Sc
   alignas(64) float products[kScreenRows * kBlock] = {};
   for_each_block(args.noise.vocab_start, begin, end, [&](const Block& block) __attribute__((always_inline)) {
     const int64_t first = block.column + block.first, tokens = block.last - block.first;
-    multiply_few(FewRows<int8_t>{args.x, args.rows, args.padded, args.codes + first * args.padded, args.padded, args.padded,
-                                 products + block.first, kBlock}, 0, tokens);
+    multiply_few(FewRows<int8_t>{args.x, args.rows, args.padded, args.codes + first * args.padded, args.padded,
+                                 args.padded, products + block.first, kBlock},
+                 0, tokens);
     f32 scale[kVectors], slack[kVectors], bias[kVectors];
     load_block(args.scale, block, 0.0f, scale);
     load_block(args.slack, block, 0.0f, slack);
@@ -73,7 +67,10 @@ static void screen_tokens(const ScreenArgs& args, int64_t begin, int64_t end, Sc
       load_block(args.bias, block, -__builtin_inff(), bias);
     } else {
       for (int j = 0; j < kVectors; ++j) {
-        for (int i = 0; i < kLanes; ++i) bias[j][i] = block.full() || (j * kLanes + i >= block.first && j * kLanes + i < block.last) ? 0.0f : -__builtin_inff();
+        for (int i = 0; i < kLanes; ++i) {
+          const int at = j * kLanes + i;
+          bias[j][i] = block.full() || (at >= block.first && at < block.last) ? 0.0f : -__builtin_inff();
+        }
       }
     }
     for (int row = 0; row < args.rows; ++row) {

@@ -23,9 +23,15 @@ namespace {
 constexpr int64_t kPieces = 16;
 
 void screen_encode(Tensor weight, Tensor columns, Tensor codes, Tensor scale, Tensor slack) {
-  const ScreenCodes args{weight.const_data_ptr(), dtype_of(weight), weight.size(1), weight.stride(0), data<float>(columns),
-                         columns.numel(), static_cast<int8_t*>(codes.mutable_data_ptr()), mutable_data<float>(scale),
-                         mutable_data<float>(slack)};
+  const ScreenCodes args{.weight = weight.const_data_ptr(),
+                         .dtype = dtype_of(weight),
+                         .width = weight.size(1),
+                         .stride = weight.stride(0),
+                         .columns = data<float>(columns),
+                         .padded = columns.numel(),
+                         .codes = static_cast<int8_t*>(codes.mutable_data_ptr()),
+                         .scale = mutable_data<float>(scale),
+                         .slack = mutable_data<float>(slack)};
   parallel_rows(weight.size(0), [&](int64_t begin, int64_t end) { GK_KERNELS_OF(kScreen).encode(args, begin, end); });
 }
 
@@ -36,8 +42,8 @@ float rounded(float x, Dtype dtype) {
 // With room for the rounding of scores.
 float below(float score) { return score - (1e-4f + std::abs(score) * 0x1p-21f); }
 
-// Samples of hidden's rows, in `ids`; x is hidden in units of the columns. Returns how many tokens were looked at in full,
-// or -1 if a row has no distribution, or if the codes rule out too little.
+// Samples of hidden's rows, in `ids`; x is hidden in units of the columns. Returns how many tokens were looked at in
+// full, or -1 if a row has no distribution, or if the codes rule out too little.
 int64_t screen_sample(Tensor hidden, Tensor weight, Tensor x, Tensor norm, Tensor codes, Tensor scale, Tensor slack,
                       std::optional<Tensor> bias_, double softcap, Tensor seed, std::optional<Tensor> row_ids,
                       int64_t vocab_start, Tensor ids_) {
@@ -45,9 +51,17 @@ int64_t screen_sample(Tensor hidden, Tensor weight, Tensor x, Tensor norm, Tenso
   const float *bias = data<float>(bias_), cap = float(softcap);
   const float rounding = dtype == Dtype::kBFloat16 ? 0x1p-8f : dtype == Dtype::kHalf ? 0x1p-11f : 0.0f;
   const int64_t rows = x.size(0), vocab = weight.size(0), piece_tokens = (vocab + kPieces - 1) / kPieces;
-  const ScreenArgs args{data<float>(x), data<float>(norm), rows, x.size(1),
-                        static_cast<const int8_t*>(codes.const_data_ptr()), data<float>(scale), data<float>(slack),
-                        rounding, bias, cap, noise_of(seed, row_ids, vocab_start)};
+  const ScreenArgs args{.x = data<float>(x),
+                        .norm = data<float>(norm),
+                        .rows = rows,
+                        .padded = x.size(1),
+                        .codes = static_cast<const int8_t*>(codes.const_data_ptr()),
+                        .scale = data<float>(scale),
+                        .slack = data<float>(slack),
+                        .rounding = rounding,
+                        .bias = bias,
+                        .softcap = cap,
+                        .noise = noise_of(seed, row_ids, vocab_start)};
   std::vector<ScreenPiece> pieces(kPieces, ScreenPiece{});
   const std::unique_ptr<Contender[]> found(new Contender[kPieces * kScreenRoom]);
   parallel_rows(kPieces, [&](int64_t begin, int64_t end) {
@@ -73,8 +87,18 @@ int64_t screen_sample(Tensor hidden, Tensor weight, Tensor x, Tensor norm, Tenso
   }
   const int64_t count = int64_t(tokens.size());
   std::vector<float> products(tokens.size());
-  const GatherArgs gather{hidden.const_data_ptr(), dtype, hidden.stride(0), weight.const_data_ptr(), dtype,
-                          weight.stride(0), weight.size(1), at_rows.data(), tokens.data(), nullptr, nullptr, products.data()};
+  const GatherArgs gather{.x = hidden.const_data_ptr(),
+                          .x_dtype = dtype,
+                          .x_stride = hidden.stride(0),
+                          .table = weight.const_data_ptr(),
+                          .table_dtype = dtype,
+                          .table_stride = weight.stride(0),
+                          .width = weight.size(1),
+                          .rows = at_rows.data(),
+                          .tokens = tokens.data(),
+                          .offsets = nullptr,
+                          .values = nullptr,
+                          .out = products.data()};
   GK_KERNELS_OF(kGather).dot(gather, 0, count);
   int64_t* ids = mutable_data<int64_t>(ids_);
   double best[kScreenRows];

@@ -2,8 +2,8 @@
 // (block_device.h) and, thread by thread, on the host (block_host.h), where tests watch every access to memory.
 //
 // A body is a sequence of steps. `each(f, x...)` runs f(thread, x of that thread...) for every thread and returns what
-// they return, one value per thread; collective steps take such values. What is no collective step is the same for all
-// threads. A block offers:
+// they return, one value per thread; collective steps take such values. All else in a body has the same value in every
+// thread. A block offers:
 //
 //   each(f, x...)                 see above
 //   shuffle_xor(x, mask)          from every thread the value of thread ^ mask, within a warp

@@ -13,8 +13,8 @@ namespace gk::cuda {
 
 constexpr int64_t kPiece = 8192;
 
-// A piece begins at a group of four global token ids, which share a Philox call; a shard of a vocabulary that starts
-// inside such a group is shifted right by columns that do not exist.
+// A piece begins at a group of four global token ids, which share a Philox call. A shard of a vocabulary that starts
+// inside such a group is shifted right: its first piece begins with up to three columns that do not exist.
 inline int64_t pieces_of(int64_t vocab, int64_t vocab_start) {
   return (vocab + (vocab_start & 3) + kPiece - 1) / kPiece;
 }
@@ -71,8 +71,8 @@ struct BackwardArgs {
   int64_t dy_stride;
   void* out;  // may be dy
   int64_t out_stride;
-  float* partial;  // [3, rows, pieces]: sums of w, w dy and exp(l - max) dy
-  float* chosen;   // [rows]: dy of the sampled token, for reinmax
+  float* partial;       // [3, rows, pieces]: sums of w, w dy and exp(l - max) dy
+  float* chosen;        // [rows]: dy of the sampled token, for reinmax
   float* partial_dtau;  // [rows, pieces], null: not wanted
   float* dtau;
 };

@@ -72,8 +72,8 @@ void sample_rows(Tensor logits, Tensor seed, std::optional<Tensor> row_ids, int6
 
 void one_hot_rows(Tensor ids, Tensor score_max, Tensor out) {
   expect_rows(out);
-  const OneHotArgs args{data<int64_t>(ids),    data<float>(score_max), out.mutable_data_ptr(),
-                        dtype_of(out),         out.size(0),            out.size(1)};
+  const OneHotArgs args{data<int64_t>(ids), data<float>(score_max), out.mutable_data_ptr(), dtype_of(out), out.size(0),
+                        out.size(1)};
   one_hot(args, Launching(out).stream());
 }
 

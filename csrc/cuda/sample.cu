@@ -42,8 +42,7 @@ struct SampleScan {
       }
       return state;
     });
-    const float best =
-        reduced(block, block.each([](int, const State& s) { return s.best; }, state), LargestOrNaN{});
+    const float best = reduced(block, block.each([](int, const State& s) { return s.best; }, state), LargestOrNaN{});
     const int tile = reduced(
         block, block.each([&](int, const State& s) { return s.best == best ? s.tile : INT32_MAX; }, state), Least{});
     float top = 0.0f, total = 0.0f;
@@ -79,8 +78,8 @@ struct SamplePick {
   GK_KERNEL void operator()(Block& block, int64_t row) const {
     const Rows& in = args.in;
     const int64_t first = row * in.pieces;
-    const float best = merged_over(block, in.pieces, -kInfinity, LargestOrNaN{},
-                                   [&](int64_t i) { return args.best[first + i]; });
+    const float best =
+        merged_over(block, in.pieces, -kInfinity, LargestOrNaN{}, [&](int64_t i) { return args.best[first + i]; });
     const bool bad = !(best > -kInfinity && best < kInfinity);
     // The first tile that holds the best score. A bad row still looks somewhere.
     constexpr int kTiles = kPiece / kTile;
@@ -109,9 +108,9 @@ struct SamplePick {
     const float peak = reduced(block, block.each([](int, const Found& f) { return f.score; }, found), Largest{});
     const int offset = reduced(
         block, block.each([&](int, const Found& f) { return f.score == peak ? f.offset : INT32_MAX; }, found), Least{});
-    const float top = args.top ? merged_over(block, in.pieces, -kInfinity, Largest{},
-                                             [&](int64_t i) { return args.top[first + i]; })
-                               : 0.0f;
+    const float top =
+        args.top ? merged_over(block, in.pieces, -kInfinity, Largest{}, [&](int64_t i) { return args.top[first + i]; })
+                 : 0.0f;
     const auto share = [&](int64_t i) {
       return rescaled(LogSum<float>{args.top[first + i], args.total[first + i]}, top);
     };

@@ -1,7 +1,7 @@
 // The relaxation: weights exp((l + g - score_max) / tau) and their sum.
 //
-// Divided by the sum they take two passes: each piece's sum, then the weights, computed again. Writing them in between
-// would round twice.
+// Weights that are divided by their sum take two passes: the first adds up each piece, the second computes the weights
+// again. Writing them in the first and dividing them in the second would round them twice.
 #include "cuda/launch.h"
 #include "cuda/tile.h"
 

@@ -23,7 +23,7 @@ struct BackwardSums {
   static constexpr bool kNoisy = kRule == Estimator::kNoisy, kReinmax = kRule == Estimator::kReinmax;
 
   struct State {
-    float total, dot, plain;
+    float total, dot, untempered;
   };
 
   template <typename Block>
@@ -43,7 +43,7 @@ struct BackwardSums {
         load_lanes<Block>(piece, tile, thread, dy_row, in.dtype, 0.0f, dy);
         if constexpr (kReinmax) {
           GK_UNROLL
-          for (int i = 0; i < kLanes; ++i) state.plain += product(natural_exp(x[i] - pivot), dy[i]);
+          for (int i = 0; i < kLanes; ++i) state.untempered += product(natural_exp(x[i] - pivot), dy[i]);
         }
         if constexpr (kNoisy) add_noise(piece, tile, thread, noise, x);
         GK_UNROLL
@@ -57,16 +57,16 @@ struct BackwardSums {
     });
     const float total = reduced(block, block.each([](int, const State& s) { return s.total; }, state), Plus{});
     const float dot = reduced(block, block.each([](int, const State& s) { return s.dot; }, state), Plus{});
-    float plain = 0.0f;
+    float untempered = 0.0f;
     if constexpr (kReinmax) {
-      plain = reduced(block, block.each([](int, const State& s) { return s.plain; }, state), Plus{});
+      untempered = reduced(block, block.each([](int, const State& s) { return s.untempered; }, state), Plus{});
     }
     block.once([&] {
       const int64_t plane = in.rows * in.pieces;
       args.partial[index] = total;
       args.partial[plane + index] = dot;
       if constexpr (kReinmax) {
-        args.partial[2 * plane + index] = plain;
+        args.partial[2 * plane + index] = untempered;
         // Read before the second pass may overwrite it.
         if (index % in.pieces == 0) args.chosen[piece.row] = element<Block>(dy_row, args.ids[piece.row], in.dtype);
       }
@@ -94,31 +94,31 @@ struct BackwardApply {
     const float total = row_sum(block, args.partial, piece.row, in.pieces);
     const float dot = row_sum(block, args.partial + plane, piece.row, in.pieces);
     const bool logprobs = kExtras && args.dlogprobs, dtau = kExtras && args.partial_dtau;
-    float top = 0.0f, plain_factor = 0.0f, plain_mean = 0.0f, chosen = 0.0f, dlogprob = 0.0f;
+    float top = 0.0f, untempered_factor = 0.0f, untempered_mean = 0.0f, chosen = 0.0f, dlogprob = 0.0f;
     int64_t hit = -1;
     if (kReinmax || logprobs) {
       top = args.logit_max[piece.row];
-      plain_factor = 1.0f / args.logit_sum[piece.row];
+      untempered_factor = 1.0f / args.logit_sum[piece.row];
       hit = args.ids[piece.row] - piece.column;
     }
     if constexpr (kReinmax) {
-      plain_mean = row_sum(block, args.partial + 2 * plane, piece.row, in.pieces) * plain_factor;
+      untempered_mean = row_sum(block, args.partial + 2 * plane, piece.row, in.pieces) * untempered_factor;
       chosen = args.chosen[piece.row];
     }
     if (logprobs) dlogprob = args.dlogprobs[piece.row];
-    const Means<float> means = means_of<kRule>(dot / total, plain_mean, chosen);
+    const Means<float> means = means_of<kRule>(dot / total, untempered_mean, chosen);
     const float factor = kReinmax ? 1.0f / total : 1.0f / total / tau;
 
     const auto moments = block.each([&](int thread) {
       float moment = 0.0f;
       GK_NO_UNROLL
       for (int tile = 0; tile < piece.tiles(); ++tile) {
-        Lanes x, dy, plain;
+        Lanes x, dy, untempered;
         load_lanes<Block>(piece, tile, thread, row, in.dtype, -kInfinity, x);
         load_lanes<Block>(piece, tile, thread, dy_row, in.dtype, 0.0f, dy);
         if (kReinmax || logprobs) {
           GK_UNROLL
-          for (int i = 0; i < kLanes; ++i) plain[i] = natural_exp(x[i] - top) * plain_factor;
+          for (int i = 0; i < kLanes; ++i) untempered[i] = natural_exp(x[i] - top) * untempered_factor;
         }
         // A masked token receives nothing, be it the given one.
         const auto is_hit = [&](int i) {
@@ -128,13 +128,13 @@ struct BackwardApply {
         GK_UNROLL
         for (int i = 0; i < kLanes; ++i) {
           const float distance = x[i] - pivot, weight = fast_exp2(distance * rate);
-          float dl = relaxation_gradient<kRule>(weight * factor, kReinmax ? plain[i] : 0.0f, dy[i],
+          float dl = relaxation_gradient<kRule>(weight * factor, kReinmax ? untempered[i] : 0.0f, dy[i],
                                                 kReinmax && is_hit(i), means);
           if constexpr (kExtras && !kReinmax) {
             if (dtau && weight != 0.0f) moment += dl * distance;
           }
           if constexpr (kExtras) {
-            if (logprobs) dl += logprob_gradient(plain[i], is_hit(i), dlogprob);
+            if (logprobs) dl += logprob_gradient(untempered[i], is_hit(i), dlogprob);
           }
           dy[i] = dl;
         }
@@ -166,15 +166,9 @@ void run(const BackwardArgs& args, void* stream) {
 
 void softmax_backward(const BackwardArgs& args, void* stream) {
   switch (args.estimator) {
-    case Estimator::kNoisy:
-      run<Estimator::kNoisy>(args, stream);
-      break;
-    case Estimator::kPlain:
-      run<Estimator::kPlain>(args, stream);
-      break;
-    case Estimator::kReinmax:
-      run<Estimator::kReinmax>(args, stream);
-      break;
+    case Estimator::kNoisy: run<Estimator::kNoisy>(args, stream); break;
+    case Estimator::kNoiseless: run<Estimator::kNoiseless>(args, stream); break;
+    case Estimator::kReinmax: run<Estimator::kReinmax>(args, stream); break;
   }
   if (args.partial_dtau) launch(SumPieces{args.partial_dtau, args.in.pieces, args.dtau}, args.in.rows, stream);
 }

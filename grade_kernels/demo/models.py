@@ -19,7 +19,7 @@ from grade_kernels.demo.cache import read_sealed, replace_directory
 from grade_kernels.demo.config import PolicyConfig, RewardConfig, settings_hash
 from grade_kernels.demo.corpus import Corpus, Review
 from grade_kernels.demo.tokenizer import encode_reviews
-from grade_kernels.training.policy import position_ids
+from grade_kernels.training.model import position_ids
 
 __all__ = [
     "MAX_POSITIONS",

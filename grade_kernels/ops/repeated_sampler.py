@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ClassVar
 
 import torch
 
@@ -29,15 +28,14 @@ class RepeatedSampler:
         lm_head: `[V, H]`.
         bias: `[V]`, optional.
         logit_softcap: optional.
-
-    Attributes:
         plain_steps: steps before the backend makes its copy, which takes about as long as so many of them.
     """
 
-    plain_steps: ClassVar[int] = 8
-
-    def __init__(self, lm_head: torch.Tensor, *, bias: torch.Tensor | None, logit_softcap: float | None) -> None:
+    def __init__(
+        self, lm_head: torch.Tensor, *, bias: torch.Tensor | None, logit_softcap: float | None, plain_steps: int = 8
+    ) -> None:
         self.lm_head, self._bias, self._softcap = lm_head, bias, logit_softcap
+        self._plain_steps = plain_steps
         self._steps = 0
         self._sampler: Callable[[torch.Tensor, Noise], torch.Tensor | None] | None = None
 
@@ -45,7 +43,7 @@ class RepeatedSampler:
         """One token per row, int64 `[...]`; see `linear_gumbel_sample` for shapes, dtypes and errors."""
         self._steps += 1
         ids = None
-        if self._steps > self.plain_steps and (backend := self._backend_for(hidden)) is not None:
+        if self._steps > self._plain_steps and (backend := self._backend_for(hidden)) is not None:
             ids = self._sampled(backend, hidden, noise)
         if ids is None:
             ids, _ = linear_gumbel_sample(

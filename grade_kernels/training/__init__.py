@@ -1,9 +1,11 @@
 """Alignment of language models by backpropagation through their own samples: a trainer, and its functional core."""
 
 try:
+    from grade_kernels.training.aligner import Aligner
     from grade_kernels.training.callbacks import NonFiniteGradientError, TrainingInterrupted
     from grade_kernels.training.config import GRADEConfig
     from grade_kernels.training.loss import GradeLoss, grade_loss
+    from grade_kernels.training.records import Ending, Prompts, Relaxation
     from grade_kernels.training.reference import FrozenCopy, NamedAdapter, OtherModel, Reference, WithoutAdapter
     from grade_kernels.training.rewards import (
         DifferentiableReward,
@@ -20,7 +22,9 @@ except ModuleNotFoundError as error:
     raise ModuleNotFoundError(message, name=package) from error
 
 __all__ = [
+    "Aligner",
     "DifferentiableReward",
+    "Ending",
     "FrozenCopy",
     "GRADEConfig",
     "GRADETrainer",
@@ -29,7 +33,9 @@ __all__ = [
     "NonFiniteGradientError",
     "NonFiniteRewardError",
     "OtherModel",
+    "Prompts",
     "Reference",
+    "Relaxation",
     "SequenceClassificationReward",
     "TrainingInterrupted",
     "WithoutAdapter",

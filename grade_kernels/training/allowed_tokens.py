@@ -9,6 +9,7 @@ mask changes no other token's noise.
 
 from __future__ import annotations
 
+import functools
 import logging
 import reprlib
 from collections.abc import Iterable, Mapping, Sequence, Sized
@@ -124,7 +125,13 @@ class AllowedTokens:
 
     def last(self, vocab_size: int) -> int:
         """The greatest id that may be sampled, of so many tokens."""
-        return vocab_size - 1 if self.suppressed is None else int((~self.suppressed).nonzero()[-1])
+        return vocab_size - 1 if self.suppressed is None else self._last
+
+    @functools.cached_property
+    def _last(self) -> int:
+        """The greatest id that is not suppressed. It is looked up once, since that waits for the device."""
+        assert self.suppressed is not None
+        return int((~self.suppressed).nonzero()[-1])
 
     def check_ends(self, ends: Sequence[int]) -> None:
         """Some end of sequence can be sampled, if there is any, or ValueError: no completion would ever end."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import FrameType
 from typing import Any
 
@@ -115,7 +115,7 @@ class StopOnNonFiniteGradient(TrainerCallback):
 
 
 def completions_table(
-    prompts: Sequence[str], completions: Sequence[str], columns: dict[str, Sequence[Any]], title: str
+    prompts: Sequence[str], completions: Sequence[str], columns: Mapping[str, Sequence[object]], title: str
 ) -> Table:
     """A table with a row for each completion: prompt, completion, then numbers and whatever else the columns hold."""
     table = Table(title=title, show_lines=True)

@@ -8,16 +8,32 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
 
-__all__ = ["SEAL", "absent", "advance", "complete_checkpoints", "damage", "seal", "settle"]
+__all__ = [
+    "SEAL",
+    "absent",
+    "advance",
+    "complete_checkpoints",
+    "damage",
+    "rotate",
+    "seal",
+    "settle",
+    "sound",
+    "staging",
+]
+
+logger = logging.getLogger(__name__)
 
 SEAL = "grade_checkpoint.json"
 STATE = "trainer_state.json"
@@ -51,6 +67,72 @@ def settle(staged: Path, target: Path) -> None:
     os.rename(staged, target)
     _flush(target.parent)
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+@contextmanager
+def staging(run: Path, *, writes: bool) -> Iterator[Path]:
+    """A folder beside a run's checkpoints in which one is written before it gets its name; gone on leaving.
+
+    Args:
+        run: the folder of the run's checkpoints.
+        writes: whether this process is the one that clears the folder.
+    """
+    folder = run / ".incomplete"
+    if writes:
+        shutil.rmtree(folder, ignore_errors=True)
+    try:
+        yield folder
+    finally:
+        if writes:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def rotate(run: Path, limit: int | None, best: str | None) -> None:
+    """Drop the oldest checkpoints of a run beyond a limit, never the best one.
+
+    Args:
+        run: the folder of the run's checkpoints.
+        limit: how many stay, the best one among them; None or 0 keeps all.
+        best: where the best one is, if any was found.
+    """
+    if limit is None or limit <= 0:
+        return
+    kept = 0
+    found = complete_checkpoints(run)
+    # By age and not by step: the directory may hold later steps of an earlier run.
+    for path in sorted(found, key=lambda path: path.stat().st_mtime_ns, reverse=True):
+        if best is not None and Path(best) == path:
+            continue
+        kept += 1
+        if kept > max(limit - (best is not None), 1):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def sound(choice: str | bool | None, run: Path, *, allow_partial: bool = False) -> str | None:
+    """The checkpoint that a run goes on from; None where none is asked for.
+
+    Args:
+        choice: a directory, or True for the latest one that is sound.
+        run: the folder of the run's checkpoints.
+        allow_partial: see `damage`.
+
+    Raises:
+        ValueError: the directory is damaged, or none of the run's is sound.
+    """
+    if not choice:
+        return None
+    if choice is not True:
+        if wrong := damage(Path(choice), allow_partial):
+            raise ValueError(f"{choice} can not be resumed from: {wrong}")
+        return str(choice)
+    found = complete_checkpoints(run)
+    for path in found:
+        wrong = damage(path, allow_partial)
+        if wrong is None:
+            return str(path)
+        logger.warning("%s can not be resumed from: %s; trying the one before", path, wrong)
+    names = ", ".join(path.name for path in found) or "none at all"
+    raise ValueError(f"No sound checkpoint in {run} (found {names})")
 
 
 def damage(directory: Path, allow_partial: bool = False) -> str | None:

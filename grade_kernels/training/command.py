@@ -20,7 +20,8 @@ from grade_kernels.training.checkpoints import complete_checkpoints
 from grade_kernels.training.config import GRADEConfig
 from grade_kernels.training.foreign_names import reason_for_setting
 from grade_kernels.training.rewards import OUTPUTS, SequenceClassificationReward
-from grade_kernels.training.trainer import GRADETrainer, load_by_name
+from grade_kernels.training.setup import load_by_name
+from grade_kernels.training.trainer import GRADETrainer
 
 __all__ = ["RunArguments", "parse", "read_dataset", "run"]
 

@@ -11,8 +11,8 @@ from transformers import SchedulerType, TrainingArguments
 
 from grade_kernels.ops.checks import ESTIMATORS
 from grade_kernels.training.foreign_names import refusing_foreign_settings
+from grade_kernels.training.model import is_reentrant
 from grade_kernels.training.numbers import plain
-from grade_kernels.training.policy import is_reentrant
 from grade_kernels.training.positions import LONG_PROMPTS
 from grade_kernels.training.prompt_tokens import check_template_arguments
 from grade_kernels.training.rewards import TRANSFORMS

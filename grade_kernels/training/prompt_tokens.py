@@ -15,6 +15,7 @@ from grade_kernels.training.positions import text_config
 __all__ = [
     "MEDIA_COLUMNS",
     "TEMPLATE_COLUMNS",
+    "Prompt",
     "PromptTokenizer",
     "beginning_of",
     "check_no_media",
@@ -25,6 +26,9 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
+
+Prompt = str | list[dict[str, Any]]
+"""A text, or the messages of a conversation."""
 
 # Columns that the chat template reads; rewards get them too, as all columns.
 TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs", "documents")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import nn
@@ -13,11 +13,11 @@ from tqdm.auto import tqdm
 
 from grade_kernels.training.config import GRADEConfig
 from grade_kernels.training.positions import Room, frequency_limits, position_limit, position_table_limit
-from grade_kernels.training.prompt_tokens import MEDIA_COLUMNS, TEMPLATE_COLUMNS, PromptTokenizer, beginning_of
+from grade_kernels.training.prompt_tokens import MEDIA_COLUMNS, TEMPLATE_COLUMNS, Prompt, PromptTokenizer, beginning_of
 from grade_kernels.training.rewards import Objective, SequenceClassificationReward
 from grade_kernels.training.text_rewards import HELPERS
 
-__all__ = ["PromptCollator", "RepeatedPrompts", "check_prompt_dataset", "room_for"]
+__all__ = ["PromptBatch", "PromptCollator", "RepeatedPrompts", "check_prompt_dataset", "room_for"]
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +69,15 @@ def _check_columns(name: str, columns: Sequence[Any], drops_columns: bool) -> No
         )
 
 
+class PromptBatch(TypedDict):
+    """Prompts of one batch."""
+
+    input_ids: torch.Tensor  # int64 [B, P], padded on the left
+    attention_mask: torch.Tensor  # int64 [B, P]
+    prompts: list[Prompt]
+    columns: dict[str, list[object]]  # the data set's other columns
+
+
 class PromptCollator:
     """Examples to a batch: left-padded tokens, the prompts themselves, and all other columns as lists.
 
@@ -96,11 +105,8 @@ class PromptCollator:
         self._counted = True  # whether long prompts were counted before they came
         self._long = 0
 
-    def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    def __call__(self, examples: Sequence[dict[str, Any]]) -> PromptBatch:
         """A batch of examples, each with a `prompt`.
-
-        Returns:
-            `input_ids` and `attention_mask` `[B, P]`, `prompts`, a list, and `columns`, a dict of lists.
 
         Raises:
             ValueError: an example without a prompt, a prompt without a token or with one that the policy does not have,

@@ -24,7 +24,14 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from grade_kernels.training.policy import LanguageModel, _active, evaluating, gather_root, read_language_model, unwrap
+from grade_kernels.training.model import (
+    LanguageModel,
+    active_layer,
+    evaluating,
+    gather_root,
+    read_language_model,
+    unwrap,
+)
 from grade_kernels.training.positions import position_limit
 
 __all__ = [
@@ -258,7 +265,7 @@ class FrozenCopy(Reference):
 
     def _with_own_head(self, inner: nn.Module, parts: LanguageModel) -> LanguageModel:
         """Parts whose LM head keeps the copied values: it is read once more when the policy has its own ones again."""
-        active = _active(parts.head)
+        active = active_layer(parts.lm_head)
         weight, bias = active.weight.detach(), None if active.bias is None else active.bias.detach()
         names = {name for name, module in inner.named_modules() if module is active}
         trained = any(f"{name}.{own}" in self._values for name in names for own in ("weight", "bias"))
@@ -269,7 +276,7 @@ class FrozenCopy(Reference):
         head.weight = nn.Parameter(weight, requires_grad=False)
         if bias is not None:
             head.bias = nn.Parameter(bias, requires_grad=False)
-        return replace(parts, head=head)
+        return replace(parts, lm_head=head)
 
     @contextmanager
     def _in_place(self, inner: nn.Module) -> Iterator[None]:
@@ -404,7 +411,7 @@ def reference_for_loss(
                 "The model came with an adapter that has been trained, and the KL's reference is the model without it. "
                 "For the adapter as it came give ref_model=FrozenCopy(model), made before the first step, or "
                 "ref_adapter_name; ref_model=WithoutAdapter() says that the bare model is meant",
-                stacklevel=4,
+                stacklevel=3,
             )
     return WithoutAdapter()
 

@@ -12,17 +12,16 @@ parameter.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from grade_kernels.backends import Head
 from grade_kernels.noise import GumbelNoise
 from grade_kernels.ops import linear_gumbel_ste, linear_kl, linear_logprobs
 from grade_kernels.training.allowed_tokens import with_rows
-from grade_kernels.training.policy import (
+from grade_kernels.training.model import (
     Capture,
     LanguageModel,
     last_hidden_state,
@@ -31,12 +30,14 @@ from grade_kernels.training.policy import (
     sweeping,
     unwrap,
 )
-from grade_kernels.training.rewards import Objective, weighted_sum
+from grade_kernels.training.records import Prompts, Relaxation
+from grade_kernels.training.reference import Reference
+from grade_kernels.training.rewards import Columns, Objective, weighted_sum
 from grade_kernels.training.rollout import Rollout
 
 __all__ = [
+    "Criterion",
     "Layout",
-    "Referred",
     "Replay",
     "completion_kl",
     "completion_logprobs",
@@ -44,6 +45,21 @@ __all__ = [
     "replay",
     "score_completions",
 ]
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """What completions are judged by: `sum_i weight_i objective_i - beta KL`.
+
+    Attributes:
+        objectives: rewards, each with its table and its weight.
+        reference: what the KL refers to; None for no KL.
+        beta: factor of the KL; at 0 it is computed without graph.
+    """
+
+    objectives: Sequence[Objective]
+    reference: Reference | None = None
+    beta: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -57,75 +73,48 @@ class Replay:
 
 
 def replay(
-    model: nn.Module,
     policy: LanguageModel,
-    objectives: Sequence[Objective],
-    input_ids: torch.Tensor,
-    attention_mask: torch.Tensor,
+    criterion: Criterion,
+    prompts: Prompts,
     sample: Rollout,
-    *,
     noise: GumbelNoise,
-    tau: float,
-    estimator: str,
-    feedback_hops: int | None,
-    eps: float,
-    reference: AbstractContextManager[LanguageModel] | None,
-    beta: float,
+    relaxation: Relaxation,
+    *,
     row_weights: torch.Tensor,
-    columns: dict[str, Any],
+    columns: Columns,
 ) -> Replay:
     """Differentiate `sum_b row_weights[b] (beta KL_b - sum_i weight_i objective_i(b))` through the sampled tokens.
 
     Args:
-        model: the policy as the training loop holds it; the forward pass goes through it, wrappers and all.
-        policy: its parts.
-        objectives: rewards, each with its table.
-        input_ids: left-padded prompts, int64 `[B, P]`.
-        attention_mask: `[B, P]`.
+        policy: the policy's parts; the forward pass goes through the whole model.
+        criterion: rewards and KL.
+        prompts: what was completed.
         sample: completions of `rollout` under the same noise; for `soft` with their hidden states.
         noise: seed of the rollout's noise.
-        tau: temperature of the relaxation.
-        estimator: `ste`, `st`, `reinmax` or `soft`.
-        feedback_hops: sweeps K, or None for as many as make it exact.
-        eps: stochastic support of the operations through the head; 0 is exact.
-        reference: gives the frozen reference's parts while it is entered; None for no KL.
-        beta: factor of the KL; at 0 it is computed without graph.
+        relaxation: how the gradient runs back.
         row_weights: `[B]`, what each completion counts.
         columns: keywords for the rewards.
     """
-    time = sample.ids.shape[1]
-    hops = time - 1 if feedback_hops is None else min(feedback_hops, time - 1)
-    if not torch.is_grad_enabled():
-        hops = 0  # the value alone is wanted
+    # Without a graph the value alone is wanted, which takes no sweeps.
+    hops = relaxation.sweeps(sample.ids.shape[1]) if torch.is_grad_enabled() else 0
+    objectives, reference, beta = criterion.objectives, criterion.reference, criterion.beta
     reward_tables = tuple(objective.table for objective in objectives)
-    mixtures = _Mixtures(policy, sample, noise, tau, eps) if estimator == "soft" else None
+    mixtures = _Mixtures(policy, sample, noise, relaxation) if relaxation.soft else None
 
-    layout = Layout.of(input_ids, attention_mask, sample)
-    embedded, hidden = _forward(model, policy, layout, mixtures)
-    head_input, weight = policy.head_input(hidden)
+    layout = Layout.of(prompts, sample)
+    embedded, hidden = _forward(policy, layout, mixtures)
     # The lookup of a fed-back token belongs to the forward pass above; here its table is a constant.
     fed_back = (policy.table.detach(),) if hops else ()
-    tables = tuple(with_rows(table, len(weight)) for table in (*reward_tables, *fed_back))
-    parts = []
-    for span, first in policy.allowed.spans(time):
-        part: Any = linear_gumbel_ste(
-            head_input[:, span], weight, tables, tau, estimator=estimator,
-            noise=_noise_of(sample, noise, span), ids=sample.ids[:, span].contiguous(), eps=eps,
-            **policy.head_options(first),
-        )  # fmt: skip
-        parts.append(part)
-    embeddings = [_joined([part.embedding[i] for part in parts]) for i in range(len(tables))]
-    logprobs = _joined([part.logprobs.detach() for part in parts])
+    tables = tuple(with_rows(table, policy.vocab_size) for table in (*reward_tables, *fed_back))
+    embeddings, logprobs = _relaxed(policy, hidden, tables, sample, noise, relaxation)
     sampled = embeddings[: len(reward_tables)]
-    values, d_sampled = _reward_gradients(
-        objectives, sampled, input_ids, attention_mask, sample.mask, row_weights, columns
-    )
-    kl = hidden.new_zeros(len(input_ids), dtype=values.dtype)
+    values, d_sampled = _reward_gradients(policy, objectives, sampled, prompts, sample, row_weights, columns)
+    kl = hidden.new_zeros(len(prompts), dtype=values.dtype)
     if reference is not None:
-        with reference as entered:
-            referred = refer(entered, layout, mixtures)
+        with reference.parts(policy.whole) as entered:
+            ref_head = refer(entered, layout, mixtures, below=policy.vocab_size)
         with torch.set_grad_enabled(beta != 0.0):
-            kl = completion_kl(policy, referred, hidden, sample, eps, noise)
+            kl = completion_kl(policy, ref_head, hidden, sample, relaxation.eps, noise)
 
     outputs, d_outputs = list(sampled), list(d_sampled)
     if kl.requires_grad:
@@ -133,8 +122,10 @@ def replay(
         d_outputs.append((beta * row_weights).to(kl.dtype))
     if hops:
         fed_back_embedding = embeddings[-1]
-        with sweeping(unwrap(model)):
-            d_fed_back = _sweep(policy, layout, embedded, hidden, fed_back_embedding, outputs, d_outputs, hops)
+        # What the loss itself sends into h is the same in every sweep.
+        with sweeping(unwrap(policy.whole)):
+            (d_hidden,) = torch.autograd.grad(outputs, hidden, d_outputs, retain_graph=True)
+            d_fed_back = _sweep(policy, layout, embedded, hidden, fed_back_embedding, d_hidden, hops)
         outputs.append(fed_back_embedding)
         d_outputs.append(d_fed_back)
     surrogate = sum((output * d_output).sum() for output, d_output in zip(outputs, d_outputs, strict=True))
@@ -142,6 +133,27 @@ def replay(
     # The number is the loss, the gradient is the surrogate's.
     loss = value + (surrogate - surrogate.detach()).to(value.dtype)  # type: ignore[union-attr]
     return Replay(loss, values, kl.detach(), _of_completions(logprobs, sample))
+
+
+def _relaxed(
+    policy: LanguageModel,
+    hidden: torch.Tensor,
+    tables: Sequence[torch.Tensor],
+    sample: Rollout,
+    noise: GumbelNoise,
+    relaxation: Relaxation,
+) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Relaxed samples in the place of the sampled tokens: their rows `[B, T, D]` of each table, and `[B, T]` logprobs."""
+    embeddings, logprobs = [], []
+    for span, head in policy.heads(hidden):
+        part = linear_gumbel_ste(
+            head.hidden, head.weight, tuple(tables), relaxation.tau, estimator=relaxation.estimator,
+            noise=_noise_of(sample, noise, span), ids=sample.ids[:, span].contiguous(), eps=relaxation.eps,
+            bias=head.bias, logit_softcap=head.softcap,
+        )  # fmt: skip
+        embeddings.append(part.embedding)
+        logprobs.append(part.logprobs.detach())
+    return [_joined([part[i] for part in embeddings]) for i in range(len(tables))], _joined(logprobs)
 
 
 def _noise_of(sample: Rollout, noise: GumbelNoise, span: slice) -> GumbelNoise:
@@ -160,13 +172,20 @@ def _sweep(
     embedded: torch.Tensor,
     hidden: torch.Tensor,
     fed_back: torch.Tensor,
-    outputs: list[torch.Tensor],
-    d_outputs: list[torch.Tensor],
+    d_hidden: torch.Tensor,
     hops: int,
 ) -> torch.Tensor:
-    """The gradient `[B, T, D]` on the fed-back samples after so many sweeps, each one backward pass to the inputs."""
-    # What the loss itself sends into h is the same in every sweep.
-    (d_hidden,) = torch.autograd.grad(outputs, hidden, d_outputs, retain_graph=True)
+    """The gradient `[B, T, D]` on the fed-back samples after so many sweeps, each one backward pass to the inputs.
+
+    Args:
+        policy: the policy's parts.
+        layout: where the tokens stand.
+        embedded: the inputs of the forward pass, `[B, L, D]`.
+        hidden: its hidden states, `[B, T, H]`.
+        fed_back: the relaxed samples as embeddings, `[B, T, D]`.
+        d_hidden: what the loss itself sends into the hidden states.
+        hops: how many sweeps, at least one.
+    """
     d_fed_back = torch.zeros_like(fed_back)
     total = d_hidden
     for hop in range(hops):
@@ -196,9 +215,9 @@ class Layout:
     drawn: torch.Tensor
 
     @classmethod
-    def of(cls, input_ids: torch.Tensor, attention_mask: torch.Tensor, sample: Rollout) -> Layout:
-        """The layout of left-padded prompts and their completions."""
-        lengths, time = attention_mask.ne(0).sum(dim=1, keepdim=True), sample.ids.shape[1]
+    def of(cls, prompts: Prompts, sample: Rollout) -> Layout:
+        """The layout of prompts and their completions."""
+        input_ids, lengths, time = prompts.ids, prompts.lengths[:, None], sample.ids.shape[1]
         longest = int(lengths.max())
         drawn = lengths - 1 + torch.arange(time, device=lengths.device)
         fed = drawn[:, 1:]
@@ -223,9 +242,7 @@ class Layout:
         return embedded.scatter(1, self.fed[..., None].expand_as(mixed), mixed.to(embedded.dtype))
 
 
-def _forward(
-    model: nn.Module, policy: LanguageModel, layout: Layout, mixtures: _Mixtures | None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _forward(policy: LanguageModel, layout: Layout, mixtures: _Mixtures | None) -> tuple[torch.Tensor, torch.Tensor]:
     """Input embeddings `[B, L, D]`, and the hidden states `[B, T, H]` the tokens were drawn from, of one pass."""
 
     def edit(embedded: torch.Tensor) -> torch.Tensor:
@@ -234,33 +251,30 @@ def _forward(
         return layout.with_mixtures(embedded, mixtures.of(policy.table) * policy.embed_scale)
 
     # A compiled model is one node of the graph, inside which nothing can be read.
-    run = getattr(model, "_orig_mod", model)
+    run = getattr(policy.whole, "_orig_mod", policy.whole)
     with Capture(policy, edit) as seen:
         run(input_ids=layout.ids, use_cache=False, logits_to_keep=1, **layout.arguments(policy.model))
     return seen.embedded, layout.at(seen.hidden, layout.drawn)
 
 
-class Referred(NamedTuple):
-    """The reference's logits at each place of the completions, as a head and what it reads."""
-
-    hidden: torch.Tensor  # [B, T, H]
-    weight: torch.Tensor  # [V, H]
-    bias: torch.Tensor | None
-    softcap: float | None
-
-
 @torch.no_grad()
 def refer(
-    reference: LanguageModel,
-    layout: Layout,
-    mixtures: _Mixtures | None = None,
-) -> Referred:
-    """Run the reference over the completions; for `soft`, over the same mixtures of its own embeddings.
+    reference: LanguageModel, layout: Layout, mixtures: _Mixtures | None = None, *, below: int | None = None
+) -> Head:
+    """The reference's head over its hidden states `[B, T, H]` at each place of the completions.
+
+    Args:
+        reference: the reference's parts.
+        layout: of prompts and completions.
+        mixtures: for `soft`, mixtures of the reference's own embeddings, which it reads instead of the tokens.
+        below: all tokens are known to be below this. Where the reference has as many rows, none needs to be looked at,
+            which would wait for the device.
 
     Raises:
         ValueError: the reference has no row for a token that it reads.
     """
-    if int(layout.ids.max()) >= len(reference.table):
+    known = below is not None and below <= len(reference.table)
+    if not known and int(layout.ids.max()) >= len(reference.table):
         raise ValueError(
             f"ref_model must have a row for every token it reads: its input embedding has {len(reference.table)}, but a "
             f"prompt or a completion has token {int(layout.ids.max())}"
@@ -270,33 +284,34 @@ def refer(
         mixed = mixtures.of(reference.table) * reference.embed_scale
         inputs = {"inputs_embeds": layout.with_mixtures(reference.embedding(layout.ids), mixed)}
     output = reference.backbone(**inputs, use_cache=False, **layout.arguments(reference.backbone))
-    hidden, weight = reference.head_input(layout.at(last_hidden_state(output), layout.drawn))
-    options = reference.head_options()
-    return Referred(hidden, weight.detach(), options["bias"], options["logit_softcap"])
+    head = reference.head(layout.at(last_hidden_state(output), layout.drawn))
+    return head._replace(weight=head.weight.detach())
 
 
 class _Mixtures:
     """The soft samples `softmax((l + g) / tau)` that were fed back, again from the rollout's hidden states."""
 
-    def __init__(self, policy: LanguageModel, sample: Rollout, noise: GumbelNoise, tau: float, eps: float) -> None:
+    def __init__(self, policy: LanguageModel, sample: Rollout, noise: GumbelNoise, relaxation: Relaxation) -> None:
         assert sample.hidden is not None
-        hidden, weight = policy.head_input(sample.hidden[:, :-1])
-        self._hidden, self._weight, self._tau, self._eps = hidden.detach(), weight.detach(), tau, eps
-        self._spans = []
-        for span, first in policy.allowed.spans(hidden.shape[1]):
-            options = policy.head_options(first)
-            options["bias"] = None if options["bias"] is None else options["bias"].detach()
-            self._spans.append((span, {**options, "noise": _noise_of(sample, noise, span)}))
+        fed_back = sample.hidden[:, :-1].detach()
+        self._shape, self._relaxation = fed_back.shape[:2], relaxation
+        self._parts = [
+            (
+                head._replace(weight=head.weight.detach(), bias=None if head.bias is None else head.bias.detach()),
+                _noise_of(sample, noise, span),
+            )
+            for span, head in policy.heads(fed_back)
+        ]
 
     def of(self, table: torch.Tensor) -> torch.Tensor:
         """Mixtures `[B, T - 1, D]` of a table's rows, with a graph to the table alone: the lookup of a soft sample."""
-        if self._hidden.shape[1] == 0:
-            return table.new_zeros(*self._hidden.shape[:2], table.shape[1])
+        if self._shape[1] == 0:
+            return table.new_zeros(*self._shape, table.shape[1])
         mixtures = []
-        for span, options in self._spans:
+        for head, noise in self._parts:
             mixture = linear_gumbel_ste(
-                self._hidden[:, span], self._weight, with_rows(table, len(self._weight)), self._tau, estimator="soft",
-                eps=self._eps, **options,
+                head.hidden, head.weight, with_rows(table, len(head.weight)), self._relaxation.tau, estimator="soft",
+                eps=self._relaxation.eps, noise=noise, bias=head.bias, logit_softcap=head.softcap,
             ).embedding  # fmt: skip
             assert isinstance(mixture, torch.Tensor)
             mixtures.append(mixture)
@@ -304,20 +319,21 @@ class _Mixtures:
 
 
 def _reward_gradients(
+    policy: LanguageModel,
     objectives: Sequence[Objective],
     sampled: Sequence[torch.Tensor],
-    input_ids: torch.Tensor,
-    attention_mask: torch.Tensor,
-    mask: torch.Tensor,
+    prompts: Prompts,
+    sample: Rollout,
     row_weights: torch.Tensor,
-    columns: dict[str, Any],
+    columns: Columns,
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Values `[rewards, B]`, and the loss's gradient on the embeddings each reward read of the completions."""
     values, gradients, wanted = [], [], torch.is_grad_enabled()
-    full_mask = torch.cat([attention_mask, mask.to(attention_mask.dtype)], dim=1)
+    read = torch.cat([prompts.mask, sample.mask], dim=1)
     for objective, embedding in zip(objectives, sampled, strict=True):
         leaf = embedding.detach().requires_grad_(wanted)
-        objected, value = objective(torch.cat([objective.embeds(input_ids), leaf], dim=1), full_mask, columns)
+        embeds = torch.cat([objective.embeds(prompts.ids, below=policy.vocab_size), leaf], dim=1)
+        objected, value = objective(embeds, read, columns)
         gradient = None if wanted else torch.zeros_like(leaf)
         if wanted and objected.requires_grad:
             upstream = (-objective.weight * row_weights).to(objected.dtype)
@@ -329,21 +345,17 @@ def _reward_gradients(
             )
         values.append(value)
         # A reward that reads behind the end of a sequence still may not move it.
-        gradients.append(gradient * mask[..., None].to(gradient.dtype))
+        gradients.append(gradient * sample.mask[..., None].to(gradient.dtype))
     return torch.stack([value.to(torch.promote_types(value.dtype, torch.float32)) for value in values]), gradients
 
 
 @torch.no_grad()
 def score_completions(
-    objectives: Sequence[Objective],
-    input_ids: torch.Tensor,
-    attention_mask: torch.Tensor,
-    sample: Rollout,
-    columns: dict[str, Any],
+    objectives: Sequence[Objective], prompts: Prompts, sample: Rollout, columns: Columns
 ) -> torch.Tensor:
     """Values `[rewards, B]` of sampled tokens, without any gradient; for evaluation."""
-    mask = torch.cat([attention_mask, sample.mask.to(attention_mask.dtype)], dim=1)
-    ids = torch.cat([input_ids, sample.ids], dim=1)
+    mask = torch.cat([prompts.mask, sample.mask], dim=1)
+    ids = torch.cat([prompts.ids, sample.ids], dim=1)
     values = [objective(objective.embeds(ids), mask, columns)[1] for objective in objectives]
     return torch.stack([value.to(torch.promote_types(value.dtype, torch.float32)) for value in values])
 
@@ -351,21 +363,23 @@ def score_completions(
 def completion_logprobs(policy: LanguageModel, sample: Rollout) -> torch.Tensor:
     """The policy's log-probability of each token of completions that kept their hidden states, `[B, T]`; 0 behind the end."""
     assert sample.hidden is not None
-    head_input, weight = policy.head_input(sample.hidden)
     logprobs = [
-        linear_logprobs(head_input[:, span], weight, sample.ids[:, span].contiguous(), **policy.head_options(first))
-        for span, first in policy.allowed.spans(sample.ids.shape[1])
+        linear_logprobs(
+            head.hidden, head.weight, sample.ids[:, span].contiguous(), bias=head.bias, logit_softcap=head.softcap
+        )
+        for span, head in policy.heads(sample.hidden)
     ]
     return _of_completions(_joined(logprobs), sample)
 
 
 def _of_completions(values: torch.Tensor, sample: Rollout) -> torch.Tensor:
+    """Values of tokens `[B, T]`, 0 behind the end."""
     return torch.where(sample.mask.bool(), values, 0.0)
 
 
 def completion_kl(
     policy: LanguageModel,
-    referred: Referred,
+    ref_head: Head,
     hidden: torch.Tensor,
     sample: Rollout,
     eps: float = 0.0,
@@ -377,7 +391,7 @@ def completion_kl(
 
     Args:
         policy: the policy's parts.
-        referred: the reference's side.
+        ref_head: the reference's head over its hidden states, see `refer`.
         hidden: the policy's hidden states, `[B, T, H]`.
         sample: the completions.
         eps: stochastic support of the gradient.
@@ -386,25 +400,27 @@ def completion_kl(
     Raises:
         ValueError: a reference with another softcap, or without a row for a token that the policy allows.
     """
-    if referred.softcap != policy.softcap:
+    if ref_head.softcap != policy.softcap:
         raise ValueError(
-            f"ref_model must cap its logits as the policy does: at {policy.softcap}, not {referred.softcap}"
+            f"ref_model must cap its logits as the policy does: at {policy.softcap}, not {ref_head.softcap}"
         )
-    head_input, weight = policy.head_input(hidden)
-    if (last := policy.allowed.last(len(weight))) >= len(referred.weight):
+    vocab_size = policy.vocab_size
+    if (last := policy.allowed.last(vocab_size)) >= len(ref_head.weight):
         raise ValueError(
-            f"ref_model must score every token that the policy samples: its LM head has {len(referred.weight)} rows, but "
+            f"ref_model must score every token that the policy samples: its LM head has {len(ref_head.weight)} rows, but "
             f"the policy samples tokens up to {last}"
         )
-    ref_weight, ref_bias = with_rows(referred.weight, len(weight)), referred.bias
+    ref_weight, ref_bias = with_rows(ref_head.weight, vocab_size), ref_head.bias
     if ref_bias is not None:
-        ref_bias = with_rows(ref_bias[:, None], len(weight))[:, 0]
+        ref_bias = with_rows(ref_bias[:, None], vocab_size)[:, 0]
     per_token = []
-    for span, first in policy.allowed.spans(hidden.shape[1]):
+    spans = policy.allowed.spans(hidden.shape[1])
+    for (span, first), (_, head) in zip(spans, policy.heads(hidden), strict=True):
         part = linear_kl(
-            head_input[:, span], weight, referred.hidden[:, span], ref_weight, eps=eps,
+            head.hidden, head.weight, ref_head.hidden[:, span], ref_weight, eps=eps,
             ref_bias=policy.allowed.bias(ref_weight, ref_bias, first),
-            noise=None if noise is None else _noise_of(sample, noise, span), **policy.head_options(first),
+            noise=None if noise is None else _noise_of(sample, noise, span),
+            bias=head.bias, logit_softcap=head.softcap,
         )  # fmt: skip
         per_token.append(part)
-    return torch.where(sample.mask.bool(), _joined(per_token), 0.0).sum(dim=1)
+    return _of_completions(_joined(per_token), sample).sum(dim=1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -10,18 +10,25 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from grade_kernels.training.records import Prompts
 from grade_kernels.training.text_rewards import is_async
 
 __all__ = [
     "TRANSFORMS",
+    "Columns",
     "DifferentiableReward",
     "NonFiniteRewardError",
     "Objective",
     "SequenceClassificationReward",
+    "check_gradient",
+    "check_reward_device",
     "reward_table",
     "right_padded",
     "weighted_sum",
 ]
+
+Columns = Mapping[str, object]
+"""The data set's other columns by name, each a list: keywords of the rewards."""
 
 OUTPUTS = ("probability", "log_odds", "raw")
 TRANSFORMS = ("probability", "log_probability", "logit")
@@ -266,10 +273,17 @@ class Objective:
         """The reward's embedding table `[V, D]`."""
         return reward_table(self.reward, self.name)
 
-    def embeds(self, ids: torch.Tensor) -> torch.Tensor:
-        """The rows `[..., D]` of the table at some tokens, or ValueError where it has none."""
+    def embeds(self, ids: torch.Tensor, *, below: int | None = None) -> torch.Tensor:
+        """The rows `[..., D]` of the table at some tokens, or ValueError where it has none.
+
+        Args:
+            ids: the tokens.
+            below: all of them are known to be below this. Where the table has as many rows, none needs to be looked at,
+                which would wait for the device.
+        """
         table = self.table
-        if int(ids.max()) >= len(table):
+        known = below is not None and below <= len(table)
+        if not known and int(ids.max()) >= len(table):
             raise ValueError(
                 f"{self.name} must have a row for every token it reads: its embedding table has {len(table)}, but a prompt "
                 f"or its padding has token {int(ids.max())}"
@@ -277,7 +291,7 @@ class Objective:
         return table[ids]
 
     def __call__(
-        self, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor, columns: dict[str, Any]
+        self, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor, columns: Columns
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """What is differentiated, and the value without graph, both `[B]` and without the weight.
 
@@ -312,6 +326,45 @@ class Objective:
             if rows:
                 raise NonFiniteRewardError(f"{named} is not finite in row(s) {rows} of the batch", rows)
         return objective, value.detach()
+
+
+def check_gradient(objective: Objective, prompts: Prompts, new_tokens: int, columns: Columns) -> None:
+    """A reward has a gradient on prompts with completions as long as they may become, or ValueError.
+
+    A reward may have fewer positions than the policy, so the completions, of some token, are as long as that.
+
+    Args:
+        objective: the reward.
+        prompts: some prompts.
+        new_tokens: the greatest length of a completion.
+        columns: keywords for the reward.
+    """
+    ids = torch.cat([prompts.ids, prompts.ids[:, -1:].expand(-1, new_tokens)], dim=1)
+    mask = F.pad(prompts.mask, (0, new_tokens), value=1)
+    check_reward_device(objective, ids.device)
+    embeds = objective.embeds(ids).requires_grad_()
+    try:
+        value, _ = objective(embeds.clone(), mask, columns)
+    except NonFiniteRewardError:
+        return  # the step that meets it names its prompts
+    except (IndexError, RuntimeError) as error:
+        raise ValueError(
+            f"{objective.name} fails on prompts with completions, {ids.shape[1]} tokens: {error}"
+        ) from error
+    gradient = None
+    if value.requires_grad:
+        (gradient,) = torch.autograd.grad(value.sum(), embeds, allow_unused=True)
+    if gradient is None:
+        raise ValueError(f"{objective.name} has no gradient: it must be differentiable in inputs_embeds")
+
+
+def check_reward_device(objective: Objective, device: torch.device) -> None:
+    """The reward's table is where the prompts are, or ValueError naming both."""
+    if objective.table.device != device:
+        raise ValueError(
+            f"{objective.name} has its embedding table on device {str(objective.table.device)!r}, but the prompts are on "
+            f"{str(device)!r}"
+        )
 
 
 def weighted_sum(objectives: Sequence[Objective], values: torch.Tensor) -> torch.Tensor:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from grade_kernels.noise import GumbelNoise
 from grade_kernels.ops import linear_gumbel_ste
 from grade_kernels.ops.repeated_sampler import RepeatedSampler
-from grade_kernels.training.policy import (
+from grade_kernels.training.model import (
     LanguageModel,
     cache_arguments,
     cache_of,
@@ -21,6 +19,7 @@ from grade_kernels.training.policy import (
     position_arguments,
     position_ids,
 )
+from grade_kernels.training.records import Ending, Prompts
 
 __all__ = ["Rollout", "noise_rows", "rollout"]
 
@@ -71,89 +70,107 @@ def noise_rows(noise: GumbelNoise, batch: int, time: int, device: torch.device) 
 @torch.no_grad()
 def rollout(
     policy: LanguageModel,
-    input_ids: torch.Tensor,
-    attention_mask: torch.Tensor,
-    *,
-    max_new_tokens: int,
+    prompts: Prompts,
+    ending: Ending,
     noise: GumbelNoise,
-    eos_token_ids: Sequence[int] = (),
-    pad_token_id: int = 0,
+    *,
     soft_tau: float | None = None,
     keep_hidden: bool = False,
 ) -> Rollout:
-    """Complete left-padded prompts in eval mode, until every sequence has ended or is `max_new_tokens` long.
+    """Complete prompts in eval mode, until every sequence has ended or is `ending.max_new_tokens` long.
 
     The noise of a token depends on its sequence and position alone, so a completion is the same in every batch (up to
     the rounding of a matrix product whose shape depends on the batch).
 
     Args:
         policy: the model; only tokens that it allows are sampled.
-        input_ids: int64 `[B, P]`.
-        attention_mask: `[B, P]`, 1 at real tokens.
-        max_new_tokens: where completions are cut off.
+        prompts: padded on the left.
+        ending: how completions end.
         noise: seed, and the sequences' identities in `row_ids` (see `noise_rows`).
-        eos_token_ids: tokens that end a sequence.
-        pad_token_id: what stands behind the end.
         soft_tau: None feeds the sampled token back; a number feeds back the mixture `softmax((l + g) / tau) @ E`.
         keep_hidden: keep the hidden states that the tokens were drawn from.
     """
     together = is_sharded(policy.model)
-    if not _reads(policy, attention_mask, together):
-        return _by_length(
-            policy, input_ids, attention_mask, together, max_new_tokens=max_new_tokens, noise=noise,
-            eos_token_ids=eos_token_ids, pad_token_id=pad_token_id, soft_tau=soft_tau, keep_hidden=keep_hidden,
-        )  # fmt: skip
-    device, batch = input_ids.device, input_ids.shape[0]
-    rows = noise_rows(noise, batch, max_new_tokens, device)
-    alive = torch.ones(batch, dtype=torch.bool, device=device)
-    ends = torch.tensor(list(eos_token_ids), dtype=torch.int64, device=device)
-    mask, positions = attention_mask, position_ids(attention_mask)
-    inputs: dict[str, torch.Tensor] = {"input_ids": input_ids}
-    cache, ids, masks, hiddens = None, [], [], []
-    sampler: RepeatedSampler | None = None
-    begins_apart = len(policy.allowed.spans(2)) > 1  # the mask of the first token is not that of the second
-    with evaluating(policy.model):
-        for time in range(max_new_tokens):
-            output = policy.backbone(
-                **inputs,
-                attention_mask=mask,
-                **cache_arguments(policy.backbone, cache),
-                **position_arguments(policy.backbone, positions),
-            )
-            cache = cache_of(output)
-            hidden = last_hidden_state(output)[:, -1]
-            head_input, weight = policy.head_input(hidden)
-            drawn = GumbelNoise(noise.seed, rows[:, time].contiguous())
-            if soft_tau is None:
-                if sampler is None or sampler.lm_head is not weight or (begins_apart and time == 1):
-                    sampler = RepeatedSampler(weight, **policy.head_options(first=time == 0))
-                token = sampler(head_input, drawn)
-            else:
-                mixture, token, _ = linear_gumbel_ste(
-                    head_input, weight, policy.table, soft_tau, estimator="soft", noise=drawn,
-                    **policy.head_options(first=time == 0),
-                )  # fmt: skip
-            token = torch.where(alive, token, pad_token_id)
-            ids.append(token)
-            masks.append(alive)
-            if keep_hidden:
-                hiddens.append(hidden)
-            mask = torch.cat([mask, alive[:, None].to(mask.dtype)], dim=1)
-            alive = alive & ~torch.isin(token, ends)
-            if not _any(alive, together):
-                break
-            positions = positions[:, -1:] + 1
-            if soft_tau is None:
-                inputs = {"input_ids": token[:, None]}
-            else:
-                assert isinstance(mixture, torch.Tensor)
-                inputs = {"inputs_embeds": mixture[:, None] * policy.embed_scale}
-    return Rollout(
-        torch.stack(ids, 1),
-        torch.stack(masks, 1).long(),
-        rows[:, : len(ids)],
-        torch.stack(hiddens, 1) if keep_hidden else None,
-    )
+    decode = _Decode(policy, ending, noise.seed, soft_tau, keep_hidden, together)
+    rows = noise_rows(noise, len(prompts), ending.max_new_tokens, prompts.ids.device)
+    if _reads(policy, prompts, together):
+        return decode(prompts, rows)
+    # Where processes must keep step, each takes its prompts one by one; otherwise all of one length together.
+    groups = torch.arange(len(prompts), device=rows.device) if together else prompts.lengths
+    order, parts = [], []
+    for group in groups.unique().tolist():
+        chosen = (groups == group).nonzero()[:, 0]
+        parts.append(decode(prompts.rows(chosen), rows[chosen]))
+        order.append(chosen)
+    return _joined(parts, torch.cat(order), rows, ending.pad)
+
+
+@dataclass(frozen=True)
+class _Decode:
+    """Completes prompts that the policy reads as they are, step by step behind a key-value cache."""
+
+    policy: LanguageModel
+    ending: Ending
+    seed: int | torch.Tensor
+    soft_tau: float | None
+    keep_hidden: bool
+    together: bool
+
+    def __call__(self, prompts: Prompts, rows: torch.Tensor) -> Rollout:
+        """Completions of prompts whose tokens are drawn with the noise of `rows`, `[B, max_new_tokens]`."""
+        policy, ending = self.policy, self.ending
+        device = prompts.ids.device
+        alive = torch.ones(len(prompts), dtype=torch.bool, device=device)
+        ends = torch.tensor(list(ending.eos), dtype=torch.int64, device=device)
+        mask, positions = prompts.mask, position_ids(prompts.mask)
+        inputs: dict[str, torch.Tensor] = {"input_ids": prompts.ids}
+        cache, ids, masks, hiddens = None, [], [], []
+        sampler: RepeatedSampler | None = None
+        begins_apart = len(policy.allowed.spans(2)) > 1  # the mask of the first token is not that of the second
+        with evaluating(policy.model):
+            for time in range(ending.max_new_tokens):
+                output = policy.backbone(
+                    **inputs,
+                    attention_mask=mask,
+                    **cache_arguments(policy.backbone, cache),
+                    **position_arguments(policy.backbone, positions),
+                )
+                cache = cache_of(output)
+                hidden = last_hidden_state(output)[:, -1]
+                head, first = policy.unmasked_head(hidden), time == 0
+                drawn = GumbelNoise(self.seed, rows[:, time].contiguous())
+                if self.soft_tau is None:
+                    if sampler is None or sampler.lm_head is not head.weight or (begins_apart and time == 1):
+                        bias = policy.head(hidden, first).bias
+                        sampler = RepeatedSampler(head.weight, bias=bias, logit_softcap=head.softcap)
+                    token = sampler(head.hidden, drawn)
+                else:
+                    head = policy.head(hidden, first)
+                    mixture, token, _ = linear_gumbel_ste(
+                        head.hidden, head.weight, policy.table, self.soft_tau, estimator="soft", noise=drawn,
+                        bias=head.bias, logit_softcap=head.softcap,
+                    )  # fmt: skip
+                token = torch.where(alive, token, ending.pad)
+                ids.append(token)
+                masks.append(alive)
+                if self.keep_hidden:
+                    hiddens.append(hidden)
+                mask = torch.cat([mask, alive[:, None].to(mask.dtype)], dim=1)
+                alive = alive & ~torch.isin(token, ends)
+                if not _any(alive, self.together):
+                    break
+                positions = positions[:, -1:] + 1
+                if self.soft_tau is None:
+                    inputs = {"input_ids": token[:, None]}
+                else:
+                    assert isinstance(mixture, torch.Tensor)
+                    inputs = {"inputs_embeds": mixture[:, None] * policy.embed_scale}
+        return Rollout(
+            torch.stack(ids, 1),
+            torch.stack(masks, 1).long(),
+            rows[:, : len(ids)],
+            torch.stack(hiddens, 1) if self.keep_hidden else None,
+        )
 
 
 def _any(alive: torch.Tensor, together: bool) -> bool:
@@ -165,53 +182,44 @@ def _any(alive: torch.Tensor, together: bool) -> bool:
     return bool(some)
 
 
-def _reads(policy: LanguageModel, attention_mask: torch.Tensor, together: bool) -> bool:
+def _reads(policy: LanguageModel, prompts: Prompts, together: bool) -> bool:
     """Whether the policy reads these rows as they are: none is padded, or its padding does no harm.
 
     In eager attention the softmax is in float32, where float64's mask value is -inf: a padded row is NaN, and spreads.
     """
     eager = getattr(policy.model.config, "_attn_implementation", None) == "eager"
     harmless = policy.reads_left_padding and not (eager and policy.table.dtype == torch.float64)
-    # Processes that must keep step can't go by the padding of their own rows: they take rows one by one.
-    return harmless or (bool(attention_mask.all()) and not (together and len(attention_mask) > 1))
+    if harmless:
+        return True
+    # The layers of a sharded model run on all processes together, so every process must make the same number of forward
+    # passes. Whether its own rows are padded would tell each process something else. So all take their rows one by one.
+    alone = not together or len(prompts) == 1
+    return alone and bool(prompts.mask.all())
 
 
-def _by_length(
-    policy: LanguageModel,
-    input_ids: torch.Tensor,
-    attention_mask: torch.Tensor,
-    together: bool,
-    *,
-    noise: GumbelNoise,
-    **options: Any,
-) -> Rollout:
-    """`rollout` of the prompts of each length by themselves, so that none is padded."""
-    sequences = torch.arange(len(input_ids)) if noise.row_ids is None else noise.row_ids
-    lengths = attention_mask.ne(0).sum(dim=1)
-    # Where processes must keep step, each takes its prompts one by one.
-    groups = torch.arange(len(lengths), device=lengths.device) if together else lengths
-    parts, order = [], []
-    for group in groups.unique().tolist():
-        rows = (groups == group).nonzero()[:, 0]
-        length = int(lengths[rows[0]])
-        own = GumbelNoise(noise.seed, sequences.to(rows.device)[rows])
-        prompts = input_ids[rows, input_ids.shape[1] - length :]
-        parts.append(rollout(policy, prompts, torch.ones_like(prompts), noise=own, **options))
-        order.append(rows)
+def _joined(parts: list[Rollout], order: torch.Tensor, rows: torch.Tensor, pad: int) -> Rollout:
+    """Completions of several groups of prompts as one batch, filled up to the longest.
+
+    Args:
+        parts: the groups' completions.
+        order: `[B]`, which prompt each row of all groups together belongs to.
+        rows: `[B, max_new_tokens]`, the noise rows of all prompts.
+        pad: what tokens are filled up with.
+    """
     time = max(part.ids.shape[1] for part in parts)
-    back = torch.cat(order).argsort()
+    back = order.argsort()
 
-    def joined(tensors: list[torch.Tensor], fill: int = 0) -> torch.Tensor:
-        """All rows in their order, filled up to the longest part."""
-        filled = [tensor.new_full((tensor.shape[0], time, *tensor.shape[2:]), fill) for tensor in tensors]
-        for target, tensor in zip(filled, tensors, strict=True):
+    def filled(tensors: list[torch.Tensor], fill: int = 0) -> torch.Tensor:
+        """All rows in their order."""
+        whole = [tensor.new_full((tensor.shape[0], time, *tensor.shape[2:]), fill) for tensor in tensors]
+        for target, tensor in zip(whole, tensors, strict=True):
             target[:, : tensor.shape[1]] = tensor
-        return torch.cat(filled)[back]
+        return torch.cat(whole)[back]
 
     hidden = [part.hidden for part in parts if part.hidden is not None]
     return Rollout(
-        ids=joined([part.ids for part in parts], options["pad_token_id"]),
-        mask=joined([part.mask for part in parts]),
-        row_ids=noise_rows(GumbelNoise(noise.seed, sequences), len(input_ids), time, input_ids.device),
-        hidden=joined(hidden) if hidden else None,
+        ids=filled([part.ids for part in parts], pad),
+        mask=filled([part.mask for part in parts]),
+        row_ids=rows[:, :time],
+        hidden=filled(hidden) if hidden else None,
     )

@@ -8,20 +8,15 @@ import pytest
 import torch
 
 import grade_kernels as gk
-from grade_kernels import backends
 from tests.support.helpers import randn
+from tests.support.needs import needs, needs_backend
 
 pytestmark = pytest.mark.gpu
 
 
-@pytest.fixture(params=["torch", "triton", "cuda"])
+@pytest.fixture(params=[pytest.param(name, marks=needs_backend(name)) for name in ("torch", "triton", "cuda")])
 def gpu_backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """A backend that serves every call of the test on the GPU."""
-    if not torch.cuda.is_available():
-        pytest.skip("no GPU on this machine")
-    reason = backends.status()[request.param]
-    if reason is not None:
-        pytest.skip(f"backend {request.param}: {reason}")
     with gk.use_backend(request.param):
         yield request.param
 
@@ -42,11 +37,12 @@ def _assert_equal(found: list[torch.Tensor], expected: list[torch.Tensor]) -> No
         assert torch.equal(ours.cpu(), theirs.cpu()), i
 
 
+@pytest.mark.uncollect_if(
+    lambda gpu_backend: gpu_backend == "torch", "plain PyTorch operations are PyTorch's to capture"
+)
 @pytest.mark.parametrize("place", ["cuda", "cpu"])
 def test_captured_in_a_graph(gpu_backend: str, place: str) -> None:
     """A graph replays with whatever its logits and its seed hold by then; a seed on the host is a constant of it."""
-    if gpu_backend == "torch":
-        pytest.skip("plain PyTorch operations are PyTorch's to capture")
     logits, table = randn(8, 5000, device="cuda"), randn(5000, 16, device="cuda")
     seed = torch.tensor(1, device=place)
     noise = gk.GumbelNoise(seed)
@@ -95,10 +91,9 @@ def test_never_waits_for_the_device(gpu_backend: str) -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
+@needs("two GPUs", torch.cuda.device_count() > 1)
 def test_on_another_device(gpu_backend: str) -> None:
     """Tensors say where work is done, the current device does not, and it stays what it was."""
-    if torch.cuda.device_count() < 2:
-        pytest.skip("one GPU on this machine")
     results = []
     with torch.cuda.device(0):
         for device in ("cuda:0", "cuda:1"):
@@ -109,10 +104,11 @@ def test_on_another_device(gpu_backend: str) -> None:
     _assert_equal(*results)
 
 
+@pytest.mark.uncollect_if(
+    lambda gpu_backend: gpu_backend == "torch", "its results depend on the batch in the last bits"
+)
 def test_more_than_2_31_elements(gpu_backend: str) -> None:
     """The last rows of a tensor that 32 bits cannot index, against the same rows alone."""
-    if gpu_backend == "torch":
-        pytest.skip("its results depend on the batch in the last bits")
     vocab, last = 131_073, 8
     rows = 2**31 // vocab + 2 * last
     if torch.cuda.mem_get_info()[0] < 6 * rows * vocab * torch.bfloat16.itemsize:

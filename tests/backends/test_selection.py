@@ -10,6 +10,7 @@ import torch
 
 import grade_kernels as gk
 from grade_kernels import backends
+from tests.support.needs import needs_backend
 
 CPU = torch.device("cpu")
 
@@ -126,7 +127,7 @@ def test_unavailable_backend(missing: str, monkeypatch: pytest.MonkeyPatch) -> N
         gk.gumbel_sample(torch.zeros(1, 3))
 
 
-@pytest.mark.skipif(backends.status()["cpu"] is not None, reason=f"backend cpu: {backends.status()['cpu']}")
+@needs_backend("cpu")
 def test_backend_that_cannot_serve_the_device() -> None:
     logits = torch.zeros(1, 3, device="meta")
     with gk.use_backend("cpu"):

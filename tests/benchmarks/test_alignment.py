@@ -32,12 +32,13 @@ from benchmarks.alignment.methods.reinforce import Reinforce, leave_one_out
 from benchmarks.alignment.report import markdown, write_report
 from benchmarks.alignment.settings import Settings
 from benchmarks.alignment.study import Results, Study
-from benchmarks.alignment.tasks import Prompts, Task, demo, imdb, labelled_text
+from benchmarks.alignment.tasks import Task, demo, imdb, labelled_text
 from benchmarks.alignment.train import Point, Run, train
 from benchmarks.alignment.variance import spread
 from grade_kernels import GumbelNoise
 from grade_kernels.demo.config import CorpusConfig, PolicyConfig, RewardConfig
 from grade_kernels.demo.corpus import build_corpus
+from grade_kernels.training import Prompts
 from tests.support.training_models import CHECKPOINTING
 
 SETTINGS = Settings(
@@ -312,6 +313,7 @@ def test_a_study_from_runs_to_report_and_again(task, tmp_path, monkeypatch):
     assert markdown(again) == page
 
 
+@pytest.mark.takes_long("two processes import everything; what they run, one process runs in other tests")
 def test_several_processes_find_the_same(texts, tmp_path):
     methods = ("grade_ste", "reinforce")
     settings = dataclasses.replace(SETTINGS, seeds=(0,), frontier_betas=(), variance_sets=1)
@@ -352,8 +354,8 @@ def test_prompts_are_new_to_everybody(texts, task):
 def test_nothing_ends_a_completion_unless_texts_end(texts, task, tmp_path):
     endless = labelled_text.build(texts, tmp_path, CONSOLE, config=dataclasses.replace(CONFIG, ends=False))
     end = endless.tokenizer.eos_token_id
-    assert task.end == end
-    assert endless.end is None
+    assert task.ending.eos == (end,)
+    assert endless.ending.eos == ()
     drawn = complete(endless.start(), endless, Batch(endless.test, GumbelNoise(0)))
     assert drawn.mask.all()
     assert drawn.ids.shape[1] == endless.max_new_tokens

@@ -16,8 +16,9 @@ from grade_kernels.backends.triton.sizes import HeadTile
 from grade_kernels.backends.triton.targets import INTERPRETED
 from grade_kernels.inspection import traffic
 from tests.support.helpers import resize
+from tests.support.needs import needs
 
-pytestmark = pytest.mark.skipif(not INTERPRETED, reason="kernels are compiled here, not interpreted")
+pytestmark = needs("Triton's interpreter", bool(INTERPRETED))
 
 fused = get("triton")
 NOISE = Noise(torch.tensor(-2401053089206453570), None, 0)

@@ -12,9 +12,10 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import grade_kernels as gk
 from tests.support.helpers import raises
+from tests.support.needs import needs
 
 N, H, V, D = 4, 3, 5, 2
-pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch was built without torch.distributed")
+pytestmark = needs("torch.distributed", dist.is_available())
 
 
 @pytest.fixture(scope="module")

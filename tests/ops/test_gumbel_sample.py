@@ -21,8 +21,7 @@ from tests.support.helpers import (
     truth_noise,
 )
 
-# A test may say otherwise about thinning.
-pytestmark = [pytest.mark.usefixtures("poison"), pytest.mark.thin(3)]
+pytestmark = pytest.mark.usefixtures("poison")
 
 
 def truth_scores(logits: torch.Tensor, noise: gk.GumbelNoise) -> torch.Tensor:
@@ -31,7 +30,6 @@ def truth_scores(logits: torch.Tensor, noise: gk.GumbelNoise) -> torch.Tensor:
     return flat + truth_noise(noise, *flat.shape)
 
 
-@pytest.mark.thin(7)
 @pytest.mark.parametrize("mask", [False, True], ids=["open", "masked"])
 @pytest.mark.parametrize("vocab", ODD_VOCABS)
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -70,7 +68,6 @@ def test_large_vocabulary(backend: str, device: str) -> None:
     assert_same_ids(gk.gumbel_sample(logits, noise=noise), truth_scores(logits, noise), torch.bfloat16)
 
 
-@pytest.mark.thin(3)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_strides(backend: str, device: str, rows: int, layout: str, dtype: torch.dtype) -> None:
@@ -97,6 +94,7 @@ def test_expanded_rows(backend: str, device: str, interpreted: bool) -> None:
     assert torch.equal(ids.cpu(), truth_noise(gk.GumbelNoise(5), n, 37).argmax(1))
 
 
+@pytest.mark.cover(1)
 @pytest.mark.parametrize("dim", [0, 1, 2, -1, -2, -3])
 def test_dims(backend: str, device: str, dim: int) -> None:
     logits = randn(2, 3, 5, device=device)
@@ -106,6 +104,7 @@ def test_dims(backend: str, device: str, dim: int) -> None:
     assert_same_ids(ids, truth_scores(moved, gk.GumbelNoise(2)), torch.float32)
 
 
+@pytest.mark.cover(1)
 @pytest.mark.parametrize("shape", [(7,), (1, 7), (2, 1, 7), (2, 3, 4, 7), (0, 7), (2, 0, 7), (0, 0, 7), (0, 1)])
 def test_leading_shapes(backend: str, device: str, shape: tuple[int, ...]) -> None:
     logits = randn(*shape, device=device)

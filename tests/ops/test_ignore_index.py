@@ -13,7 +13,7 @@ import torch.nn.functional as F
 import grade_kernels as gk
 from tests.support.helpers import ESTIMATORS, leaf, noise_of, raises, randn
 
-pytestmark = [pytest.mark.usefixtures("poison"), pytest.mark.thin(3)]
+pytestmark = pytest.mark.usefixtures("poison")
 
 N, H, V, D = 6, 5, 11, 3
 KEPT, IGNORED = [0, 2, 5], [1, 3, 4]
@@ -187,10 +187,9 @@ def test_what_is_refused(backend: str, device: str, name: str, monkeypatch: pyte
             call(None, ignore_index=-100)
 
 
+@pytest.mark.uncollect_if(lambda interpreted: interpreted, "slow to compile, and no other code decides there")
 @pytest.mark.parametrize("name", ["linear_logprobs", "linear_gumbel_ste", "gumbel_ste_embedding"])
 def test_compiled(backend: str, device: str, interpreted: bool, name: str) -> None:
-    if interpreted:
-        pytest.skip("slow to compile, and no other code decides there")
     call, ids = calls(device)[name], ids_with(-100, device)
     torch._dynamo.reset()
     compiled = torch.compile(

@@ -13,6 +13,10 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 import grade_kernels as gk
 from tests.support.helpers import ESTIMATORS, leaf, masked, noise_of, randn
+from tests.support.needs import needs
+
+# What torch's machinery sees is the operation, whichever backend serves it.
+pytestmark = pytest.mark.cover(1)
 
 V, D, N = 17, 3, 2
 
@@ -76,7 +80,6 @@ def assert_all_close(ours: list, theirs: list) -> None:
 # --- torch.compile
 
 
-@pytest.mark.thin(3)
 @every_call
 def test_compile(backend: str, device: str, call: Callable[..., tuple[torch.Tensor, ...]]) -> None:
     """One graph, forward and backward, that other values of seed and tau tensors do not recompile."""
@@ -89,11 +92,10 @@ def test_compile(backend: str, device: str, call: Callable[..., tuple[torch.Tens
     assert counter.frame_count == 1
 
 
+@pytest.mark.uncollect_if(lambda backend: backend == "reference", "slow to compile, and no other code decides there")
 @pytest.mark.parametrize("name", ["gumbel_sample", "gumbel_ste", "gumbel_ste_embedding soft"])
 def test_compile_with_numbers(backend: str, device: str, interpreted: bool, name: str) -> None:
     """An annealed float tau costs one more compilation, when it turns out to vary (it may restart once)."""
-    if backend == "reference":
-        pytest.skip("slow to compile, and no other code decides there")
     call = CALLS[name]
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(with_seed(call), backend=counter, fullgraph=True)
@@ -118,10 +120,9 @@ def test_compile_without_noise(backend: str, device: str, interpreted: bool, nam
     assert not torch.equal(runs[0][0], runs[2][0])
 
 
+@pytest.mark.uncollect_if(lambda backend: backend == "reference", "slow to compile, and no other code decides there")
 def test_compile_with_row_ids_and_an_int_seed(backend: str, device: str) -> None:
     """The whole noise made inside the graph, on a shard, for any number of rows without recompiling for each."""
-    if backend == "reference":
-        pytest.skip("slow to compile, and no other code decides there")
     counter = CompileCounterWithBackend("aot_eager")
 
     def f(logits: torch.Tensor, row_ids: torch.Tensor) -> torch.Tensor:
@@ -136,10 +137,9 @@ def test_compile_with_row_ids_and_an_int_seed(backend: str, device: str) -> None
     assert counts[0] == counts[-1]
 
 
+@pytest.mark.uncollect_if(lambda backend: backend == "reference", "slow to compile, and no other code decides there")
 def test_compile_with_an_int_seed_that_changes(backend: str, device: str) -> None:
     """An int costs one more compilation, when it turns out to vary; a tensor none."""
-    if backend == "reference":
-        pytest.skip("slow to compile, and no other code decides there")
     counter = CompileCounterWithBackend("aot_eager")
 
     def f(logits: torch.Tensor, seed: int) -> torch.Tensor:
@@ -224,11 +224,12 @@ def op_arguments(backend: str, device: str) -> dict[str, list[tuple]]:
     return arguments
 
 
+@pytest.mark.uncollect_if(
+    lambda backend: backend == "reference", "the reference registers no operation: it is plain autograd"
+)
 @pytest.mark.usefixtures("poison")
 def test_every_operation_passes_opcheck(backend: str, device: str, interpreted: bool) -> None:
     """With poisoned memory: an output that a kernel leaves unwritten differs between two runs."""
-    if backend == "reference":
-        pytest.skip("the reference registers no operation: it is plain autograd")
     registered = {
         name.split("::")[1].split(".")[0]
         for name in torch._C._dispatch_get_all_op_names()
@@ -247,15 +248,15 @@ def test_every_operation_passes_opcheck(backend: str, device: str, interpreted: 
 # --- autocast
 
 
-@pytest.mark.thin(3)
+@pytest.mark.uncollect_if(
+    lambda backend: backend == "reference", "plain autograd: its backward follows the autocast that it runs in"
+)
 @every_call
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_changes_nothing(
     backend: str, device: str, call: Callable[..., tuple[torch.Tensor, ...]], dtype: torch.dtype
 ) -> None:
     """Arithmetic inside an operation is its own: what float32 logits give does not depend on autocast around it."""
-    if backend == "reference":
-        pytest.skip("plain autograd: its backward follows the autocast that it runs in")
     arguments = (device, torch.tensor(0.5, device=device), torch.tensor(1, device=device))
     expected = results(with_seed(call), *arguments)
     with torch.autocast(device, dtype):
@@ -280,7 +281,6 @@ def test_autocast_through_a_head(backend: str, device: str) -> None:
 # --- PyTorch's defaults
 
 
-@pytest.mark.thin(3)
 @every_call
 @pytest.mark.parametrize("default", [torch.float64, torch.bfloat16, torch.device("meta")], ids=str)
 def test_defaults_change_nothing(
@@ -297,7 +297,7 @@ def test_defaults_change_nothing(
 # --- checkpoint
 
 
-@pytest.mark.thin(5)
+@pytest.mark.uncollect_if(lambda call: call is CALLS["gumbel_sample"], "has no gradient to recompute for")
 @every_call
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("given", [False, True], ids=["drawn", "given"])
@@ -305,8 +305,6 @@ def test_checkpoint(
     backend: str, device: str, call: Callable[..., tuple[torch.Tensor, ...]], reentrant: bool, given: bool
 ) -> None:
     """Recomputation draws the same noise: from the restored generator, or from the noise that was given."""
-    if call is CALLS["gumbel_sample"]:
-        pytest.skip("has no gradient to recompute for")
     noise = gk.GumbelNoise(torch.tensor(3, device=device)) if given else None
     seen: list[list[torch.Tensor]] = []
 
@@ -359,10 +357,9 @@ def test_training_step_with_double_use(backend: str, device: str) -> None:
     torch.testing.assert_close(table.grad, total[1])
 
 
+@pytest.mark.uncollect_if(lambda backend: backend == "reference", "plain autograd saves probabilities, not logits")
 def test_inputs_changed_between_forward_and_backward_are_noticed(backend: str, device: str) -> None:
     """Backward reads the logits again, so autograd must refuse when they have been overwritten."""
-    if backend == "reference":
-        pytest.skip("plain autograd saves probabilities, not logits")
     logits = leaf(randn(N, V, device=device)) * 1
     y = gk.gumbel_softmax(logits, 0.5, noise=noise_of())
     logits.add_(1)
@@ -370,12 +367,11 @@ def test_inputs_changed_between_forward_and_backward_are_noticed(backend: str, d
         y.square().sum().backward()
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system cannot fork")
+@pytest.mark.uncollect_if(lambda backend, device: device != "cpu" or backend == "triton", "memory is torch's own")
+@needs("a system that can fork", hasattr(os, "fork"))
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_fork_writes_to_a_one_hot_of_its_own(backend: str, device: str) -> None:
     """Also to a large one, which may stand on memory that a backend maps itself."""
-    if device != "cpu" or backend == "triton":
-        pytest.skip("memory is torch's own")
     y = gk.gumbel_ste(torch.zeros(2, 2**19), noise=noise_of())
     child = os.fork()
     if child == 0:

@@ -14,8 +14,8 @@ from torch.utils.checkpoint import checkpoint
 import grade_kernels as gk
 from tests.support.helpers import ESTIMATORS, leaf, noise_of, randn
 
-# A test may say otherwise about thinning.
-pytestmark = pytest.mark.thin(3)
+# What torch's machinery sees is the operation, whichever backend serves it.
+pytestmark = pytest.mark.cover(1)
 
 N, H, V, D = 3, 4, 19, 2
 
@@ -89,11 +89,15 @@ def seeded(call: Callable[..., Any]) -> Callable[..., Any]:
 # --- torch.compile
 
 
+@pytest.mark.uncollect_if(
+    lambda backend, interpreted, call: (
+        backend == "reference" or (interpreted and call not in (CALLS["ste 0.05"], CALLS["statistics exact"]))
+    ),
+    "slow, and no other code decides there",
+)
 @every_call
 def test_compile(backend: str, device: str, interpreted: bool, call: Callable[..., Any]) -> None:
     """One graph, forward and backward, that other values of seed and tau do not recompile, whatever the support."""
-    if backend == "reference" or (interpreted and call not in (CALLS["ste 0.05"], CALLS["statistics exact"])):
-        pytest.skip("slow, and no other code decides there")
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(seeded(call), backend=counter, fullgraph=True)
     for tau, seed in ((0.5, 1), (0.7, 2), (1.3, -3)):
@@ -118,10 +122,9 @@ def test_compile_of_rounded_statistics(backend: str, device: str) -> None:
     assert counter.frame_count == 1
 
 
+@pytest.mark.uncollect_if(lambda backend: backend not in ("reference", "torch"), "meta tensors are served by these two")
 def test_shapes_without_data(backend: str, device: str) -> None:
     """Where no graph is wanted, no shape depends on values, so even meta tensors pass through."""
-    if backend not in ("reference", "torch"):
-        pytest.skip("meta tensors are served by these two")
     hidden, head, table = (torch.empty(*shape, device="meta") for shape in ((2, N, H), (V, H), (V, D)))
     ids = torch.empty(2, N, dtype=torch.int64, device="meta")
     out = gk.linear_gumbel_ste(hidden, head, table, noise=gk.GumbelNoise(1))
@@ -143,9 +146,10 @@ def test_compile_by_default() -> None:
         )
 
 
+@pytest.mark.uncollect_if(
+    lambda backend, interpreted: backend == "reference" or interpreted, "slow, and no other code decides there"
+)
 def test_compile_with_any_number_of_rows(backend: str, device: str, interpreted: bool) -> None:
-    if backend == "reference" or interpreted:
-        pytest.skip("slow, and no other code decides there")
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(seeded(_ste("ste", 0.05)), backend=counter, fullgraph=True, dynamic=True)
     counts = []
@@ -205,14 +209,14 @@ def op_arguments(backend: str, device: str) -> dict[str, list[tuple]]:
     return arguments
 
 
-@pytest.mark.thin(1)
+@pytest.mark.uncollect_if(
+    lambda backend: backend == "reference", "the reference registers no operation: it is plain autograd"
+)
 @pytest.mark.usefixtures("poison")
 @pytest.mark.parametrize("name", ["linear_gumbel_sample", "linear_gumbel_ste", "linear_gumbel_ste_backward",
                                   "linear_statistic", "linear_statistic_backward"])  # fmt: skip
 def test_opcheck(backend: str, device: str, interpreted: bool, name: str) -> None:
     """With poisoned memory: an output that a kernel leaves unwritten differs between two runs."""
-    if backend == "reference":
-        pytest.skip("the reference registers no operation: it is plain autograd")
     registered = {
         x.split("::")[1].split(".")[0]
         for x in torch._C._dispatch_get_all_op_names()
@@ -291,12 +295,13 @@ def test_defaults_change_nothing(
 # --- checkpoint
 
 
+@pytest.mark.uncollect_if(
+    lambda interpreted, name: interpreted and name not in ("ste 0.05", "statistics exact"), "slow in the interpreter"
+)
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("name", [name for name in CALLS if name != "sample"])
 def test_checkpoint(backend: str, device: str, interpreted: bool, name: str, reentrant: bool) -> None:
     """Recomputation finds the noise again: the generator's, restored."""
-    if interpreted and name not in ("ste 0.05", "statistics exact"):
-        pytest.skip("slow in the interpreter")
     call, seen = CALLS[name], []
 
     def body(*args: Any) -> tuple[torch.Tensor, ...]:
@@ -376,10 +381,9 @@ def test_backward_that_reaches_no_output(backend: str, device: str) -> None:
     assert hidden.grad is None or not hidden.grad.any()
 
 
+@pytest.mark.uncollect_if(lambda backend: backend == "reference", "plain autograd saves what it saves")
 def test_inputs_changed_between_forward_and_backward_are_noticed(backend: str, device: str) -> None:
     """Backward reads hidden states, head and tables again."""
-    if backend == "reference":
-        pytest.skip("plain autograd saves what it saves")
     for changed in range(3):
         tensors = [leaf(x) * 1 for x in (randn(N, H, device=device), randn(V, H, device=device, seed=1),
                                          randn(V, D, device=device, seed=3))]  # fmt: skip
@@ -390,10 +394,9 @@ def test_inputs_changed_between_forward_and_backward_are_noticed(backend: str, d
             out.embedding.sum().backward()
 
 
+@pytest.mark.uncollect_if(lambda backend: backend == "reference", "plain autograd has them")
 def test_second_derivatives_are_refused(backend: str, device: str) -> None:
     """They are not implemented: an error or a warning, never silent zeros."""
-    if backend == "reference":
-        pytest.skip("plain autograd has them")
     hidden, head = leaf(randn(N, H, device=device)), randn(V, H, device=device, seed=1)
     value = gk.linear_entropy(hidden, head, eps=0.0).sum()
     (first,) = torch.autograd.grad(value, hidden, create_graph=True)

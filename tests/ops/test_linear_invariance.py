@@ -72,7 +72,6 @@ def both(p: Problem, eps: float) -> list[torch.Tensor]:
     return [x for _, x, _ in pairs(answer, answer)] + statistics(p, eps)
 
 
-@pytest.mark.thin(5)
 @EPSES
 @every_estimator
 def test_chunks(backend: str, device: str, estimator: str, eps: float, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,7 +90,6 @@ def test_chunks(backend: str, device: str, estimator: str, eps: float, monkeypat
             torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance, msg=lambda m, i=i: f"result {i}: {m}")
 
 
-@pytest.mark.thin(3)
 @EPSES
 @every_estimator
 def test_batch_split_and_row_order(backend: str, device: str, interpreted: bool, estimator: str, eps: float) -> None:
@@ -122,7 +120,6 @@ def test_batch_split_and_row_order(backend: str, device: str, interpreted: bool,
     torch.testing.assert_close(sum(x.tables[0] for x in parts), whole.tables[0], rtol=2e-5, atol=2e-5)
 
 
-@pytest.mark.thin(3)
 @EPSES
 def test_statistics_of_a_row_do_not_depend_on_its_place(backend: str, device: str, eps: float) -> None:
     """With a noise, the entries that backward visits belong to seed and row identity, not to torch's generator."""
@@ -140,14 +137,12 @@ def test_statistics_of_a_row_do_not_depend_on_its_place(backend: str, device: st
         torch.testing.assert_close(b, expected, rtol=2e-5, atol=2e-5, msg=lambda m, i=i: f"result {i}: {m}")
 
 
-@pytest.mark.thin(3)
+@pytest.mark.uncollect_if(lambda interpreted, vocab: interpreted and vocab not in (1, 127), "slow in the interpreter")
 @EPSES
 @every_estimator
 @pytest.mark.parametrize("vocab", [1, 2, 17, 127, 1031])
 def test_sizes(backend: str, device: str, interpreted: bool, estimator: str, vocab: int, eps: float) -> None:
     """No row, one row, many; vocabularies below a tile and prime; odd widths. Exact where nothing is rounded."""
-    if interpreted and vocab not in (1, 127):
-        pytest.skip("slow in the interpreter")
     for n, features in ((0, 7), (1, 1), (5, 67), (33, 7)) if not interpreted else ((0, 7), (3, 1)):
         p = problem((n,), vocab, features, bias=True, tau="row", estimator=estimator, device=device)
         answer = run(p, eps)
@@ -169,7 +164,6 @@ def test_sizes(backend: str, device: str, interpreted: bool, estimator: str, voc
             assert (answer.bias.abs() <= 1e-5 + 1e-6 * size).all(), "one token has probability 1 whatever its logit"
 
 
-@pytest.mark.thin(3)
 @EPSES
 @every_estimator
 def test_two_runs_are_equal(backend: str, device: str, interpreted: bool, estimator: str, eps: float) -> None:
@@ -201,15 +195,13 @@ def test_seed_decides(backend: str, device: str) -> None:
     assert not torch.equal(runs[0][0], runs[0][1]), "two calls drew the same noise"
 
 
-@pytest.mark.thin(7)
+@pytest.mark.uncollect_if(lambda backend: backend == "reference", "the reference collects no support")
 @pytest.mark.parametrize("capacity", [0, 1, 3])
 @every_estimator
 def test_overflow_takes_the_dense_path(
     backend: str, device: str, estimator: str, capacity: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rows whose support does not fit are exact; the others keep their support."""
-    if backend == "reference":
-        pytest.skip("the reference collects no support")
     p = problem((5,), 131, 7, bias=True, tau="row", estimator=estimator, device=device, softcap=6.0,
                 table_dtypes=(torch.float32, torch.float32))  # fmt: skip
     # Two rows are so peaked that one entry is their support.
@@ -233,14 +225,12 @@ def test_overflow_takes_the_dense_path(
         assert x.isfinite().all()
 
 
-@pytest.mark.thin(3)
+@pytest.mark.uncollect_if(lambda backend: backend == "reference", "the reference collects no support")
 @every_estimator
 def test_rows_with_and_without_overflow(
     backend: str, device: str, estimator: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A mixture: peaked rows fit in the buffer, flat ones do not; gradients of shared tensors are the sum of both."""
-    if backend == "reference":
-        pytest.skip("the reference collects no support")
     p = problem((6,), 200, 8, estimator=estimator, tau=0.5, device=device, scale=0.02,
                 noise=noise_of(3, 6, device))  # fmt: skip
     hidden = p.hidden.clone()
@@ -271,9 +261,8 @@ def test_rows_with_and_without_overflow(
     torch.testing.assert_close(ours.tables[0], sparse.tables[0] + dense.tables[0], rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.uncollect_if(lambda backend: backend == "reference", "the reference collects no support")
 def test_overflow_of_statistics(backend: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if backend == "reference":
-        pytest.skip("the reference collects no support")
     p = problem((4,), 131, 7, bias=True, softcap=4.0, device=device)
     exact = statistics(p, 0.0)
     tiny_capacity(monkeypatch, 0)
@@ -294,15 +283,13 @@ def test_coarse_eps_keeps_what_is_certain(backend: str, device: str) -> None:
             torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-5)
 
 
-@pytest.mark.thin(5)
+@pytest.mark.uncollect_if(lambda backend: backend in ("reference", "torch"), "compared with itself")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @every_estimator
 def test_backends_agree_on_the_rounding(
     backend: str, device: str, interpreted: bool, estimator: str, dtype: torch.dtype
 ) -> None:
     """Gradients with eps are a function of the noise, hence the same on every backend (torch's, in float64, here)."""
-    if backend in ("reference", "torch"):
-        pytest.skip("compared with itself")
     n = 2 if interpreted else 9
     p = problem((n,), 67, 5, bias=True, tau="row", estimator=estimator, dtype=dtype, device=device)
     # Multiples of 1/8 and short sums: logits are the same in every dtype.

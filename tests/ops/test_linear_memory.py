@@ -16,17 +16,21 @@ import grade_kernels as gk
 from tests.support.helpers import ESTIMATORS, leaf, resize
 from tests.support.problems import Problem, allocations, problem, run, small_chunks, tiny_capacity
 
+pytestmark = [
+    pytest.mark.uncollect_if(lambda backend: backend == "reference", "the reference is dense"),
+    pytest.mark.uncollect_if(
+        lambda device, interpreted: device != "cpu" or interpreted,
+        "the account is that of the CPU allocator, and the interpreter's tensors are its own",
+    ),
+]
+
 N, V, H = 64, 16411, 3
 EPSES = pytest.mark.parametrize("eps", [0.0, 2**-5])
 
 
 @pytest.fixture
-def small(backend: str, device: str, interpreted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def small(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks far below N * V."""
-    if backend == "reference":
-        pytest.skip("the reference is dense")
-    if device != "cpu" or interpreted:
-        pytest.skip("the account is that of the CPU allocator, and the interpreter's tensors are its own")
     small_chunks(monkeypatch, gather=2**14)
     resize(monkeypatch, tile_buffer=2**14)
 

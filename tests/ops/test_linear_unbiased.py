@@ -25,9 +25,6 @@ from grade_kernels.ops.linear_gumbel_ste.sparse import SparseRows
 from tests.support.helpers import ESTIMATORS, leaf, randn, truth_noise
 from tests.support.problems import Problem, Tensor, flat, logits_of, problem, run, small_chunks, widened
 
-# A test may say otherwise about thinning.
-pytestmark = pytest.mark.thin(3)
-
 BATCHES, ROWS, VOCAB, FEATURES = 40, 48, 300, 5
 THRESHOLD = 7.15  # t quantile, 39 degrees of freedom, two-sided 1e-8
 EPS = 2**-1  # coarse, so that a wrong rule's bias (relative size eps or more) stands out of the rounding
@@ -97,28 +94,27 @@ def chunked(monkeypatch: pytest.MonkeyPatch) -> None:
     small_chunks(monkeypatch, gather=2**20)
 
 
-@pytest.fixture
-def rounding_backend(backend: str, interpreted: bool) -> str:
-    """Backends that round at all, and fast enough for statistics (test_support compares the interpreter's supports)."""
-    if backend == "reference":
-        pytest.skip("the reference is exact at every eps")
-    if interpreted:
-        pytest.skip("thousands of rows in Triton's interpreter; its supports are checked one by one instead")
-    return backend
+def on_rounding_backends(test: Callable[..., None]) -> Callable[..., None]:
+    """Marks a test for backends that round at all, and are fast enough for statistics."""
+    slow = "thousands of rows in Triton's interpreter; test_support compares its supports one by one instead"
+    test = pytest.mark.uncollect_if(lambda backend: backend == "reference", "the reference is exact at every eps")(test)
+    return pytest.mark.uncollect_if(lambda interpreted: interpreted, slow)(test)
 
 
+@on_rounding_backends
 @pytest.mark.usefixtures("chunked")
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("tau", [0.5, 1.0, 2.0])
 @pytest.mark.parametrize("estimator", ESTIMATORS)
-def test_embedding_path(rounding_backend: str, device: str, estimator: str, tau: float, shape: str) -> None:
+def test_embedding_path(backend: str, device: str, estimator: str, tau: float, shape: str) -> None:
     assert_unbiased(gumbel_draw(estimator, shape, tau, "embedding", device))
 
 
+@on_rounding_backends
 @pytest.mark.usefixtures("chunked")
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("estimator", ["ste", "soft", "reinmax"])
-def test_logprobs_path(rounding_backend: str, device: str, estimator: str, shape: str) -> None:
+def test_logprobs_path(backend: str, device: str, estimator: str, shape: str) -> None:
     assert_unbiased(gumbel_draw(estimator, shape, 0.7, "logprobs", device))
 
 
@@ -147,11 +143,12 @@ def statistic_draw(
     return draw
 
 
+@on_rounding_backends
 @pytest.mark.usefixtures("chunked")
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 @pytest.mark.parametrize("kind", ["logprobs", "kl", "entropy"])
-def test_statistics(rounding_backend: str, device: str, kind: str, temperature: float, shape: str) -> None:
+def test_statistics(backend: str, device: str, kind: str, temperature: float, shape: str) -> None:
     assert_unbiased(statistic_draw(kind, shape, temperature, device))
 
 
@@ -210,12 +207,14 @@ def wrong_uniform(patch: pytest.MonkeyPatch) -> None:
 MUTATIONS = (without_leave_one_out, dropped, own_probability, wrong_uniform)
 
 
+@pytest.mark.uncollect_if(
+    lambda mutation, estimator: mutation is wrong_uniform and estimator == "st",
+    "a word that is not the noise's needs no mixing",
+)
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("estimator", ["ste", "soft", "st"])
 def test_biased_rules_are_noticed(mutation: Callable[..., None], estimator: str) -> None:
     """The very same check fails for each way to get it wrong (`st` draws a word of its own: any uniform serves)."""
-    if mutation is wrong_uniform and estimator == "st":
-        pytest.skip("a word that is not the noise's needs no mixing")
     with gk.use_backend("torch"), pytest.MonkeyPatch.context() as patch:
         mutation(patch)
         with pytest.raises(AssertionError, match="biased"):
@@ -243,7 +242,8 @@ def test_biased_reinmax_is_noticed(mutation: Callable[..., None]) -> None:
 # --- the support itself
 
 
-def test_default_eps_is_unbiased_on_a_large_vocabulary(rounding_backend: str, device: str) -> None:
+@on_rounding_backends
+def test_default_eps_is_unbiased_on_a_large_vocabulary(backend: str, device: str) -> None:
     """2^-11, V of thousands: what a user gets."""
 
     draw = gumbel_draw("ste", "flat", 1.0, "embedding", device, rows=4, vocab=20011)
@@ -263,6 +263,7 @@ def expected_support(p: Problem, eps: float, domain: int, noisy: bool) -> tuple[
     return (logits / p.tau[:, None]).softmax(-1), uniform_from_words(words, torch.float64) * eps
 
 
+@pytest.mark.uncollect_if(lambda backend: backend == "reference", "the reference collects no support")
 @pytest.mark.parametrize("noisy", [True, False], ids=["scores", "softmax"])
 @pytest.mark.parametrize("eps", [2**-5, 0.9])
 @pytest.mark.parametrize("vocab", [1, 17, 300, 1031])
@@ -270,8 +271,6 @@ def test_support(
     backend: str, device: str, interpreted: bool, vocab: int, eps: float, noisy: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Exactly the tokens with p > u * eps, sorted by row and token, with their exact probabilities."""
-    if backend == "reference":
-        pytest.skip("the reference collects no support")
     small_chunks(monkeypatch)
     n = 2 if interpreted else 33
     row_ids = torch.arange(n, device=device) * 2**33 - 5
@@ -300,14 +299,13 @@ def test_support(
     assert clear.double().mean() > 0.99
 
 
+@pytest.mark.uncollect_if(lambda backend: backend == "reference", "the reference collects no support")
 @pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_gradient_on_a_support(
     backend: str, device: str, interpreted: bool, estimator: str, softcap: float | None
 ) -> None:
     """One draw, number by number: q = max(p, eps) on the support, and a mean without the entry's own rounding."""
-    if backend == "reference":
-        pytest.skip("the reference collects no support")
     n, eps = (2 if interpreted else 9), 2**-4
     p = problem((n,), 67, 5, bias=True, tau="row", estimator=estimator, softcap=softcap, scale=0.7, device=device,
                 table_dtypes=(torch.float32, torch.float32))  # fmt: skip
@@ -347,7 +345,8 @@ def test_gradient_on_a_support(
             torch.testing.assert_close(grad.double().cpu(), main[1].T @ d, rtol=5e-5, atol=5e-5)
 
 
-def test_overflow_does_not_bias(rounding_backend: str, device: str) -> None:
+@on_rounding_backends
+def test_overflow_does_not_bias(backend: str, device: str) -> None:
     """V = 4096 and eps 2^-9 leave room for 512 entries, just what a flat row needs on average.
 
     If a row is exact when many tokens happen to be kept and sparse when few are, the mean over draws is too small.

@@ -11,13 +11,16 @@ from grade_kernels.backends import Head
 from grade_kernels.backends.cpu.screen import Screen
 from grade_kernels.ops.repeated_sampler import RepeatedSampler
 from tests.support.helpers import randn
+from tests.support.needs import needs_backend
 
 STEPS = 40
 
 
-@pytest.fixture(autouse=True)
-def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(RepeatedSampler, "plain_steps", 0)
+def at_once(
+    weight: torch.Tensor, bias: torch.Tensor | None = None, logit_softcap: float | None = None
+) -> RepeatedSampler:
+    """A sampler that rules tokens out from its first step on."""
+    return RepeatedSampler(weight, bias=bias, logit_softcap=logit_softcap, plain_steps=0)
 
 
 def screen_of(sampler: RepeatedSampler) -> Screen:
@@ -45,7 +48,7 @@ def _steps(sampler: RepeatedSampler, hidden: torch.Tensor, **noise: object) -> t
 def test_tokens_are_those_of_the_operation(dtype: torch.dtype, rows: int, vocab: int, width: int) -> None:
     weight = randn(vocab, width, dtype=dtype)
     hidden = (randn(STEPS, rows, width, dtype=torch.float64, seed=1) * 3 / width**0.5).to(dtype)
-    sampler = RepeatedSampler(weight, bias=None, logit_softcap=None)
+    sampler = at_once(weight)
     ours, theirs = _steps(sampler, hidden)
     assert torch.equal(ours, theirs)
     if backends.select(weight.device, dtype) == "cpu" and dtype != torch.float64 and rows <= 8:
@@ -61,7 +64,7 @@ def test_with_everything(dtype: torch.dtype, softcap: float | None, start: int) 
     bias[::3] = -torch.inf
     weight, hidden = randn(1501, 40, dtype=dtype), randn(STEPS, 2, 3, 40, dtype=dtype, seed=1)
     ids = torch.tensor([5, -7, 2**40 + 3, 2**33, 0, 11])
-    sampler = RepeatedSampler(weight[:, ::2], bias=bias, logit_softcap=softcap)
+    sampler = at_once(weight[:, ::2], bias=bias, logit_softcap=softcap)
     ours, theirs = _steps(sampler, hidden[..., ::2], row_ids=ids, vocab_start=start)
     assert ours.shape == (STEPS, 2, 3)
     assert torch.equal(ours, theirs)
@@ -69,11 +72,10 @@ def test_with_everything(dtype: torch.dtype, softcap: float | None, start: int) 
 
 
 def _screen(weight: torch.Tensor):
-    if "cpu" not in backends.available_backends():
-        pytest.skip("the C++ library was not built")
     return Screen(Head(weight[:0], weight, None, None))
 
 
+@needs_backend("cpu")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_codes_are_within_their_slack(dtype: torch.dtype) -> None:
     """For states that are as bad as can be: along the errors themselves. Columns and rows differ by orders of magnitude."""
@@ -89,13 +91,14 @@ def test_codes_are_within_their_slack(dtype: torch.dtype) -> None:
     )
 
 
+@needs_backend("cpu")
 def test_a_column_that_outweighs_all_others_costs_nothing() -> None:
     """As in trained heads: without factors of columns, codes of all others would be zero and no token be ruled out."""
     weight = randn(4096, 128)
     weight[:, 5] += 300.0
     hidden = randn(STEPS, 2, 128, seed=1) / 3
     hidden[..., 5] /= 300
-    sampler = RepeatedSampler(weight, bias=None, logit_softcap=None)
+    sampler = at_once(weight)
     ours, theirs = _steps(sampler, hidden)
     assert torch.equal(ours, theirs)
     screen = _screen(weight)
@@ -105,16 +108,16 @@ def test_a_column_that_outweighs_all_others_costs_nothing() -> None:
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_what_is_not_finite_has_the_operations_error(value: float) -> None:
     weight, hidden = randn(301, 16), randn(2, 16, seed=1)
-    sampler = RepeatedSampler(weight, bias=None, logit_softcap=None)
+    sampler = at_once(weight)
     sampler(hidden, gk.GumbelNoise(0))
     hidden[1, 3] = value
     with pytest.raises(ValueError, match="row"):
         sampler(hidden, gk.GumbelNoise(0))
     weight[40, 2] = value
-    spoiled = RepeatedSampler(weight, bias=None, logit_softcap=None)
+    spoiled = at_once(weight)
     with pytest.raises(ValueError, match="row"):
         spoiled(randn(2, 16, seed=1), gk.GumbelNoise(0))
-    masked = RepeatedSampler(randn(301, 16), bias=torch.full((301,), -torch.inf), logit_softcap=None)
+    masked = at_once(randn(301, 16), bias=torch.full((301,), -torch.inf))
     with pytest.raises(ValueError, match="row"):
         masked(randn(2, 16, seed=1), gk.GumbelNoise(0))
 
@@ -125,9 +128,7 @@ def test_where_nothing_is_ruled_out_the_operation_is_asked() -> None:
     weight[torch.arange(60000), torch.arange(60000) % 32] = 1e6
     hidden = torch.zeros(3, 8, 32)
     hidden[:, :, 0] = 5.0
-    sampler = RepeatedSampler(
-        weight, bias=torch.where(torch.arange(60000) % 32 == 0, -torch.inf, 0.0), logit_softcap=None
-    )
+    sampler = at_once(weight, torch.where(torch.arange(60000) % 32 == 0, -torch.inf, 0.0))
     ours, theirs = _steps(sampler, hidden)
     assert torch.equal(ours, theirs)
     assert sampler._sampler is None or not screen_of(sampler).usable
@@ -135,7 +136,7 @@ def test_where_nothing_is_ruled_out_the_operation_is_asked() -> None:
 
 def test_under_autocast() -> None:
     weight, hidden = randn(997, 64), randn(STEPS, 4, 64, seed=1)
-    sampler = RepeatedSampler(weight, bias=None, logit_softcap=None)
+    sampler = at_once(weight)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         ours, theirs = _steps(sampler, hidden)
     assert torch.equal(ours, theirs)
@@ -143,7 +144,7 @@ def test_under_autocast() -> None:
 
 def test_the_default_dtype_changes_nothing() -> None:
     weight, hidden = randn(997, 64), randn(STEPS, 4, 64, seed=1)
-    sampler = RepeatedSampler(weight, bias=None, logit_softcap=None)
+    sampler = at_once(weight)
     torch.set_default_dtype(torch.float64)
     try:
         ours, theirs = _steps(sampler, hidden)

@@ -18,6 +18,7 @@ import torch
 import grade_kernels as gk
 from grade_kernels import _build, cli, doctor
 from tests.support import ROOT
+from tests.support.needs import needs_backend
 
 
 def python(*arguments, **environment):
@@ -183,7 +184,7 @@ def test_a_missing_compiler_can_be_made_an_error(source_tree):
     assert wheel is None
 
 
-@pytest.mark.skipif(_build.library_path() is None, reason="nothing can be compiled here")
+@needs_backend("cpu")
 def test_compile_error_is_the_reason(source_tree):
     shutil.rmtree(source_tree / "csrc")
     (source_tree / "csrc" / "cpu").mkdir(parents=True)
@@ -194,15 +195,21 @@ def test_compile_error_is_the_reason(source_tree):
         assert "what is wrong with it" in json.loads(archive.read("grade_kernels/_build_info.json"))["reason"]
 
 
-@pytest.mark.skipif(_build.library_path() is None, reason="nothing can be compiled here")
+@needs_backend("cpu")
 def test_wheel_serves_every_python(source_tree):
-    """A library of one small source stands in for csrc, which takes longer to compile than it is worth here."""
-    for source in (source_tree / "csrc" / "cpu").glob("*.cpp"):
+    """A library of two small sources stands in for csrc, which takes longer to compile than it is worth here.
+
+    They are of the same name, in different folders: both must be in the library.
+    """
+    for source in (source_tree / "csrc" / "cpu").rglob("*.cpp"):
         source.unlink()
-    (source_tree / "csrc" / "cpu" / "small.cpp").write_text(
-        "#include <torch/csrc/stable/library.h>\n"
-        'STABLE_TORCH_LIBRARY(grade_kernels_packaging, m) { m.def("nothing(Tensor x) -> Tensor"); }\n'
-    )
+    inner = source_tree / "csrc" / "cpu" / "inner"
+    inner.mkdir()
+    for folder, kind, name in ((inner.parent, "", "nothing"), (inner, "_FRAGMENT", "more")):
+        (folder / "small.cpp").write_text(
+            "#include <torch/csrc/stable/library.h>\n"
+            f'STABLE_TORCH_LIBRARY{kind}(grade_kernels_packaging, m) {{ m.def("{name}(Tensor x) -> Tensor"); }}\n'
+        )
     done, wheel = build_wheel(source_tree, GRADE_KERNELS_REQUIRE_CSRC="1")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "-py3-none-" in wheel.name
@@ -212,4 +219,5 @@ def test_wheel_serves_every_python(source_tree):
         library = next(name for name in names if name.startswith("grade_kernels/_C."))
         archive.extract(library, source_tree / "out")
     load = f"import torch; torch.ops.load_library({str(source_tree / 'out' / library)!r}); "
-    assert python("-c", load + "torch.ops.grade_kernels_packaging.nothing").returncode == 0
+    both = "torch.ops.grade_kernels_packaging.nothing, torch.ops.grade_kernels_packaging.more"
+    assert python("-c", load + both).returncode == 0

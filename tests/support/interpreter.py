@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import pytest
+
+INTERPRETED = pytest.mark.costs(8.0)  # a case in the interpreter, compiled code being 1: a rough ratio is enough
 
 
 class _Nothing:
@@ -16,7 +20,7 @@ class _Nothing:
 
 
 def quicken() -> None:
-    """Have the interpreter patch triton.language once a kernel, and look NumPy's dtypes up once.
+    """Have the interpreter patch triton.language once a kernel, look NumPy's dtypes up once, and check nothing in vain.
 
     It patches the language again for every device function that a kernel calls, though all of it is patched already:
     of that it only looks through the modules' members. A Triton whose interpreter is written in another way is left
@@ -58,8 +62,47 @@ def quicken() -> None:
             dtypes[name] = numpy_dtype(of)
         return dtypes[name]
 
+    options = interpreter.interpreter_builder.options
+    if not options.debug:  # sums that overflow are looked for all the same, and then nothing comes of it
+        interpreter.interpreter_builder.options = dataclasses.replace(options, sanitize_overflow=False)
     interpreter._patch_lang = patch
     interpreter._get_np_dtype = cached_dtype
+
+
+def share_shapes() -> None:
+    """Have blocks of one shape share what Triton's language derives from it, anew for each result of each operation.
+
+    No kernel changes a type or a shape. A Triton whose blocks hold something else is left alone.
+    """
+    from triton.language import core
+
+    make_type, make_tensor = core.block_type.__init__, core.tensor.__init__
+    scalar = core.tensor(None, core.float32)
+    if vars(core.block_type(core.float32, [4, 2])).keys() != {"element_ty", "shape", "numel", "name"}:
+        return
+    if vars(scalar).keys() != {"handle", "shape", "numel", "type", "dtype"}:
+        return
+    examples: dict[tuple[int, ...], tuple[Any, Any]] = {}  # a type and a tensor of each shape
+
+    def example(extents: tuple[int, ...]) -> tuple[Any, Any]:
+        if extents not in examples:
+            block = object.__new__(core.block_type)
+            make_type(block, core.float32, list(extents))
+            tensor = object.__new__(core.tensor)
+            make_tensor(tensor, None, block)
+            examples[extents] = block, tensor
+        return examples[extents]
+
+    def init_type(self: Any, element_ty: Any, shape: Any) -> None:
+        like, self.like = example(tuple([s.value if isinstance(s, core.constexpr) else s for s in shape]))
+        self.element_ty, self.shape, self.numel = element_ty, like.shape, like.numel
+        self.name = f"<{self.shape}, {element_ty}>"
+
+    def init_tensor(self: Any, handle: Any, type: Any) -> None:
+        like = type.like if type.is_block() else scalar
+        self.handle, self.type, self.dtype, self.shape, self.numel = handle, type, type.scalar, like.shape, like.numel
+
+    core.block_type.__init__, core.tensor.__init__ = init_type, init_tensor
 
 
 def settle() -> None:

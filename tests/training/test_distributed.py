@@ -33,7 +33,10 @@ def launch(mode: str, path: Path) -> None:
     assert run.returncode == 0, run.stderr
 
 
-@pytest.mark.parametrize("mode", ["ddp", "ddp-stream"])
+takes_long = pytest.mark.takes_long("three processes import everything; the other test of its kind decides nearly all")
+
+
+@pytest.mark.parametrize("mode", ["ddp", pytest.param("ddp-stream", marks=takes_long)])
 def test_two_processes_give_the_result_of_one(tmp_path, mode):
     launch(mode, tmp_path)
     result = torch.load(tmp_path / "result.pt")
@@ -46,6 +49,7 @@ def test_two_processes_give_the_result_of_one(tmp_path, mode):
         assert result["log"][name] == pytest.approx(expected[name], abs=1e-4)
 
 
+@takes_long
 def test_a_sharded_model_has_the_same_gradient(tmp_path):
     launch("fsdp", tmp_path)
     assert (tmp_path / "passed").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -262,7 +263,8 @@ def test_a_long_completion_is_drawn_as_a_short_one(monkeypatch):
     ids, mask = prompts()
     drawn = []
     for plain_steps in (4, 1000):
-        monkeypatch.setattr(RepeatedSampler, "plain_steps", plain_steps)
+        sampler = partial(RepeatedSampler, plain_steps=plain_steps)
+        monkeypatch.setattr("grade_kernels.training.rollout.RepeatedSampler", sampler)
         drawn.append(grade_loss(model, reward, ids, mask, noise=GumbelNoise(SEED), max_new_tokens=20, feedback_hops=0))
     assert drawn[0].completion_ids.shape[1] == 20
     assert torch.equal(drawn[0].completion_ids, drawn[1].completion_ids)

@@ -87,12 +87,27 @@ def test_accumulated_steps_are_one_large_step(tmp_path):
         assert whole.state.log_history[0][name] == pytest.approx(parts.state.log_history[0][name], abs=1e-4)
 
 
-def test_a_smaller_batch_of_a_step_has_noise_of_its_own(tmp_path, monkeypatch):
-    drawn = []
+@pytest.fixture
+def drawn(monkeypatch):
+    """Noises of training batches, as they are drawn."""
+    found = []
     noise = GRADETrainer._training_noise
     monkeypatch.setattr(
-        GRADETrainer, "_training_noise", lambda self, batch: drawn.append(noise(self, batch)) or drawn[-1]
+        GRADETrainer, "_training_noise", lambda self, batch: found.append(noise(self, batch)) or found[-1]
     )
+    return found
+
+
+def test_every_step_and_every_run_has_a_seed_of_its_own(tmp_path, drawn):
+    eight = Dataset.from_dict({"prompt": PROMPTS[:8]})
+    for seed in (1, 2):
+        build(tmp_path, dataset=eight, max_steps=2, gradient_accumulation_steps=2, seed=seed).train()
+    seeds = [int(n.seed) for n in drawn]
+    assert seeds[::2] == seeds[1::2], "the batches of a step differ by their rows"
+    assert len(set(seeds)) == 4
+
+
+def test_a_smaller_batch_of_a_step_has_noise_of_its_own(tmp_path, drawn):
     six = Dataset.from_dict({"prompt": PROMPTS[:6]})
     trainer = build(tmp_path, dataset=six, gradient_accumulation_steps=2, max_steps=1)
     trainer.train()

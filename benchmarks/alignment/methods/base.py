@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from benchmarks.alignment.settings import Settings
-from benchmarks.alignment.tasks import Prompts, Task
+from benchmarks.alignment.tasks import Task
 from grade_kernels import GumbelNoise
-from grade_kernels.training.policy import read_language_model
+from grade_kernels.training import Prompts
+from grade_kernels.training.model import read_language_model
 from grade_kernels.training.rollout import Rollout, rollout
 
 __all__ = [
@@ -108,11 +109,7 @@ def prompt_rows(count: int, sequences: torch.Tensor, seed: int) -> torch.Tensor:
 
 def complete(policy: nn.Module, task: Task, batch: Batch) -> Rollout:
     """A policy's completions of a batch."""
-    return rollout(
-        read_language_model(policy), batch.prompts.ids, batch.prompts.mask,
-        max_new_tokens=task.max_new_tokens, noise=batch.noise,
-        eos_token_ids=() if task.end is None else (task.end,), pad_token_id=task.pad,
-    )  # fmt: skip
+    return rollout(read_language_model(policy), batch.prompts, task.ending, batch.noise)
 
 
 def sample(world: World, batch: Batch) -> Rollout:

@@ -21,7 +21,7 @@ from benchmarks.alignment.methods.base import (
     sample,
     score,
 )
-from grade_kernels.training.policy import last_hidden_state
+from grade_kernels.training.model import last_hidden_state
 from grade_kernels.training.rollout import Rollout
 
 __all__ = ["PPO", "generalised_advantages", "masked_mean", "whiten"]

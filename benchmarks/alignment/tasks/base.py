@@ -2,40 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
-from grade_kernels.training import DifferentiableReward
+from grade_kernels.training import DifferentiableReward, Ending, Prompts
 
-__all__ = ["Prompts", "Task"]
-
-
-@dataclass(frozen=True)
-class Prompts:
-    """Prompts padded on the left, `[N, P]`."""
-
-    ids: torch.Tensor
-    mask: torch.Tensor
-
-    @classmethod
-    def of(cls, rows: Sequence[Sequence[int]], pad: int) -> Prompts:
-        """Tokens of several lengths, padded."""
-        longest = max(map(len, rows))
-        ids = torch.tensor([[pad] * (longest - len(row)) + list(row) for row in rows])
-        return cls(ids, torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows]))
-
-    def rows(self, rows: slice | torch.Tensor) -> Prompts:
-        """Some of the prompts, without padding that none of them needs."""
-        ids, mask = self.ids[rows], self.mask[rows]
-        start = ids.shape[1] - int(mask.sum(dim=1).max())
-        return Prompts(ids[:, start:], mask[:, start:])
-
-    def __len__(self) -> int:
-        return len(self.ids)
+__all__ = ["Task"]
 
 
 @dataclass(frozen=True)
@@ -75,12 +50,7 @@ class Task:
     judge: Callable[[str], bool] | None = None
 
     @property
-    def end(self) -> int | None:
-        """The token that ends a completion; None where nothing does."""
-        return int(self.tokenizer.eos_token_id) if self.ends else None
-
-    @property
-    def pad(self) -> int:
-        """What stands behind an end."""
-        pad = self.tokenizer.pad_token_id
-        return int(self.tokenizer.eos_token_id if pad is None else pad)
+    def ending(self) -> Ending:
+        """How completions end; an end of sequence doubles as padding where the tokenizer has none."""
+        end, pad = int(self.tokenizer.eos_token_id), self.tokenizer.pad_token_id
+        return Ending((end,) if self.ends else (), end if pad is None else int(pad), self.max_new_tokens)

@@ -8,11 +8,12 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks.alignment.tasks.base import Prompts, Task
+from benchmarks.alignment.tasks.base import Task
 from grade_kernels.demo.config import DemoConfig, settings_hash
 from grade_kernels.demo.corpus import POSITIVE, build_corpus, verdict_of
 from grade_kernels.demo.models import train_or_load_policy, train_or_load_reward
 from grade_kernels.demo.tokenizer import build_tokenizer, with_start
+from grade_kernels.training import Prompts
 
 __all__ = ["build"]
 

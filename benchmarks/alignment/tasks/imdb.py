@@ -19,10 +19,10 @@ from rich.progress import track
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from benchmarks.alignment.tasks.base import Prompts, Task
+from benchmarks.alignment.tasks.base import Task
 from grade_kernels.demo.cache import read_sealed, replace_directory
 from grade_kernels.demo.config import settings_hash
-from grade_kernels.training import SequenceClassificationReward
+from grade_kernels.training import Prompts, SequenceClassificationReward
 
 __all__ = ["build", "from_reviews"]
 

@@ -21,10 +21,11 @@ from tokenizers.trainers import BpeTrainer
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerFast
 
-from benchmarks.alignment.tasks.base import Prompts, Task
+from benchmarks.alignment.tasks.base import Task
 from grade_kernels.demo.config import PolicyConfig, RewardConfig, settings_hash
 from grade_kernels.demo.models import MAX_POSITIONS, Reviews, fit_policy, fit_reward
 from grade_kernels.demo.tokenizer import BOS, EOS, PAD
+from grade_kernels.training import Prompts
 
 __all__ = ["LabelledText", "TextConfig", "build", "read_csv"]
 

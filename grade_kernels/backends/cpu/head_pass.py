@@ -15,7 +15,7 @@ __all__ = ["SAMPLE", "SCORES", "SOFTMAX", "HeadPass"]
 
 SAMPLE, SCORES, SOFTMAX = range(3)  # csrc/cpu/head.h's kinds of passes
 _PIECES = 8  # kPieces of csrc/cpu
-_CANDIDATE_WORDS = 3  # int32 words of csrc/cpu/head.h's Candidate and of its Found
+_CANDIDATE_WORDS = 3  # int32 words of csrc/cpu/head.h's Candidate and of its Hit
 
 
 def _chunks(vocab: int, width: int) -> Iterator[slice]:

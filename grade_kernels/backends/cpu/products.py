@@ -1,4 +1,4 @@
-"""Products with a head's weight, by csrc/cpu/products.h where it has kernels, else by PyTorch.
+"""Products with a head's weight, by csrc/cpu/products/products.h where it has kernels, else by PyTorch.
 
 They are computed as `weight[chunk] @ hidden.T`, which is faster than its transpose. Hidden rows then lie side by side, one
 in each lane of the kernels that read the product, so no kernel has to add up the lanes of a vector.
@@ -20,12 +20,12 @@ LANES = 16  # kHeadLanes of csrc/cpu
 
 
 def has_product(x: torch.Tensor) -> bool:
-    """Whether products of x go to csrc/cpu/products.h."""
+    """Whether products of x go to csrc/cpu/products/products.h."""
     return x.numel() > 0 and x.dtype != torch.float64 and bool(cpu_kernels().has_product(x))
 
 
 def packed(x: torch.Tensor) -> torch.Tensor:
-    """x as csrc/cpu/products.h wants it."""
+    """x as csrc/cpu/products/products.h wants it."""
     out = x.new_empty(cpu_kernels().packed_numbers(x), dtype=torch.int16)
     cpu_kernels().product_pack(unit_stride(x), out)
     return out

@@ -12,18 +12,20 @@ import torch
 from grade_kernels import backends
 from grade_kernels.backends.cpu.products import packed
 from grade_kernels.backends.native import unit_stride
+from tests.support.needs import needs, needs_backend
 
 cpu = backends.get("cpu")
-pytestmark = pytest.mark.skipif("cpu" not in backends.available_backends(), reason="the C++ library was not built")
+pytestmark = needs_backend("cpu")
 
 
-@pytest.fixture(autouse=True)
-def kernels(request):
-    """Skips where torch's products serve; a test of float32 alone runs on any AVX-512."""
-    parameters = request.node.callspec.params if hasattr(request.node, "callspec") else {}
-    dtype = parameters.get("dtype", torch.bfloat16 if "bfloat16" in request.node.name else torch.float32)
-    if "isa" not in parameters and not torch.ops.grade_kernels_cpu.has_product(torch.empty(0, dtype=dtype)):
-        pytest.skip(f"this processor has neither AMX nor AVX-512 for {dtype}")
+def needs_product(dtype: torch.dtype) -> pytest.MarkDecorator:
+    """A product of the backend's own; on other processors torch's products serve."""
+    built, x = "cpu" in backends.available_backends(), torch.empty(0, dtype=dtype)
+    has = not built or torch.ops.grade_kernels_cpu.has_product(x)
+    return needs("AVX-512 or AMX" if dtype == torch.float32 else f"AVX-512 or AMX for {dtype}", has)
+
+
+needs_float32, needs_bfloat16 = needs_product(torch.float32), needs_product(torch.bfloat16)
 
 
 def _product(hidden, weight, dtype=None):
@@ -32,7 +34,11 @@ def _product(hidden, weight, dtype=None):
     return out[:, : len(hidden)]
 
 
-DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def parametrize_dtype(*dtypes: torch.dtype) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("dtype", [pytest.param(d, marks=needs_product(d), id=str(d)) for d in dtypes])
+
+
+DTYPES = parametrize_dtype(torch.float32, torch.bfloat16, torch.float16)
 
 
 @DTYPES
@@ -50,6 +56,7 @@ def test_a_product_is_at_least_as_exact_as_torchs(rows, vocab, width, dtype):
     assert error <= torchs + (2.0**-22 if dtype == torch.float32 else 2.0**-23)
 
 
+@needs_bfloat16
 @pytest.mark.parametrize("by_row", [False, True])
 def test_bfloat16_sums_are_rounded_only_if_asked(by_row):
     generator = torch.Generator().manual_seed(0)
@@ -65,6 +72,7 @@ def test_bfloat16_sums_are_rounded_only_if_asked(by_row):
     assert torch.equal(rounded, plain.bfloat16())
 
 
+@needs_float32
 @pytest.mark.parametrize("rows", [9, 16, 17, 33, 100])
 @pytest.mark.parametrize("vocab", [1, 15, 32, 47, 300])
 def test_by_row_it_is_the_same(rows, vocab):
@@ -79,6 +87,7 @@ def test_by_row_it_is_the_same(rows, vocab):
     assert torch.equal(cpu.product(x.T.contiguous().T, table.T.contiguous().T), _product(x, table).T)
 
 
+@needs_float32
 def test_its_error_is_about_half_of_torchs():
     generator = torch.Generator().manual_seed(0)
     hidden, weight = torch.randn(64, 1024, generator=generator), torch.randn(2000, 1024, generator=generator)
@@ -87,6 +96,7 @@ def test_its_error_is_about_half_of_torchs():
     assert error <= 0.75 * torchs
 
 
+@needs_float32
 def test_numbers_of_all_sizes():
     """Each part keeps float32's range; what is lost is lost to subnormal products only."""
     generator = torch.Generator().manual_seed(0)
@@ -111,6 +121,7 @@ def test_rows_apart_and_columns_of_a_wider_table(dtype):
         )
 
 
+@needs_bfloat16
 def test_bfloat16_infinities_and_nan_are_torchs():
     generator = torch.Generator().manual_seed(0)
     hidden, weight = (torch.randn(rows, 40, generator=generator).bfloat16() for rows in (33, 64))
@@ -118,6 +129,7 @@ def test_bfloat16_infinities_and_nan_are_torchs():
     assert torch.allclose(_product(hidden, weight), weight @ hidden.T, rtol=1e-2, atol=1e-2, equal_nan=True)
 
 
+@needs_float32
 def test_infinities_and_nan_of_the_table():
     generator = torch.Generator().manual_seed(0)
     hidden, weight = torch.randn(33, 40, generator=generator), torch.randn(64, 40, generator=generator)
@@ -131,6 +143,7 @@ def test_infinities_and_nan_of_the_table():
     assert (found[5] == -torch.inf).all()
 
 
+@needs_float32
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, 1e30])
 def test_what_diverged_is_not_finite_and_takes_no_longer(value):
     """A table or hidden states full of such numbers: nothing is taken one by one (that would be minutes)."""
@@ -140,6 +153,7 @@ def test_what_diverged_is_not_finite_and_takes_no_longer(value):
     assert not _product(x * value, table * value).isfinite().any()
 
 
+@needs_float32
 def test_a_row_of_hidden_that_is_not_finite_stays_alone():
     generator = torch.Generator().manual_seed(0)
     hidden, weight = torch.randn(20, 40, generator=generator), torch.randn(64, 40, generator=generator)
@@ -204,7 +218,7 @@ def test_weighted_sums_of_any_layout_rows_and_threads(dtype):
         torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@parametrize_dtype(torch.float32, torch.bfloat16)
 def test_weighted_sums_that_are_not_finite_are_torchs_and_stay_alone(dtype):
     generator = torch.Generator().manual_seed(0)
     values, table = torch.rand(40, 90, generator=generator), torch.randn(90, 50, generator=generator).to(dtype)
@@ -248,6 +262,7 @@ places = torch.arange(16).repeat(len(halves)), torch.arange(len(halves)).repeat_
 assert torch.equal(cpu.gather_dot(torch.eye(16), halves, *places), halves.float().flatten())
 from grade_kernels.backends.cpu.products import HeadProduct
 from grade_kernels.backends.torch import products as plain
+from tests.support.needs import needs, needs_backend
 def check(dtype):  # 16 bits, whether or not PyTorch has kernels for them here
     x, w, p = hidden.to(dtype), lm_head.to(dtype), torch.rand(5, 333, generator=generator).to(dtype)
     exact, close = x.double() @ w.double().T, dict(rtol=2 * torch.finfo(dtype).eps, atol=1e-2)

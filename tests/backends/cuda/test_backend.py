@@ -26,6 +26,7 @@ from grade_kernels.backends import Noise
 from grade_kernels.backends.cuda.backend import _seed
 from grade_kernels.noise import gumbel_from_words
 from tests.support import ROOT, cuda_host
+from tests.support.needs import needs
 from tests.support.rows import ROWS, SEED, logits_of
 
 CPU = torch.device("cpu")
@@ -36,9 +37,7 @@ PIECE, TILE = 8192, 2048  # of csrc/cuda
 @pytest.fixture
 def host() -> None:
     """The kernels, for CPU tensors."""
-    reason = cuda_host.load()
-    if reason is not None:
-        pytest.skip(reason)
+    cuda_host.load()
 
 
 @pytest.fixture
@@ -59,7 +58,7 @@ def test_never_chosen_by_itself(on_host: None) -> None:
     assert backends.select(torch.device("cuda"), torch.float32) in ("triton", "torch")
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@needs("a machine without a GPU", not torch.cuda.is_available())
 def test_says_why_it_is_not_available() -> None:
     reason = cuda.why_unavailable()
     assert reason is not None
@@ -273,7 +272,7 @@ def _build(tree: Path, fake_torch: Path) -> subprocess.CompletedProcess[str]:
     return done
 
 
-compiles = pytest.mark.skipif(shutil.which("c++") is None, reason="there is no C++ compiler")
+compiles = needs("a C++ compiler", shutil.which("c++"))
 
 
 @compiles
@@ -291,7 +290,8 @@ def test_left_out_without_a_word(cuda_version: str | None, reason: str, tmp_path
 
 
 @compiles
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
+@needs("nvcc on PATH", shutil.which("nvcc"))
+@pytest.mark.takes_long("half a minute of nvcc; what does not compile as C++ fails on the host")
 def test_builds_for_every_architecture_without_spills(tmp_path: Path) -> None:
     """The build itself, with ptxas asked for its report; the library loads as far as a machine without a GPU lets it."""
     nvcc = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout

@@ -17,11 +17,12 @@ triton = pytest.importorskip("triton", reason="Triton is not installed")
 import triton.language as tl  # noqa: E402
 
 from tests.support import ROOT  # noqa: E402
+from tests.support.needs import needs, needs_backend  # noqa: E402
 from tests.support.rows import DEVICE, ROWS, SEED, on, seed_tensor  # noqa: E402
 
 triton_backend = backends.get("triton")
 REASON = triton_backend.why_unavailable()
-runs = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+runs = needs_backend("triton")
 
 if REASON is None:
     from grade_kernels.backends.triton import philox
@@ -63,9 +64,8 @@ def test_importing_the_package_does_not_import_triton():
     assert done.stdout.strip() == "False"
 
 
+@needs("a machine without a GPU", not torch.cuda.is_available())
 def test_unavailable_without_driver_and_interpreter():
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU, so there is a driver")
     code = "from grade_kernels.backends import status; print(status()['triton'])"
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True, env=env)

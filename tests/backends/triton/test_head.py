@@ -15,6 +15,8 @@ if not torch.cuda.is_available():
 from grade_kernels.backends import Head, Noise, get
 from grade_kernels.backends.triton.sizes import HeadTile, TritonSizes
 from tests.support.helpers import resize
+from tests.support.interpreter import INTERPRETED
+from tests.support.needs import needs, needs_backend
 from tests.support.problems import tiny_capacity
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -22,7 +24,8 @@ pytest.importorskip("triton", reason="Triton is not installed")
 fused, plain = get("triton"), get("torch")
 REASON = fused.why_unavailable()
 DEVICE = "cuda" if torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1" else "cpu"
-runs = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+runs = needs_backend("triton")
+pytestmark = [INTERPRETED] if DEVICE == "cpu" else []
 SEED = -2401053089206453570
 ROWS = torch.tensor([5, -7, 2**40 + 3, 2**33, 0, 11])
 # (row id, token) under SEED whose word is below 256.
@@ -101,13 +104,14 @@ def arguments(case, dtype):
     return head, tau, row_ids, case.get("start", 0)
 
 
+@pytest.mark.uncollect_if(
+    lambda name, dtype: name == "many launches" and dtype != torch.bfloat16, "one dtype is enough"
+)
 @runs
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_scores_and_sample(name, dtype):
     case = CASES[name]
-    if name == "many launches" and dtype != torch.bfloat16:
-        pytest.skip("one dtype is enough")
     head, tau, row_ids, start = arguments(case, dtype)
     truth, truth_total, truth_support = plain.head_scores(
         double(head), tau.double(), noise(row_ids, start), case["eps"]
@@ -127,14 +131,15 @@ def test_scores_and_sample(name, dtype):
         close(a, b.cpu(), 1e-6)
 
 
+@pytest.mark.uncollect_if(
+    lambda name, dtype: name == "many launches" and dtype != torch.bfloat16, "one dtype is enough"
+)
 @runs
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("ref", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_softmax(name, ref, dtype):
     case = CASES[name]
-    if name == "many launches" and dtype != torch.bfloat16:
-        pytest.skip("one dtype is enough")
     head, tau, row_ids, start = arguments(case, dtype)
     other = make(head.hidden.shape[0], head.weight.shape[0], 24, dtype, True, None, seed=2) if ref else None
     truth, truth_support = plain.head_softmax(
@@ -395,7 +400,7 @@ def test_no_rows():
 
 
 @runs
-@pytest.mark.skipif(DEVICE != "cpu", reason="launches are watched in the interpreter")
+@needs("Triton's interpreter", DEVICE == "cpu")
 def test_arguments_are_aligned_for_any_number_of_rows(monkeypatch):
     """Triton compiles a kernel anew where they are not, and `inspect` looks at the code for those that are."""
     from triton.runtime.interpreter import GridExecutor

@@ -28,16 +28,23 @@ FLAGS = ["-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden"]
 FLAGS += ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-isystem", str(TORCH / "include"), "-I", str(ROOT / "csrc")]
 
 
-@functools.cache
-def load() -> str | None:
-    """Compile (where sources changed) and load; None, or the reason why there is nothing to load."""
+def _compiler() -> str | None:
+    return os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
+
+
+def why_unavailable() -> str | None:
     if torch.cuda.is_available():
         return "the compiled library has operations of the same names, and there is a GPU to run them"
-    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
-    if compiler is None:
-        return "there is no C++ compiler"
+    return "there is no C++ compiler" if _compiler() is None else None
+
+
+@functools.cache
+def load() -> None:
+    """Compile (where sources changed) and load."""
+    reason, compiler = why_unavailable(), _compiler()
+    assert reason is None, reason
+    assert compiler is not None
     torch.ops.load_library(str(_library(compiler)))
-    return None
 
 
 def _library(compiler: str) -> Path:

@@ -1,6 +1,6 @@
-// Products on AVX-512's vector units: float32 by multiply-adds, bfloat16 by its own instruction for pairs (AVX512_BF16), float16 as
-// float32.
-#include "cpu/products.h"
+// Products on AVX-512's vector units: float32 by multiply-adds, bfloat16 by its own instruction for pairs
+// (AVX512_BF16), float16 as float32.
+#include "cpu/products/products.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -9,7 +9,8 @@
 #include <cstring>
 
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,avx512bf16"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,avx512bf16"))), \
+                             apply_to = function)
 #else
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma,avx512bf16,prefer-vector-width=512")
 #endif
@@ -17,25 +18,27 @@
 namespace gk {
 namespace {
 
-#include "cpu/put_sums.inl"
+#include "cpu/products/bf16_split.inl"
+#include "cpu/products/transpose.inl"
+#include "cpu/products/put_sums.inl"
 
 constexpr int64_t kLanes = 16;
-constexpr int kWidest = 4;                     // vectors side by side that one round of products covers
-constexpr int64_t kLine = kWidest * kLanes;    // numbers from one row of sums to the next
-constexpr int64_t kTokens = 48;                // rows of the table at a time: any kTall divides it
-constexpr int64_t kRowsAhead = 16;             // of the table, that are asked for while others are copied
-constexpr int64_t kStrip = 8;                  // lines of the table's columns that a panel has at most
-constexpr int64_t kSumsAtATime = 1 << 17;      // numbers that stay in the second-level cache
+constexpr int kWidest = 4;                   // vectors side by side that one round of products covers
+constexpr int64_t kLine = kWidest * kLanes;  // numbers from one row of sums to the next
+constexpr int64_t kTokens = 48;              // rows of the table at a time: any kTall divides it
+constexpr int64_t kRowsAhead = 16;           // of the table, that are asked for while others are copied
+constexpr int64_t kStrip = 8;                // lines of the table's columns that a panel has at most
+constexpr int64_t kSumsAtATime = 1 << 17;    // numbers that stay in the second-level cache
 
-// Rows of sums that fill the registers beside so many vectors.
+// BroadcastRows of sums that fill the registers beside so many vectors.
 constexpr int tall(int wide) { return wide == 4 ? 6 : wide == 3 ? 8 : 12; }
 
 // What numbers are multiplied as.
 constexpr Dtype computed(Dtype dtype) { return dtype == Dtype::kHalf ? Dtype::kFloat : dtype; }
 // A step is one column of float32 or two of bfloat16: 32 bits.
 constexpr int64_t steps_of(Dtype dtype, int64_t width) { return dtype == Dtype::kBFloat16 ? (width + 1) / 2 : width; }
-// Steps whose sum is taken in registers before it joins the sum so far: short sums of short sums keep the rounding small, which
-// beside bfloat16's own matters less.
+// Steps whose sum is taken in registers before it joins the sum so far: short sums of short sums keep the rounding
+// small, which beside bfloat16's own matters less.
 constexpr int64_t segment_of(Dtype dtype) { return dtype == Dtype::kBFloat16 ? 128 : 64; }
 constexpr int64_t bytes_of(Dtype dtype) { return dtype == Dtype::kFloat ? 4 : 2; }
 
@@ -54,19 +57,24 @@ template <Dtype kDtype>
   return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
 }
 
-// One operand: rows of numbers, of which each is multiplied by a whole line of the other.
-struct Rows {
+// One operand: rows of which each number is multiplied by a whole line of the other operand.
+struct BroadcastRows {
   const char* first;
   int64_t stride;  // bytes
   bool half;       // the last step is a single number of bfloat16, and beyond it nothing may be read
 };
 
-// Rows of memory that will be wanted next. They are asked for a few lines at a time, while there is work to do.
+// BroadcastRows of memory that will be wanted next. They are asked for a few lines at a time, while there is work to
+// do.
 class Ahead {
  public:
   // All of them within `calls` calls of ask().
   Ahead(const char* first, int64_t stride, int64_t rows, int64_t bytes, int64_t calls)
-      : row_(first), stride_(stride), rows_(rows), bytes_(bytes), lines_((rows * ((bytes + 63) / 64) + calls - 1) / std::max<int64_t>(1, calls)) {}
+      : row_(first),
+        stride_(stride),
+        rows_(rows),
+        bytes_(bytes),
+        lines_((rows * ((bytes + 63) / 64) + calls - 1) / std::max<int64_t>(1, calls)) {}
 
   [[gnu::always_inline]] void ask() {
     for (int64_t i = 0; i < lines_ && rows_ > 0; ++i) {
@@ -86,11 +94,14 @@ class Ahead {
 
 constexpr int64_t kStepsBetween = 16;  // calls of Ahead::ask()
 // Calls of it by multiply_rows.
-constexpr int64_t calls_of(int wide, int64_t rows, int64_t steps) { return rows / tall(wide) * (steps / kStepsBetween); }
+constexpr int64_t calls_of(int wide, int64_t rows, int64_t steps) {
+  return rows / tall(wide) * (steps / kStepsBetween);
+}
 
 // sums[kTall][kWide] of `steps` steps, in lines of kLine numbers; they replace what is there or are added to it.
 template <Dtype kDtype, int kTall, int kWide>
-[[gnu::noinline]] void multiply(const Rows& rows, const float* lines, int64_t steps, bool fresh, float* sums, Ahead& ahead) {
+[[gnu::noinline]] void multiply(const BroadcastRows& rows, const float* lines, int64_t steps, bool fresh, float* sums,
+                                Ahead& ahead) {
   __m512 sum[kTall][kWide];
 #pragma GCC unroll 12
   for (int i = 0; i < kTall; ++i) {
@@ -145,7 +156,8 @@ template <Dtype kDtype, int kTall, int kWide>
 
 // The same for any number of rows.
 template <Dtype kDtype, int kWide>
-void multiply_rows(Rows rows, int64_t count, const float* lines, int64_t steps, bool fresh, float* sums, Ahead& ahead) {
+void multiply_rows(BroadcastRows rows, int64_t count, const float* lines, int64_t steps, bool fresh, float* sums,
+                   Ahead& ahead) {
   const auto some = [&]<int kTall>() {
     for (; count >= kTall; count -= kTall) {
       multiply<kDtype, kTall, kWide>(rows, lines, steps, fresh, sums, ahead);
@@ -160,7 +172,8 @@ void multiply_rows(Rows rows, int64_t count, const float* lines, int64_t steps, 
 }
 
 template <Dtype kDtype>
-void multiply_any(int wide, const Rows& rows, int64_t count, const float* lines, int64_t steps, bool fresh, float* sums, Ahead& ahead) {
+void multiply_any(int wide, const BroadcastRows& rows, int64_t count, const float* lines, int64_t steps, bool fresh,
+                  float* sums, Ahead& ahead) {
   switch (wide) {
     case 1: return multiply_rows<kDtype, 1>(rows, count, lines, steps, fresh, sums, ahead);
     case 2: return multiply_rows<kDtype, 2>(rows, count, lines, steps, fresh, sums, ahead);
@@ -181,7 +194,9 @@ Pass pass_of(int64_t rows, int64_t pass) {
   return {pass * least + std::min(pass, more), int(least + (pass < more))};
 }
 
-int64_t packed_numbers(Dtype dtype, int64_t rows, int64_t width) { return 2 * vectors_of(rows) * kLanes * steps_of(dtype, width); }
+int64_t packed_numbers(Dtype dtype, int64_t rows, int64_t width) {
+  return 2 * vectors_of(rows) * kLanes * steps_of(dtype, width);
+}
 
 template <Dtype kDtype>
 void pack_passes(const Packing& args, int64_t begin, int64_t end) {
@@ -194,7 +209,8 @@ void pack_passes(const Packing& args, int64_t begin, int64_t end) {
         __m512 block[16];
         for (int64_t i = 0; i < kLanes; ++i) {
           const int64_t row = (pass.first + j) * kLanes + i, column = kDtype == Dtype::kBFloat16 ? 2 * step : step;
-          const char* x = static_cast<const char*>(args.x) + (std::min(row, args.rows - 1) * args.stride + column) * bytes;
+          const char* x =
+              static_cast<const char*>(args.x) + (std::min(row, args.rows - 1) * args.stride + column) * bytes;
           const int64_t left = row < args.rows ? args.width - column : 0;
           if constexpr (kDtype == Dtype::kBFloat16) {
             const __mmask32 mask = left >= 2 * kLanes ? ~__mmask32{0} : (__mmask32{1} << left) - 1;
@@ -220,7 +236,8 @@ void multiply_blocks(const Product& args, int64_t begin, int64_t end) {
     const int64_t token = block * kTokens, tokens = std::min(kTokens, args.tokens - token);
     const char* table = static_cast<const char*>(args.table) + token * stride;
     int64_t calls = 0;
-    for (int64_t index = 0; index < passes_of(args.rows); ++index) calls += calls_of(pass_of(args.rows, index).wide, tokens, steps);
+    for (int64_t index = 0; index < passes_of(args.rows); ++index)
+      calls += calls_of(pass_of(args.rows, index).wide, tokens, steps);
     const int64_t behind = block + 1 < end ? std::min(kTokens, args.tokens - token - tokens) : 0;
     Ahead ahead(table + tokens * stride, stride, behind, args.width * bytes_of(kDtype), calls);
     for (int64_t index = 0; index < passes_of(args.rows); ++index) {
@@ -228,16 +245,19 @@ void multiply_blocks(const Product& args, int64_t begin, int64_t end) {
       const float* lines = reinterpret_cast<const float*>(args.packed) + pass.first * kLanes * steps;
       for (int64_t step = 0; step < steps; step += segment_of(kDtype)) {
         const int64_t now = std::min(segment_of(kDtype), steps - step);
-        Rows rows{table + 4 * step, stride, kDtype == Dtype::kBFloat16 && args.width % 2 && step + now == steps};
+        BroadcastRows rows{table + 4 * step, stride,
+                           kDtype == Dtype::kBFloat16 && args.width % 2 && step + now == steps};
         if constexpr (kDtype == Dtype::kHalf) {
           rows = {reinterpret_cast<const char*>(wider), segment_of(kDtype) * 4, false};
           for (int64_t i = 0; i < tokens; ++i) {
             for (int64_t k = 0; k < now; k += kLanes) {
-              _mm512_store_ps(wider + i * segment_of(kDtype) + k, load<kDtype>(table + i * stride + 2 * (step + k), now - k));
+              _mm512_store_ps(wider + i * segment_of(kDtype) + k,
+                              load<kDtype>(table + i * stride + 2 * (step + k), now - k));
             }
           }
         }
-        multiply_any<computed(kDtype)>(pass.wide, rows, tokens, lines + step * pass.wide * kLanes, now, step == 0, sums, ahead);
+        multiply_any<computed(kDtype)>(pass.wide, rows, tokens, lines + step * pass.wide * kLanes, now, step == 0, sums,
+                                       ahead);
       }
       put_sums<kLine>(args, sums, token, tokens, pass.first * kLanes, pass.wide * kLanes);
     }
@@ -249,8 +269,10 @@ template <Dtype kDtype>
 class Summer {
  public:
   explicit Summer(const WeightedSum& args)
-      : args_(args), strip_(std::clamp<int64_t>(kSumsAtATime / (kLine * args.rows), 1, kStrip)),
-        memory_(new char[size_t(64 + 4 * (strip_ * kSegment * kLine + strip_ * args.rows * kLine + kParts * args.rows * kSegment))]) {
+      : args_(args),
+        strip_(std::clamp<int64_t>(kSumsAtATime / (kLine * args.rows), 1, kStrip)),
+        memory_(new char[size_t(
+            64 + 4 * (strip_ * kSegment * kLine + strip_ * args.rows * kLine + kParts * args.rows * kSegment))]) {
     panel_ = reinterpret_cast<float*>(memory_ + -reinterpret_cast<uintptr_t>(memory_) % 64);
     sums_ = panel_ + strip_ * kSegment * kLine;
     values_ = sums_ + strip_ * args.rows * kLine;
@@ -264,21 +286,26 @@ class Summer {
     for (int64_t first = begin; first < end; first += strip_) {
       const int64_t last = std::min(end, first + strip_);
       for (int64_t token = 0; token < args_.tokens; token += kAtATime) {
-        const int64_t tokens = std::min(kAtATime, args_.tokens - token), behind = std::min(kAtATime, args_.tokens - token - tokens);
+        const int64_t tokens = std::min(kAtATime, args_.tokens - token),
+                      behind = std::min(kAtATime, args_.tokens - token - tokens);
         fill(token, tokens, first, last);
         const int parts = copy(token, tokens);
         const int64_t calls = parts * (last - first) * calls_of(kWidest, args_.rows, steps_of(kDtype, tokens));
         const int64_t bytes = bytes_of(args_.values_dtype);
-        Ahead ahead(values(token + tokens), args_.values_stride * bytes, behind > 0 ? args_.rows : 0, behind * bytes, calls);
+        Ahead ahead(values(token + tokens), args_.values_stride * bytes, behind > 0 ? args_.rows : 0, behind * bytes,
+                    calls);
         for (int part = 0; part < parts; ++part) {
-          const Rows rows{reinterpret_cast<const char*>(values_ + part * args_.rows * kSegment), kSegment * 4, false};
+          const BroadcastRows rows{reinterpret_cast<const char*>(values_ + part * args_.rows * kSegment), kSegment * 4,
+                                   false};
           for (int64_t block = first; block < last; ++block) {
-            multiply_any<computed(kDtype)>(wide(block), rows, args_.rows, panel_ + (block - first) * kSegment * kLine, steps_of(kDtype, tokens),
-                                 token == 0 && part == 0, sums_ + (block - first) * args_.rows * kLine, ahead);
+            multiply_any<computed(kDtype)>(wide(block), rows, args_.rows, panel_ + (block - first) * kSegment * kLine,
+                                           steps_of(kDtype, tokens), token == 0 && part == 0,
+                                           sums_ + (block - first) * args_.rows * kLine, ahead);
           }
         }
       }
-      for (int64_t block = first; block < last; ++block) exact &= put(block, sums_ + (block - first) * args_.rows * kLine);
+      for (int64_t block = first; block < last; ++block)
+        exact &= put(block, sums_ + (block - first) * args_.rows * kLine);
     }
     return exact;
   }
@@ -292,9 +319,13 @@ class Summer {
   int64_t columns(int64_t block) const { return std::min(kLine, args_.width - block * kLine); }
   int wide(int64_t block) const { return int(vectors_of(columns(block))); }
 
-  const char* table(int64_t token) const { return static_cast<const char*>(args_.table) + token * args_.stride * bytes_of(kDtype); }
+  const char* table(int64_t token) const {
+    return static_cast<const char*>(args_.table) + token * args_.stride * bytes_of(kDtype);
+  }
 
-  const char* values(int64_t token) const { return static_cast<const char*>(args_.values) + token * bytes_of(args_.values_dtype); }
+  const char* values(int64_t token) const {
+    return static_cast<const char*>(args_.values) + token * bytes_of(args_.values_dtype);
+  }
 
   // Some tokens' columns, by lines of these, then by steps.
   void fill(int64_t token, int64_t tokens, int64_t first, int64_t last) {
@@ -306,13 +337,15 @@ class Summer {
         for (int j = 0; j < wide(block); ++j) {
           const int64_t column = block * kLine + j * kLanes, left = args_.width - column;
           const char* x = row + column * bytes_of(kDtype);
-          if (kDtype == Dtype::kFloat || j % 2 == 0) _mm_prefetch(x + kRowsAhead * args_.stride * bytes_of(kDtype), _MM_HINT_T0);
+          if (kDtype == Dtype::kFloat || j % 2 == 0)
+            _mm_prefetch(x + kRowsAhead * args_.stride * bytes_of(kDtype), _MM_HINT_T0);
           if constexpr (kDtype != Dtype::kBFloat16) {
             _mm512_store_ps(line + j * kLanes, load<kDtype>(x, left));
           } else {
             if (j % 2 == 0) _mm_prefetch(x + (kRowsAhead + 1) * args_.stride * 2, _MM_HINT_T0);
             const __mmask16 mask = mask_of(left);
-            const __m256i below = _mm256_maskz_loadu_epi16(i + 1 < tokens ? mask : 0, i + 1 < tokens ? x + args_.stride * 2 : x);
+            const __m256i below =
+                _mm256_maskz_loadu_epi16(i + 1 < tokens ? mask : 0, i + 1 < tokens ? x + args_.stride * 2 : x);
             const __m512i pair = _mm512_or_si512(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, x)),
                                                  _mm512_slli_epi32(_mm512_cvtepu16_epi32(below), 16));
             _mm512_store_si512(line + j * kLanes, pair);
@@ -322,9 +355,10 @@ class Summer {
     }
   }
 
-  // Values of some tokens, side by side: rows far apart may all want the same places of a cache. In bfloat16 pairs of tokens: the
-  // nearest numbers, then those nearest to what they leave. Returns how many parts there are: numbers that are bfloat16
-  // already have but one.
+  // Copies the values of some tokens, so that they lie side by side: in the tensor, rows that are a power of two apart
+  // would compete for the same places of the cache. In bfloat16 a pair of tokens is one step, and a float32 value
+  // becomes two parts, [parts, rows, steps]. Returns how many parts there are: values that are bfloat16 already have
+  // but one.
   int copy(int64_t token, int64_t tokens) {
     constexpr int64_t kAtOnce = kPairs ? 2 * kLanes : kLanes;
     __m512i rests = _mm512_setzero_si512();
@@ -334,29 +368,26 @@ class Summer {
         const char* x = values(token + i) + row * args_.values_stride * bytes;
         float* out = values_ + row * kSegment + steps_of(kDtype, i);
         if constexpr (!kPairs) {
-          _mm512_storeu_ps(out, args_.values_dtype == Dtype::kHalf ? load<Dtype::kHalf>(x, left) : load<Dtype::kFloat>(x, left));
+          _mm512_storeu_ps(
+              out, args_.values_dtype == Dtype::kHalf ? load<Dtype::kHalf>(x, left) : load<Dtype::kFloat>(x, left));
         } else if (args_.values_dtype == kDtype) {
           const __mmask32 mask = left >= 2 * kLanes ? ~__mmask32{0} : (__mmask32{1} << left) - 1;
           _mm512_storeu_si512(out, _mm512_maskz_loadu_epi16(mask, x));
         } else {
-          const __m512 low = load<Dtype::kFloat>(x, left), high = load<Dtype::kFloat>(x + 64, std::max<int64_t>(0, left - kLanes));
-          const __m512i nearest = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low));
-          const auto rest_of = [](__m512 from, __m256i part) {
-            return _mm512_sub_ps(from, _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(part), 16)));
-          };
-          const __m512 low_rest = rest_of(low, _mm512_castsi512_si256(nearest));
-          const __m512 high_rest = rest_of(high, _mm512_extracti64x4_epi64(nearest, 1));
-          const __m512i rest = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high_rest, low_rest));
-          _mm512_storeu_si512(out, nearest);
-          _mm512_storeu_si512(out + args_.rows * kSegment, rest);
-          rests = _mm512_or_si512(rests, rest);
+          const __m512 low = load<Dtype::kFloat>(x, left),
+                       high = load<Dtype::kFloat>(x + 64, std::max<int64_t>(0, left - kLanes));
+          const TwoParts split = split_in_two(low, high);
+          _mm512_storeu_si512(out, split.nearest);
+          _mm512_storeu_si512(out + args_.rows * kSegment, split.rest);
+          rests = _mm512_or_si512(rests, split.rest);
         }
       }
     }
     return _mm512_test_epi32_mask(rests, rests) ? 2 : 1;
   }
 
-  // A line of columns to where it belongs. An infinity's second part is NaN, and what it stands for is lost.
+  // A line of columns to where it belongs. False if a sum of bfloat16 parts is not finite: an infinity's second part is
+  // NaN.
   bool put(int64_t block, const float* sums) const {
     __m512 unlike = _mm512_setzero_ps();  // x - x is 0 or NaN
     for (int64_t row = 0; row < args_.rows; ++row) {
@@ -371,32 +402,22 @@ class Summer {
 
   const WeightedSum& args_;
   const int64_t strip_;
-  char* const memory_;  // no container's: what it would compile for this instruction set might serve another
+  // new[], not std::vector: a member of that compiled here would contain AVX-512 code, and the linker may pick it to
+  // serve other files, too.
+  char* const memory_;
   float *panel_, *sums_, *values_;
 };
 
 void pack(const Packing& args, int64_t begin, int64_t end) {
-  switch (args.dtype) {
-    case Dtype::kFloat: return pack_passes<Dtype::kFloat>(args, begin, end);
-    case Dtype::kHalf: return pack_passes<Dtype::kHalf>(args, begin, end);
-    default: return pack_passes<Dtype::kBFloat16>(args, begin, end);
-  }
+  with_dtype(args.dtype, [&]<Dtype kDtype>() { pack_passes<kDtype>(args, begin, end); });
 }
 
 void multiply_table(const Product& args, int64_t begin, int64_t end) {
-  switch (args.dtype) {
-    case Dtype::kFloat: return multiply_blocks<Dtype::kFloat>(args, begin, end);
-    case Dtype::kHalf: return multiply_blocks<Dtype::kHalf>(args, begin, end);
-    default: return multiply_blocks<Dtype::kBFloat16>(args, begin, end);
-  }
+  with_dtype(args.dtype, [&]<Dtype kDtype>() { multiply_blocks<kDtype>(args, begin, end); });
 }
 
 bool sum_table(const WeightedSum& args, int64_t begin, int64_t end) {
-  switch (args.dtype) {
-    case Dtype::kFloat: return Summer<Dtype::kFloat>(args).run(begin, end);
-    case Dtype::kHalf: return Summer<Dtype::kHalf>(args).run(begin, end);
-    default: return Summer<Dtype::kBFloat16>(args).run(begin, end);
-  }
+  return with_dtype(args.dtype, [&]<Dtype kDtype>() { return Summer<kDtype>(args).run(begin, end); });
 }
 
 }  // namespace
@@ -405,6 +426,6 @@ bool sum_table(const WeightedSum& args, int64_t begin, int64_t end) {
 #pragma clang attribute pop
 #endif
 
-const gk::ProductKernels gk::kProductsAvx512 = {gk::kWidest * gk::kLanes, gk::kTokens, gk::kLine, gk::packed_numbers,
-                                                gk::pack, gk::multiply_table, gk::sum_table};
+const gk::ProductKernels gk::kProductsAvx512 = {
+    gk::kWidest * gk::kLanes, gk::kTokens, gk::kLine, gk::packed_numbers, gk::pack, gk::multiply_table, gk::sum_table};
 #endif

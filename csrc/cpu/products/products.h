@@ -1,5 +1,5 @@
-// Products of two matrices, whose sums are float32, for processors with AVX-512 (float32, float16, and bfloat16 where it has
-// instructions for that) or AMX (float32, bfloat16).
+// Products of two matrices, whose sums are float32, for processors with AVX-512 (float32, float16, and bfloat16 where
+// it has instructions for that) or AMX (float32, bfloat16).
 //
 // A logit comes out the same whatever rows and tokens stand beside it, so that a backward pass sees the logits whose
 // normaliser its forward pass took.
@@ -40,7 +40,8 @@ struct WeightedSum {
   const void* table;  // [tokens, width]
   Dtype dtype;        // the table's
   int64_t tokens, width, stride;
-  // values @ table, [rows, out_stride]. For a table in bfloat16 values are split into two such numbers, not rounded to one.
+  // values @ table, [rows, out_stride]. For a table in bfloat16 values are split into two such numbers, not rounded to
+  // one.
   float* out;
   int64_t out_stride;
 };
@@ -52,7 +53,8 @@ struct ProductKernels {
   // Blocks [begin, end): of x's rows, of the table's rows, of its columns.
   void (*pack)(const Packing& args, int64_t begin, int64_t end);
   void (*multiply)(const Product& args, int64_t begin, int64_t end);
-  bool (*sum)(const WeightedSum& args, int64_t begin, int64_t end);  // whether no sum lost what an infinity stands for
+  // False if an infinity in the arguments made a sum NaN; the caller must take the sums that are not finite again.
+  bool (*sum)(const WeightedSum& args, int64_t begin, int64_t end);
 };
 
 #if defined(__x86_64__)
@@ -69,7 +71,8 @@ inline const ProductKernels* product_kernels(Dtype dtype) {
 #if defined(__linux__)
   if (machine_isa() == Isa::kAmx) return brain || dtype == Dtype::kFloat ? &kProductsAmx : nullptr;
 #endif
-  if (machine_isa() == Isa::kAvx512 && dtype != Dtype::kDouble && (!brain || multiplies_bfloat16())) return &kProductsAvx512;
+  if (machine_isa() == Isa::kAvx512 && dtype != Dtype::kDouble && (!brain || multiplies_bfloat16()))
+    return &kProductsAvx512;
 #else
   (void)dtype;
 #endif

@@ -3,7 +3,7 @@
 // A float32 number is the exact sum of three bfloat16 ones, so a product of two is the sum of nine such products, of
 // which the three least are below float32's rounding and left out. Sums come out closer than those of as many float32
 // products, in about half the time.
-#include "cpu/products.h"
+#include "cpu/products/products.h"
 
 #if defined(__x86_64__) && defined(__linux__)
 #include <immintrin.h>
@@ -14,8 +14,9 @@
 #include <type_traits>
 
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,avx512bf16,amx-tile,amx-bf16"))), \
-                             apply_to = function)
+#pragma clang attribute push(                                                                       \
+    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,avx512bf16,amx-tile,amx-bf16"))), \
+    apply_to = function)
 #else
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma,avx512bf16,amx-tile,amx-bf16,prefer-vector-width=512")
 #endif
@@ -23,12 +24,10 @@
 namespace gk {
 namespace {
 
-constexpr int64_t kTileBlock = 32;              // rows of the table, and of x, that one round of products covers
-constexpr int64_t kTileStep = 32;               // columns that one tile covers
-constexpr int kTileParts = 3;                   // bfloat16 numbers that one of float32 is the sum of
-constexpr int kTile = 512;                      // bfloat16 numbers of a tile: 16 rows of 32
-constexpr int64_t kPackedAtATime = 1 << 20;     // bytes of packed x that stay in the second-level cache
-constexpr float kLargest = 0x1.ffp127f;          // and beyond: rounds to an infinity in bfloat16
+constexpr int64_t kTileBlock = 32;           // rows of the table, and of x, that one round of products covers
+constexpr int64_t kTileStep = 32;            // columns that one tile covers
+constexpr int kTile = 512;                   // bfloat16 numbers of a tile: 16 rows of 32
+constexpr int64_t kPackedAtATime = 1 << 20;  // bytes of packed x that stay in the second-level cache
 
 constexpr int64_t tile_blocks(int64_t rows) { return (rows + kTileBlock - 1) / kTileBlock; }
 constexpr int64_t tile_steps(int64_t width) { return (width + kTileStep - 1) / kTileStep; }
@@ -50,26 +49,17 @@ struct alignas(64) TileShapes {
 };
 constexpr TileShapes kShapes;
 
-// Thirty-two numbers as sixteen pairs of bfloat16, by part: pair i is numbers i and i + 16, whose upper halves meet by a
-// shift and a select. A part is the nearest to what those before it leave (halves away from zero), so that the next is
-// small; what is left is exact, and the last part leaves nothing.
-[[gnu::always_inline]] inline void split(__m512 low, __m512 high, __m512i out[kTileParts]) {
-  const __m512i upper = _mm512_set1_epi32(int(0xFFFF0000u)), half = _mm512_set1_epi32(0x8000);
-  for (int part = 0; part < kTileParts; ++part) {
-    const bool last = part + 1 == kTileParts;
-    const __m512i a = last ? _mm512_castps_si512(low) : _mm512_add_epi32(_mm512_castps_si512(low), half);
-    const __m512i b = last ? _mm512_castps_si512(high) : _mm512_add_epi32(_mm512_castps_si512(high), half);
-    out[part] = _mm512_ternarylogic_epi32(_mm512_srli_epi32(a, 16), b, upper, 0xF8);  // (a >> 16) | (b & upper)
-    low = _mm512_sub_ps(low, _mm512_castsi512_ps(_mm512_and_si512(a, upper)));
-    high = _mm512_sub_ps(high, _mm512_castsi512_ps(_mm512_and_si512(b, upper)));
-  }
-}
+#include "cpu/products/bf16_split.inl"
+#include "cpu/products/transpose.inl"
+#include "cpu/products/put_sums.inl"
 
+// The pairs of thirty-two numbers of a row, part by part; those that mask leaves out are zero.
 [[gnu::always_inline]] inline void load_pairs(const float* x, uint32_t mask, __m512i out[kTileParts]) {
-  split(_mm512_maskz_loadu_ps(__mmask16(mask), x), _mm512_maskz_loadu_ps(__mmask16(mask >> 16), x + 16), out);
+  split_in_three(_mm512_maskz_loadu_ps(__mmask16(mask), x), _mm512_maskz_loadu_ps(__mmask16(mask >> 16), x + 16), out);
 }
 
-// Bfloat16 numbers of each of a table's or x's, and tiles of 32 of its rows: part by part, the first sixteen and the others.
+// Bfloat16 numbers of each of a table's or x's, and tiles of 32 of its rows: part by part, the first sixteen and the
+// others.
 constexpr int parts_of(Dtype dtype) { return dtype == Dtype::kFloat ? kTileParts : 1; }
 constexpr int step_tiles(Dtype dtype) { return 2 * parts_of(dtype); }
 
@@ -79,44 +69,116 @@ int64_t packed_numbers(Dtype dtype, int64_t rows, int64_t width) {
 }
 uint32_t mask_of(int64_t columns) { return columns >= kTileStep ? ~0u : (1u << columns) - 1; }
 
-// Tiles 0 to 3 are sums: of the table's first and last sixteen rows with x's first and, if kWide, last sixteen.
-template <bool kWide>
-[[gnu::always_inline]] inline void clear() {
-  _tile_zero(0);
-  _tile_zero(2);
-  if constexpr (kWide) {
-    _tile_zero(1);
-    _tile_zero(3);
+// How `Multiplier` uses the eight tile registers for table @ x.T. A block is 32 rows of the table with 32 of x (with 16
+// if not kWide, which spares the right column), and a step covers 32 columns of both:
+//
+//                              x, rows 0 to 15    x, rows 16 to 31
+//                                   TMM6               TMM7
+//   table, rows  0 to 15  TMM4      TMM0               TMM1
+//   table, rows 16 to 31  TMM5      TMM2               TMM3        TMM0 to TMM3: [16, 16] sums
+//
+// TMM4 and TMM5 are the table's rows as they lie in memory. TMM6 and TMM7 are x transposed by pairs: row i of a tile
+// has the i-th pair of columns of sixteen rows of x, as the instruction wants its second factor.
+struct ProductTiles {
+  template <bool kWide>
+  [[gnu::always_inline]] static void clear() {
+    _tile_zero(0);
+    _tile_zero(2);
+    if constexpr (kWide) {
+      _tile_zero(1);
+      _tile_zero(3);
+    }
   }
-}
-[[gnu::always_inline]] inline void load_table(const uint16_t* tiles, const uint16_t* below, int64_t stride) {
-  _tile_loadd(4, tiles, stride * 2);
-  _tile_loadd(5, below, stride * 2);
-}
-template <bool kWide>
-[[gnu::always_inline]] inline void load_x(const uint16_t* tiles) {
-  _tile_loadd(6, tiles, 64);
-  if constexpr (kWide) _tile_loadd(7, tiles + kTile, 64);
-}
-template <bool kWide>
-[[gnu::always_inline]] inline void multiply() {
-  _tile_dpbf16ps(0, 4, 6);
-  if constexpr (kWide) _tile_dpbf16ps(1, 4, 7);
-  _tile_dpbf16ps(2, 5, 6);
-  if constexpr (kWide) _tile_dpbf16ps(3, 5, 7);
-}
-template <bool kWide>
-[[gnu::always_inline]] inline void store(float* sums) {
-  _tile_stored(0, sums, 128);
-  _tile_stored(2, sums + 16 * 32, 128);
-  if constexpr (kWide) {
-    _tile_stored(1, sums + 16, 128);
-    _tile_stored(3, sums + 16 * 32 + 16, 128);
+  // Sixteen rows from `tiles` on and sixteen from `below` on, `stride` numbers apart.
+  [[gnu::always_inline]] static void load_table(const uint16_t* tiles, const uint16_t* below, int64_t stride) {
+    _tile_loadd(4, tiles, stride * 2);
+    _tile_loadd(5, below, stride * 2);
   }
-  GK_MEMORY;
-}
+  template <bool kWide>
+  [[gnu::always_inline]] static void load_x(const uint16_t* tiles) {
+    _tile_loadd(6, tiles, 64);
+    if constexpr (kWide) _tile_loadd(7, tiles + kTile, 64);
+  }
+  template <bool kWide>
+  [[gnu::always_inline]] static void multiply_add() {
+    _tile_dpbf16ps(0, 4, 6);
+    if constexpr (kWide) _tile_dpbf16ps(1, 4, 7);
+    _tile_dpbf16ps(2, 5, 6);
+    if constexpr (kWide) _tile_dpbf16ps(3, 5, 7);
+  }
+  // As [32, 32] numbers.
+  template <bool kWide>
+  [[gnu::always_inline]] static void store(float* sums) {
+    _tile_stored(0, sums, 128);
+    _tile_stored(2, sums + 16 * 32, 128);
+    if constexpr (kWide) {
+      _tile_stored(1, sums + 16, 128);
+      _tile_stored(3, sums + 16 * 32 + 16, 128);
+    }
+    GK_MEMORY;
+  }
+};
 
-#include "cpu/put_sums.inl"
+// How `Summer` uses them for values @ table. A block is 32 rows of values (16 if not kWide, which spares the lower row)
+// with 32 columns of the table, and a step covers 32 tokens:
+//
+//                               table, half of the columns    table, the other half
+//                                         TMM4                        TMM5
+//   values, rows  0 to 15  TMM6           TMM0                        TMM1
+//   values, rows 16 to 31  TMM7           TMM2                        TMM3       TMM0 to TMM3: [16, 16] sums
+//
+// The factors' registers are the other way round than in ProductTiles: the values, which are the first factor, change
+// with every product of parts, the table's tiles stay. Row i of a tile of the table has the i-th pair of its tokens.
+struct SumTiles {
+  template <bool kWide>
+  [[gnu::always_inline]] static void clear() {
+    _tile_zero(0);
+    _tile_zero(1);
+    if constexpr (kWide) {
+      _tile_zero(2);
+      _tile_zero(3);
+    }
+  }
+  // Sums so far, to be added to.
+  template <bool kWide>
+  [[gnu::always_inline]] static void resume(const float* sums) {
+    _tile_loadd(0, sums, 128);
+    _tile_loadd(1, sums + 16, 128);
+    if constexpr (kWide) {
+      _tile_loadd(2, sums + 16 * 32, 128);
+      _tile_loadd(3, sums + 16 * 32 + 16, 128);
+    }
+  }
+  [[gnu::always_inline]] static void load_columns(const uint16_t* tiles) {
+    _tile_loadd(4, tiles, 64);
+    _tile_loadd(5, tiles + kTile, 64);
+  }
+  template <bool kWide>
+  [[gnu::always_inline]] static void load_values(const uint16_t* tiles) {
+    _tile_loadd(6, tiles, 64);
+    if constexpr (kWide) _tile_loadd(7, tiles + kTile, 64);
+  }
+  template <bool kWide>
+  [[gnu::always_inline]] static void multiply_add() {
+    _tile_dpbf16ps(0, 6, 4);
+    _tile_dpbf16ps(1, 6, 5);
+    if constexpr (kWide) {
+      _tile_dpbf16ps(2, 7, 4);
+      _tile_dpbf16ps(3, 7, 5);
+    }
+  }
+  // As [32, 32] numbers.
+  template <bool kWide>
+  [[gnu::always_inline]] static void store(float* sums) {
+    _tile_stored(0, sums, 128);
+    _tile_stored(1, sums + 16, 128);
+    if constexpr (kWide) {
+      _tile_stored(2, sums + 16 * 32, 128);
+      _tile_stored(3, sums + 16 * 32 + 16, 128);
+    }
+    GK_MEMORY;
+  }
+};
 
 template <Dtype kDtype>
 class Multiplier {
@@ -135,6 +197,7 @@ class Multiplier {
   static constexpr int kStepTiles = step_tiles(kDtype);
   static constexpr int64_t kSegment = kSplit ? 8 : INT64_MAX;  // steps summed in tiles before they join the sum so far
   using Number = std::conditional_t<kSplit, float, uint16_t>;
+  using Tiles = ProductTiles;
 
   const Number* table(int64_t token) const { return static_cast<const Number*>(args_.table) + token * args_.stride; }
 
@@ -142,7 +205,8 @@ class Multiplier {
   void blocks(int64_t begin, int64_t end, int64_t first, int64_t last) {
     if constexpr (kSplit) fill<kFull>(panels_[current_], begin, 0, 0, kTileBlock);
     for (int64_t block = begin; block < end; ++block) {
-      const int64_t behind = std::clamp<int64_t>(args_.tokens - (block + 1) * kTileBlock, 0, block + 1 < end ? kTileBlock : 0);
+      const int64_t behind =
+          std::clamp<int64_t>(args_.tokens - (block + 1) * kTileBlock, 0, block + 1 < end ? kTileBlock : 0);
       for (int64_t group = first; group < last; ++group) {
         // The next block is asked for meanwhile: in float32 all of it while the first block of x is multiplied.
         if constexpr (kSplit) {
@@ -168,7 +232,7 @@ class Multiplier {
     alignas(64) float sums[kTileBlock * 32];
     const uint16_t* x = args_.packed + group * steps_ * kStepTiles * kTile;
     for (int64_t step = 0; step < steps_; ++step, x += kStepTiles * kTile) {
-      if (step % kSegment == 0) clear<kWide>();
+      if (step % kSegment == 0) Tiles::clear<kWide>();
       const bool more = step + 1 < steps_;
       if constexpr (kSplit) {
         multiply_split<kFull, kWide>(x, more ? block : next, more ? step + 1 : 0);
@@ -177,10 +241,10 @@ class Multiplier {
       }
       if (more && (step + 1) % kSegment) continue;
       if (step < kSegment) {
-        store<kWide>(sums);
+        Tiles::store<kWide>(sums);
       } else {  // short sums of short sums keep the rounding small
         alignas(64) float latest[kTileBlock * 32];
-        store<kWide>(latest);
+        Tiles::store<kWide>(latest);
         for (int64_t i = 0; i < kTileBlock * 32; i += kWide ? 16 : 32) {
           _mm512_store_ps(sums + i, _mm512_add_ps(_mm512_load_ps(sums + i), _mm512_load_ps(latest + i)));
         }
@@ -203,9 +267,9 @@ class Multiplier {
   [[gnu::always_inline]] void multiply_step(const uint16_t* x, int64_t block, int64_t step) {
     const Number* tiles = table(block * kTileBlock) + step * kTileStep;
     const int64_t columns = args_.width - step * kTileStep;
-    load_x<kWide>(x);
+    Tiles::load_x<kWide>(x);
     if (__builtin_expect(kFull && columns >= kTileStep, 1)) {
-      load_table(tiles, tiles + 16 * args_.stride, args_.stride);
+      Tiles::load_table(tiles, tiles + 16 * args_.stride, args_.stride);
     } else {
       uint16_t* panel = panels_[0];
       for (int64_t i = 0; i < kTileBlock; ++i) {
@@ -213,13 +277,16 @@ class Multiplier {
         _mm512_store_si512(panel + i * 32, _mm512_maskz_loadu_epi16(mask, tiles + i * args_.stride));
       }
       GK_MEMORY;
-      load_table(panel, panel + kTile, 32);
+      Tiles::load_table(panel, panel + kTile, 32);
     }
-    multiply<kWide>();
-    for (int64_t i = ask_from_; i < ask_to_; ++i) _mm_prefetch(reinterpret_cast<const char*>(tiles + far_ + i * args_.stride), _MM_HINT_T1);
+    Tiles::multiply_add<kWide>();
+    for (int64_t i = ask_from_; i < ask_to_; ++i) {
+      _mm_prefetch(reinterpret_cast<const char*>(tiles + far_ + i * args_.stride), _MM_HINT_T1);
+    }
   }
 
-  // The same in float32, and between the products the panel of the next step: the matrix unit and the vector units overlap.
+  // The same in float32, and between the products the panel of the next step: the matrix unit and the vector units
+  // overlap.
   template <bool kFull, bool kWide>
   [[gnu::always_inline]] void multiply_split(const uint16_t* x, int64_t block, int64_t step) {
     const uint16_t* panel = panels_[current_];
@@ -229,10 +296,10 @@ class Multiplier {
     for (int i = 0; i < kFactorCount; ++i) {
       if (i == 0 || kFactors[i].table != kFactors[i - 1].table) {
         const uint16_t* tiles = panel + kFactors[i].table * 2 * kTile;
-        load_table(tiles, tiles + kTile, 32);
+        Tiles::load_table(tiles, tiles + kTile, 32);
       }
-      if (i == 0 || kFactors[i].x != kFactors[i - 1].x) load_x<kWide>(x + kFactors[i].x * 2 * kTile);
-      multiply<kWide>();
+      if (i == 0 || kFactors[i].x != kFactors[i - 1].x) Tiles::load_x<kWide>(x + kFactors[i].x * 2 * kTile);
+      Tiles::multiply_add<kWide>();
       fill<kFull>(panels_[current_], block, step, kTileBlock * i / kFactorCount, kTileBlock * (i + 1) / kFactorCount);
     }
   }
@@ -255,8 +322,9 @@ class Multiplier {
     }
   }
 
-  // Parts of an infinity are an infinity and NaN, and numbers next to the largest round to an infinity. What such numbers
-  // of the table spoiled is taken from them alone; a row of x that holds one stays NaN, as do sums that overflow.
+  // Parts of an infinity are an infinity and NaN, and numbers next to the largest round to an infinity. What such
+  // numbers of the table spoiled is taken from them alone; a row of x that holds one stays NaN, as do sums that
+  // overflow.
   [[gnu::noinline, gnu::cold]] void mend(int64_t block, int64_t tokens, int64_t group, float* all) const {
     const int64_t rows = std::min(kTileBlock, args_.rows - group * kTileBlock);
     const uint16_t* finite = args_.packed + packed_numbers(kDtype, args_.rows, args_.width) + group * kTileBlock;
@@ -343,14 +411,17 @@ void pack(const Packing& args, int64_t block) {
   }
 }
 
-// values @ table. Values are tiles as they are, so that tokens are what is summed over; a tile of the table takes its rows
-// in pairs, which its own rows give side by side.
+// values @ table. Values are tiles as they are, so that tokens are what is summed over; a tile of the table takes its
+// rows in pairs, which its own rows give side by side.
 template <Dtype kDtype>
 class Summer {
  public:
   // Of blocks [begin, end) of the table's columns.
   Summer(const WeightedSum& args, int64_t begin, int64_t end)
-      : args_(args), begin_(begin), end_(end), groups_(tile_blocks(args.rows)),
+      : args_(args),
+        begin_(begin),
+        end_(end),
+        groups_(tile_blocks(args.rows)),
         memory_(new char[size_t(64 + kPanelTiles * kTile * 2 +
                                 groups_ * (kSteps * kParts * 2 * kTile * 2 + (end - begin) * kSums * 4 + 4))]) {
     panel_ = reinterpret_cast<uint16_t*>(memory_ + -reinterpret_cast<uintptr_t>(memory_) % 64);
@@ -395,10 +466,12 @@ class Summer {
   static constexpr int64_t kPanelBlocks = kSplit ? 8 : 16;  // of columns; a KiB of a row
   static constexpr int64_t kPanelTiles = kPanelBlocks * kSteps * kTableParts * 2;
   using Number = std::conditional_t<kSplit, float, uint16_t>;
+  using Tiles = SumTiles;
 
   const Number* table(int64_t token) const { return static_cast<const Number*>(args_.table) + token * args_.stride; }
 
-  // Values of some tokens, by rows of tiles, steps and parts. In float32 tokens i and i + 16 are a pair, else neighbours.
+  // Values of some tokens, by rows of tiles, steps and parts. In float32 tokens i and i + 16 are a pair, else
+  // neighbours.
   void pack(int64_t token, int64_t tokens) {
     const int64_t steps = tile_steps(tokens);
     const bool narrow = args_.values_dtype != Dtype::kFloat;
@@ -417,16 +490,12 @@ class Summer {
           const uint16_t* numbers = static_cast<const uint16_t*>(args_.values) + place + step * kTileStep;
           _mm512_store_si512(tiles, _mm512_maskz_loadu_epi16(mask, numbers));
         } else {
-          const __m512 low = _mm512_maskz_loadu_ps(__mmask16(mask), x), high = _mm512_maskz_loadu_ps(__mmask16(mask >> 16), x + 16);
-          const __m512i first = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low));
-          const auto left = [](__m512 from, __m256i part) {
-            return _mm512_sub_ps(from, _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(part), 16)));
-          };
-          const __m512 low_left = left(low, _mm512_castsi512_si256(first)), high_left = left(high, _mm512_extracti64x4_epi64(first, 1));
-          const __m512i second = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high_left, low_left));
-          _mm512_store_si512(tiles, first);
-          _mm512_store_si512(tiles + 2 * kTile, second);
-          rests = _mm512_or_si512(rests, second);
+          const __m512 low = _mm512_maskz_loadu_ps(__mmask16(mask), x);
+          const __m512 high = _mm512_maskz_loadu_ps(__mmask16(mask >> 16), x + 16);
+          const TwoParts split = split_in_two(low, high);
+          _mm512_store_si512(tiles, split.nearest);
+          _mm512_store_si512(tiles + 2 * kTile, split.rest);
+          rests = _mm512_or_si512(rests, split.rest);
         }
       }
       if constexpr (!kSplit) {
@@ -437,8 +506,9 @@ class Summer {
     }
   }
 
-  // Some tokens' columns as tiles, row by row, as they lie in memory. Neighbours in bfloat16 meet in each quarter of a
-  // vector, which parts their columns: the first tile has the first four of every eight, the second the others.
+  // Some tokens' columns as tiles, row by row, as they lie in memory. In bfloat16 two tokens' numbers are brought side
+  // by side by unpacklo and unpackhi, which work within the quarters of a vector: of every eight columns the first tile
+  // gets the first four (0 to 3, 8 to 11, ...), the second the last four. `put` undoes it.
   void fill(int64_t token, int64_t tokens, int64_t first, int64_t last) {
     for (int64_t step = 0; step < tile_steps(tokens); ++step) {
       for (int64_t block = first; block < last; ++block) {
@@ -453,8 +523,8 @@ class Summer {
           if constexpr (kSplit) {
             for (int half = 0; half < 2; ++half) {
               __m512i pairs[kTileParts];
-              split(_mm512_maskz_loadu_ps(__mmask16(of_x >> 16 * half), x + 16 * half),
-                    _mm512_maskz_loadu_ps(__mmask16(of_y >> 16 * half), y + 16 * half), pairs);
+              split_in_three(_mm512_maskz_loadu_ps(__mmask16(of_x >> 16 * half), x + 16 * half),
+                             _mm512_maskz_loadu_ps(__mmask16(of_y >> 16 * half), y + 16 * half), pairs);
               for (int part = 0; part < kTableParts; ++part) {
                 _mm512_store_si512(tiles + (part * 2 + half) * kTile, pairs[part]);
               }
@@ -470,90 +540,40 @@ class Summer {
   }
 
   template <bool kWide>
-  [[gnu::always_inline]] void multiply_block(float* sums, const uint16_t* tiles, bool fresh, int64_t steps, int64_t group) {
+  [[gnu::always_inline]] void multiply_block(float* sums, const uint16_t* tiles, bool fresh, int64_t steps,
+                                             int64_t group) {
     const uint16_t* x = values_ + group * kSteps * kParts * 2 * kTile;
     GK_MEMORY;
-    kSplit || fresh ? clear<kWide>() : resume<kWide>(sums);
+    kSplit || fresh ? Tiles::clear<kWide>() : Tiles::resume<kWide>(sums);  // in bfloat16 one long sum is exact enough
     for (int64_t step = 0; step < steps; ++step, x += kParts * 2 * kTile, tiles += kTableParts * 2 * kTile) {
       if constexpr (kSplit) {
 #pragma GCC unroll 6
         for (int i = 0; i < kFactorCount; ++i) {
-          if (i == 0 || kFactors[i].table != kFactors[i - 1].table) load_columns(tiles + kFactors[i].table * 2 * kTile);
-          if (i == 0 || kFactors[i].x != kFactors[i - 1].x) load_values<kWide>(x + kFactors[i].x * 2 * kTile);
-          multiply_values<kWide>();
+          if (i == 0 || kFactors[i].table != kFactors[i - 1].table)
+            Tiles::load_columns(tiles + kFactors[i].table * 2 * kTile);
+          if (i == 0 || kFactors[i].x != kFactors[i - 1].x) Tiles::load_values<kWide>(x + kFactors[i].x * 2 * kTile);
+          Tiles::multiply_add<kWide>();
         }
       } else {
-        load_columns(tiles);
+        Tiles::load_columns(tiles);
         for (int part = parts_[group] - 1; part >= 0; --part) {
-          load_values<kWide>(x + part * 2 * kTile);
-          multiply_values<kWide>();
+          Tiles::load_values<kWide>(x + part * 2 * kTile);
+          Tiles::multiply_add<kWide>();
         }
       }
     }
     if (!kSplit || fresh) {
-      store<kWide>(sums);
+      Tiles::store<kWide>(sums);
       return;
     }
     alignas(64) float latest[kSums];  // short sums of short sums, as in Multiplier
-    store<kWide>(latest);
+    Tiles::store<kWide>(latest);
     for (int64_t i = 0; i < (kWide ? kSums : kSums / 2); i += 16) {
       _mm512_store_ps(sums + i, _mm512_add_ps(_mm512_load_ps(sums + i), _mm512_load_ps(latest + i)));
     }
   }
 
-  // Sums so far, to be added to. In bfloat16 one long sum is exact enough.
-  template <bool kWide>
-  [[gnu::always_inline]] static void resume(const float* sums) {
-    _tile_loadd(0, sums, 128);
-    _tile_loadd(1, sums + 16, 128);
-    if constexpr (kWide) {
-      _tile_loadd(2, sums + 16 * 32, 128);
-      _tile_loadd(3, sums + 16 * 32 + 16, 128);
-    }
-  }
-
-  // Rows apart by 32.
-  template <bool kWide>
-  [[gnu::always_inline]] static void store(float* sums) {
-    _tile_stored(0, sums, 128);
-    _tile_stored(1, sums + 16, 128);
-    if constexpr (kWide) {
-      _tile_stored(2, sums + 16 * 32, 128);
-      _tile_stored(3, sums + 16 * 32 + 16, 128);
-    }
-    GK_MEMORY;
-  }
-
-  // Tiles 0 to 3 are sums: of the first sixteen rows of values with both halves of the columns, then of the others.
-  template <bool kWide>
-  [[gnu::always_inline]] static void clear() {
-    _tile_zero(0);
-    _tile_zero(1);
-    if constexpr (kWide) {
-      _tile_zero(2);
-      _tile_zero(3);
-    }
-  }
-  [[gnu::always_inline]] static void load_columns(const uint16_t* tiles) {
-    _tile_loadd(4, tiles, 64);
-    _tile_loadd(5, tiles + kTile, 64);
-  }
-  template <bool kWide>
-  [[gnu::always_inline]] static void load_values(const uint16_t* tiles) {
-    _tile_loadd(6, tiles, 64);
-    if constexpr (kWide) _tile_loadd(7, tiles + kTile, 64);
-  }
-  template <bool kWide>
-  [[gnu::always_inline]] static void multiply_values() {
-    _tile_dpbf16ps(0, 6, 4);
-    _tile_dpbf16ps(1, 6, 5);
-    if constexpr (kWide) {
-      _tile_dpbf16ps(2, 7, 4);
-      _tile_dpbf16ps(3, 7, 5);
-    }
-  }
-
-  // A block of columns to where it belongs. Returns whether it is finite.
+  // A block of columns to where it belongs, in the order that `fill` changed. Returns whether it is finite.
   bool put(int64_t block) const {
     __m512 unlike = _mm512_setzero_ps();  // x - x is 0 or NaN
     const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
@@ -577,14 +597,18 @@ class Summer {
 
   const WeightedSum& args_;
   const int64_t begin_, end_, groups_;
-  char* const memory_;  // no container's: what it would compile for this instruction set might serve another
+  // new[], not std::vector: a member of that compiled here would contain AVX-512 code, and the linker may pick it to
+  // serve other files, too.
+  char* const memory_;
   uint16_t *panel_, *values_;  // of kSteps steps
   float* sums_;                // by blocks of columns and of rows, for tiles to be side by side
   int32_t* parts_;             // of values, by blocks of rows: numbers that are bfloat16 already have but one
 };
 
 void pack_tiles(const Packing& args, int64_t begin, int64_t end) {
-  for (int64_t block = begin; block < end; ++block) args.dtype == Dtype::kFloat ? pack<Dtype::kFloat>(args, block) : pack<Dtype::kBFloat16>(args, block);
+  for (int64_t block = begin; block < end; ++block) {
+    args.dtype == Dtype::kFloat ? pack<Dtype::kFloat>(args, block) : pack<Dtype::kBFloat16>(args, block);
+  }
 }
 
 void multiply_tiles(const Product& args, int64_t begin, int64_t end) {
@@ -622,6 +646,6 @@ int64_t all_packed_numbers(Dtype dtype, int64_t rows, int64_t width) {
 #pragma clang attribute pop
 #endif
 
-const gk::ProductKernels gk::kProductsAmx = {gk::kTileBlock, gk::kTileBlock, gk::kTileBlock, gk::all_packed_numbers,
+const gk::ProductKernels gk::kProductsAmx = {gk::kTileBlock, gk::kTileBlock,     gk::kTileBlock, gk::all_packed_numbers,
                                              gk::pack_tiles, gk::multiply_tiles, gk::sum_tiles};
 #endif
