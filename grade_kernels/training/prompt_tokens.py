@@ -205,7 +205,7 @@ class PromptTokenizer:
         given = {key: value for key, value in self._template_arguments.items() if key != "chat_template"}
         return _bytes([prompt, others, given]) + 64 * len(prompt) + 1024
 
-    def doubtful(self, example: dict[str, Any]) -> bool:
+    def doubtful(self, example: Example) -> bool:
         """Whether `__call__` may refuse an example that `check` lets pass, as far as can be told without tokenizing it.
 
         It may have no token: it holds no letter and no digit, or the tokenizer drops what it does not know. It may hold a

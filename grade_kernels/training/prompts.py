@@ -231,7 +231,7 @@ class PromptCollator:
         self._check_range(example, ids)
         return ids
 
-    def _check_range(self, example: dict[str, Any], ids: Sequence[int]) -> None:
+    def _check_range(self, example: Example, ids: Sequence[int]) -> None:
         """Every token is one of the policy's, of every reward's and of the reference's, or ValueError."""
         if self.vocab_size is not None and not 0 <= min(ids) <= max(ids) < self.vocab_size:
             raise ValueError(
