@@ -230,11 +230,13 @@ def differentiable(
         # Without this, autograd would silently treat the gradient as a constant.
         raise NotImplementedError(f"grade_kernels::{name}_backward has no second derivative; {_WAY_ROUND}")
 
+    def mapped(info: Any, dims: tuple[Any, ...], *args: Any) -> tuple[list[torch.Tensor], list[int]]:
+        return _one_by_one(backward_op, info.batch_size, dims, *args)
+
     torch.library.register_autograd(f"grade_kernels::{name}", gradient, setup_context=setup_context, lib=library)
     torch.library.register_autograd(f"grade_kernels::{name}_backward", refuse, lib=library)
-    torch.library.register_vmap(
-        f"grade_kernels::{name}_backward", functools.partial(_one_by_one, backward_op), lib=library
-    )
+    torch.library.register_vmap(f"grade_kernels::{name}_backward", mapped, lib=library)
+    library.impl(f"{name}_backward", functools.partial(_batched_gradients, backward_op), "Batched")
     return _calling(op, inputs, outputs, count + len(saved.leaves))
 
 
@@ -291,12 +293,39 @@ def _register(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any])
 
 
 def _one_by_one(
-    op: Callable[..., Sequence[torch.Tensor]], info: Any, dims: tuple[Any, ...], *args: Any
+    op: Callable[..., Sequence[torch.Tensor]], count: int, dims: tuple[Any, ...], *args: Any
 ) -> tuple[list[torch.Tensor], list[int]]:
     """An operation that returns a list, for several calls whose arguments are stacked: each call by itself."""
-    calls = [op(*(_part(x, dim, i) for x, dim in zip(args, dims, strict=True))) for i in range(info.batch_size)]
+    calls = [op(*(_part(x, dim, i) for x, dim in zip(args, dims, strict=True))) for i in range(count)]
     stacked = [torch.stack(parts) for parts in zip(*calls, strict=True)]
     return stacked, [0] * len(stacked)
+
+
+def _batched_gradients(op: Callable[..., Sequence[torch.Tensor]], *args: Any) -> list[torch.Tensor]:
+    """The same for `torch.autograd.grad(..., is_grads_batched=True)`, `gradcheck(check_batched_grad=True)`, ...
+
+    They run the backward pass under a vmap older than that of torch.func. Its tensors carry the number of the level at
+    which they are stacked, and are stacked at several where such calls nest: the innermost is taken apart here.
+    """
+    sizes: list[int] = []
+
+    def unwrapped(x: Any) -> tuple[Any, Any]:
+        """An argument, and the dimension along which it is stacked at this level, or None."""
+        if isinstance(x, (list, tuple)):
+            return [unwrapped(y)[0] for y in x], [unwrapped(y)[1] for y in x]
+        if isinstance(x, torch.Tensor) and torch._C._functorch.is_legacy_batchedtensor(x):
+            stacked = torch._remove_batch_dim(x, level, 0, 0)  # [0, ...] where it is not stacked at this level
+            if len(stacked):
+                sizes.append(len(stacked))
+                return stacked, 0
+        return x, None
+
+    for level in range(63, 0, -1):  # all that there can be
+        values, dims = zip(*map(unwrapped, args), strict=True)
+        if sizes:
+            found, _ = _one_by_one(op, sizes[0], dims, *values)
+            return [torch._add_batch_dim(x, 0, level) for x in found]
+    raise ValueError("is_grads_batched=True needs gradients, got a batch of size 0")
 
 
 def _part(x: Any, dim: Any, i: int) -> Any:
