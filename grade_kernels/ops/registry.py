@@ -7,6 +7,7 @@ backward pass, and the list of gradients follow from them.
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar
 
@@ -89,7 +90,7 @@ def operation(
     def run(function: Callable[[C], R]) -> Callable[..., Any]:
         return lambda *leaves: _returned(outputs.flatten(function(inputs.build(leaves))))
 
-    op = _register(f"{name}({inputs.schema()}) -> ({outputs.kinds()})", run(kernel), run(fake))
+    op = _register(name, f"({inputs.schema()}) -> ({outputs.kinds()})", run(kernel), run(fake))
     return _calling(op, inputs, outputs, len(outputs.leaves))
 
 
@@ -126,7 +127,8 @@ def differentiable(
         unsaved: arguments that backward has no use for; it gets None. Who changes them in place disturbs nobody.
 
     Returns:
-        The operation, to call: its results. Forward-mode derivatives raise NotImplementedError, as of `operation`.
+        The operation, to call: its results. Forward-mode derivatives raise NotImplementedError, as of `operation`. In
+        `torch.ops.grade_kernels` it is the only overload of its name, which is not `default`.
     """
     inputs, saved, wanted = Layout(arguments), Layout(kept), Layout(gradients)
     outputs: Layout[Any] = Layout(results)
@@ -169,12 +171,14 @@ def differentiable(
     arriving = ", ".join(
         f"Tensor? d{leaf.name}" if leaf.varies else f"{leaf.kind} result_{leaf.name}" for leaf in outputs.leaves
     )
-    op = _register(f"{name}({inputs.schema()}) -> ({outputs.kinds()}, {saved.kinds()})", run(kernel), run(fake))
-    backward_op = _register(
-        f"{name}_backward({arriving}, {inputs.schema()}, {saved.schema('kept_')}, bool[] wanted) -> Tensor[]",
-        run_backward,
-        fake_backward,
-    )
+    schema = f"({inputs.schema()}) -> ({outputs.kinds()}, {saved.kinds()})"
+    backward_schema = f"({arriving}, {inputs.schema()}, {saved.schema('kept_')}, bool[] wanted) -> Tensor[]"
+    # torch.compile keeps the backward graph on disk under a key of the forward graph. With another backward schema, as
+    # after an upgrade, that graph would call what is no more: so the overload that the forward graph names follows both.
+    overload = "v" + hashlib.sha256(f"{schema} {backward_schema}".encode()).hexdigest()[:8]
+    name, plain = f"{name}.{overload}", name
+    op = _register(name, schema, run(kernel), run(fake))
+    backward_op = _register(f"{plain}_backward", backward_schema, run_backward, fake_backward)
 
     def setup_context(ctx: _Context, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         given = [None if i in forgotten else x for i, x in enumerate(inputs)]
@@ -228,15 +232,15 @@ def differentiable(
 
     def refuse(*_: Any) -> Any:
         # Without this, autograd would silently treat the gradient as a constant.
-        raise NotImplementedError(f"grade_kernels::{name}_backward has no second derivative; {_WAY_ROUND}")
+        raise NotImplementedError(f"grade_kernels::{plain}_backward has no second derivative; {_WAY_ROUND}")
 
     def mapped(info: Any, dims: tuple[Any, ...], *args: Any) -> tuple[list[torch.Tensor], list[int]]:
         return _one_by_one(backward_op, info.batch_size, dims, *args)
 
     torch.library.register_autograd(f"grade_kernels::{name}", gradient, setup_context=setup_context, lib=library)
-    torch.library.register_autograd(f"grade_kernels::{name}_backward", refuse, lib=library)
-    torch.library.register_vmap(f"grade_kernels::{name}_backward", mapped, lib=library)
-    library.impl(f"{name}_backward", functools.partial(_batched_gradients, backward_op), "Batched")
+    torch.library.register_autograd(f"grade_kernels::{plain}_backward", refuse, lib=library)
+    torch.library.register_vmap(f"grade_kernels::{plain}_backward", mapped, lib=library)
+    library.impl(f"{plain}_backward", functools.partial(_batched_gradients, backward_op), "Batched")
     return _calling(op, inputs, outputs, count + len(saved.leaves))
 
 
@@ -268,9 +272,9 @@ def _calling(op: Callable[..., Any], inputs: Layout[C], outputs: Layout[R], retu
     return call
 
 
-def _register(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
-    """Register a functional operation of flat arguments; returns what calls it."""
-    name = schema.split("(", 1)[0]
+def _register(name: str, schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
+    """Register a functional operation of flat arguments, `name` or `name.overload`; returns what calls it."""
+    plain = name.split(".", 1)[0]
 
     def run(*args: Any) -> Any:
         if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
@@ -278,15 +282,15 @@ def _register(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any])
                 return kernel(*args)
         return kernel(*args)
 
-    library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
     library.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"grade_kernels::{name}", fake, lib=library)
-    op: Callable[..., Any] = getattr(torch.ops.grade_kernels, name).default
+    op: Callable[..., Any] = torch._library.utils.lookup_op(f"grade_kernels::{name}")
 
     def call(*args: Any) -> Any:
         # An operation without a rule for them would drop tangents, which then pass for zeros.
         if forward_ad._current_level >= 0 and has_tangent(args):
-            raise NotImplementedError(f"grade_kernels::{name} has no forward-mode derivative; {_WAY_ROUND}")
+            raise NotImplementedError(f"grade_kernels::{plain} has no forward-mode derivative; {_WAY_ROUND}")
         return op(*args)
 
     return call
