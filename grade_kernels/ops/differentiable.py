@@ -267,7 +267,9 @@ def _running(ctx: _Context, leaves: list[Leaf], given: list[Any]) -> list[Any]:
     the gradient of a head, of a table or of logits is as large as they are.
     """
     needs = ctx.needs_input_grad
-    if torch.compiler.is_compiling():
+    requiring = sum(sum(need) if isinstance(need, (list, tuple)) else need for need in needs)
+    # The backward pass runs because some gradient is wanted. Where a single tensor requires one, it is that.
+    if requiring == 1 or torch.compiler.is_compiling():
         return list(needs)
     nodes = iter(ctx.next_functions)  # one for each tensor among the arguments; those that need none are (None, 0)
 
