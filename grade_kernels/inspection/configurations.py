@@ -13,7 +13,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from grade_kernels import noise
-from grade_kernels.backends.triton import gather, head, head_support, onehot, tiles
+from grade_kernels.backends.triton import gather, head_support, head_tiles, onehot, strips
+from grade_kernels.backends.triton.sizes import HeadTile, TritonSizes
+from grade_kernels.backends.triton.targets import Target, compiler_options
+from grade_kernels.dtypes import compute_dtype
 from grade_kernels.inspection import baseline
 
 __all__ = ["ROWS", "TARGETS", "VOCAB", "Build", "builds"]
@@ -29,6 +32,7 @@ VOCAB = 151936
 ROWS = 4096  # beside it, what predictions are made for
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 _BACKEND = "grade_kernels.backends.triton"
+_SIZES = TritonSizes()
 # Of the row kernels: rows aligned to 16 bytes; rows that are not; any strides and row ids; the same and a shard at an
 # odd offset; one row of one token, which Triton specialises on. float64 is never read 16 bytes at a time.
 _LAYOUTS = {
@@ -55,7 +59,7 @@ class Build(NamedTuple):
         arguments: type or constant of each parameter (and of others, which are not looked at).
         options: of the compiler.
         logits: that a thread handles in one round of the main loop; 0 if there is no such loop.
-        sizes: of the tile of a product, or None.
+        tile: of a product, or None.
         products: per tile.
         rows: N that its prediction is for: a tile of few rows is not launched for many if there is one of many.
     """
@@ -67,7 +71,7 @@ class Build(NamedTuple):
     arguments: dict[str, Any]
     options: dict[str, Any]
     logits: int = 0
-    sizes: head.Config | None = None
+    tile: HeadTile | None = None
     products: int = 0
     rows: int = ROWS
 
@@ -84,18 +88,18 @@ def builds(target: str) -> list[Build]:
 
 def _rows(dtype: str, target: str, layout: str) -> list[Build]:
     """Kernels over given logits of a dtype, in one of `_LAYOUTS`."""
-    compute = tiles.compute_dtype(_DTYPES[dtype])
+    compute = compute_dtype(_DTYPES[dtype])
     data, stat = f"*{dtype}", "*fp64" if compute == torch.float64 else "*fp32"
     aligned, shard, tiny = (layout == name for name in ("aligned", "shard", "tiny"))
     strided, skew = shard or layout == "strided", 3 if shard else 0
     gpu = TARGETS[target]
-    sizes = tiles.strip_sizes(1 if tiny else VOCAB + skew, _DTYPES[dtype], gpu.warp_size)
+    sizes = strips.strip_sizes(1 if tiny else VOCAB + skew, _DTYPES[dtype], gpu.warp_size, _SIZES)
     row_stride = 1 if tiny else "i64 aligned" if aligned else "i32" if strided else "i64"
-    options = {"num_warps": tiles.NUM_WARPS, **tiles.target_options(gpu.backend)}
+    options = {"num_warps": strips.NUM_WARPS, **compiler_options(gpu.backend)}
     common = {
         "V": 1 if tiny else "i32 aligned" if aligned else "i32", "N": "i32", "group_start": "i32" if strided else "i64",
         "logits": data, "seed": "*i64", "row_ids": "*i64" if strided else None, "SKEW": skew, **sizes,
-        "BLOCK_S": triton.next_power_of_2(sizes["SPLITS"]), "DTYPE": tiles.TRITON_DTYPE[compute],
+        "BLOCK_S": triton.next_power_of_2(sizes["SPLITS"]), "DTYPE": strips.TRITON_DTYPE[compute],
         "FAST": gpu.backend == "cuda", "ALIGNED": aligned, "LOWEST": torch.finfo(compute).min,
         **dict.fromkeys(("s_n", "s_ln", "s_wn", "s_dyn", "s_outn"), row_stride),
         **dict.fromkeys(("s_v", "s_lv", "s_wv", "s_dyv", "s_outv", "s_tau"), "i64" if strided else 1),
@@ -122,8 +126,8 @@ def _rows(dtype: str, target: str, layout: str) -> list[Build]:
         "reinmax apply": (apply, reinmax),
     }
     # A skewed shard is masked all over, strip by strip.
-    strips = 1 if skew else sizes["STRIPS"]
-    logits = 0 if tiny else sizes["LANES"] * strips // (gpu.warp_size * tiles.NUM_WARPS)
+    unrolled = 1 if skew else sizes["STRIPS"]
+    logits = 0 if tiny else sizes["LANES"] * unrolled // (gpu.warp_size * strips.NUM_WARPS)
     found = [
         Build(name, dtype, layout, kernel, {**common, **changes}, options, logits)
         for name, (kernel, changes) in scans.items()
@@ -136,7 +140,7 @@ def _rows(dtype: str, target: str, layout: str) -> list[Build]:
         found.append(Build("one hot", dtype, layout, f"{_BACKEND}.onehot:one_hot_kernel", one_hot, options))
     if aligned and dtype != "fp16":
         naive = {**common, "BLOCK": baseline.BLOCK}
-        per_thread = baseline.BLOCK // (gpu.warp_size * tiles.NUM_WARPS)
+        per_thread = baseline.BLOCK // (gpu.warp_size * strips.NUM_WARPS)
         kernel = f"{baseline.__name__}:sample_kernel"
         found.append(Build("baseline sample", dtype, layout, kernel, naive, options, per_thread))
     return found
@@ -166,7 +170,8 @@ def _heads(dtype: str, target: str) -> list[Build]:
     added = ("bias", "softcap", "ref_bias", "ref_softcap")
     found = []
     for name, (kernel, changes, products) in variants.items():
-        few, many = (head.config(_DTYPES[dtype], products, _capability(target), many=many) for many in (False, True))
+        capability = launched_on(target).capability
+        few, many = (_SIZES.head_tile(_DTYPES[dtype], products, capability, many) for many in (False, True))
         build = head_build(name, dtype, few, target, kernel, changes, products)
         if many != few:
             found.append(build if any(changes.get(key) for key in added) else build._replace(rows=few.BM))
@@ -174,16 +179,16 @@ def _heads(dtype: str, target: str) -> list[Build]:
         found.append(build)
     if dtype == "bf16":
         kernel = f"{baseline.__name__}:head_sample_kernel"
-        found.append(head_build("baseline head sample", dtype, head.NARROW, target, kernel, {}, 1))
+        found.append(head_build("baseline head sample", dtype, _SIZES.tiles[1], target, kernel, {}, 1))
     return found
 
 
 def head_build(
-    name: str, dtype: str, sizes: head.Config, target: str, kernel: str, changes: dict[str, Any], products: int
+    name: str, dtype: str, tile: HeadTile, target: str, kernel: str, changes: dict[str, Any], products: int
 ) -> Build:
     """A kernel over a head in one size of tiles, shipped or not, and with changes to the arguments of most."""
     gpu = TARGETS[target]
-    options = head.tile_options(sizes, _DTYPES[dtype], gpu.backend, _capability(target))
+    options = head_tiles.tile_options(tile, _DTYPES[dtype], launched_on(target), _SIZES.head_split)
     arguments = {
         **dict.fromkeys(_HEAD_INTEGERS, "i32"), **dict.fromkeys(_HEAD_FLOATS, "*fp32"), "V": "i32", "H": "i32 aligned",
         **dict.fromkeys(("hidden", "weight", "ref_hidden", "ref_weight"), f"*{dtype}"), "eps": "fp32",
@@ -194,18 +199,19 @@ def head_build(
         "EVEN_K": True, "EVEN_R": True, **options, **changes,
     }  # fmt: skip
     compiler = {key: options[key] for key in options.keys() - arguments_of_tiles()}
-    per_thread = sizes.BM * sizes.columns // (gpu.warp_size * sizes.num_warps)
-    return Build(name, dtype, str(sizes), kernel, arguments, compiler, per_thread, sizes, products)
+    per_thread = tile.BM * tile.columns // (gpu.warp_size * tile.num_warps)
+    return Build(name, dtype, str(tile), kernel, arguments, compiler, per_thread, tile, products)
 
 
-def _capability(target: str) -> int:
-    """The compute capability, as launchers know it."""
-    return int(TARGETS[target].arch) if TARGETS[target].backend == "cuda" else 0
+def launched_on(target: str) -> Target:
+    """One of `TARGETS` as launchers know it."""
+    gpu = TARGETS[target]
+    return Target(gpu.backend, gpu.warp_size, int(gpu.arch) if gpu.backend == "cuda" else 0)
 
 
 def arguments_of_tiles() -> set[str]:
-    """Those of `head.tile_options` that kernels take; the others are the compiler's."""
-    return {"BM", "BN", "BK", "MORE", "ORDERED", "TILES", "THREADS", "PERMUTED", "TARGET"}
+    """Those of `head_tiles.tile_options` that kernels take; the others are the compiler's."""
+    return {"BM", "BN", "BK", "BN2", "SERIALISE", "TILES", "THREADS", "PERMUTED", "TARGET"}
 
 
 def _gathers(dtype: str) -> list[Build]:
@@ -227,7 +233,7 @@ def _gathers(dtype: str) -> list[Build]:
 
 def _combining(target: str) -> list[Build]:
     """Kernels that combine splits."""
-    splits = head.split_count(VOCAB, 0)
+    splits = head_tiles.split_count(VOCAB, 0, _SIZES.head_split)
     common = {
         **dict.fromkeys(
             ("top", "total", "tau", "best", "plain_max", "plain_sum", "score_max", "moment", "ref_top", "ref_total"),
@@ -241,16 +247,16 @@ def _combining(target: str) -> list[Build]:
         "row_ids": "*i64", "kept": "*i32", "offsets": "*i64", "tokens": "*i64", "s_slots": "i32", "first_row": "i32",
         "group_start": "i32", "eps": "fp32", "SKEW": 0, "DOMAIN": noise.DOMAIN_GUMBEL,
         "FAST": TARGETS[target].backend == "cuda",
-        "SPLITS": tiles.strip_sizes(VOCAB, torch.float32, 32)["SPLITS"],
+        "SPLITS": strips.strip_sizes(VOCAB, torch.float32, 32, _SIZES)["SPLITS"],
     }  # fmt: skip
     support = f"{head_support.__name__}:support_kernel"
     kernels: dict[str, tuple[str, dict[str, Any]]] = {
         "normalizer": (f"{head_support.__name__}:normalizer_kernel", {}),
-        "sample combine": (f"{head_support.__name__}:sample_combine_kernel", {}),
+        "sample combine": (f"{_BACKEND}.head_sampling:sample_combine_kernel", {}),
         "softmax combine": (f"{_BACKEND}.head_relaxation:softmax_combine_kernel", {}),
         "support count": (support, dict.fromkeys(("offsets", "tokens", "p"))),
         "support write": (support, {}),
-        "sum splits": (f"{_BACKEND}.tiles:_sum_splits_kernel", {}),
+        "sum splits": (f"{strips.__name__}:sum_splits_kernel", {}),
     }
     return [
         Build(name, "fp32", f"V {VOCAB}", kernel, {**common, **changes}, {"num_warps": 1})

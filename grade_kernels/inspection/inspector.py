@@ -102,7 +102,7 @@ def _batches(tasks: Sequence[tuple[Build, str]], processes: int) -> list[list[in
     size = max(1, min(_BATCH, len(tasks) // (4 * processes)))
     groups: dict[tuple[bool, str], list[int]] = {}
     for i, (build, target) in enumerate(tasks):
-        groups.setdefault((build.sizes is None, target), []).append(i)
+        groups.setdefault((build.tile is None, target), []).append(i)
     ordered = [groups[key] for key in sorted(groups)]
     return [group[i : i + size] for group in ordered for i in range(0, len(group), size)]
 

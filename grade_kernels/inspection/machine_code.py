@@ -88,11 +88,11 @@ def figures(build: Build, target: str, program: Program, shared: int) -> Figures
     """Count one kernel's machine code."""
     body: list[Instruction] | None = None
     per_width, moved, exchanges = None, None, None
-    if build.sizes is not None:
+    if build.tile is not None:
         found = _tile_loop(program.code, build)
         if found is not None:
             body, product = found
-            width = _width(product, build, TARGETS[target].warp_size * build.sizes.num_warps)
+            width = _width(product, build, TARGETS[target].warp_size * build.tile.num_warps)
             per_width = _by_pipe(product, target, build.logits * width)
             moved = sum(_bytes(i.opcode) for i in product) / (build.logits * width)
     elif build.logits:
@@ -121,10 +121,10 @@ def figures(build: Build, target: str, program: Program, shared: int) -> Figures
 
 def _width(product: list[Instruction], build: Build, threads: int) -> int:
     """The hidden units that one round of the loop over the width multiplies, a multiple of BK: compilers unroll it."""
-    assert build.sizes is not None
+    assert build.tile is not None
     # Known by what it loads; rounded, since it may load a little besides.
-    step = (build.sizes.BM + build.sizes.columns) * build.sizes.BK * _ELEMENT[build.dtype] * build.products
-    return build.sizes.BK * max(1, round(threads * sum(_bytes(i.opcode) for i in product) / step))
+    step = (build.tile.BM + build.tile.columns) * build.tile.BK * _ELEMENT[build.dtype] * build.products
+    return build.tile.BK * max(1, round(threads * sum(_bytes(i.opcode) for i in product) / step))
 
 
 def pipe(opcode: str, target: str) -> str:

@@ -50,7 +50,7 @@ def predict(build: Build, found: Figures) -> list[Prediction]:
     if found.per_logit is None or not found.bytes_per_logit or found.dtype not in _ELEMENT:
         return []
     devices = {name: device for name, device in DEVICES.items() if device.target == found.target}
-    if build.sizes is None:
+    if build.tile is None:
         return [_scan(name, device, found) for name, device in devices.items()]
     if found.per_width is None:
         return []
@@ -78,13 +78,13 @@ def _scan(name: str, device: Device, found: Figures) -> Prediction:
 def _product(name: str, device: Device, build: Build, found: Figures) -> Prediction:
     assert found.per_logit is not None
     assert found.per_width is not None
-    assert build.sizes is not None
+    assert build.tile is not None
     rows = build.rows
     size = _ELEMENT[found.dtype] * build.products
     memory = (rows + VOCAB) * WIDTH * size / device.bandwidth
     operations = 2 * rows * VOCAB * WIDTH * build.products / (device.wide if found.dtype == "fp32" else device.tensor)
     # Per tile BM rows of hidden and a row of the head per column; between tiles they come from the cache.
-    cache = rows * VOCAB * WIDTH * size * (1 / build.sizes.BM + 1 / build.sizes.columns) / device.cache_bandwidth
+    cache = rows * VOCAB * WIDTH * size * (1 / build.tile.BM + 1 / build.tile.columns) / device.cache_bandwidth
     width = {pipe: found.per_width[pipe] * WIDTH for pipe in PIPES}
     together = _pipes(device, rows, {pipe: found.per_logit[pipe] + width[pipe] for pipe in PIPES})
     resources = {"memory": memory, "cache": cache, "product": operations, **together}

@@ -58,7 +58,7 @@ def _prediction(p: Prediction) -> str:
 def _bytes(build: Build, found: Figures) -> str:
     if found.bytes_per_logit is None:
         return ""
-    return f"{found.bytes_per_logit * (WIDTH if build.sizes else 1):.4g}"
+    return f"{found.bytes_per_logit * (WIDTH if build.tile else 1):.4g}"
 
 
 def write_json(path: Path, results: Sequence[tuple[Build, Figures]]) -> None:
@@ -101,9 +101,9 @@ def write_plot(path: Path, results: Sequence[tuple[Build, Figures]]) -> None:
     for column, name in enumerate(names):
         device = DEVICES[name]
         scans = [
-            (b, f, p) for b, f, p in points if p.device == name and b.sizes is None and b.configuration == "aligned"
+            (b, f, p) for b, f, p in points if p.device == name and b.tile is None and b.configuration == "aligned"
         ]
-        heads = [(b, f, p) for b, f, p in points if p.device == name and b.sizes is not None and "flags" not in b.name]
+        heads = [(b, f, p) for b, f, p in points if p.device == name and b.tile is not None and "flags" not in b.name]
         lanes = device.pipes["issue"]["fma"] if "issue" in device.pipes else device.pipes["vector"]["fma"]
         issue = lanes * device.multiprocessors * device.clock
         _roof(

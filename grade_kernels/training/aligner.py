@@ -93,7 +93,7 @@ class Aligner:
             check_vocabulary(objective, policy, ending.pad)
         self.criterion = Criterion(tuple(objectives), reference, checked_beta(beta))
         self._check_reference()
-        self._can_sweep = False  # whether the model's gradient checkpointing was looked at
+        self._can_sweep = False  # whether the model's gradient checkpointing was found to serve sweeps
 
     @property
     def reference(self) -> Reference | None:

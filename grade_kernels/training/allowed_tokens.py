@@ -1,10 +1,10 @@
 """Which tokens a completion may be made of. All others have probability 0, wherever the policy's distribution is used.
 
 A head often scores more rows than its tokenizer has tokens (vocabularies are padded), and a generation config may name
-tokens that are never to be generated. Sampled all the same, such a row would decode to nothing or to something unwanted,
-and the reward's row of it, which nobody trained, would invite it. So its logit is -inf: the head gets a bias that is -inf
-there, in the rollout, in the replay and in the KL, for policy and reference alike. Noise belongs to a token's id, so the
-mask changes no other token's noise.
+tokens that are never to be generated. If such a row were sampled, it would decode to nothing or to something unwanted. The
+reward has a row for it that nobody trained, which may well reward it. So its logit is -inf: the head gets a bias that is
+-inf there, in the rollout, in the replay and in the KL, for policy and reference alike. Noise belongs to a token's id, so
+the mask changes no other token's noise.
 """
 
 from __future__ import annotations
@@ -164,13 +164,14 @@ def ids_without_token(tokenizer: Any, vocab_size: int) -> list[int]:
         length = 0
     try:
         known = set(tokenizer.get_vocab().values())
-    except (AttributeError, NotImplementedError):  # the base class of slow tokenizers has one that is not written
+    except (AttributeError, NotImplementedError):  # the base class of slow tokenizers declares it and raises
         known = set()
     if not known:
         return list(range(length, vocab_size)) if length else []
     size = max(length, max(known) + 1)
-    # Two ids may have one text, under which a slow tokenizer's vocabulary holds only one of them. Beyond its size none
-    # is asked for: tokenizers of characters have a text for every number.
+    # Two ids may have the same text, and the vocabulary of a slow tokenizer, a dict by text, then holds only one of them.
+    # So every id below its size is asked for its text. Larger ones are not asked: tokenizers of characters have a text
+    # for every number.
     return [id for id in range(vocab_size) if id not in known and (id >= size or not _has_text(tokenizer, id))]
 
 
@@ -223,7 +224,8 @@ def read_generation_config(
 
 def _unfollowed(config: GenerationConfig | None, vocab_size: int) -> dict[str, object]:
     """The settings that change what `generate()` draws and that training does not follow."""
-    default = GenerationConfig()  # early releases of transformers 5 have a top_k that nobody asked for
+    # Early releases of transformers 5 have a top_k by default, which nobody asked for. So defaults are not named.
+    default = GenerationConfig()
     found = {}
     for name in _UNFOLLOWED:
         value = getattr(config, name, None)

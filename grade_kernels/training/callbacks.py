@@ -125,7 +125,7 @@ def completions_table(
         table.add_column(name, justify="right")
     for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
         cells = [values[i] for values in columns.values()]
-        # As text, so that brackets in a completion are no markup.
+        # As `Text`: in a plain string, rich would take brackets of a completion for markup.
         shown = [Text(f"{cell:.3f}" if isinstance(cell, float) else str(cell)) for cell in cells]
         table.add_row(Text(prompt), Text(completion), *shown)
     return table

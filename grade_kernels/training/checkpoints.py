@@ -1,7 +1,11 @@
-"""Checkpoints that are either complete or absent: sealed by a list of their files, and renamed into place.
+"""Checkpoints that are either complete or absent.
 
-A checkpoint without a seal was written by another trainer, or was changed since. It may be resumed from where that is
-asked for, as far as it goes: weights and the trainer's state must be there, what else is missing begins anew.
+A run that is stopped while it writes would leave half a checkpoint under a name that promises a whole one. So a checkpoint
+is written into a folder beside (`staging`), sealed by a list of its files (`seal`), and renamed into place (`settle`).
+Before it is used, its files are compared with the list (`damage`).
+
+A checkpoint without a seal was written by another trainer, or its seal was removed. With `allow_partial_checkpoint` a run
+may go on from it: weights and the trainer's state must be there, and what else is missing begins anew.
 """
 
 from __future__ import annotations
@@ -200,7 +204,7 @@ def _broken(directory: Path) -> str | None:
         try:
             with safe_open(str(path), framework="pt"):
                 pass
-        except Exception as error:  # the format's own error, of no public class in its early releases
+        except Exception as error:  # early releases of safetensors raise an error of a class that is not public
             return f"{path.relative_to(directory).as_posix()} can not be read ({error})"
     try:
         json.loads((directory / STATE).read_text(encoding="utf-8"))
@@ -222,7 +226,8 @@ def advance(scheduler: Any, steps: int) -> None:
     if scheduler is None or hasattr(scheduler, "metrics") or "metrics" in scheduler.step.__code__.co_varnames:
         return
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that no step of the optimizer came before
+        # PyTorch warns of a schedule that moves before the optimizer's first step, which is what is wanted here.
+        warnings.simplefilter("ignore")
         for _ in range(steps):
             scheduler.step()
 

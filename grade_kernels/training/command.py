@@ -180,7 +180,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 def _as_typed(value: Any, action: argparse.Action) -> Any:
     """A setting of the file as the command line would have it, whose checks then apply to it."""
     if value is False and "no" in (action.choices or ()):
-        return "no"  # which YAML reads as false
+        return "no"  # YAML reads an unquoted no as false
     if action.nargs == "+" and value is not None and not isinstance(value, list):
         return [value]
     return str(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else value
@@ -202,7 +202,7 @@ def _adapter(arguments: RunArguments) -> Any:
     return LoraConfig(
         r=arguments.lora_r,
         lora_alpha=arguments.lora_alpha,
-        # PEFT's word for every linear layer is one in place of a list.
+        # PEFT takes "all-linear" as a string, and would look for a module of that name in a list.
         target_modules="all-linear" if modules == ["all-linear"] else modules,
         task_type="CAUSAL_LM",
     )

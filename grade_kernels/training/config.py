@@ -40,9 +40,11 @@ class GRADEConfig(TrainingArguments):
     # fine-tuning (5e-5) and of pre-training (6e-4) works for small models and for LoRA. Lower it for full fine-tuning
     # of large ones.
     learning_rate: float = field(default=2e-4, metadata={"help": "Initial learning rate."})
-    # The scale of the gradient changes within tens of steps, so its second moment gets a memory of 50, not 1000.
+    # The scale of the gradient changes within tens of steps. Adam's usual second moment remembers a thousand steps; this
+    # one remembers 50.
     adam_beta2: float = field(default=0.98, metadata={"help": "Beta2 of Adam."})
-    # Alignment stops by KL and by eye, not at a horizon that is known in advance.
+    # Runs of alignment are stopped by their KL, or by somebody who reads completions. A schedule that falls to 0 at the last
+    # step would need to know that step in advance.
     lr_scheduler_type: SchedulerType | str = field(
         default="constant_with_warmup", metadata={"help": "Learning rate schedule."}
     )
@@ -66,7 +68,8 @@ class GRADEConfig(TrainingArguments):
     )
     # The straight-through Gumbel estimator feeds the tokens that were really sampled, and sees the noise that chose.
     estimator: str = field(default="ste", metadata={"help": "Gradient estimator: one of " + ", ".join(ESTIMATORS)})
-    # The probability is valid for every reward; a classifier that is sure of everything has a larger gradient in log.
+    # The value itself can be differentiated for every reward. Where a classifier is sure, the gradient of its probability is
+    # small, and that of the logarithm is larger.
     reward_transform: str = field(
         default="probability", metadata={"help": "What is differentiated: one of " + ", ".join(TRANSFORMS)}
     )
@@ -83,13 +86,13 @@ class GRADEConfig(TrainingArguments):
         default=None,
         metadata={"help": "The adapter of the policy that is the KL's reference, in place of the policy as it came."},
     )
-    # As in TRL, so that a run of one and of the other are told alike. The cost of a step is linear in it.
+    # The default is TRL's, so that runs of both can be compared. The cost of a step grows in proportion.
     max_completion_length: int = field(default=512, metadata={"help": "Completions are cut off after so many tokens."})
     max_prompt_length: int | None = field(
         default=None,
         metadata={"help": "Prompts of more tokens are too long; None allows what leaves room for the completion."},
     )
-    # A prompt cut or left out changes what is trained on, which nobody should learn from a curve.
+    # A prompt that is cut or left out changes what is trained on, so somebody must have asked for it.
     long_prompts: str = field(
         default="error",
         metadata={
@@ -122,7 +125,7 @@ class GRADEConfig(TrainingArguments):
         default=True,
         metadata={"help": "Whether prompts come in random order; False is train_sampling_strategy=sequential."},
     )
-    # What such a checkpoint lacks begins anew, so a run that goes on from it is not the uninterrupted one.
+    # A run that goes on from such a checkpoint begins anew with what is missing, and so differs from an uninterrupted run.
     allow_partial_checkpoint: bool = field(
         default=False,
         metadata={
@@ -170,7 +173,8 @@ class GRADEConfig(TrainingArguments):
         if accelerator.dispatch_batches is None:
             # One process can not deal out batches of strings and of prompts of unequal length: each reads its own.
             accelerator.dispatch_batches = False
-        checkpointing = self.gradient_checkpointing_kwargs  # since 5.23 a mirror of activation_checkpointing_kwargs
+        # transformers 5.23 and later call it `activation_checkpointing_kwargs`, and keep this name as a mirror of it.
+        checkpointing = self.gradient_checkpointing_kwargs
         if isinstance(checkpointing, dict) and is_reentrant(checkpointing):
             raise ValueError(
                 'gradient checkpointing must not be reentrant, got arguments without "use_reentrant": False: the sweeps '
@@ -179,7 +183,7 @@ class GRADEConfig(TrainingArguments):
 
     @property
     def sampling_strategy(self) -> str:
-        """`train_sampling_strategy`, which the first releases of transformers 5 do not have."""
+        """`train_sampling_strategy`; the first releases of transformers 5 have `group_by_length` in its place."""
         early = "group_by_length" if getattr(self, "group_by_length", False) else "random"
         return getattr(self, "train_sampling_strategy", early)
 

@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 REPLACEMENT = "\ufffd"
 """What stands for tokens that can not be decoded, as for bytes that are no character."""
 
-_warned: set[str] = set()  # the tokenizers whose failure was told
+_warned: set[str] = set()  # classes of tokenizers that a warning was given of
 
 
 def completion_texts(tokenizer: Any, ids: torch.Tensor, mask: torch.Tensor) -> list[str]:
@@ -35,7 +35,7 @@ def completion_texts(tokenizer: Any, ids: torch.Tensor, mask: torch.Tensor) -> l
         texts = list(tokenizer.batch_decode(rows, skip_special_tokens=True))
         if all(isinstance(text, str) for text in texts):
             return texts
-    except Exception as error:  # whatever the tokenizer's author let it be
+    except Exception as error:  # each tokenizer raises another one
         reason = f"{type(error).__name__}: {error}"
     _warn_once(type(tokenizer).__name__, reason)
     return [_text(tokenizer, row) for row in rows]
@@ -46,7 +46,8 @@ def _text(tokenizer: Any, row: Sequence[int]) -> str:
     text = _decoded(tokenizer, row)
     if text is not None:
         return text
-    # Pieces begin and end at tokens that can not be decoded alone. Bytes of one character stay together so.
+    # The text is cut at every token that can not be decoded by itself, and nowhere else: a character may be made of the
+    # bytes of several tokens, which must be decoded together.
     pieces: list[str | None] = []
     run: list[int] = []
     for token in row:

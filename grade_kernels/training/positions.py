@@ -62,7 +62,7 @@ def position_table_limit(model: nn.Module) -> int | None:
     limits = []
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding) and name.rsplit(".", 1)[-1] in _TABLES:
-            # RoBERTa and its like count from behind the padding's row, OPT and BART from a fixed one.
+            # RoBERTa and its like give the first token the row behind that of the padding, OPT and BART a fixed row.
             first = 0 if module.padding_idx is None else module.padding_idx + 1
             limits.append(module.num_embeddings - first - int(getattr(module, "offset", 0)))
     return min(limits, default=None)
@@ -106,7 +106,8 @@ def _too_long(name: str, new_tokens: int, length: int, whose: str, limit: int) -
 def _frequencies_change(name: str, new_tokens: int, shortest: int, longest: int, limits: Sequence[int]) -> str | None:
     """What is wrong where prompts of one batch end, or go on, on both sides of such a limit; None where nothing is."""
     for original in limits:
-        # What is cached of the first tokens would be of other frequencies than what a replay reads of them.
+        # The rollout's cache has the first tokens by the frequencies of short texts. A replay reads the whole text at
+        # once, and all tokens by those of long texts, so it would differentiate another model.
         if shortest <= original < longest + new_tokens - 1:
             return (
                 f"{name} = {new_tokens} after prompts of {shortest} to {longest} tokens passes position {original}, where "

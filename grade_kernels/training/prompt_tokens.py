@@ -6,7 +6,7 @@ import inspect
 import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 from transformers import PreTrainedTokenizerBase
 
@@ -15,6 +15,8 @@ from grade_kernels.training.positions import text_config
 __all__ = [
     "MEDIA_COLUMNS",
     "TEMPLATE_COLUMNS",
+    "Example",
+    "Message",
     "Prompt",
     "PromptTokenizer",
     "beginning_of",
@@ -27,8 +29,12 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-Prompt = str | list[dict[str, Any]]
+Message = dict[str, Any]
+"""A message of a conversation: its role, its content, and whatever else a chat template reads."""
+Prompt = str | list[Message]
 """A text, or the messages of a conversation."""
+Example = dict[str, Any]
+"""A row of a data set: its prompt, and columns of any kind."""
 
 # Columns that the chat template reads; rewards get them too, as all columns.
 TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs", "documents")
@@ -36,29 +42,29 @@ TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs", "documents")
 MEDIA_COLUMNS = ("image", "images", "video", "videos", "audio", "audios", "pixel_values")
 # What configurations call the token that stands for an image, a video or a sound.
 _PLACEHOLDERS = tuple(f"{what}_token_{kind}" for what in ("image", "video", "audio") for kind in ("id", "index"))
-# Arguments of apply_chat_template that are decided here or mean nothing here.
+# Arguments of apply_chat_template that users may not give: the trainer decides them, or they have no effect on prompts.
 _DECIDED = (
     "conversation", "add_generation_prompt", "continue_final_message", "tokenize", "return_dict", "return_tensors",
     "padding", "truncation", "max_length", "return_assistant_tokens_mask", "tokenizer_kwargs", "processor_kwargs",
 )  # fmt: skip
-_MARK = "GRADEPROBE"
+_MARK = "GRADEPROBE"  # a text that no template writes by itself
 
 
-def is_conversation(prompt: Any) -> bool:
+def is_conversation(prompt: object) -> TypeGuard[list[Message]]:
     """Whether a prompt is a list of messages rather than a string."""
     return (
         isinstance(prompt, (list, tuple)) and bool(prompt) and all(isinstance(m, dict) and "role" in m for m in prompt)
     )
 
 
-def prompt_text(prompt: Any) -> str:
+def prompt_text(prompt: Prompt) -> str:
     """A prompt as a human reads it."""
     if not is_conversation(prompt):
         return str(prompt)
     return "\n".join(f"{m['role']}: {_joined(m.get('content') or '')}" for m in prompt)
 
 
-def beginning_of(prompt: Any, length: int = 80) -> str:
+def beginning_of(prompt: Prompt, length: int = 80) -> str:
     """The beginning of a prompt as errors quote it."""
     text = prompt_text(prompt)
     return repr(text if len(text) <= length else text[:length] + "...")
@@ -71,7 +77,7 @@ def tokenizer_of(processing_class: Any, name: str = "processing_class") -> Any:
         TypeError: what is neither a tokenizer nor a processor with one, such as an image processor.
     """
     inner = getattr(processing_class, "tokenizer", None)
-    # A tokenizer may keep its own backend by that name.
+    # A tokenizer may have an attribute of that name too, which is its backend and no tokenizer of transformers.
     whole = inner is None or isinstance(processing_class, PreTrainedTokenizerBase)
     tokenizer = processing_class if whole else inner
     # Image processors and feature extractors are called as well, but have no vocabulary.
@@ -137,7 +143,7 @@ class PromptTokenizer:
         self._reads: dict[str, tuple[bool, bool]] = {}
         self._said: set[str] = set()
 
-    def __call__(self, example: dict[str, Any]) -> list[int]:
+    def __call__(self, example: Example) -> list[int]:
         """An example's tokens, at least one.
 
         Args:
@@ -168,7 +174,7 @@ class PromptTokenizer:
             )
         return list(ids)
 
-    def check(self, example: dict[str, Any]) -> None:
+    def check(self, example: Example) -> None:
         """The prompt is a string, or messages of text that there is a template for; TypeError or ValueError."""
         prompt = example["prompt"]
         if isinstance(prompt, str):
@@ -178,7 +184,7 @@ class PromptTokenizer:
         check_no_media(prompt)
         self._arguments(example)
 
-    def bound(self, example: dict[str, Any]) -> int:
+    def bound(self, example: Example) -> int:
         """About how many tokens an example has at most, without tokenizing it.
 
         No tokenizer makes more than one token of a byte of what it reads. A chat template is given credit for 1024 tokens
@@ -223,19 +229,21 @@ class PromptTokenizer:
         own = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
         if not own:
             return [], [], full
-        # From the right: where both texts are alike, the tokenizer's BOS comes first.
+        # The text's own tokens may occur twice in the whole, when the text begins with a BOS like the one that is added.
+        # The search goes from the right, so that the added one is taken for the first.
         for start in range(len(full) - len(own), -1, -1):
             if full[start : start + len(own)] == own:
                 if start and self._bos not in full[:start] and full[: len(own)] == own and full[len(own)] in self._ends:
-                    start = 0  # a text of ends alone, to which one more was added
+                    start = 0  # the text is made of ends alone, and the tokenizer added one more behind it
                 return full[:start], own, full[start + len(own) :]
-        # The tokenizer reads a text otherwise with special tokens around it: of what it reads, only an end can be told.
+        # With special tokens around it the text has other tokens than alone, so what was added can not be told from it.
+        # Only an end of sequence can: it is the last token, and the text alone does not end with it.
         own_end = len(full) - (full[-1:] != own[-1:] and full[-1] in self._ends)
         return [], full[:own_end], full[own_end:]
 
     # -------------------------------------------------------------------------------------------------- conversations
 
-    def _conversation(self, example: dict[str, Any]) -> list[int]:
+    def _conversation(self, example: Example) -> list[int]:
         messages = [_uniform(_without_none(message)) for message in example["prompt"]]
         tools, arguments = self._arguments(example)
         template = arguments["chat_template"]
@@ -265,13 +273,13 @@ class PromptTokenizer:
             return list(self.tokenizer(rendered, add_special_tokens=False)["input_ids"])
         return self._around(rendered)
 
-    def _arguments(self, example: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    def _arguments(self, example: Example) -> tuple[Any, dict[str, Any]]:
         """An example's tools, and all else that its chat template gets, the template itself among it."""
         own = _column(example, "chat_template_kwargs", dict) or {}
         check_template_arguments("column chat_template_kwargs", own)
         arguments = {**self._template_arguments, **own}
         others = arguments.pop("tools", None)
-        # Templates of the Llama family write their words about tools for an empty list of them.
+        # For an empty list of tools, templates of the Llama family write an introduction to tools; for None they do not.
         tools = _column(example, "tools", list) or others or None
         template = arguments["chat_template"] = self._template(arguments, tools, example["prompt"])
         if example.get("documents") and "documents" in template:
@@ -296,7 +304,7 @@ class PromptTokenizer:
             )
         return template
 
-    def _as_read(self, messages: list[dict[str, Any]], arguments: dict[str, Any]) -> list[dict[str, Any]]:
+    def _as_read(self, messages: list[Message], arguments: dict[str, Any]) -> list[Message]:
         """Messages with their content as the template reads it: strings, or lists of parts."""
         template = arguments["chat_template"]
         if template not in self._reads:
@@ -307,7 +315,7 @@ class PromptTokenizer:
         strings, parts = self._reads[template]
         if strings == parts:
             return messages
-        read: list[dict[str, Any]] = []
+        read: list[Message] = []
         for message in messages:
             content = message.get("content")
             if strings and isinstance(content, (list, tuple)):
@@ -374,7 +382,7 @@ def _takes(function: Callable[..., Any], name: str) -> bool:
     return name in parameters or any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
 
 
-def _column(example: dict[str, Any], name: str, kind: type) -> Any:
+def _column(example: Example, name: str, kind: type) -> Any:
     """A column of an example, read from JSON where it is a string, without the nulls that Arrow fills in."""
     value = example.get(name)
     if isinstance(value, str):

@@ -13,7 +13,14 @@ from tqdm.auto import tqdm
 
 from grade_kernels.training.config import GRADEConfig
 from grade_kernels.training.positions import Room, frequency_limits, position_limit, position_table_limit
-from grade_kernels.training.prompt_tokens import MEDIA_COLUMNS, TEMPLATE_COLUMNS, Prompt, PromptTokenizer, beginning_of
+from grade_kernels.training.prompt_tokens import (
+    MEDIA_COLUMNS,
+    TEMPLATE_COLUMNS,
+    Example,
+    Prompt,
+    PromptTokenizer,
+    beginning_of,
+)
 from grade_kernels.training.rewards import Objective, SequenceClassificationReward
 from grade_kernels.training.text_rewards import HELPERS
 
@@ -21,7 +28,7 @@ __all__ = ["PromptBatch", "PromptCollator", "RepeatedPrompts", "check_prompt_dat
 
 logger = logging.getLogger(__name__)
 
-# Keywords that rewards get of the trainer, or that a module's own call has.
+# Keywords that the trainer gives to rewards itself, and `self`, which a module's own call has.
 _RESERVED = (
     "self", "inputs_embeds", "attention_mask", "prompts", "completions", "completion_ids", *HELPERS,
 )  # fmt: skip
@@ -79,7 +86,7 @@ class PromptBatch(TypedDict):
 
 
 class PromptCollator:
-    """Examples to a batch: left-padded tokens, the prompts themselves, and all other columns as lists.
+    """Makes a batch of examples: left-padded tokens, the prompts themselves, and all other columns as lists.
 
     Args:
         tokens: of an example.
@@ -102,10 +109,10 @@ class PromptCollator:
     ) -> None:
         self.tokens, self.pad_token_id, self.room = tokens, pad_token_id, room
         self.vocab_size, self.drops_columns, self.progress = vocab_size, drops_columns, progress
-        self._counted = True  # whether long prompts were counted before they came
+        self._counted = True  # whether `fitting` counted the long prompts of a data set with a length
         self._long = 0
 
-    def __call__(self, examples: Sequence[dict[str, Any]]) -> PromptBatch:
+    def __call__(self, examples: Sequence[Example]) -> PromptBatch:
         """A batch of examples, each with a `prompt`.
 
         Raises:
@@ -124,7 +131,7 @@ class PromptCollator:
             ids[i, longest - len(row) :] = torch.tensor(row)
             mask[i, longest - len(row) :] = 1
         names = () if self.drops_columns else dict.fromkeys(name for example in examples for name in example)
-        # As `datasets` has it, a column that an example lacks is None there.
+        # An example may lack a column that others have. It gets None there, as `datasets` does it.
         columns = {name: [example.get(name) for example in examples] for name in names if name != "prompt"}
         prompts = [example["prompt"] for example in examples]
         return {"input_ids": ids, "attention_mask": mask, "prompts": prompts, "columns": columns}
@@ -176,12 +183,12 @@ class PromptCollator:
         left = sorted(set(range(size)).difference(long))
         return dataset.select(left) if hasattr(dataset, "select") else Subset(dataset, left)
 
-    def _check(self, example: dict[str, Any]) -> None:
+    def _check(self, example: Example) -> None:
         if "prompt" not in example:
             raise ValueError(f"every example must have a 'prompt', got {sorted(map(str, example))}")
         _check_columns("an example", list(example), self.drops_columns)
 
-    def _excess(self, example: dict[str, Any]) -> str | None:
+    def _excess(self, example: Example) -> str | None:
         """Why an example's prompt does not fit, or None."""
         self._check(example)
         self.tokens.check(example)
@@ -190,14 +197,14 @@ class PromptCollator:
             return None
         return self.room.excess(len(self.tokens(example)))
 
-    def _fits(self, example: dict[str, Any]) -> bool:
+    def _fits(self, example: Example) -> bool:
         """Whether an example stays, said as they come."""
         excess = self._excess(example)
         if excess is not None:
             self._note("skipped", excess, example)
         return excess is None
 
-    def _fitted(self, example: dict[str, Any]) -> list[int]:
+    def _fitted(self, example: Example) -> list[int]:
         """An example's tokens, cut where that was chosen."""
         self._check(example)
         ids = self.tokens(example)
@@ -215,7 +222,7 @@ class PromptCollator:
             )
         return ids
 
-    def _note(self, what: str, excess: str, example: dict[str, Any]) -> None:
+    def _note(self, what: str, excess: str, example: Example) -> None:
         """Say how many prompts were too long so far, the more seldom the more there are."""
         self._long += 1
         if str(self._long).strip("0") == "1":
@@ -227,35 +234,35 @@ class PromptCollator:
             )
 
 
-def _explained(excess: str, example: dict[str, Any]) -> str:
+def _explained(excess: str, example: Example) -> str:
     return (
         f"{excess}; the prompt begins {beginning_of(example['prompt'])} (lower max_completion_length, or set "
         'max_prompt_length and long_prompts = "truncate" or "skip")'
     )
 
 
-def _examples(dataset: Any) -> Iterator[dict[str, Any]]:
+def _examples(dataset: Any) -> Iterator[Example]:
     """All examples in order; of a table only the columns that make the prompt."""
     columns = getattr(dataset, "column_names", None)
-    # A transform of one's own may read columns that are not asked for here.
+    # A data set with a transform of the user's keeps all columns: the transform may read any of them.
     transformed = getattr(dataset, "format", {}).get("type") == "custom"
     if columns is not None and hasattr(dataset, "select_columns") and not transformed:
         dataset = dataset.select_columns([name for name in ("prompt", *TEMPLATE_COLUMNS) if name in columns])
     return (dataset[i] for i in range(len(dataset))) if not hasattr(dataset, "__iter__") else iter(dataset)
 
 
-class _Fitting(IterableDataset[dict[str, Any]]):
+class _Fitting(IterableDataset[Example]):
     """The examples of a data set without a length that pass a test."""
 
-    def __init__(self, dataset: Any, fits: Callable[[dict[str, Any]], bool]) -> None:
+    def __init__(self, dataset: Any, fits: Callable[[Example], bool]) -> None:
         self.dataset, self.fits = dataset, fits
 
     @classmethod
-    def of(cls, dataset: Any, fits: Callable[[dict[str, Any]], bool]) -> Any:
+    def of(cls, dataset: Any, fits: Callable[[Example], bool]) -> Any:
         """By the data set's own filter where it has one, which keeps its shuffling and its state."""
         return dataset.filter(fits) if hasattr(dataset, "column_names") else cls(dataset, fits)
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    def __iter__(self) -> Iterator[Example]:
         return filter(self.fits, iter(self.dataset))
 
 

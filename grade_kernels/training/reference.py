@@ -48,7 +48,8 @@ __all__ = [
     "reference_for_training",
 ]
 
-# Models whose trained adapter `reference_for_loss` has warned of, or found to be fresh.
+# Models whose adapter `reference_for_loss` has looked at: either it is fresh, or a warning was given. Looking costs a walk
+# over all parameters, and the warning comes once.
 _SEEN: WeakSet[nn.Module] = WeakSet()
 
 
@@ -184,8 +185,8 @@ class NamedAdapter(Reference):
 class FrozenCopy(Reference):
     """The policy as it is now: a copy of the parameters that require gradients; it shares all the others with it.
 
-    So it holds an adapter as it came, whatever its kind, with trained biases and `modules_to_save` and all, in the
-    memory of the adapter. To compute the reference the copied values take the place of the policy's for a moment.
+    So it holds an adapter as it came, whatever its kind, with its trained biases and its `modules_to_save`. It takes as
+    much memory as the adapter. While the reference is computed, the copied values take the place of the policy's.
 
     Args:
         model: the policy before training, in whatever wrapper.
@@ -264,13 +265,16 @@ class FrozenCopy(Reference):
         self._placed.clear()
 
     def _with_own_head(self, inner: nn.Module, parts: LanguageModel) -> LanguageModel:
-        """Parts whose LM head keeps the copied values: it is read once more when the policy has its own ones again."""
+        """Parts whose LM head keeps the copied values.
+
+        The KL reads the head after the policy has its own values back, and would find those in it.
+        """
         active = active_layer(parts.lm_head)
         weight, bias = active.weight.detach(), None if active.bias is None else active.bias.detach()
         names = {name for name, module in inner.named_modules() if module is active}
         trained = any(f"{name}.{own}" in self._values for name in names for own in ("weight", "bias"))
         if trained and any(isinstance(module, FSDPModule) for module in inner.modules()):
-            # What is gathered is overwritten where it stands.
+            # The gathered parameters of FSDP2 are overwritten in place when the policy's values come back.
             weight, bias = weight.clone(), None if bias is None else bias.clone()
         head = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
         head.weight = nn.Parameter(weight, requires_grad=False)
@@ -282,8 +286,9 @@ class FrozenCopy(Reference):
     def _in_place(self, inner: nn.Module) -> Iterator[None]:
         """The copied values instead of the policy's.
 
-        Whole parameters exchange their storage, so that a graph of the policy's keeps what it saved. What FSDP2 shards
-        is overwritten in the shard, which the layers gather from.
+        A graph of the policy's may have saved whole parameters for its backward pass, and overwriting them would change
+        its gradient. So they exchange their storage, and the graph keeps the old one. FSDP2 gathers each layer from the
+        shards, so a parameter that it shards is overwritten there, and put back afterwards.
         """
         units = [module for module in inner.modules() if isinstance(module, FSDPModule)]
 
@@ -294,7 +299,7 @@ class FrozenCopy(Reference):
             for unit in units:
                 unit.reshard()
 
-        free()  # only sharded parameters are those that are gathered from
+        free()  # while a parameter is gathered, a module holds the whole of it, and not the shard that counts here
         swapped: list[tuple[nn.Parameter, torch.Tensor]] = []
         overwritten: list[tuple[torch.Tensor, torch.Tensor]] = []
         parameters = _named(inner)
@@ -482,7 +487,10 @@ def _merged(module: nn.Module) -> list[str]:
 
 @contextmanager
 def _flags_kept(model: nn.Module) -> Iterator[None]:
-    """Afterwards every parameter requires a gradient or not, as before; PEFT's switches change that."""
+    """Afterwards every parameter requires a gradient or not, as before.
+
+    PEFT's `disable_adapter` and `set_adapter` also switch which parameters are trained.
+    """
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         yield
@@ -495,7 +503,9 @@ def _flags_kept(model: nn.Module) -> Iterator[None]:
 def _unmerged(model: nn.Module) -> Iterator[None]:
     """No layer has its adapters merged into its weights meanwhile; afterwards each is to the bit what it was.
 
-    A merged layer ignores its adapter's parameters, and PEFT's switch would leave it unmerged.
+    A merged layer does not read its adapter's parameters (https://github.com/huggingface/peft/issues/3756), so another
+    adapter or other values would have no effect. PEFT's `disable_adapter` unmerges a layer and leaves it so, which would
+    change the policy. This can go when PEFT restores what was merged.
     """
     with ExitStack() as stack:
         for module in model.modules():

@@ -1,8 +1,8 @@
 """What a checkpoint says of the KL's reference, so that a resumed run is held to what the first one was held to.
 
-The policy that a resumed run is given may be trained already (it may come from that very checkpoint), and it would
-become its own reference. So a checkpoint names the kind of reference, holds the values of a frozen copy, and of another
-model a digest to know it by. An adapter's own files hold nothing of it.
+A resumed run may be given a policy that is trained already, perhaps from that very checkpoint. Taken as it is, it would
+become its own reference. So a checkpoint names the kind of reference. Of a frozen copy it holds the values, since the files
+of an adapter do not have them. Of another model it holds a digest, by which that model is known again.
 """
 
 from __future__ import annotations

@@ -103,7 +103,8 @@ def replay(
 
     layout = Layout.of(prompts, sample)
     embedded, hidden = _forward(policy, layout, mixtures)
-    # The lookup of a fed-back token belongs to the forward pass above; here its table is a constant.
+    # The gradient of the table by its lookups is found by the forward pass above. Here it would be counted twice, so the
+    # table is a constant.
     fed_back = (policy.table.detach(),) if hops else ()
     tables = tuple(with_rows(table, policy.vocab_size) for table in (*reward_tables, *fed_back))
     embeddings, logprobs = _relaxed(policy, hidden, tables, sample, noise, relaxation)
@@ -130,7 +131,7 @@ def replay(
         d_outputs.append(d_fed_back)
     surrogate = sum((output * d_output).sum() for output, d_output in zip(outputs, d_outputs, strict=True))
     value = ((beta * kl.detach() - weighted_sum(objectives, values)) * row_weights).sum()
-    # The number is the loss, the gradient is the surrogate's.
+    # The surrogate has the gradient of the loss and another value: its own value is taken off again.
     loss = value + (surrogate - surrogate.detach()).to(value.dtype)  # type: ignore[union-attr]
     return Replay(loss, values, kl.detach(), _of_completions(logprobs, sample))
 
@@ -250,7 +251,7 @@ def _forward(policy: LanguageModel, layout: Layout, mixtures: _Mixtures | None) 
             return embedded
         return layout.with_mixtures(embedded, mixtures.of(policy.table) * policy.embed_scale)
 
-    # A compiled model is one node of the graph, inside which nothing can be read.
+    # A compiled model would run as one node of the graph, without the hooks that read its hidden states.
     run = getattr(policy.whole, "_orig_mod", policy.whole)
     with Capture(policy, edit) as seen:
         run(input_ids=layout.ids, use_cache=False, logits_to_keep=1, **layout.arguments(policy.model))
@@ -344,7 +345,7 @@ def _reward_gradients(
                 "(rewards of text can only be logged)"
             )
         values.append(value)
-        # A reward that reads behind the end of a sequence still may not move it.
+        # A reward may read what stands behind an end. The completion does not have it, so it gets no gradient.
         gradients.append(gradient * sample.mask[..., None].to(gradient.dtype))
     return torch.stack([value.to(torch.promote_types(value.dtype, torch.float32)) for value in values]), gradients
 

@@ -126,7 +126,7 @@ class _Decode:
         inputs: dict[str, torch.Tensor] = {"input_ids": prompts.ids}
         cache, ids, masks, hiddens = None, [], [], []
         sampler: RepeatedSampler | None = None
-        begins_apart = len(policy.allowed.spans(2)) > 1  # the mask of the first token is not that of the second
+        begins_apart = len(policy.allowed.spans(2)) > 1  # whether the first token has another mask than the second
         with evaluating(policy.model):
             for time in range(ending.max_new_tokens):
                 output = policy.backbone(
@@ -185,7 +185,8 @@ def _any(alive: torch.Tensor, together: bool) -> bool:
 def _reads(policy: LanguageModel, prompts: Prompts, together: bool) -> bool:
     """Whether the policy reads these rows as they are: none is padded, or its padding does no harm.
 
-    In eager attention the softmax is in float32, where float64's mask value is -inf: a padded row is NaN, and spreads.
+    Eager attention takes its softmax in float32, where the least number of float64, which masks, becomes -inf. A query that
+    sees only padding then is NaN, and spreads.
     """
     eager = getattr(policy.model.config, "_attn_implementation", None) == "eager"
     harmless = policy.reads_left_padding and not (eager and policy.table.dtype == torch.float64)

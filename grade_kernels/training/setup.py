@@ -22,7 +22,7 @@ from transformers import (
 from grade_kernels.training.allowed_tokens import AllowedTokens, ids_without_token, read_generation_config
 from grade_kernels.training.config import GRADEConfig
 from grade_kernels.training.model import LanguageModel, check_checkpointing, check_training_mode, read_language_model
-from grade_kernels.training.prompt_tokens import tokenizer_of
+from grade_kernels.training.prompt_tokens import Example, tokenizer_of
 from grade_kernels.training.prompts import check_prompt_dataset
 from grade_kernels.training.records import Ending
 from grade_kernels.training.reference import Reference
@@ -53,7 +53,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-PromptData: TypeAlias = "Dataset[Any] | datasets.Dataset | datasets.IterableDataset | Sequence[dict[str, Any]]"
+PromptData: TypeAlias = "Dataset[Any] | datasets.Dataset | datasets.IterableDataset | Sequence[Example]"
 """Examples with a prompt each."""
 ProcessingClass: TypeAlias = PreTrainedTokenizerBase | ProcessorMixin
 RewardFunction: TypeAlias = str | nn.Module | Callable[..., Any]
@@ -100,7 +100,7 @@ def load_by_name(what: str, loader: Any, name: str, **keywords: Any) -> Any:
 def _load_causal(what: str, name: str, args: GRADEConfig, dtype: torch.dtype = torch.float32, **more: Any) -> nn.Module:
     """A causal language model by name, with `args.model_init_kwargs`, in the given precision unless they say another."""
     given: dict[str, Any] = {**dict(args.model_init_kwargs or {}), **more}  # type: ignore[arg-type]
-    if "torch_dtype" not in given:  # its name before transformers 5, which dtype would override
+    if "torch_dtype" not in given:  # the name of dtype before transformers 5; a default dtype would override it
         given.setdefault("dtype", dtype)
     given.setdefault("trust_remote_code", args.trust_remote_code)
     model: nn.Module = load_by_name(what, AutoModelForCausalLM, name, **given)
@@ -218,7 +218,7 @@ def _switch_off_dropout(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        for name, value in vars(module).items():  # rates that a module passes on, and the noise of an expert's router
+        for name, value in vars(module).items():  # rates that a module hands to functions, and the jitter of routers
             if isinstance(value, float) and ("drop" in name or "jitter" in name):
                 setattr(module, name, 0.0)
 
@@ -245,7 +245,7 @@ def read_rewards(
             _check_apart(f"reward_funcs[{i}]", function, policy)
             try:
                 function = SequenceClassificationReward(function)
-            except (TypeError, ValueError) as error:  # which speaks of its own arguments
+            except (TypeError, ValueError) as error:  # its message speaks of `model`, which is another argument here
                 raise type(error)(f"reward_funcs[{i}] as SequenceClassificationReward(model): {error}") from error
         elif isinstance(function, SequenceClassificationReward):
             _check_apart(f"reward_funcs[{i}]", function, policy)

@@ -94,7 +94,7 @@ class TextRewards:
         try:
             return future.result()
         except BaseException:
-            future.cancel()  # of no effect on one that is done; Ctrl-C leaves nothing behind
+            future.cancel()  # so that Ctrl-C leaves no request behind
             raise
 
 
@@ -110,7 +110,7 @@ async def _all(calls: dict[str, Callable[[], Awaitable[Any]]]) -> dict[str, Any]
         await asyncio.wait(tasks.values(), return_when=asyncio.FIRST_EXCEPTION)
         for task in tasks.values():
             if task.done():
-                task.result()  # raises its error
+                task.result()  # raises the error of a function that failed
         return {name: task.result() for name, task in tasks.items()}
     finally:
         for task in tasks.values():
@@ -141,7 +141,10 @@ def _wanted(function: Any, extras: dict[str, Any], given: dict[str, Any]) -> dic
 
 @contextmanager
 def _naming(name: str) -> Iterator[None]:
-    """Notes on an error in which reward it happened; before Python 3.11 there are no notes, and a line is written."""
+    """Adds a note to an error that says in which reward it happened.
+
+    Python 3.10 has no notes, so there a line is written to the terminal. That can go with Python 3.10.
+    """
     try:
         yield
     except Exception as error:

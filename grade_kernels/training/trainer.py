@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -13,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, enable_full_determinism, set_seed
-from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
+from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, TrainOutput
 
 from grade_kernels.noise import GumbelNoise
 from grade_kernels.training import checkpoints, metrics, model_card, reference_record, setup
@@ -40,6 +41,7 @@ from grade_kernels.training.text_rewards import TextRewards
 
 if TYPE_CHECKING:
     from peft import PeftConfig
+    from torch.utils.data import DataLoader
     from transformers.utils.quantization_config import QuantizationConfigMixin
 
 __all__ = ["GRADETrainer"]
@@ -244,7 +246,8 @@ class GRADETrainer(Trainer):
             optimizers=optimizers,
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
         )
-        self.model_init = model_init  # given to the library's constructor, it would have been called a second time
+        # Set only now: the library's constructor would have called it a second time.
+        self.model_init = model_init
         # The loss is the mean over a batch. The library takes the losses of models that know the number of items for sums,
         # and would log and scale those of accumulated steps as such.
         self.model_accepts_loss_kwargs = False
@@ -264,7 +267,7 @@ class GRADETrainer(Trainer):
         inputs: dict[str, Any],
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
-    ) -> Any:
+    ) -> torch.Tensor | tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The loss of one batch of prompts; also gathers its metrics.
 
         Raises:
@@ -299,6 +302,7 @@ class GRADETrainer(Trainer):
             or old.policy.allowed is not self._allowed
             or (old.ending, old.skip_truncated) != (self._ending, args.mask_truncated_completions)
             or (old.criterion.reference, old.criterion.beta) != (self.reference, args.beta)
+            or any(used is not own for used, own in zip_longest(old.criterion.objectives, self.objectives))
         ):
             self._aligner = Aligner(
                 self._policy(model), self.objectives, self._ending,
@@ -390,7 +394,7 @@ class GRADETrainer(Trainer):
         if self.args.log_completions:
             self._shown = metrics.Shown(inputs["prompts"], out, rows, columns)
 
-    def _track_num_input_tokens(self, inputs: Any) -> None:
+    def _track_num_input_tokens(self, inputs: object) -> None:
         """Nothing: completions are counted with their prompts, once they are there."""
 
     def _texts(self, out: GradeLoss) -> list[str]:
@@ -428,17 +432,17 @@ class GRADETrainer(Trainer):
         if self._signature_columns is None:
             self._signature_columns: Any = ["prompt", *TEMPLATE_COLUMNS]
 
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
         """The library's, of a data set of its own checked as those of the constructor were."""
         if eval_dataset is not None and not isinstance(eval_dataset, str):
             eval_dataset = self._collator.fitting("eval_dataset", eval_dataset)
         return super().get_eval_dataloader(eval_dataset)
 
-    def get_test_dataloader(self, test_dataset: Any) -> Any:
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader[Any]:
         """The library's, of a data set checked as those of the constructor were."""
         return super().get_test_dataloader(self._collator.fitting("test_dataset", test_dataset))
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+    def _get_train_sampler(self, train_dataset: Any = None) -> RepeatedPrompts | None:
         dataset = self.train_dataset if train_dataset is None else train_dataset
         if dataset is None or not hasattr(dataset, "__len__"):
             return None
@@ -447,7 +451,11 @@ class GRADETrainer(Trainer):
         return RepeatedPrompts(len(dataset), self.args.num_generations, seed, shuffle)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        """The library's, but none where all steps are done: it would take one more of a run resumed at its end."""
+        """The library's, and no batches once all steps are done.
+
+        Of a run that is resumed at its end, the library takes one step before it asks whether any is left. This can go when
+        it asks before.
+        """
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return [], None
@@ -455,7 +463,7 @@ class GRADETrainer(Trainer):
 
     # ------------------------------------------------------------------------------------------ checkpoints and signals
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """The library's, with checkpoints that are checked before they are used.
 
         Args:
@@ -531,7 +539,7 @@ class GRADETrainer(Trainer):
                     self.state.best_model_checkpoint = str(place)
                     if main:
                         self.state.save_to_json(str(staged / "trainer_state.json"))
-                # Processes that hold shards put them together.
+                # Each process may hold a shard of the values, so all of them put these together.
                 values = self.reference.state() if isinstance(self.reference, FrozenCopy) else None
                 self.accelerator.wait_for_everyone()
                 if main:
@@ -548,7 +556,10 @@ class GRADETrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Upload a checkpoint, which goes on in the background, only when it has its name and stays."""
+        """Upload a checkpoint once it has its name.
+
+        The library uploads at the end of `_save_checkpoint`, in the background. The folder would be renamed meanwhile.
+        """
         if self._staging is None:
             super()._push_from_checkpoint(checkpoint_folder)
 

@@ -14,6 +14,7 @@ import torch
 from grade_kernels import backends
 from grade_kernels.backends import Backend, Noise, Sample
 from tests.support import cuda_host
+from tests.support.helpers import resize
 from tests.support.interpreter import INTERPRETED
 from tests.support.needs import needs_backend, needs_cuda_on_the_host
 from tests.support.rows import DEVICE, REFINED, ROWS, SEED, logits_of, on, seed_tensor
@@ -54,12 +55,7 @@ def poison(monkeypatch):
 def small_splits(rows_backend, monkeypatch):
     """Several splits of several tiles in a vocabulary that Triton's interpreter gets through quickly."""
     if rows_backend.name == "triton":
-        from grade_kernels.backends.triton import tiles
-
-        backend, _ = tiles.target()
-        monkeypatch.setattr(tiles, "target", lambda: (backend, 32))
-        monkeypatch.setattr(tiles, "SPLIT_COLUMNS", 1024)
-        monkeypatch.setattr(tiles, "MAX_STRIPS", 1)
+        resize(monkeypatch, lanes=512, most_strips=1, row_split=1024)
 
 
 def rule(estimator, dlogprobs=None, needs_dtau=False):

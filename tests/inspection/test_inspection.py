@@ -184,13 +184,14 @@ def test_batches_hold_every_task_once_and_heads_first():
     batches = inspector._batches(tasks, 2)
     assert sorted(i for batch in batches for i in batch) == list(range(len(tasks)))
     assert all(len({tasks[i][1] for i in batch}) == 1 for batch in batches)
-    heads = [all(tasks[i][0].sizes is not None for i in batch) for batch in batches]
+    heads = [all(tasks[i][0].tile is not None for i in batch) for batch in batches]
     assert heads == sorted(heads, reverse=True)
     assert len(batches) >= 8
 
 
 def test_a_tile_is_counted_by_the_common_way_without_its_product():
-    tile = build(sizes=select(["sm_90"], ["head sample bf16 128*"])[0][0].sizes, products=1, dtype="bf16", logits=4)
+    tile = select(["sm_90"], ["head sample bf16 128*"])[0][0].tile
+    head = build(tile=tile, products=1, dtype="bf16", logits=4)
     lines = [
         "MOV",  # 0
         "LDGSTS.E.BYPASS.128",  # 1: the loop over tiles
@@ -207,7 +208,7 @@ def test_a_tile_is_counted_by_the_common_way_without_its_product():
         "!BRA ->7",  # 14
         "!EXIT",
     ]
-    found = machine_code.figures(tile, "sm_90", Program(code(*lines), 40, 0, 0), 16)
+    found = machine_code.figures(head, "sm_90", Program(code(*lines), 40, 0, 0), 16)
     assert found.per_logit["special"] == found.per_logit["fma"] == 1 / 4
     assert found.per_logit["multiply"] == found.per_logit["tensor"] == 0
     assert found.per_logit["memory"] == 1 / 4
@@ -283,14 +284,14 @@ def test_prediction_of_a_scan():
 
 
 def test_prediction_of_a_product():
-    sizes = select(["sm_90"], ["head sample bf16 128*"])[0][0].sizes
-    tile = build(sizes=sizes, products=1, dtype="bf16")
+    tile = select(["sm_90"], ["head sample bf16 128*"])[0][0].tile
+    head = build(tile=tile, products=1, dtype="bf16")
     found = figures(dtype="bf16", per_width=dict.fromkeys(PIPES, 0.0), bytes_per_logit=1.0, warps=8, registers=128)
-    beside = next(p for p in prediction.predict(tile, found) if p.device == "H100")
+    beside = next(p for p in prediction.predict(head, found) if p.device == "H100")
     product = 2 * 4096 * 151936 * 4096 / 989.4e12
     assert beside.floor == beside.resources["product"] == pytest.approx(product)
     assert "product, then epilogue" not in beside.resources
-    alone = next(p for p in prediction.predict(tile, replace(found, registers=200)) if p.device == "H100")
+    alone = next(p for p in prediction.predict(head, replace(found, registers=200)) if p.device == "H100")
     epilogue = max(beside.resources[name] for name in DEVICES["H100"].pipes)
     assert alone.resources["product, then epilogue"] == pytest.approx(product + epilogue)
 

@@ -12,11 +12,13 @@ if not torch.cuda.is_available():
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from grade_kernels.backends import Head, Noise, get
-from grade_kernels.backends.triton import head, head_support, tiles
+from grade_kernels.backends.triton.sizes import HeadTile
+from grade_kernels.backends.triton.targets import INTERPRETED
 from grade_kernels.inspection import traffic
+from tests.support.helpers import resize
 from tests.support.needs import needs
 
-pytestmark = needs("Triton's interpreter", tiles.INTERPRETED)
+pytestmark = needs("Triton's interpreter", bool(INTERPRETED))
 
 fused = get("triton")
 NOISE = Noise(torch.tensor(-2401053089206453570), None, 0)
@@ -26,10 +28,7 @@ ROWS, VOCAB = 2, 9001
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Tiles of 512 tokens in splits of two, as a warp of 32 threads has them."""
-    backend, _ = tiles.target()
-    monkeypatch.setattr(tiles, "target", lambda: (backend, 32))
-    monkeypatch.setattr(tiles, "SPLIT_COLUMNS", 1024)
-    monkeypatch.setattr(tiles, "MAX_STRIPS", 1)
+    resize(monkeypatch, lanes=512, most_strips=1, row_split=1024)
 
 
 def logits_and_sample(dtype):
@@ -87,14 +86,9 @@ def test_softmax_backward(estimator, small_tiles):
 @pytest.mark.parametrize("more", [0, 16])
 def test_head_moves_what_its_tiles_need(name, more, monkeypatch):
     """A program's rows of hidden are read again for every tile of columns, the head for every BM rows."""
-    sizes = head.Config(16, 32, 16, 4, 2, more)
-    split = 2 * sizes.columns
-    monkeypatch.setattr(head, "NARROW", sizes)
-    monkeypatch.setattr(head, "SMALL", {})
-    for module in (head, head_support):
-        monkeypatch.setattr(module, "SPLIT", split)
-    for cached in (head_support.schedule, head_support.layout, head_support.stride):
-        cached.cache_clear()
+    tile = HeadTile(16, 32, 16, 4, 2, more)
+    split = 2 * tile.columns
+    resize(monkeypatch, tiles={1: tile}, tiles_few_rows={}, head_split=split)
     rows, vocab, width = 19, 200, 40
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(rows, width, generator=generator).bfloat16()
@@ -107,19 +101,17 @@ def test_head_moves_what_its_tiles_need(name, more, monkeypatch):
             fused.head_scores(lm_head, tau, NOISE, 0.05)
         else:
             fused.head_softmax(lm_head, tau, NOISE, 0.05)
-    for cached in (head_support.schedule, head_support.layout, head_support.stride):
-        cached.cache_clear()
     kernel = "head_softmax_kernel" if name == "softmax" else "head_scores_kernel"
-    blocks, tile_count = math.ceil(rows / sizes.BM), math.ceil(vocab / sizes.columns)
-    per_step = {"hidden": sizes.BM, "weight": sizes.columns}
+    blocks, tile_count = math.ceil(rows / tile.BM), math.ceil(vocab / tile.columns)
+    per_step = {"hidden": tile.BM, "weight": tile.columns}
     for tensor, edge in per_step.items():
         assert moved.loaded[kernel, tensor] <= 2 * width * edge * blocks * tile_count
     # All else together is small beside the product: bias, statistics of a split, candidates.
     product = sum(moved.loaded[kernel, tensor] for tensor in per_step)
     others = moved.of(kernel) - product - moved.loaded[kernel, "bias"] - moved.stored[kernel, "slots"]
     splits = math.ceil(vocab / split)
-    assert moved.loaded[kernel, "bias"] <= 4 * sizes.columns * tile_count * blocks
-    assert others <= 4 * (8 * sizes.BM * blocks * splits + 16 * splits * blocks)
+    assert moved.loaded[kernel, "bias"] <= 4 * tile.columns * tile_count * blocks
+    assert others <= 4 * (8 * tile.BM * blocks * splits + 16 * splits * blocks)
 
 
 def test_traffic_of_a_kernel_that_reads_twice_shows(small_tiles):

@@ -58,11 +58,15 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(owner, name, poison(getattr(owner, name)))
 
 
-def resize(monkeypatch: pytest.MonkeyPatch, **sizes: int | None) -> None:
-    """Have every backend hold so much at a time (`grade_kernels.backends.Sizes`), for the rest of the test."""
+def resize(monkeypatch: pytest.MonkeyPatch, **sizes: Any) -> None:
+    """Have every backend that has such sizes (`grade_kernels.backends.Sizes`) use these, for the rest of the test."""
+    unknown = set(sizes)
     for name in gk.backends.BACKENDS[1:]:
         backend = gk.backends.get(name)
-        monkeypatch.setattr(backend, "sizes", dataclasses.replace(backend.sizes, **sizes))
+        known = sizes.keys() & {field.name for field in dataclasses.fields(backend.sizes)}
+        monkeypatch.setattr(backend, "sizes", dataclasses.replace(backend.sizes, **{key: sizes[key] for key in known}))
+        unknown -= known
+    assert not unknown, f"no backend has the sizes {sorted(unknown)}"
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

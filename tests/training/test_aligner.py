@@ -16,7 +16,7 @@ from grade_kernels.training.model import read_language_model
 from grade_kernels.training.noise_plan import NoisePlan
 from grade_kernels.training.reference import FrozenCopy, OtherModel
 from grade_kernels.training.rewards import Objective
-from tests.support.trainers import build, same, weights
+from tests.support.trainers import build
 from tests.support.training_models import VOCAB, BagReward, policy
 
 IDS = torch.tensor([[0, 3, 4], [5, 6, 7]])
@@ -170,15 +170,27 @@ def test_values_of_prompts_are_checked_for_users_and_not_at_every_step(tmp_path,
     assert checks[1:] == [VOCAB]
 
 
-def test_evaluation_between_steps_leaves_training_as_it_is(tmp_path):
-    """Both go through aligners of the same trainer, whose noise and metrics must stay apart."""
-    alone, beside = (
-        build(tmp_path / "a"),
-        build(tmp_path / "b", eval_strategy="steps", eval_steps=1, eval_dataset=[{"prompt": "w3"}]),
-    )
-    alone.train()
-    beside.train()
-    assert same(weights(alone), weights(beside))
+def test_the_trainer_follows_what_is_changed_between_runs(tmp_path):
+    """Its aligner is made anew where a setting or a reward is another one, and stays where nothing is."""
+    trainer = build(tmp_path, max_steps=1)
+    trainer.train()
+    used = trainer._aligner
+    assert trainer._aligner_of(used.policy.whole) is used
+    changes = [
+        lambda: setattr(trainer.args, "max_completion_length", 4),
+        lambda: setattr(trainer.args, "beta", 0.3),
+        lambda: setattr(trainer.args, "mask_truncated_completions", True),
+        lambda: setattr(trainer, "objectives", [dataclasses.replace(trainer.objectives[0], weight=2.0)]),
+        lambda: setattr(trainer, "reference", FrozenCopy(trainer.model)),
+    ]
+    for change in changes:
+        change()
+        made = trainer._aligner_of(used.policy.whole)
+        assert made is not used
+        used = made
+    assert (used.ending.max_new_tokens, used.criterion.beta, used.skip_truncated) == (4, 0.3, True)
+    assert used.criterion.objectives[0].weight == 2.0
+    assert isinstance(used.reference, FrozenCopy)
 
 
 def test_the_example_of_the_trainer_runs(tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ from grade_kernels.backends.interface import softcapped
 from grade_kernels.backends.records import Head, Noise, Sample, Softmax, Support
 from grade_kernels.backends.torch.backend import TorchBackend
 from grade_kernels.backends.triton import availability
+from grade_kernels.backends.triton.sizes import TritonSizes
 
 __all__ = ["TritonBackend"]
 
@@ -18,6 +19,10 @@ class TritonBackend(TorchBackend):
     """Triton's kernels. What goes through a head in float64 is the torch backend's."""
 
     name = "triton"
+    sizes: TritonSizes
+
+    def __init__(self, sizes: TritonSizes | None = None) -> None:
+        super().__init__(TritonSizes() if sizes is None else sizes)
 
     @override
     def why_unavailable(self) -> str | None:
@@ -40,7 +45,7 @@ class TritonBackend(TorchBackend):
     def sample(self, logits: torch.Tensor, noise: Noise, logsumexp: bool) -> Sample:
         from grade_kernels.backends.triton.sampling import sample
 
-        return sample(logits, noise, logsumexp)
+        return sample(logits, noise, logsumexp, self.sizes)
 
     @override
     def one_hot(self, sample: Sample, vocab: int, dtype: torch.dtype) -> torch.Tensor:
@@ -62,7 +67,7 @@ class TritonBackend(TorchBackend):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         from grade_kernels.backends.triton.relaxation import softmax
 
-        return softmax(logits, tau, noise, score_max, normalize=normalize, dtype=dtype, out=out)
+        return softmax(logits, tau, noise, score_max, normalize=normalize, dtype=dtype, out=out, sizes=self.sizes)
 
     @override
     def softmax_backward(
@@ -81,8 +86,9 @@ class TritonBackend(TorchBackend):
         from grade_kernels.backends.triton.gradient import softmax_backward
 
         return softmax_backward(
-            dy, logits, tau, noise, sample, estimator=estimator, dlogprobs=dlogprobs, needs_dtau=needs_dtau, out=out
-        )
+            dy, logits, tau, noise, sample, estimator=estimator, dlogprobs=dlogprobs, needs_dtau=needs_dtau, out=out,
+            sizes=self.sizes,
+        )  # fmt: skip
 
     # Through a head
 
@@ -92,7 +98,7 @@ class TritonBackend(TorchBackend):
             return super().head_sample(head, noise)
         from grade_kernels.backends.triton.head_sampling import head_sample
 
-        return head_sample(head, noise)
+        return head_sample(head, noise, self.sizes)
 
     @override
     def head_scores(
@@ -102,7 +108,7 @@ class TritonBackend(TorchBackend):
             return super().head_scores(head, tau, noise, eps)
         from grade_kernels.backends.triton.head_sampling import head_scores
 
-        return head_scores(head, tau, noise, eps, self.support_capacity(eps, len(head.weight)))
+        return head_scores(head, tau, noise, eps, self.support_capacity(eps, len(head.weight)), self.sizes)
 
     @override
     def head_softmax(
@@ -112,7 +118,7 @@ class TritonBackend(TorchBackend):
             return super().head_softmax(head, tau, noise, eps, ref)
         from grade_kernels.backends.triton.head_relaxation import head_softmax
 
-        return head_softmax(head, tau, noise, eps, ref, self.support_capacity(eps, len(head.weight)))
+        return head_softmax(head, tau, noise, eps, ref, self.support_capacity(eps, len(head.weight)), self.sizes)
 
     @override
     def head_logits_at(self, head: Head, rows: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:

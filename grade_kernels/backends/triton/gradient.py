@@ -13,22 +13,17 @@ import triton.language as tl
 
 from grade_kernels.backends.native import contiguous
 from grade_kernels.backends.records import Noise, Sample
-from grade_kernels.backends.triton.philox import LN2, LOG2E, REFINE_BELOW, SHIFT, load_key, split_row, strip_noise
-from grade_kernels.backends.triton.tiles import (
-    launch_options,
-    launching,
-    load_strip,
-    split_bounds,
-    store_strip,
-    sum_splits,
-)
+from grade_kernels.backends.triton.philox import LN2, LOG2E, REFINE_BELOW, SHIFT, row_stream, strip_noise
+from grade_kernels.backends.triton.sizes import TritonSizes
+from grade_kernels.backends.triton.strips import launch_options, load_strip, split_bounds, store_strip, sum_splits
+from grade_kernels.backends.triton.targets import launching
 from grade_kernels.dtypes import compute_dtype
 from grade_kernels.noise import seed_on
 
 
 @triton.jit
 def _sums(
-    p_l, p_dy, s_lv, s_dyv, V, group_start, row_lo, row_hi, k0, k1, pivot, rate, strip_lo, strip_hi, state,
+    p_l, p_dy, s_lv, s_dyv, V, group_start, stream, r_pivot, r_rate, strip_lo, strip_hi, state,
     SKEW: tl.constexpr, LANES: tl.constexpr, STRIPS: tl.constexpr, DTYPE: tl.constexpr, FAST: tl.constexpr,
     ALIGNED: tl.constexpr, NOISY: tl.constexpr, REINMAX: tl.constexpr, MASKED: tl.constexpr, REFINE: tl.constexpr,
 ):  # fmt: skip
@@ -38,20 +33,20 @@ def _sums(
     for i_t in range(strip_lo, strip_hi, STRIPS):
         for i_r in tl.static_range(STRIPS):
             first = (i_t + i_r) * LANES - SKEW
-            b_l = load_strip(p_l, s_lv, first, V, float("-inf"), LANES, DTYPE, ALIGNED, MASKED)
-            b_dy = load_strip(p_dy, s_dyv, first, V, 0.0, LANES, DTYPE, ALIGNED, MASKED)
+            b_l = load_strip(p_l, s_lv, first, V, float("-inf"), LANES, DTYPE, ALIGNED, MASKED)  # [LANES]
+            b_dy = load_strip(p_dy, s_dyv, first, V, 0.0, LANES, DTYPE, ALIGNED, MASKED)  # [LANES]
             b_dy = tl.where(b_l == float("-inf"), 0.0, b_dy)  # a masked token's may be infinite
             b_s = b_l
             if NOISY:
-                groups = (o_group + (i_t + i_r) * (LANES // 4)).to(tl.uint32, bitcast=True)
-                b_n, b_least = strip_noise(groups, row_lo, row_hi, k0, k1, DTYPE, FAST, REFINE)
+                b_group = (o_group + (i_t + i_r) * (LANES // 4)).to(tl.uint32, bitcast=True)
+                b_n, b_least = strip_noise(b_group, stream, DTYPE, FAST, REFINE)
                 b_low = tl.minimum(b_low, b_least)
                 b_s = tl.fma(b_n, -LN2, b_l)
-            b_w = tl.exp2((b_s - pivot) * rate)
+            b_w = tl.exp2((b_s - r_pivot) * r_rate)
             b_total += b_w
             b_dot = tl.fma(b_w, b_dy, b_dot)
             if REINMAX:
-                b_plain = tl.fma(tl.exp2((b_l - pivot) * LOG2E), b_dy, b_plain)
+                b_plain = tl.fma(tl.exp2((b_l - r_pivot) * LOG2E), b_dy, b_plain)
     return b_total, b_dot, b_plain, b_low
 
 
@@ -69,25 +64,26 @@ def softmax_backward_sums_kernel(
     """
     i_p = tl.program_id(0).to(tl.int64)
     i_n, i_s = i_p // SPLITS, (i_p % SPLITS).to(tl.int32)
-    k0, k1 = load_key(seed)
-    row_lo, row_hi = split_row(i_n if row_ids is None else tl.load(row_ids + i_n))
+    stream = row_stream(seed, row_ids, i_n)
     group_start = group_start.to(tl.uint32)
     p_l = logits + i_n * s_ln
     p_dy = dy + i_n * s_dyn
-    pivot = tl.load(pivots + i_n)
+    r_pivot = tl.load(pivots + i_n)
     if NOISY:
-        pivot -= SHIFT
-    rate = LOG2E / tl.load(tau + i_n * s_tau)
+        r_pivot -= SHIFT
+    r_rate = LOG2E / tl.load(tau + i_n * s_tau)
     lo, full, hi = split_bounds(i_s, V, SKEW, LANES, STRIPS, TILES)
-    zeros = tl.zeros((LANES,), DTYPE)
-    fresh = (zeros, zeros, zeros, tl.full((LANES // 4,), 0xFFFFFFFF, tl.uint32))
+    b_zero = tl.zeros((LANES,), DTYPE)
+    fresh = (b_zero, b_zero, b_zero, tl.full((LANES // 4,), 0xFFFFFFFF, tl.uint32))
     state = _sums(
-        p_l, p_dy, s_lv, s_dyv, V, group_start, row_lo, row_hi, k0, k1, pivot, rate, lo, full, fresh,
-        SKEW, LANES, STRIPS, DTYPE, FAST, ALIGNED, NOISY, REINMAX, MASKED=False, REFINE=False,
+        p_l, p_dy, s_lv, s_dyv, V, group_start, stream, r_pivot, r_rate, strip_lo=lo, strip_hi=full, state=fresh,
+        SKEW=SKEW, LANES=LANES, STRIPS=STRIPS, DTYPE=DTYPE, FAST=FAST, ALIGNED=ALIGNED, NOISY=NOISY, REINMAX=REINMAX,
+        MASKED=False, REFINE=False,
     )  # fmt: skip
     state = _sums(
-        p_l, p_dy, s_lv, s_dyv, V, group_start, row_lo, row_hi, k0, k1, pivot, rate, full, hi, state,
-        SKEW, LANES, 1, DTYPE, FAST, ALIGNED, NOISY, REINMAX, MASKED=True, REFINE=False,
+        p_l, p_dy, s_lv, s_dyv, V, group_start, stream, r_pivot, r_rate, strip_lo=full, strip_hi=hi, state=state,
+        SKEW=SKEW, LANES=LANES, STRIPS=1, DTYPE=DTYPE, FAST=FAST, ALIGNED=ALIGNED, NOISY=NOISY, REINMAX=REINMAX,
+        MASKED=True, REFINE=False,
     )  # fmt: skip
     plane = N.to(tl.int64) * SPLITS
     if NOISY:
@@ -96,60 +92,63 @@ def softmax_backward_sums_kernel(
         if is_fine:
             # One split in two thousand holds such a word. It is done again; the others pay one minimum per word.
             state = _sums(
-                p_l, p_dy, s_lv, s_dyv, V, group_start, row_lo, row_hi, k0, k1, pivot, rate, lo, hi, fresh,
-                SKEW, LANES, 1, DTYPE, FAST, ALIGNED, NOISY, REINMAX, MASKED=True, REFINE=True,
+                p_l, p_dy, s_lv, s_dyv, V, group_start, stream, r_pivot, r_rate, strip_lo=lo, strip_hi=hi, state=fresh,
+                SKEW=SKEW, LANES=LANES, STRIPS=1, DTYPE=DTYPE, FAST=FAST, ALIGNED=ALIGNED, NOISY=NOISY,
+                REINMAX=REINMAX, MASKED=True, REFINE=True,
             )  # fmt: skip
     tl.store(partial + i_p, tl.sum(state[0], 0))
     tl.store(partial + plane + i_p, tl.sum(state[1], 0))
     if REINMAX:
         tl.store(partial + 2 * plane + i_p, tl.sum(state[2], 0))
-        # Read before the second pass may overwrite it.
+        # The second pass may overwrite it. So it is read here.
         tl.store(partial + 3 * plane + i_p, tl.load(p_dy + tl.load(ids + i_n) * s_dyv).to(DTYPE))
 
 
 @triton.jit
 def _apply(
-    p_l, p_dy, p_out, s_lv, s_dyv, s_outv, V, group_start, row_lo, row_hi, k0, k1, pivot, rate, i_id, dot, factor,
-    plain_dot, plain_factor, top, dlogprob, strip_lo, strip_hi, b_dtau,
+    p_l, p_dy, p_out, s_lv, s_dyv, s_outv, V, group_start, stream, rule, strip_lo, strip_hi, b_dtau,
     SKEW: tl.constexpr, LANES: tl.constexpr, STRIPS: tl.constexpr, DTYPE: tl.constexpr, FAST: tl.constexpr,
     ALIGNED: tl.constexpr, NOISY: tl.constexpr, REINMAX: tl.constexpr, LOGPROB: tl.constexpr, DTAU: tl.constexpr,
     MASKED: tl.constexpr, REFINE: tl.constexpr,
 ):  # fmt: skip
-    """Write the gradient of some strips, and fold its product with the scores' distance from the best into b_dtau."""
+    """Write the gradient of some strips, and fold its product with the scores' distance from the best into b_dtau.
+
+    rule: what a row's gradient needs besides logits, noise and dy, as `softmax_backward_apply_kernel` puts it together.
+    """
+    r_pivot, r_rate, r_dot, r_factor, i_id, r_top, r_plain_dot, r_plain_factor, r_dlogprob = rule
     o_group = (group_start + tl.arange(0, LANES // 4).to(tl.uint32)).to(tl.int32, bitcast=True)
     for i_t in range(strip_lo, strip_hi, STRIPS):
-        # All loads come first: out may be dy, so none could move above a store.
-        strips_l = ()
-        strips_dy = ()
+        # out may be dy, and no load may move above a store. So all loads come first.
+        b_l = ()
+        b_dy = ()
         for i_r in tl.static_range(STRIPS):
             first = (i_t + i_r) * LANES - SKEW
-            strips_l = strips_l + (load_strip(p_l, s_lv, first, V, float("-inf"), LANES, DTYPE, ALIGNED, MASKED),)
-            strips_dy = strips_dy + (load_strip(p_dy, s_dyv, first, V, 0.0, LANES, DTYPE, ALIGNED, MASKED),)
+            b_l = b_l + (load_strip(p_l, s_lv, first, V, float("-inf"), LANES, DTYPE, ALIGNED, MASKED),)  # [LANES]
+            b_dy = b_dy + (load_strip(p_dy, s_dyv, first, V, 0.0, LANES, DTYPE, ALIGNED, MASKED),)  # [LANES]
         for i_r in tl.static_range(STRIPS):
             first = (i_t + i_r) * LANES - SKEW
-            b_l = strips_l[i_r]
-            b_s = b_l
+            b_s = b_l[i_r]
             if NOISY:
-                groups = (o_group + (i_t + i_r) * (LANES // 4)).to(tl.uint32, bitcast=True)
-                b_n, _ = strip_noise(groups, row_lo, row_hi, k0, k1, DTYPE, FAST, REFINE)
-                b_s = tl.fma(b_n, -LN2, b_l)
-            b_s -= pivot
-            b_w = tl.exp2(b_s * rate) * factor
+                b_group = (o_group + (i_t + i_r) * (LANES // 4)).to(tl.uint32, bitcast=True)
+                b_n, _ = strip_noise(b_group, stream, DTYPE, FAST, REFINE)
+                b_s = tl.fma(b_n, -LN2, b_l[i_r])
+            b_s -= r_pivot
+            b_w = tl.exp2(b_s * r_rate) * r_factor
             if REINMAX or LOGPROB:
                 b_hit = (first + tl.arange(0, LANES) == i_id).to(DTYPE)
-                b_p = tl.exp2((b_l - top) * LOG2E) * plain_factor
+                b_p = tl.exp2((b_l[i_r] - r_top) * LOG2E) * r_plain_factor
             if REINMAX:
                 # 2 J((D + w) / 2) dy - J(p) dy / 2
-                b_dl = (b_w + b_hit) * (strips_dy[i_r] - dot) - 0.5 * b_p * (strips_dy[i_r] - plain_dot)
+                b_dl = (b_w + b_hit) * (b_dy[i_r] - r_dot) - 0.5 * b_p * (b_dy[i_r] - r_plain_dot)
             else:
-                b_dl = b_w * (strips_dy[i_r] - dot)
-            m_v = b_l == float("-inf")
+                b_dl = b_w * (b_dy[i_r] - r_dot)
+            m_v = b_l[i_r] == float("-inf")
             if DTAU:
                 b_dtau += tl.where(b_s == float("-inf"), 0.0, b_dl * b_s)  # masked, or as good as
             if LOGPROB:
-                b_dl += dlogprob * (b_hit - b_p)
-            # Exactly zero for a masked token whatever its dy is, unless the row has no distribution at all.
-            b_dl = tl.where(m_v, pivot * 0.0, b_dl)
+                b_dl += r_dlogprob * (b_hit - b_p)
+            # A masked token's dy may be anything, yet its gradient is exactly 0. In a row without a distribution it is NaN.
+            b_dl = tl.where(m_v, r_pivot * 0.0, b_dl)
             store_strip(p_out, s_outv, first, V, b_dl, MASKED)
     return b_dtau
 
@@ -167,41 +166,42 @@ def softmax_backward_apply_kernel(
     i_n, i_s = i_p // SPLITS, (i_p % SPLITS).to(tl.int32)
     LOGPROB: tl.constexpr = dlogprobs is not None
     DTAU: tl.constexpr = partial_dtau is not None
-    k0, k1 = load_key(seed)
-    row_lo, row_hi = split_row(i_n if row_ids is None else tl.load(row_ids + i_n))
+    stream = row_stream(seed, row_ids, i_n)
     group_start = group_start.to(tl.uint32)
     p_l = logits + i_n * s_ln
     p_dy = dy + i_n * s_dyn
     p_out = out + i_n * s_outn
-    pivot = tl.load(pivots + i_n)
+    r_pivot = tl.load(pivots + i_n)
     if NOISY:
-        pivot -= SHIFT
-    m_tau = tl.load(tau + i_n * s_tau)
-    rate = LOG2E / m_tau
+        r_pivot -= SHIFT
+    r_tau = tl.load(tau + i_n * s_tau)
+    r_rate = LOG2E / r_tau
 
     plane = N.to(tl.int64) * SPLITS
     o_s = tl.arange(0, BLOCK_S)
     m_s = o_s < SPLITS
     p_partial = partial + i_n * SPLITS + o_s
-    m_total = tl.sum(tl.load(p_partial, mask=m_s, other=0.0), 0)
-    dot = tl.sum(tl.load(p_partial + plane, mask=m_s, other=0.0), 0) / m_total
-    factor = 1.0 / m_total
-    plain_dot = dot
-    plain_factor = factor
-    top = pivot
-    dlogprob = pivot
-    i_id = 0
+    r_total = tl.sum(tl.load(p_partial, mask=m_s, other=0.0), 0)  # of [BLOCK_S], as those below
+    r_dot = tl.sum(tl.load(p_partial + plane, mask=m_s, other=0.0), 0) / r_total
+    r_factor = 1.0 / r_total
+    # Where a rule does not read one of these, any value will do.
+    i_id = i_s
+    r_top = r_pivot
+    r_plain_dot = r_dot
+    r_plain_factor = r_factor
+    r_dlogprob = r_pivot
     if REINMAX or LOGPROB:
         i_id = tl.load(ids + i_n).to(tl.int32)
-        top = tl.load(logit_max + i_n)
-        plain_factor = 1.0 / tl.load(logit_sum + i_n)
+        r_top = tl.load(logit_max + i_n)
+        r_plain_factor = 1.0 / tl.load(logit_sum + i_n)
     if LOGPROB:
-        dlogprob = tl.load(dlogprobs + i_n)
+        r_dlogprob = tl.load(dlogprobs + i_n)
     if REINMAX:
-        plain_dot = tl.sum(tl.load(p_partial + 2 * plane, mask=m_s, other=0.0), 0) * plain_factor
-        dot = 0.5 * (dot + tl.load(partial + 3 * plane + i_p))
+        r_plain_dot = tl.sum(tl.load(p_partial + 2 * plane, mask=m_s, other=0.0), 0) * r_plain_factor
+        r_dot = 0.5 * (r_dot + tl.load(partial + 3 * plane + i_p))
     else:
-        factor = factor / m_tau
+        r_factor = r_factor / r_tau
+    rule = (r_pivot, r_rate, r_dot, r_factor, i_id, r_top, r_plain_dot, r_plain_factor, r_dlogprob)
 
     lo, full, hi = split_bounds(i_s, V, SKEW, LANES, STRIPS, TILES)
     b_dtau = tl.zeros((LANES,), DTYPE)
@@ -210,23 +210,23 @@ def softmax_backward_apply_kernel(
         is_fine = tl.load(partial + 2 * plane + i_p) > 0
     if is_fine:
         b_dtau = _apply(
-            p_l, p_dy, p_out, s_lv, s_dyv, s_outv, V, group_start, row_lo, row_hi, k0, k1, pivot, rate, i_id, dot,
-            factor, plain_dot, plain_factor, top, dlogprob, lo, hi, b_dtau, SKEW, LANES, 1, DTYPE, FAST, ALIGNED,
-            NOISY, REINMAX, LOGPROB, DTAU, MASKED=True, REFINE=True,
+            p_l, p_dy, p_out, s_lv, s_dyv, s_outv, V, group_start, stream, rule, strip_lo=lo, strip_hi=hi,
+            b_dtau=b_dtau, SKEW=SKEW, LANES=LANES, STRIPS=1, DTYPE=DTYPE, FAST=FAST, ALIGNED=ALIGNED, NOISY=NOISY,
+            REINMAX=REINMAX, LOGPROB=LOGPROB, DTAU=DTAU, MASKED=True, REFINE=True,
         )  # fmt: skip
     else:
         b_dtau = _apply(
-            p_l, p_dy, p_out, s_lv, s_dyv, s_outv, V, group_start, row_lo, row_hi, k0, k1, pivot, rate, i_id, dot,
-            factor, plain_dot, plain_factor, top, dlogprob, lo, full, b_dtau, SKEW, LANES, STRIPS, DTYPE, FAST, ALIGNED,
-            NOISY, REINMAX, LOGPROB, DTAU, MASKED=False, REFINE=False,
+            p_l, p_dy, p_out, s_lv, s_dyv, s_outv, V, group_start, stream, rule, strip_lo=lo, strip_hi=full,
+            b_dtau=b_dtau, SKEW=SKEW, LANES=LANES, STRIPS=STRIPS, DTYPE=DTYPE, FAST=FAST, ALIGNED=ALIGNED, NOISY=NOISY,
+            REINMAX=REINMAX, LOGPROB=LOGPROB, DTAU=DTAU, MASKED=False, REFINE=False,
         )  # fmt: skip
         b_dtau = _apply(
-            p_l, p_dy, p_out, s_lv, s_dyv, s_outv, V, group_start, row_lo, row_hi, k0, k1, pivot, rate, i_id, dot,
-            factor, plain_dot, plain_factor, top, dlogprob, full, hi, b_dtau, SKEW, LANES, 1, DTYPE, FAST, ALIGNED,
-            NOISY, REINMAX, LOGPROB, DTAU, MASKED=True, REFINE=False,
+            p_l, p_dy, p_out, s_lv, s_dyv, s_outv, V, group_start, stream, rule, strip_lo=full, strip_hi=hi,
+            b_dtau=b_dtau, SKEW=SKEW, LANES=LANES, STRIPS=1, DTYPE=DTYPE, FAST=FAST, ALIGNED=ALIGNED, NOISY=NOISY,
+            REINMAX=REINMAX, LOGPROB=LOGPROB, DTAU=DTAU, MASKED=True, REFINE=False,
         )  # fmt: skip
     if DTAU:
-        tl.store(partial_dtau + i_p, -tl.sum(b_dtau, 0) / m_tau)
+        tl.store(partial_dtau + i_p, -tl.sum(b_dtau, 0) / r_tau)
 
 
 def softmax_backward(
@@ -240,6 +240,7 @@ def softmax_backward(
     dlogprobs: torch.Tensor | None,
     needs_dtau: bool,
     out: torch.Tensor,
+    sizes: TritonSizes,
 ) -> torch.Tensor:
     """`Backend.softmax_backward`."""
     rows = logits.shape[0]
@@ -249,24 +250,23 @@ def softmax_backward(
     dtau = (torch.empty if needs_dtau else torch.zeros)(rows, dtype=dtype, device=device)
     if rows == 0:
         return dtau
-    options = launch_options(noise.vocab_start, logits, dy)
-    options.update(N=rows, NOISY=noisy, REINMAX=reinmax)
+    options = launch_options(sizes, noise.vocab_start, logits, dy)
     splits = options["SPLITS"]
-    partial = torch.empty(4, rows, splits, dtype=dtype, device=device)
     partial_dtau = torch.empty(rows, splits, dtype=dtype, device=device) if needs_dtau else None
-    seed, row_ids = seed_on(noise.seed, device), contiguous(noise.row_ids)
-    pivots = (sample.score_max if noisy else sample.logit_max).contiguous()
-    ids, logit_max, logit_sum = (part.contiguous() for part in (sample.ids, sample.logit_max, sample.logit_sum))
-    dlogprobs = contiguous(dlogprobs)
+    shared = {
+        "dy": dy, "s_dyn": dy.stride(0), "s_dyv": dy.stride(1),
+        "logits": logits, "s_ln": logits.stride(0), "s_lv": logits.stride(1), "tau": tau, "s_tau": tau.stride(0),
+        "seed": seed_on(noise.seed, device), "row_ids": contiguous(noise.row_ids),
+        "pivots": (sample.score_max if noisy else sample.logit_max).contiguous(), "ids": sample.ids.contiguous(),
+        "partial": torch.empty(4, rows, splits, dtype=dtype, device=device),
+        "N": rows, "NOISY": noisy, "REINMAX": reinmax, **options,
+    }  # fmt: skip
     with launching(logits):
-        softmax_backward_sums_kernel[(rows * splits,)](
-            dy, logits, tau, seed, row_ids, pivots, ids, partial, *dy.stride(), *logits.stride(), tau.stride(0),
-            **options,
-        )  # fmt: skip
+        softmax_backward_sums_kernel[(rows * splits,)](**shared)
         softmax_backward_apply_kernel[(rows * splits,)](
-            dy, logits, tau, seed, row_ids, pivots, ids, logit_max, logit_sum, dlogprobs, partial, partial_dtau, out,
-            *dy.stride(), *logits.stride(), *out.stride(), tau.stride(0),
-            BLOCK_S=triton.next_power_of_2(splits), **options,
+            **shared, logit_max=sample.logit_max.contiguous(), logit_sum=sample.logit_sum.contiguous(),
+            dlogprobs=contiguous(dlogprobs), partial_dtau=partial_dtau, out=out, s_outn=out.stride(0),
+            s_outv=out.stride(1), BLOCK_S=triton.next_power_of_2(splits),
         )  # fmt: skip
         if partial_dtau is not None:
             sum_splits(partial_dtau, dtau)

@@ -1,7 +1,7 @@
-"""What the kernels of the head do rarely, in PTX: Triton branches for a whole program, these for a warp.
+"""What the kernels of the head do rarely, in PTX: Triton branches for a whole program, these blocks for a warp.
 
-A block of PTX looks at one group of four tokens in every thread of a warp. It asks whether any thread has something to
-do, which seldom is so, and jumps over the rest if none has.
+A block of PTX looks at one group of four tokens in every thread of a warp. It asks whether any thread has something to do.
+Seldom one has. If none has, the block jumps to its end.
 """
 
 from __future__ import annotations
@@ -16,9 +16,16 @@ __all__ = ["COLLECT", "COLLECT_OPERANDS", "REFINE", "REFINE_OPERANDS"]
 
 
 def _refine() -> str:
-    """Outputs 0-3: the scaled noise 4-7 of words 8-11, refined where words are below REFINE_BELOW.
+    """Scaled noise, refined where words are below REFINE_BELOW. Operands:
 
-    12-14: the group and the row of the counter; 15, 16: the key.
+    $0 to $3 out: the noise of the group's four tokens
+    $4 to $7 in: the same before refinement
+    $8 to $11 in: their words
+    $12 in: the group, a counter word
+    $13 in: the row's low counter word
+    $14 in: the row's high counter word
+    $15 in: the first key word
+    $16 in: the second key word
     """
     lines = [
         ".reg .pred any;",
@@ -41,7 +48,7 @@ def _refine() -> str:
             f"add.u32 k0, k0, {0x9E3779B9}; add.u32 k1, k1, {0xBB67AE85};",
         ]
     for i in range(4):
-        # E is u for words so small, to 3e-8: their logarithm changes by that of u.
+        # For w < 256, E = -log1p(-u) is u within 3e-8 of it. So log2(E) changes as log2(u) does.
         lines += [
             f"cvt.rn.f32.u32 coarse, ${8 + i}; cvt.rn.f32.u32 fine, c{i}; add.f32 fine, fine, {_float(0.5)};",
             f"fma.rn.f32 fine, fine, {_float(2.0**-32)}, coarse; add.f32 coarse, coarse, {_float(0.5)};",
@@ -53,12 +60,23 @@ def _refine() -> str:
 
 
 def _collect(threads: int) -> str:
-    """Output 0: the row's candidates so far, 1 before this group. Those are written down whose weight exceeds a hurdle.
+    """Write down the tokens whose weight exceeds a hurdle, in token order, and count them. Operands:
 
-    2-5: weights; 6-9: words; 10-13: scores; 14: the group's first token; 15: the row; 16: where the slots of row 0 are (a
-    score above, its token below); 17: bytes from row to row; 18: slots of a row; 19: what to multiply a word's uniform
-    number by for the hurdle. So many neighbouring threads hold neighbouring groups of a row; if they do not, then their
-    rows are made to look as if their slots did not suffice.
+    $0 out: the row's candidates after this group
+    $1 in: the row's candidates before it
+    $2 to $5 in: the weights of the group's four tokens
+    $6 to $9 in: their words
+    $10 to $13 in: their scores
+    $14 in: the group's first token
+    $15 in: the row
+    $16 in: where the slots of row 0 begin; a slot is a token (4 bytes) and its score's bits (4 bytes)
+    $17 in: bytes from one row's slots to the next row's
+    $18 in: slots of a row
+    $19 in: the factor from a word's spread number, 0 to 2^32, to its hurdle
+
+    `threads` neighbouring threads hold neighbouring groups of one row. Otherwise their ranks would be wrong. The block
+    checks it. If it is not so, the count is set to 2^30: the row is taken for one that overflowed, and backward takes the
+    dense path.
     """
     lines = [
         ".reg .pred any, p0, p1, p2, p3, room;",
@@ -80,7 +98,8 @@ def _collect(threads: int) -> str:
         "mad.wide.s32 start, $15, $17, $16;",
         "mov.b32 at, $0; mov.b32 token, $14;",
     ]
-    for i in range(4):  # ranks: by what the row's threads before this one have
+    # at becomes where this thread's candidates go: behind those of the row's threads before it.
+    for i in range(4):
         lines += [
             f"setp.gt.f32 p{i}, ${2 + i}, h{i}; vote.sync.ballot.b32 b{i}, p{i}, 0xffffffff;",
             f"and.b32 n, b{i}, peers; popc.b32 n, n; add.u32 $0, $0, n;",
@@ -111,7 +130,7 @@ def _block(lines: list[str]) -> str:
 
 REFINE = tl.constexpr(_refine())
 REFINE_OPERANDS = tl.constexpr(",".join(["=&f"] * 4 + ["f"] * 4 + ["r"] * 9))
-# By how many threads share a row.
+# By the number of threads that share a row.
 COLLECT = tl.constexpr({threads: _collect(threads) for threads in (1, 4)})
 COLLECT_OPERANDS = tl.constexpr(
     ",".join(["=&r", "r"] + ["f"] * 4 + ["r"] * 4 + ["f"] * 4 + ["r", "r", "l", "r", "r", "f"])

@@ -46,7 +46,7 @@ def split_row(row):
 def _round(c0, c1, c2, c3, k0, k1, FAST: tl.constexpr):
     """Counter and key after one round. A single wide multiply gives both words of a product; apart they would be two."""
     if FAST:
-        # Named in PTX: LLVM would widen what follows to 64 bits, and add up high words that are zero.
+        # LLVM would widen what follows to 64 bits, and add up high words that are zero. So the product is written in PTX.
         high0, low0 = tl.inline_asm_elementwise(
             WIDE_PRODUCT, "=r,=r,r,r", [c0, 0xD2511F53], dtype=(tl.uint32, tl.uint32), is_pure=True, pack=1
         )
@@ -63,15 +63,16 @@ def _round(c0, c1, c2, c3, k0, k1, FAST: tl.constexpr):
 
 @triton.jit
 def philox(c0, c1, c2, c3, k0, k1, FAST: tl.constexpr, RARE: tl.constexpr = False):
-    """Philox4x32-10. Counter and key are uint32 and broadcast, so what is uniform stays scalar.
+    """Philox4x32-10. Counter and key are uint32 and broadcast, so what all threads share stays scalar.
 
-    FAST: compiled for NVIDIA. RARE: seldom reached.
+    FAST: compiled for NVIDIA. RARE: seldom reached, so that code should be short rather than fast.
     """
     if FAST and not RARE:
         for _ in tl.static_range(10):
             c0, c1, c2, c3, k0, k1 = _round(c0, c1, c2, c3, k0, k1, FAST)
     else:
-        # The time of some of Triton's passes goes with the square of what they are given. For AMD LLVM unrolls this.
+        # Unrolled, this would take long to compile: some of Triton's passes take time with the square of a kernel's length.
+        # So it is a loop. Where it is not rare, which is on AMD, LLVM unrolls it afterwards.
         none = tl.zeros((c0 ^ c1 ^ c2 ^ c3).shape, tl.uint32)
         c0, c1, c2, c3 = c0 | none, c1 | none, c2 | none, c3 | none
         for _ in range(10):
@@ -85,8 +86,8 @@ def words(
 ):  # fmt: skip
     """Words `[..., 4 * G]` of token groups `[..., G]` (uint32), and the least word of each group.
 
-    Row counters and key broadcast to the groups. Whether refinement is needed is decided on the least words: they live
-    in the layout of the groups, so asking moves nothing between threads.
+    Row counters and key broadcast to the groups. The least words tell whether any word needs refinement. They have the layout
+    of the groups, so that asking them moves nothing between threads.
     """
     w0, w1, w2, w3 = philox(groups, row_lo, row_hi, tl.full((), DOMAIN, tl.uint32), k0, k1, FAST, RARE)
     quads = tl.join(tl.join(w0, w2), tl.join(w1, w3))
@@ -117,14 +118,14 @@ def scaled_noise(w, fine, DTYPE: tl.constexpr, FAST: tl.constexpr, REFINE: tl.co
     w, fine: words of DOMAIN_GUMBEL and DOMAIN_REFINE (read only with REFINE). DTYPE: float32 or float64.
     FAST: compiled for NVIDIA. REFINE: use `fine` where w < REFINE_BELOW; without it the caller knows that none is.
     """
-    # Read as a signed number, the word is its distance from the nearer end: y is -u for words below 2^31, and for the
-    # others the complement 1 - u, with full relative accuracy at either end and a single conversion.
+    # A conversion of u would lose the digits of 1 - u where u is near 1. As a signed number the word is its distance from
+    # the nearer end. So y is -u for words below 2^31 and 1 - u for the others, accurate at either end.
     y = tl.fma(w.to(tl.int32, bitcast=True).to(DTYPE), -(2.0**-32), -(2.0**-33))
     if REFINE:
         u = tl.fma(w.to(DTYPE), 2.0**-32, (fine.to(DTYPE) + 0.5) * 2.0**-64)
         y = tl.where(w < REFINE_BELOW, -u, y)
     if DTYPE == tl.float64:
-        # 1 - u is exact here, and its logarithm loses accuracy only where u is small: there, the series.
+        # For y < 0, E = -log(1 - u). 1 - u is exact, but where u is small its logarithm loses digits: there, the series.
         p = tl.full(y.shape, -1.0 / 9.0, DTYPE)
         for i in tl.static_range(8):
             p = tl.fma(-p, y, -1.0 / (8 - i))
@@ -139,16 +140,25 @@ def scaled_noise(w, fine, DTYPE: tl.constexpr, FAST: tl.constexpr, REFINE: tl.co
         p = tl.fma(p, y, -0.4795022625729261)
         p = tl.fma(p, y, 0.721378239005198)
         p = tl.fma(p, y, -1.44269493566251)
-        # Of the two, the one that does not apply is NaN, which maximum ignores, or negative.
+        # For y < 0, E is y p ln 2 and log2(y) is NaN, which maximum ignores. For y > 0, E is -log(y) and y p is negative.
         n = log2(tl.maximum(y * p, -log2(y, FAST)), FAST)
     return n
 
 
 @triton.jit
-def strip_noise(groups, row_lo, row_hi, k0, k1, DTYPE: tl.constexpr, FAST: tl.constexpr, REFINE: tl.constexpr):
+def row_stream(seed, row_ids, i_n):
+    """What all words of row i_n are drawn from: the row's counter words and the key."""
+    k0, k1 = load_key(seed)
+    row_lo, row_hi = split_row(i_n if row_ids is None else tl.load(row_ids + i_n))
+    return row_lo, row_hi, k0, k1
+
+
+@triton.jit
+def strip_noise(b_group, stream, DTYPE: tl.constexpr, FAST: tl.constexpr, REFINE: tl.constexpr):
     """Scaled noise `[..., 4 * G]` of token groups `[..., G]`, and the groups' least words (see `words`)."""
-    w, least = words(groups, row_lo, row_hi, k0, k1, DOMAIN_GUMBEL, FAST)
+    row_lo, row_hi, k0, k1 = stream
+    w, least = words(b_group, row_lo, row_hi, k0, k1, DOMAIN_GUMBEL, FAST)
     fine = w
     if REFINE:
-        fine, _ = words(groups, row_lo, row_hi, k0, k1, DOMAIN_REFINE, FAST, RARE=True)
+        fine, _ = words(b_group, row_lo, row_hi, k0, k1, DOMAIN_REFINE, FAST, RARE=True)
     return scaled_noise(w, fine, DTYPE, FAST, REFINE), least

@@ -13,20 +13,17 @@ import triton.language as tl
 
 from grade_kernels.backends.native import contiguous
 from grade_kernels.backends.records import Noise, Sample
-from grade_kernels.backends.triton.philox import LN2, LOG2E, REFINE_BELOW, SHIFT, load_key, split_row, strip_noise
-from grade_kernels.backends.triton.tiles import (
-    launch_options,
-    launching,
-    load_strip,
-    split_bounds,
-)
+from grade_kernels.backends.triton.philox import LN2, LOG2E, REFINE_BELOW, SHIFT, row_stream, strip_noise
+from grade_kernels.backends.triton.sizes import TritonSizes
+from grade_kernels.backends.triton.strips import launch_options, load_strip, split_bounds
+from grade_kernels.backends.triton.targets import launching
 from grade_kernels.dtypes import compute_dtype
 from grade_kernels.noise import seed_on
 
 
 @triton.jit
 def _scan(
-    p_row, s_v, V, group_start, row_lo, row_hi, k0, k1, strip_lo, strip_hi, state,
+    p_row, s_v, V, group_start, stream, strip_lo, strip_hi, state,
     SKEW: tl.constexpr, LANES: tl.constexpr, STRIPS: tl.constexpr, DTYPE: tl.constexpr, FAST: tl.constexpr,
     ALIGNED: tl.constexpr, LSE: tl.constexpr, MASKED: tl.constexpr, REFINE: tl.constexpr,
 ):  # fmt: skip
@@ -37,27 +34,28 @@ def _scan(
     b_best, b_tile, b_low, b_max, b_sum = state
     o_group = (group_start + tl.arange(0, LANES // 4).to(tl.uint32)).to(tl.int32, bitcast=True)
     for i_t in range(strip_lo, strip_hi, STRIPS):
-        strips = ()
+        b_l = ()
         b_top = b_max
         for i_r in tl.static_range(STRIPS):
             first = (i_t + i_r) * LANES - SKEW
-            strips = strips + (load_strip(p_row, s_v, first, V, float("-inf"), LANES, DTYPE, ALIGNED, MASKED),)
+            b_l = b_l + (load_strip(p_row, s_v, first, V, float("-inf"), LANES, DTYPE, ALIGNED, MASKED),)  # [LANES]
             if LSE:
-                b_top = tl.maximum(b_top, strips[i_r])
+                b_top = tl.maximum(b_top, b_l[i_r])
         if LSE:
             b_sum *= tl.exp2((b_max - b_top) * LOG2E)
             b_max = b_top
         b_peak = tl.full((LANES,), float("-inf"), DTYPE)
         for i_r in tl.static_range(STRIPS):
-            groups = (o_group + (i_t + i_r) * (LANES // 4)).to(tl.uint32, bitcast=True)
-            b_n, b_least = strip_noise(groups, row_lo, row_hi, k0, k1, DTYPE, FAST, REFINE)
+            b_group = (o_group + (i_t + i_r) * (LANES // 4)).to(tl.uint32, bitcast=True)
+            b_n, b_least = strip_noise(b_group, stream, DTYPE, FAST, REFINE)
             b_low = tl.minimum(b_low, b_least)
-            b_s = tl.fma(b_n, -LN2, strips[i_r])
-            # NaN must win here: it is how a bad row is known.
+            b_s = tl.fma(b_n, -LN2, b_l[i_r])
+            # A plain maximum would drop NaN, by which a bad row is known.
             b_peak = tl.maximum(b_peak, b_s, propagate_nan=tl.PropagateNan.ALL)
             if LSE:
-                b_sum += tl.exp2((strips[i_r] - b_max) * LOG2E)
-        # Where in the tile is left to the pick kernel: an index per logit would cost two instructions more.
+                b_sum += tl.exp2((b_l[i_r] - b_max) * LOG2E)
+        # An index for each logit would cost two more instructions. So only the tile is noted, and the pick kernel looks
+        # for the token in it.
         b_tile = tl.where(b_peak > b_best, i_t, b_tile)
         b_best = tl.maximum(b_best, b_peak, propagate_nan=tl.PropagateNan.ALL)
     return b_best, b_tile, b_low, b_max, b_sum
@@ -73,8 +71,7 @@ def sample_scan_kernel(
     i_p = tl.program_id(0).to(tl.int64)
     i_n, i_s = i_p // SPLITS, (i_p % SPLITS).to(tl.int32)
     LSE: tl.constexpr = top is not None
-    k0, k1 = load_key(seed)
-    row_lo, row_hi = split_row(i_n if row_ids is None else tl.load(row_ids + i_n))
+    stream = row_stream(seed, row_ids, i_n)
     group_start = group_start.to(tl.uint32)
     p_row = logits + i_n * s_n
     lo, full, hi = split_bounds(i_s, V, SKEW, LANES, STRIPS, TILES)
@@ -82,33 +79,34 @@ def sample_scan_kernel(
         tl.full((LANES,), float("-inf"), DTYPE),
         tl.full((LANES,), 0, tl.int32) + lo,
         tl.full((LANES // 4,), 0xFFFFFFFF, tl.uint32),
-        tl.full((LANES,), LOWEST, DTYPE),  # finite: a lane that has seen only -inf must not compute inf - inf
+        # A lane that has seen only -inf would compute inf - inf with a maximum of -inf.
+        tl.full((LANES,), LOWEST, DTYPE),
         tl.zeros((LANES,), DTYPE),
     )
     state = _scan(
-        p_row, s_v, V, group_start, row_lo, row_hi, k0, k1, lo, full, fresh,
-        SKEW, LANES, STRIPS, DTYPE, FAST, ALIGNED, LSE, MASKED=False, REFINE=False,
+        p_row, s_v, V, group_start, stream, strip_lo=lo, strip_hi=full, state=fresh, SKEW=SKEW, LANES=LANES,
+        STRIPS=STRIPS, DTYPE=DTYPE, FAST=FAST, ALIGNED=ALIGNED, LSE=LSE, MASKED=False, REFINE=False,
     )  # fmt: skip
     state = _scan(
-        p_row, s_v, V, group_start, row_lo, row_hi, k0, k1, full, hi, state,
-        SKEW, LANES, 1, DTYPE, FAST, ALIGNED, LSE, MASKED=True, REFINE=False,
+        p_row, s_v, V, group_start, stream, strip_lo=full, strip_hi=hi, state=state, SKEW=SKEW, LANES=LANES,
+        STRIPS=1, DTYPE=DTYPE, FAST=FAST, ALIGNED=ALIGNED, LSE=LSE, MASKED=True, REFINE=False,
     )  # fmt: skip
     if tl.min(state[2].to(tl.int64), 0) < REFINE_BELOW:
         # One split in two thousand holds such a word. It is scanned again; the others pay one minimum per word.
         state = _scan(
-            p_row, s_v, V, group_start, row_lo, row_hi, k0, k1, lo, hi, fresh,
-            SKEW, LANES, 1, DTYPE, FAST, ALIGNED, LSE, MASKED=True, REFINE=True,
+            p_row, s_v, V, group_start, stream, strip_lo=lo, strip_hi=hi, state=fresh, SKEW=SKEW, LANES=LANES,
+            STRIPS=1, DTYPE=DTYPE, FAST=FAST, ALIGNED=ALIGNED, LSE=LSE, MASKED=True, REFINE=True,
         )  # fmt: skip
     b_best, b_tile, _, b_max, b_sum = state
-    m_best = tl.max(b_best, 0)
+    r_best = tl.max(b_best, 0)
     if tl.max((b_best != b_best).to(tl.int32), 0) > 0:
-        m_best = tl.full((), float("nan"), DTYPE)
-    tl.store(best + i_p, m_best)
-    tl.store(tile + i_p, tl.min(tl.where(b_best == m_best, b_tile, 0x7FFFFFFF), 0))
+        r_best = tl.full((), float("nan"), DTYPE)
+    tl.store(best + i_p, r_best)
+    tl.store(tile + i_p, tl.min(tl.where(b_best == r_best, b_tile, 0x7FFFFFFF), 0))
     if LSE:
-        m_max = tl.max(b_max, 0)
-        tl.store(top + i_p, m_max)
-        tl.store(total + i_p, tl.sum(b_sum * tl.exp2((b_max - m_max) * LOG2E), 0))
+        r_max = tl.max(b_max, 0)
+        tl.store(top + i_p, r_max)
+        tl.store(total + i_p, tl.sum(b_sum * tl.exp2((b_max - r_max) * LOG2E), 0))
 
 
 @triton.jit(do_not_specialize=["group_start"])
@@ -121,62 +119,62 @@ def sample_pick_kernel(
     i_n = tl.program_id(0).to(tl.int64)
     o_s = tl.arange(0, BLOCK_S)
     m_s = o_s < SPLITS
-    b_best = tl.load(best + i_n * SPLITS + o_s, mask=m_s, other=float("-inf"))
-    b_tile = tl.load(tile + i_n * SPLITS + o_s, mask=m_s, other=0x7FFFFFFF)
-    m_best = tl.max(b_best, 0)
-    is_bad = (tl.max((b_best != b_best).to(tl.int32), 0) > 0) | (tl.abs(m_best) == float("inf"))
-    # A bad row still looks somewhere: its id must lie in the vocabulary.
-    i_t = tl.min(tl.where(b_best == m_best, b_tile, 0x7FFFFFFF), 0)
+    b_best = tl.load(best + i_n * SPLITS + o_s, mask=m_s, other=float("-inf"))  # [BLOCK_S]
+    b_tile = tl.load(tile + i_n * SPLITS + o_s, mask=m_s, other=0x7FFFFFFF)  # [BLOCK_S]
+    r_best = tl.max(b_best, 0)
+    is_bad = (tl.max((b_best != b_best).to(tl.int32), 0) > 0) | (tl.abs(r_best) == float("inf"))
+    # A bad row has no best score, and its id could lie outside of the vocabulary. So it looks at the first tile.
+    i_t = tl.min(tl.where(b_best == r_best, b_tile, 0x7FFFFFFF), 0)
     i_t = tl.where(is_bad, 0, i_t)
 
-    k0, k1 = load_key(seed)
-    row_lo, row_hi = split_row(i_n if row_ids is None else tl.load(row_ids + i_n))
+    stream = row_stream(seed, row_ids, i_n)
     p_row = logits + i_n * s_n
-    o_tile = i_t * LANES - SKEW
-    o_v = o_tile + tl.arange(0, STRIPS * LANES)
-    o_g = tl.arange(0, STRIPS * LANES // 4).to(tl.uint32)
-    groups = group_start.to(tl.uint32) + (i_t * (LANES // 4)).to(tl.uint32) + o_g
-    b_l = load_strip(p_row, s_v, o_tile, V, float("-inf"), STRIPS * LANES, DTYPE, ALIGNED, MASKED=True)
-    b_n, b_least = strip_noise(groups, row_lo, row_hi, k0, k1, DTYPE, FAST, REFINE=False)
+    first = i_t * LANES - SKEW
+    o_v = first + tl.arange(0, STRIPS * LANES)
+    o_group = tl.arange(0, STRIPS * LANES // 4).to(tl.uint32)
+    b_group = group_start.to(tl.uint32) + (i_t * (LANES // 4)).to(tl.uint32) + o_group
+    b_l = load_strip(
+        p_row, s_v, first, V, float("-inf"), STRIPS * LANES, DTYPE, ALIGNED, MASKED=True
+    )  # [STRIPS * LANES]
+    b_n, b_least = strip_noise(b_group, stream, DTYPE, FAST, REFINE=False)
     if tl.min(b_least.to(tl.int64), 0) < REFINE_BELOW:
-        b_n, b_least = strip_noise(groups, row_lo, row_hi, k0, k1, DTYPE, FAST, REFINE=True)
+        b_n, b_least = strip_noise(b_group, stream, DTYPE, FAST, REFINE=True)
     b_s = tl.fma(b_n, -LN2, b_l)
     i_v = tl.min(tl.where(b_s == tl.max(b_s, 0), o_v, V - 1), 0)
     tl.store(ids + i_n, tl.maximum(i_v, 0).to(tl.int64))
 
     nan = tl.full((), float("nan"), DTYPE)
-    tl.store(score_max + i_n, tl.where(is_bad, nan, m_best + SHIFT))
+    tl.store(score_max + i_n, tl.where(is_bad, nan, r_best + SHIFT))
     if top is not None:
-        b_top = tl.load(top + i_n * SPLITS + o_s, mask=m_s, other=float("-inf"))
-        b_total = tl.load(total + i_n * SPLITS + o_s, mask=m_s, other=0.0)
-        m_top = tl.max(b_top, 0)
-        m_total = tl.sum(b_total * tl.exp2((b_top - m_top) * LOG2E), 0)
-        tl.store(logit_max + i_n, tl.where(is_bad, nan, m_top))
-        tl.store(logit_sum + i_n, tl.where(is_bad, nan, m_total))
+        b_top = tl.load(top + i_n * SPLITS + o_s, mask=m_s, other=float("-inf"))  # [BLOCK_S]
+        b_total = tl.load(total + i_n * SPLITS + o_s, mask=m_s, other=0.0)  # [BLOCK_S]
+        r_top = tl.max(b_top, 0)
+        r_total = tl.sum(b_total * tl.exp2((b_top - r_top) * LOG2E), 0)
+        tl.store(logit_max + i_n, tl.where(is_bad, nan, r_top))
+        tl.store(logit_sum + i_n, tl.where(is_bad, nan, r_total))
 
 
-def sample(logits: torch.Tensor, noise: Noise, logsumexp: bool) -> Sample:
+def sample(logits: torch.Tensor, noise: Noise, logsumexp: bool, sizes: TritonSizes) -> Sample:
     """`Backend.sample`."""
     rows = logits.shape[0]
     dtype, device = compute_dtype(logits.dtype), logits.device
     ids = torch.empty(rows, dtype=torch.int64, device=device)
     score_max = torch.empty(rows, dtype=dtype, device=device)
     logit_max, logit_sum = (torch.empty(rows if logsumexp else 0, dtype=dtype, device=device) for _ in range(2))
+    found = Sample(ids, score_max, logit_max, logit_sum)
     if rows == 0:
-        return Sample(ids, score_max, logit_max, logit_sum)
-    options = launch_options(noise.vocab_start, logits)
+        return found
+    options = launch_options(sizes, noise.vocab_start, logits)
     tiles, splits = options.pop("TILES"), options["SPLITS"]
     best = torch.empty(rows, splits, dtype=dtype, device=device)
-    tile = torch.empty(rows, splits, dtype=torch.int32, device=device)
-    top, total = (torch.empty_like(best) if logsumexp else None for _ in range(2))
-    seed, row_ids = seed_on(noise.seed, device), contiguous(noise.row_ids)
+    shared = {
+        "logits": logits, "s_n": logits.stride(0), "s_v": logits.stride(1),
+        "seed": seed_on(noise.seed, device), "row_ids": contiguous(noise.row_ids),
+        "best": best, "tile": torch.empty(rows, splits, dtype=torch.int32, device=device),
+        "top": torch.empty_like(best) if logsumexp else None, "total": torch.empty_like(best) if logsumexp else None,
+        **options,
+    }  # fmt: skip
     with launching(logits):
-        sample_scan_kernel[(rows * splits,)](
-            logits, seed, row_ids, best, tile, top, total, *logits.stride(),
-            LOWEST=torch.finfo(dtype).min, TILES=tiles, **options,
-        )  # fmt: skip
-        sample_pick_kernel[(rows,)](
-            logits, seed, row_ids, best, tile, top, total, ids, score_max, logit_max, logit_sum, *logits.stride(),
-            BLOCK_S=triton.next_power_of_2(splits), **options,
-        )  # fmt: skip
-    return Sample(ids, score_max, logit_max, logit_sum)
+        sample_scan_kernel[(rows * splits,)](**shared, TILES=tiles, LOWEST=torch.finfo(dtype).min)
+        sample_pick_kernel[(rows,)](**shared, **found._asdict(), BLOCK_S=triton.next_power_of_2(splits))
+    return found

@@ -59,7 +59,8 @@ def cache_arguments(module: nn.Module, cache: Any) -> dict[str, Any]:
 
 def cache_of(output: Any) -> Any:
     """The key-value cache that a module returns; None without one."""
-    # From transformers 5.24 on an output has both names, and warns where the old one is read.
+    # From transformers 5.24 on an output has both names, and warns where the old one is read. The old name can go when
+    # releases before 5.24 are no longer supported.
     return getattr(output, "cache" if hasattr(output, "cache") else "past_key_values", None)
 
 

@@ -13,6 +13,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
 
 from grade_kernels.backends import Head, Noise, get
+from grade_kernels.backends.triton.sizes import HeadTile, TritonSizes
 from tests.support.helpers import resize
 from tests.support.interpreter import INTERPRETED
 from tests.support.needs import needs, needs_backend
@@ -34,24 +35,9 @@ REFINED = [(-34359738340, 166090), (-34359738048, 196101)]
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     """Tiles that the interpreter gets through, and several splits and launches in a small vocabulary."""
-    if REASON is not None or DEVICE != "cpu":
-        yield
-        return
-    from grade_kernels.backends.triton import head, head_support
-
-    cached = (head_support.schedule, head_support.layout, head_support.stride)
-    tile = head.Config(16, 32, 32, 4, 2)
-    with monkeypatch.context() as patch:
-        for name in ("NARROW", "WIDE", "PAIR"):
-            patch.setattr(head, name, tile)
-        patch.setattr(head, "SMALL", {})
-        for module in (head, head_support):
-            patch.setattr(module, "SPLIT", 64)
-        for function in cached:  # they know nothing of SPLIT
-            function.cache_clear()
-        yield
-    for function in cached:
-        function.cache_clear()
+    if DEVICE == "cpu":
+        tile = HeadTile(16, 32, 32, 4, 2)
+        resize(monkeypatch, tile_float32=tile, tiles={1: tile, 2: tile}, tiles_few_rows={}, head_split=64)
 
 
 @pytest.fixture(autouse=True)
@@ -167,24 +153,6 @@ def test_softmax(name, ref, dtype):
     same_support(support, truth_support)
 
 
-@pytest.fixture
-def large(small):
-    """Hopper's tile for many rows: two products share its rows."""
-    if REASON is not None or DEVICE != "cpu":
-        yield
-        return
-    from grade_kernels.backends.triton import head, head_support
-
-    # Of its own, to be undone before what `small` does is.
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(head, "target", lambda: ("interpreter", 90))
-        for module in (head, head_support):
-            patch.setattr(module, "SPLIT", 192)
-        for function in (head_support.schedule, head_support.layout, head_support.stride):
-            function.cache_clear()
-        yield
-
-
 LARGE_CASES = {
     "plain": {"shape": (19, 450, 40), "eps": 0.05},
     "eps 0": {"shape": (17, 211, 33), "eps": 0.0},
@@ -195,24 +163,24 @@ LARGE_CASES = {
 @runs
 @pytest.mark.parametrize("columns", [(32, 16), (16, 16), (64, 0)], ids=str)
 @pytest.mark.parametrize("name", LARGE_CASES)
-def test_large_tiles_give_what_small_ones_give(name, columns, large, monkeypatch):
+def test_large_tiles_give_what_small_ones_give(name, columns, monkeypatch):
     """To the bit, for a thread of a row meets the same tokens in the same order."""
-    from grade_kernels.backends.triton import head as tiles
+    from grade_kernels.backends.triton.targets import current_target
 
     case = LARGE_CASES[name]
     if DEVICE == "cuda":
         case = {**case, "shape": (300, *case["shape"][1:])}
-        if columns != (32, 16) or tiles.target()[1] // 10 != 9:
+        if columns != (32, 16) or current_target().capability // 10 != 9:
             pytest.skip("GPUs have the sizes that are launched, and Hopper has all of them")
     else:
-        size = tiles.Config(16, columns[0], 32, 4, 2, columns[1], ORDERED=True)
-        monkeypatch.setattr(tiles, "LARGE", {(9, 1): size, (9, 2): size})
+        tile = HeadTile(16, columns[0], 32, 4, 2, columns[1], SERIALISE=True)
+        resize(monkeypatch, tiles_many_rows={(0, 1): tile, (0, 2): tile}, head_split=192)
     head, tau, row_ids, start = arguments(case, torch.bfloat16)
     ref = make(head.hidden.shape[0], head.weight.shape[0], 24, torch.bfloat16, seed=2)
     inputs = (on(tau), on(noise(row_ids, start)), case["eps"])
     chosen = []
-    choose = tiles.config
-    monkeypatch.setattr(tiles, "config", lambda *arguments: chosen.append(choose(*arguments)) or chosen[-1])
+    choose = TritonSizes.head_tile
+    monkeypatch.setattr(TritonSizes, "head_tile", lambda *asked: chosen.append(choose(*asked)) or chosen[-1])
 
     def run():
         chosen.clear()
@@ -223,10 +191,12 @@ def test_large_tiles_give_what_small_ones_give(name, columns, large, monkeypatch
         return (*sample, total, *support, *drawn, *sums, *sums_support, *both, *both_support), sample, support
 
     results, sample, support = run()
-    assert all(sizes.ORDERED for sizes in chosen)
-    monkeypatch.setattr(tiles, "many_rows", lambda heads: False)
+    assert chosen
+    assert all(tile.SERIALISE for tile in chosen)
+    resize(monkeypatch, tiles_many_rows={})
     small, _, _ = run()
-    assert not any(sizes.ORDERED for sizes in chosen)
+    assert chosen
+    assert not any(tile.SERIALISE for tile in chosen)
     assert all(torch.equal(a, b) for a, b in zip(results, small, strict=True))
     truth, _, truth_support = plain.head_scores(double(head), tau.double(), noise(row_ids, start), case["eps"])
     assert torch.equal(sample.ids.cpu(), truth.ids)
@@ -235,23 +205,24 @@ def test_large_tiles_give_what_small_ones_give(name, columns, large, monkeypatch
 
 @runs
 def test_what_takes_registers_keeps_small_tiles():
-    from grade_kernels.backends.triton import head as tiles
+    from grade_kernels.backends.triton.head_tiles import many_rows
 
-    few, many = (make(tiles.NARROW.BM + more, 8, 8) for more in (0, 1))
-    assert not tiles.many_rows((few,))
-    assert tiles.many_rows((many,))
-    assert tiles.many_rows((many, many))
+    sizes = TritonSizes()
+    few, many = (make(sizes.tiles[1].BM + more, 8, 8) for more in (0, 1))
+    assert not many_rows((few,), sizes)
+    assert many_rows((many,), sizes)
+    assert many_rows((many, many), sizes)
     for addition in ({"bias": True}, {"softcap": 3.0}):
-        added = make(tiles.NARROW.BM + 1, 8, 8, **addition)
-        assert not tiles.many_rows((added,))
-        assert not tiles.many_rows((many, added))
+        added = make(sizes.tiles[1].BM + 1, 8, 8, **addition)
+        assert not many_rows((added,), sizes)
+        assert not many_rows((many, added), sizes)
     for dtype, products, capability in (
         (torch.float32, 1, 90), (torch.bfloat16, 1, 80), (torch.bfloat16, 1, 0), (torch.bfloat16, 2, 100),
         (torch.bfloat16, 1, 75),
     ):  # fmt: skip
-        few, many = (tiles.config(dtype, products, capability, many) for many in (False, True))
+        few, many = (sizes.head_tile(dtype, products, capability, many) for many in (False, True))
         assert few == many
-    assert tiles.config(torch.float16, 1, 90, True) == tiles.LARGE[9, 1]
+    assert sizes.head_tile(torch.float16, 1, 90, True) == sizes.tiles_many_rows[9, 1]
 
 
 @runs
@@ -357,16 +328,11 @@ def test_overflow_of_the_support(monkeypatch):
 @runs
 def test_overflow_of_a_split(monkeypatch):
     """A split whose slots do not suffice marks its rows, and leaves the others as they were."""
-    from grade_kernels.backends.triton import head_support
-
     head, tau = make(3, 500, 16), torch.ones(3)
     head.hidden[0] = 0
     _, _, whole = fused.head_scores(on(head), on(tau), on(noise()), 0.01)
-    real = head_support.schedule.__wrapped__
-    monkeypatch.setattr(head_support, "schedule", lambda *a: tuple(x._replace(slots=7) for x in real(*a)))
-    head_support.layout.cache_clear()
+    resize(monkeypatch, split_slots=7)
     _, _, cut = fused.head_scores(on(head), on(tau), on(noise()), 0.01)
-    head_support.layout.cache_clear()
     assert cut.overflow.any()
     for i in range(3):
         part = cut.tokens[cut.offsets[i] : cut.offsets[i + 1]]
@@ -378,8 +344,6 @@ def test_overflow_of_a_split(monkeypatch):
 
 @runs
 def test_results_depend_on_neither_batch_nor_run(monkeypatch):
-    from grade_kernels.backends.triton import head_support
-
     head, tau, rows = make(6, 300, 24, torch.bfloat16), torch.linspace(0.5, 2, 6), ROWS
 
     def everything(part):
@@ -390,8 +354,7 @@ def test_results_depend_on_neither_batch_nor_run(monkeypatch):
 
     batch, supports = everything(slice(None))
     again, same = everything(slice(None))
-    monkeypatch.setattr(head_support, "LEAST_ROWS", 2)
-    monkeypatch.setattr(head_support, "SLOT_BYTES", 1)
+    resize(monkeypatch, batch_rows=2, slot_bytes=1)
     cut, parts = everything(slice(None))
     for a, b, c in zip(batch, again, cut, strict=True):
         assert torch.equal(a, b)
@@ -405,12 +368,9 @@ def test_results_depend_on_neither_batch_nor_run(monkeypatch):
 
 @runs
 def test_default_row_identity_in_batches(monkeypatch):
-    from grade_kernels.backends.triton import head_support
-
     head, tau = make(5, 100, 16), torch.ones(5)
     whole = fused.head_scores(on(head), on(tau), on(noise()), 0.05)
-    monkeypatch.setattr(head_support, "LEAST_ROWS", 2)
-    monkeypatch.setattr(head_support, "SLOT_BYTES", 1)
+    resize(monkeypatch, batch_rows=2, slot_bytes=1)
     parts = fused.head_scores(on(head), on(tau), on(noise()), 0.05)
     for a, b in zip([*whole[0], whole[1], *whole[2]], [*parts[0], parts[1], *parts[2]], strict=True):
         assert torch.equal(a, b)
