@@ -453,7 +453,7 @@ import sys
 from typing import Generic, NamedTuple, TypeVar
 import torch
 from torch._dynamo.utils import counters
-from grade_kernels.ops.registry import differentiable
+from grade_kernels.ops.differentiable import differentiable
 
 T = TypeVar("T")
 class X(NamedTuple):
