@@ -14,7 +14,8 @@ from grade_kernels.backends.chunks import Scratch, column_chunks
 from grade_kernels.dtypes import compute_dtype
 from grade_kernels.noise import GumbelNoise
 from grade_kernels.ops import checks, tables
-from grade_kernels.ops.registry import answered_by, differentiable, public
+from grade_kernels.ops.differentiable import differentiable
+from grade_kernels.ops.registry import answered_by, public
 from grade_kernels.ops.tables import Embedded
 from grade_kernels.ops.transforms import FIRST_ORDER, check_order
 from grade_kernels.reference import Embedding, GumbelSTEEmbedding, ignored_rows

@@ -12,9 +12,10 @@ from grade_kernels.backends import Head, Noise, Softmax, Support
 from grade_kernels.dtypes import compute_dtype
 from grade_kernels.noise import GumbelNoise
 from grade_kernels.ops import checks
+from grade_kernels.ops.differentiable import differentiable
 from grade_kernels.ops.head import canonical_eps, check_head, check_reference_rows, fake_support, needs_graph
 from grade_kernels.ops.head_gradients import Entries, HeadGradients, PerHead
-from grade_kernels.ops.registry import answered_by, differentiable, public
+from grade_kernels.ops.registry import answered_by, public
 from grade_kernels.ops.transforms import reference_serves
 from grade_kernels.reference import ignored_rows
 

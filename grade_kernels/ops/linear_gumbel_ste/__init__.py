@@ -25,10 +25,11 @@ from grade_kernels.backends import Head
 from grade_kernels.dtypes import compute_dtype
 from grade_kernels.noise import GumbelNoise
 from grade_kernels.ops import checks, tables
+from grade_kernels.ops.differentiable import differentiable
 from grade_kernels.ops.head import canonical_eps, check_head, needs_graph
 from grade_kernels.ops.linear_gumbel_ste import backward, forward
 from grade_kernels.ops.linear_gumbel_ste.records import Draw, Gradients, Kept
-from grade_kernels.ops.registry import answered_by, differentiable, public
+from grade_kernels.ops.registry import answered_by, public
 from grade_kernels.ops.tables import Embedded
 from grade_kernels.reference import Embedding, GumbelSTEEmbedding, ignored_rows
 
