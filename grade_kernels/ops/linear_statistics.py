@@ -52,7 +52,8 @@ def linear_logprobs(
         ignore_index: rows of this id are ignored, as `torch.nn.functional.cross_entropy` does: their result is 0, no
             gradient comes of them, and their hidden states may be anything. None: every id must be a token's.
         eps: stochastic support of the backward pass: a token of probability p is visited with probability
-            `min(1, p / eps)`, which leaves the gradient unbiased. 0 visits every token, exactly.
+            `min(1, p / eps)`, on average at most `1 / eps` tokens a row, which leaves the gradient unbiased. 0 visits every
+            token, exactly.
         noise: seed and row identities of those visits. None draws a fresh seed from torch's default generator.
 
     Returns:
