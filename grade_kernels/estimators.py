@@ -1,8 +1,10 @@
 """The estimators of a sampled token's gradient, and their rule in PyTorch for logits that come by in chunks.
 
 The table of what each computes is in `ops.gumbel_ste_embedding`. A new estimator begins here: its name, whether its
-relaxation sees the noise, and its rule. The other places that know rules are those with kernels of their own:
-`ops/linear_gumbel_ste/sparse.py` on a stochastic support, `backends/triton/gradient.py`, and `csrc`.
+relaxation sees the noise, and its rule. Other places know rules, too. Kernels have rules of their own:
+`ops/linear_gumbel_ste/sparse.py` on a stochastic support, `backends/triton/gradient.py`, and `csrc`, whose number of each
+estimator is in `backends/native.py`. `forward.py`, `backward.py` and `dense.py` of `ops/linear_gumbel_ste/` decide what runs
+for which estimator. CONTRIBUTING.md has the steps.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ def is_noisy(estimator: str) -> bool:
 
 
 class Rule:
-    """The gradient of logits, `p (dY - D)` and its like, where D is a mean over the whole vocabulary.
+    """The gradient of logits, `p (dY - mean)` and its like, with a mean of dY over the whole vocabulary.
 
     So the vocabulary comes by twice: `measure` sees every chunk, `settle` makes means of what it found, and then
     `gradient` and `with_logprobs` see every chunk again.
@@ -59,7 +61,7 @@ class Rule:
         """The gradient of a chunk from its probabilities; dY is overwritten unless the estimator is `reinmax`."""
         if untempered is None:
             return dy.sub_(self.mean).mul_(p).div_(self.tau)
-        # 2 J((D + p) / 2) dY - J(softmax(l)) dY / 2
+        # 2 J((O + p) / 2) dY - J(softmax(l)) dY / 2, where O is the one-hot vector of ids
         return (p + self.hit(columns)) * (dy - self.mean) - 0.5 * untempered * (dy - self.untempered_mean)
 
     def with_logprobs(

@@ -9,10 +9,9 @@ Generator: Philox4x32-10 (Salmon, Moraes, Dror, Shaw: Parallel random numbers: a
 
 from __future__ import annotations
 
-from numbers import Integral
-from typing import SupportsIndex
-
 import torch
+
+from grade_kernels.arguments import canonical_int, check_local
 
 __all__ = [
     "DOMAIN_GUMBEL",
@@ -134,11 +133,8 @@ class GumbelNoise:
             if seed.dim() != 0:
                 raise ValueError(f"seed must be 0-d, got a tensor of shape {tuple(seed.shape)}")
             self.seed = seed
-        elif isinstance(seed, bool) or not isinstance(seed, (int, SupportsIndex)):
-            raise TypeError(f"seed must be an int or a 0-d int64 tensor, got {type(seed).__name__}")
         else:
-            # torch.compile passes an int that changes as a symbol, which has no __index__.
-            seed = seed if isinstance(seed, int) else seed.__index__()
+            seed = canonical_int("seed", seed, "an int or a 0-d int64 tensor")
             if not -(2**63) <= seed < 2**64:
                 raise ValueError(f"seed must lie in [-2^63, 2^64), got {seed}")
             self.seed = torch.full((), seed - 2**64 if seed >= 2**63 else seed, dtype=torch.int64, device="cpu")
@@ -150,10 +146,7 @@ class GumbelNoise:
             if row_ids.dim() != 1:
                 raise ValueError(f"row_ids must have shape [rows], got {tuple(row_ids.shape)}")
         self.row_ids = row_ids
-        if isinstance(vocab_start, bool) or not isinstance(vocab_start, (int, Integral, torch.SymInt)):
-            raise TypeError(f"vocab_start must be an int, got {type(vocab_start).__name__}")
-        if not isinstance(vocab_start, (int, torch.SymInt)):
-            vocab_start = int(vocab_start)
+        vocab_start = canonical_int("vocab_start", vocab_start)
         if not 0 <= vocab_start < 2**62:  # so that no token's id leaves 64 bits
             raise ValueError(f"vocab_start must lie in [0, 2^62), got {vocab_start}")
         self.vocab_start = vocab_start
@@ -179,6 +172,8 @@ class GumbelNoise:
         self, num_rows: int, vocab_size: int, *, vocab_start: int = 0, domain: int = DOMAIN_GUMBEL
     ) -> torch.Tensor:
         """The raw 32-bit words of one domain, int64 `[num_rows, vocab_size]`: what `dense` turns into noise."""
+        check_local("noise.seed", self.seed)
+        check_local("noise.row_ids", self.row_ids)
         device = self.seed.device if self.row_ids is None else self.row_ids.device
         rows = torch.arange(num_rows, device=device) if self.row_ids is None else self.row_ids
         if rows.numel() != num_rows:
@@ -218,9 +213,9 @@ class GumbelNoise:
         """
         if dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
             raise TypeError(f"dtype must be float32, float64, bfloat16 or float16, got {dtype}")
+        num_rows, vocab_size = canonical_int("num_rows", num_rows), canonical_int("vocab_size", vocab_size)
+        vocab_start = canonical_int("vocab_start", vocab_start)
         for name, value in (("num_rows", num_rows), ("vocab_size", vocab_size), ("vocab_start", vocab_start)):
-            if isinstance(value, bool) or not isinstance(value, (int, SupportsIndex, torch.SymInt)):
-                raise TypeError(f"{name} must be an int, got {type(value).__name__}")
             if value < 0:
                 raise ValueError(f"{name} must not be negative, got {value}")
         if self.vocab_start + vocab_start >= 2**62:

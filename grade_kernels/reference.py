@@ -6,6 +6,7 @@ Plain differentiable PyTorch. Run it on float64 logits for the truth. Narrower l
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, ParamSpec, TypeVar
@@ -13,6 +14,7 @@ from typing import Any, Generic, ParamSpec, TypeVar
 import torch
 from typing_extensions import NamedTuple  # typing's is generic from Python 3.11 only; torch brings this one
 
+from grade_kernels.arguments import check_local
 from grade_kernels.noise import GumbelNoise
 
 __all__ = [
@@ -44,11 +46,17 @@ class GumbelSTEEmbedding(NamedTuple, Generic[Embedding]):
     logprobs: torch.Tensor  # [...], log softmax(logits)[ids], untempered
 
 
-def _outside_autocast(function: Callable[P, T]) -> Callable[P, T]:
-    """Arithmetic of the specification is its own, whatever the surroundings would cast it to."""
+def _specification(function: Callable[P, T]) -> Callable[P, T]:
+    """Decorator: tensors that are parts of distributed ones are refused, and autocast does not change the arithmetic."""
+    names = tuple(inspect.signature(function).parameters)
 
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        for name, value in (*zip(names, args, strict=False), *kwargs.items()):
+            check_local(name, value)
+            if isinstance(value, (tuple, list)):
+                for i, table in enumerate(value):
+                    check_local(f"{name}[{i}]", table)
         with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
             return function(*args, **kwargs)
 
@@ -141,7 +149,7 @@ def _jacobian(p: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return p * (x - (p * x).sum(-1, keepdim=True))
 
 
-@_outside_autocast
+@_specification
 def gumbel_sample(logits: torch.Tensor, dim: int = -1, *, noise: GumbelNoise | None = None) -> torch.Tensor:
     """`argmax(l + g)`."""
     if logits.dim() == 0:
@@ -149,7 +157,7 @@ def gumbel_sample(logits: torch.Tensor, dim: int = -1, *, noise: GumbelNoise | N
     return _scores(logits.detach().movedim(dim, -1), noise).argmax(-1)
 
 
-@_outside_autocast
+@_specification
 def gumbel_softmax(
     logits: torch.Tensor,
     tau: float | torch.Tensor = 1.0,
@@ -179,7 +187,7 @@ def gumbel_ste(
     return gumbel_softmax(logits, tau, hard=True, dim=dim, noise=noise)
 
 
-@_outside_autocast
+@_specification
 def gumbel_ste_embedding(
     logits: torch.Tensor,
     embedding: Embedding,
@@ -229,6 +237,7 @@ def gumbel_ste_embedding(
 # ---- Operations through the LM head -------------------------------------------------------------------------------
 
 
+@_specification
 def head_logits(
     hidden: torch.Tensor,
     lm_head: torch.Tensor,
@@ -254,7 +263,7 @@ def _expectation(logp: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return torch.where(possible, logp.exp() * torch.where(possible, x, 0.0), 0.0).sum(-1)
 
 
-@_outside_autocast
+@_specification
 def linear_gumbel_ste(
     hidden: torch.Tensor,
     lm_head: torch.Tensor,
@@ -277,7 +286,7 @@ def linear_gumbel_ste(
     )
 
 
-@_outside_autocast
+@_specification
 def linear_gumbel_sample(
     hidden: torch.Tensor,
     lm_head: torch.Tensor,
@@ -292,7 +301,7 @@ def linear_gumbel_sample(
     return ids, logits.log_softmax(-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1).detach()
 
 
-@_outside_autocast
+@_specification
 def linear_logprobs(
     hidden: torch.Tensor,
     lm_head: torch.Tensor,
@@ -313,7 +322,7 @@ def linear_logprobs(
     return logprobs if ignored is None else torch.where(ignored, 0.0, logprobs)
 
 
-@_outside_autocast
+@_specification
 def linear_kl(
     hidden: torch.Tensor,
     lm_head: torch.Tensor,
@@ -333,7 +342,7 @@ def linear_kl(
     return _expectation(logp, logp - ref.detach().log_softmax(-1).to(logp.dtype))
 
 
-@_outside_autocast
+@_specification
 def linear_entropy(
     hidden: torch.Tensor,
     lm_head: torch.Tensor,

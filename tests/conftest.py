@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-# The compiler's cache knows neither schemas nor kernels of operations: it would answer for another version of them.
+# The compiler's cache knows schemas of operations but no fake kernels: it would answer for another version of these.
 os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
 os.environ.pop("GRADE_KERNELS_BACKEND", None)
 os.environ.pop("GRADE_KERNELS_CHECK", None)

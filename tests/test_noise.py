@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import grade_kernels as gk
 from grade_kernels.noise import DOMAIN_REFINE, gumbel_from_words, philox_4x32_10, seed_on
 from grade_kernels.ops.checks import canonical_tau
-from tests.support.helpers import truth_noise
+from tests.support.helpers import raises, truth_noise
 from tests.support.needs import needs
 
 M32 = 2**32 - 1
@@ -126,6 +126,19 @@ def test_seed_as_tensor_equals_seed_as_int() -> None:
         whole = gk.GumbelNoise(seed).words(2, 5)
         assert torch.equal(whole, gk.GumbelNoise(torch.tensor(signed)).words(2, 5))
     assert gk.GumbelNoise(np.int64(-5)).seed.item() == -5
+
+
+def test_sizes_may_be_whole_numbers_of_any_kind() -> None:
+    noise = gk.GumbelNoise(3)
+    expected = noise.dense(2, 5, vocab_start=1)
+    for kind in (np.int64, np.array, torch.tensor):
+        assert torch.equal(noise.dense(kind(2), kind(5), vocab_start=kind(1)), expected)
+    for wrong in (True, 2.0, "2", torch.tensor(2.0), torch.tensor(True), torch.tensor([2]), np.bool_(True)):
+        for name in ("num_rows", "vocab_size", "vocab_start"):
+            with raises(TypeError, name, type(wrong).__name__):
+                noise.dense(**{"num_rows": 2, "vocab_size": 5, name: wrong})
+        with raises(TypeError, "vocab_start", type(wrong).__name__):
+            gk.GumbelNoise(3, vocab_start=wrong)
 
 
 def test_seed_tensor_is_read_when_used() -> None:

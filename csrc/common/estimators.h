@@ -40,7 +40,7 @@ GK_HOST_DEVICE inline Means<Real> means_of(Real relaxed, Real untempered, Real c
 }
 
 // The gradient of a logit through the relaxation. `weight` is p / tau, for reinmax p; `untempered` is softmax(l), read
-// by reinmax only; `hit` says that the token is the sampled one. 2 J((D + p) / 2) dy is p (dy - mean) away from the
+// by reinmax only; `hit` says that the token is the sampled one. 2 J((O + p) / 2) dy is p (dy - mean) away from the
 // sampled token, which adds dy - mean for its own half.
 template <Estimator kRule, typename Real>
 GK_HOST_DEVICE inline Real relaxation_gradient(Real weight, Real untempered, Real dy, bool hit, Means<Real> mean) {

@@ -304,7 +304,7 @@ struct SamplePass {
   static constexpr uint32_t kDomain = kDomainGumbel;
 
   LaneBest best;
-  f32 threshold = splat(-__builtin_inff());  // a score whose bound is no larger cannot win
+  f32 threshold = splat(-__builtin_inff());  // a token whose upper bound of l + g is at most this cannot win
   LaneSum logits;
 
   [[gnu::always_inline]] SamplePass(const HeadArgs&, int64_t) {}
@@ -322,7 +322,7 @@ struct SamplePass {
       lane_exponential(at.key, at.global_token(), w, e);
       lane_gumbel(e, g);
       for (int j = 0; j < kTokensPerPhilox; ++j) best.take(j, l[j] + g[j], at.token);
-      // Room for the bound's and the score's rounding.
+      // 2^-21 of the score and 1e-4 cover the rounding of both.
       const f32 magnitude = best.score < 0.0f ? -best.score : best.score;
       threshold = best.score - (magnitude * 0x1p-21f + 1e-4f);
     }
@@ -463,8 +463,8 @@ struct SoftmaxPass {
   template <typename T>
   [[gnu::always_inline]] void visit(const Quad& at, const f32 l[kTokensPerPhilox], SoftmaxPiece& out, Hit* hits) {
     f32 r[kTokensPerPhilox], weight[kTokensPerPhilox], unused[kTokensPerPhilox], factor;
-    // The moment counts from the maxima, which may move: when they do by a distance, every term summed so far moves,
-    // too.
+    // Moment: the sum of weight * ((l - max l) - (r - max r)) / tau. If a maximum rises, each term shifts by the
+    // change, so the moment gains (sum so far) * change / tau.
     const f32 old_max = logits.max, old_sum = logits.sum, old_ref = ref.max;
     bool moved = logits.raise(l, scale, factor);
     if (moved) {

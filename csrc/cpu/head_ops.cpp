@@ -20,7 +20,7 @@
 namespace gk {
 namespace {
 
-enum Kind { kSample, kScores, kSoftmax };  // of a pass over the vocabulary; numbered as in backends/cpu/head.py
+enum Kind { kSample, kScores, kSoftmax };  // of a pass over the vocabulary; numbered as in backends/cpu/head_pass.py
 
 // A chunk is cut into at most so many pieces. Their number must not depend on that of threads, or results would.
 constexpr int64_t kPieces = 8;

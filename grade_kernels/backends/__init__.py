@@ -122,7 +122,8 @@ def select(device: torch.device, dtype: torch.dtype, *, head: bool = False) -> s
     An explicit choice (`use_backend`, `set_backend`, then the environment variable GRADE_KERNELS_BACKEND) wins, and
     raises where it cannot serve the device. Otherwise: `cpu` or `triton` for their devices, else `torch`. Nobody has
     measured `cuda` against `triton` yet, so it runs only where it is asked for. `torch` serves dtypes for which the
-    backend has no kernels: float64 through a head, which is for checking.
+    backend has no kernels: float64 through a head, which is for checking. Afterwards `answered_by` in `ops/registry.py`
+    may still send the call to the reference: under derivatives that no operation has a rule for (`ops/transforms.py`).
     """
     name = _override or os.environ.get("GRADE_KERNELS_BACKEND") or None
     if name is not None:

@@ -127,7 +127,8 @@ class Backend(ABC):
     ) -> tuple[Softmax, Support]:
         """Statistics of `p = softmax(l / tau)`, without Gumbel noise, and its support, which for eps = 0 is empty.
 
-        The support is decided by words of DOMAIN_SUPPORT. `ref` is a second head over the same vocabulary.
+        `noise` is used for the support only: its words of DOMAIN_SUPPORT decide it. `ref` is a second head over the same
+        vocabulary.
         """
 
     @abstractmethod
@@ -165,7 +166,7 @@ class Backend(ABC):
     def product(self, x: torch.Tensor, table: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """`x @ table.T` `[N, C]`, rounded as the logits that the passes above saw.
 
-        Where `out` is given (rows apart, tokens side by side), it is written there and rounded to its dtype alone.
+        If `out` is given, it has unit stride along tokens. The result goes there, and its only rounding is to out's dtype.
         """
 
     @abstractmethod
@@ -185,10 +186,9 @@ class Backend(ABC):
     ) -> torch.Tensor:
         """Terms of a sum of `weights * (dy - mean)` for one chunk `[N, C]`, while the mean of dy is not yet known.
 
-        The mean so far is the ratio of two sums, of weights * dy and of weights. `sums` `[2, N]` holds those of weights
-        and of weights * dy, and this chunk's are added to them. Then `out[0] = weights * (dy - mean)` and
-        `out[1] = weights`, both times slope if there is one, and rounded to out's dtype. Returns by how much the mean has
-        moved `[N]`.
+        Adds the chunk to `sums` `[2, N]`, the sums so far of weights and of weights * dy. The second by the first is the
+        mean so far. Writes `weights * (dy - mean)` to `out[0]` and `weights` to `out[1]`, each times slope if there is one,
+        and rounded to out's dtype. Returns how far the mean moved `[N]`.
         """
 
     # Shared by all

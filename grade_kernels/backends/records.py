@@ -89,7 +89,7 @@ class Support(NamedTuple):
     offsets: torch.Tensor  # [N + 1] int64, where each row's entries begin
     tokens: torch.Tensor  # [K] int64
     p: torch.Tensor  # [K] compute, exact probabilities
-    overflow: torch.Tensor  # [N] bool: rows whose support did not fit; they have no entries and take the dense path
+    overflow: torch.Tensor  # [N] bool: rows whose support did not fit; they have no entries and take the dense backward
 
     @staticmethod
     def empty(rows: int, like: torch.Tensor) -> Support:

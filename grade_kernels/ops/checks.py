@@ -10,11 +10,12 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from numbers import Integral, Real
+from numbers import Real
 from typing import cast
 
 import torch
 
+from grade_kernels.arguments import canonical_int, check_local
 from grade_kernels.backends.records import Noise
 from grade_kernels.estimators import ESTIMATORS
 from grade_kernels.noise import GumbelNoise
@@ -38,23 +39,18 @@ def may_read(*tensors: torch.Tensor) -> bool:
     return all(torch._C._get_dispatch_mode(key) is None for key in tracers)
 
 
+def _check_local(name: str, value: torch.Tensor) -> None:
+    """`check_local`, without its cost for what can be seen to be an ordinary tensor."""
+    if type(value) not in _ORDINARY or torch._C._are_functorch_transforms_active():
+        check_local(name, value)
+
+
 def check_layout(name: str, value: torch.Tensor) -> None:
     """An ordinary tensor: not a sparse or nested one, which have no rows to view, nor a part of a distributed one."""
-    if type(value) not in _ORDINARY:
-        check_local(name, value)
+    _check_local(name, value)
     if value.layout != torch.strided or value.is_nested:
         what = "a nested one" if value.is_nested else f"one of layout {value.layout}"
         raise TypeError(f"{name} must be a dense tensor, got {what}")
-
-
-def check_local(name: str, value: torch.Tensor) -> None:
-    """Not a DTensor, which is recognised by its attributes: importing its class would import torch.distributed."""
-    placements = getattr(value, "placements", None)
-    if placements is not None and hasattr(value, "device_mesh"):
-        raise TypeError(
-            f"{name} must be an ordinary tensor, got a DTensor with placements {tuple(placements)}; "
-            f"pass {name}.full_tensor(), or {name}.to_local() where this rank's part is what is meant"
-        )
 
 
 def check_floating(name: str, value: object) -> None:
@@ -82,13 +78,6 @@ def check_logits(logits: object, dim: object = -1) -> int:
     return index
 
 
-def canonical_int(name: str, value: object, expected: str = "an int") -> int:
-    """An int of Python, for that or for any other type of whole number, such as NumPy's; a bool is none."""
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"{name} must be {expected}, got {type(value).__name__}")
-    return int(value)
-
-
 def check_same_device(name: str, value: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
     """Both tensors on one device, or ValueError naming both."""
     if value.device != other.device:
@@ -101,8 +90,7 @@ def canonical_noise(noise: GumbelNoise | None, num_rows: int, device: torch.devi
         noise = GumbelNoise.from_generator()
     elif not isinstance(noise, GumbelNoise):
         raise TypeError(f"noise must be a GumbelNoise or None, got {type(noise).__name__}")
-    if type(noise.seed) not in _ORDINARY:
-        check_local("noise.seed", noise.seed)
+    _check_local("noise.seed", noise.seed)
     if noise.row_ids is not None:
         check_layout("noise.row_ids", noise.row_ids)
         if noise.row_ids.numel() != num_rows:

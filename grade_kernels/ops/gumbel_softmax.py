@@ -13,7 +13,8 @@ from grade_kernels.backends import Noise, Sample
 from grade_kernels.dtypes import compute_dtype
 from grade_kernels.noise import GumbelNoise
 from grade_kernels.ops import checks
-from grade_kernels.ops.registry import answered_by, differentiable, public
+from grade_kernels.ops.differentiable import differentiable
+from grade_kernels.ops.registry import answered_by, public
 
 __all__ = ["gumbel_softmax", "gumbel_ste"]
 

@@ -14,7 +14,8 @@ from grade_kernels.backends.chunks import Scratch, column_chunks
 from grade_kernels.dtypes import compute_dtype
 from grade_kernels.noise import GumbelNoise
 from grade_kernels.ops import checks, tables
-from grade_kernels.ops.registry import answered_by, differentiable, public
+from grade_kernels.ops.differentiable import differentiable
+from grade_kernels.ops.registry import answered_by, public
 from grade_kernels.ops.tables import Embedded
 from grade_kernels.ops.transforms import FIRST_ORDER, check_order
 from grade_kernels.reference import Embedding, GumbelSTEEmbedding, ignored_rows
@@ -37,7 +38,7 @@ def gumbel_ste_embedding(
 ) -> GumbelSTEEmbedding[Embedding]:
     """Sample tokens from logits and return their embeddings, differentiable in logits and tables.
 
-    The token is `ids = argmax(l + g)`, with one-hot D; `e = E[ids]`, and for `soft` `e = softmax((l + g) / tau) @ E`.
+    The token is `ids = argmax(l + g)`, with one-hot O; `e = E[ids]`, and for `soft` `e = softmax((l + g) / tau) @ E`.
     Given the gradient `de`, let `dY = de @ E.T` (summed over the tables) and `J(p) x = p * (x - p . x)`. Backward is
 
     | estimator | gradient of the logits | source |
@@ -45,7 +46,7 @@ def gumbel_ste_embedding(
     | `ste` | `J(softmax((l + g) / tau)) dY / tau` | GRADE-STE, arXiv 2601.11574; Jang et al. 2017 |
     | `soft` | the same | GRADE, arXiv 2601.11574 |
     | `st` | `J(softmax(l / tau)) dY / tau` | Bengio, Leonard, Courville 2013 |
-    | `reinmax` | `2 J((D + softmax(l / tau)) / 2) dY - J(softmax(l)) dY / 2` | Liu et al. 2023 |
+    | `reinmax` | `2 J((O + softmax(l / tau)) / 2) dY - J(softmax(l)) dY / 2` | Liu et al. 2023 |
 
     plus that of `logprobs`. Tables receive `de` at the sampled rows (`soft`: `p.T @ de`). Under transforms of
     `torch.func` and for forward-mode and second derivatives, `grade_kernels.reference` serves the call; `reinmax`, a rule

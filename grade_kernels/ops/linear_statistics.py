@@ -12,9 +12,10 @@ from grade_kernels.backends import Head, Noise, Softmax, Support
 from grade_kernels.dtypes import compute_dtype
 from grade_kernels.noise import GumbelNoise
 from grade_kernels.ops import checks
+from grade_kernels.ops.differentiable import differentiable
 from grade_kernels.ops.head import canonical_eps, check_head, check_reference_rows, fake_support, needs_graph
 from grade_kernels.ops.head_gradients import Entries, HeadGradients, PerHead
-from grade_kernels.ops.registry import answered_by, differentiable, public
+from grade_kernels.ops.registry import answered_by, public
 from grade_kernels.ops.transforms import reference_serves
 from grade_kernels.reference import ignored_rows
 
@@ -51,7 +52,8 @@ def linear_logprobs(
         ignore_index: rows of this id are ignored, as `torch.nn.functional.cross_entropy` does: their result is 0, no
             gradient comes of them, and their hidden states may be anything. None: every id must be a token's.
         eps: stochastic support of the backward pass: a token of probability p is visited with probability
-            `min(1, p / eps)`, which leaves the gradient unbiased. 0 visits every token, exactly.
+            `min(1, p / eps)`, on average at most `1 / eps` tokens a row, which leaves the gradient unbiased. 0 visits every
+            token, exactly.
         noise: seed and row identities of those visits. None draws a fresh seed from torch's default generator.
 
     Returns:

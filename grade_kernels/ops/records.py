@@ -6,7 +6,6 @@ their fields and is written nowhere by hand.
 
 from __future__ import annotations
 
-import functools
 import types
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -87,7 +86,7 @@ class Layout(Generic[Record]):
         name, first = f"{record.__name__}_{len(self._records)}", len(self.leaves)
         self._records[name] = record
         fields = []
-        for field, hint in _hints(record).items():
+        for field, hint in get_type_hints(record).items():
             path = f"{prefix}{field}"
             inner, may_be_none, varies = _read(hint)
             if _is_record(inner):
@@ -108,10 +107,6 @@ class Layout(Generic[Record]):
     def kinds(self) -> str:
         """The leaves' types, as returns of a schema."""
         return ", ".join(leaf.kind for leaf in self.leaves)
-
-
-# Records are parts of several others, and reading their hints takes longer than the rest.
-_hints = functools.cache(get_type_hints)
 
 
 def _is_record(hint: Any) -> bool:

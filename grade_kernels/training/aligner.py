@@ -36,7 +36,8 @@ class GradeLoss:
     """Result of `grade_loss`; B prompts, T the length of the longest completion.
 
     Attributes:
-        loss: 0-d, `-mean(rewards) + beta * mean(kl)`; its backward leaves gradients on the model's parameters.
+        loss: 0-d, `-mean(rewards) + beta * mean(kl)`; its backward leaves gradients on the model's parameters. With
+            `skip_truncated` of `Aligner`, completions that never ended are 0 in both means, which still divide by B.
         rewards: `[B]`, without graph.
         completion_ids: int64 `[B, T]`.
         completion_mask: int64 `[B, T]`, 1 up to and including the first end of sequence.
@@ -68,7 +69,8 @@ class Aligner:
         ending: how completions end.
         reference: what the KL refers to; None for no KL.
         beta: factor of the KL.
-        skip_truncated: completions that never ended count nothing.
+        skip_truncated: completions that never ended weigh 0 in `loss`, whose divisor stays the number of prompts.
+            `evaluate` counts them all.
 
     Raises:
         TypeError: beta is no number.
@@ -162,7 +164,7 @@ class Aligner:
         return self._result(sample, loss, values, kl, logprobs)
 
     def _ready(self, prompts: Prompts, noise: GumbelNoise) -> LanguageModel:
-        """The policy, with its parameters where the rollout reads them; checks what costs no waiting."""
+        """The policy, with its parameters where the rollout reads them; makes the checks that do not wait for the device."""
         gather_root(unwrap(self.policy.whole))
         if not isinstance(noise, GumbelNoise):
             raise TypeError(f"noise must be a GumbelNoise, got {type(noise).__name__}")

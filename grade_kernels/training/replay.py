@@ -2,11 +2,11 @@
 
 Let x be the embeddings the policy read for its own tokens, h = F(x) the hidden states they were drawn from, and y(h)
 the relaxed samples. A step-by-step graph would feed x = y(h) E back. Its gradient with respect to x solves
-`G = b + J^T G`, where b comes straight from the loss (through the reward's embeddings y E_R, and the KL of h) and
-J = d(y E)/dx is strictly triangular in time, so that `G_{k+1} = b + J^T G_k` from G_0 = 0 is exact after T - 1 sweeps,
-and K sweeps sum all paths through at most K fed-back relaxed samples. A sweep is one parallel backward pass to x alone.
-The last one is left to the caller's `backward()`: the loss is a scalar whose gradient is the last sweep's, to every
-parameter.
+`G = b + A^T G`. Here b comes straight from the loss, through the reward's embeddings y E_R and the KL of h. E is the
+policy's table and E_R the reward's. A = d(y E)/dx is strictly triangular in time. So `G_{k+1} = b + A^T G_k` from G_0 = 0
+is exact after T - 1 sweeps, where T is the length of the completion, and K sweeps sum all paths through at most K
+fed-back relaxed samples. A sweep is one parallel backward pass to x alone. All sweeps run here. What follows is left to the
+caller's `backward()`: the loss is a scalar whose gradient, with the G found, reaches every parameter.
 """
 
 from __future__ import annotations
@@ -208,7 +208,7 @@ class Layout:
     Attributes:
         ids: int64 `[B, L]`, everything that is an input; the last token of a completion never is.
         fed: int64 `[B, T - 1]`, where the completion's tokens stand.
-        drawn: int64 `[B, T]`, where the hidden states stand that they were drawn from.
+        drawn: int64 `[B, T]`, positions of the hidden states from which the completion's tokens were drawn.
     """
 
     ids: torch.Tensor

@@ -289,21 +289,28 @@ def test_0d_logits_of_a_lookup(backend: str, device: str, estimator: str) -> Non
         gk.gumbel_ste_embedding(torch.zeros((), device=device), torch.ones(1, 2, device=device), estimator=estimator)
 
 
+# torch.softmax(x, dim) takes a 0-d tensor of whole numbers, and no other.
+TENSORS_THAT_ARE_NO_INT = torch.tensor(1.0), torch.tensor(True), torch.tensor([1])
+
+
 @pytest.mark.parametrize("op", WITH_DIM.values(), ids=WITH_DIM)
 def test_dim_that_is_no_int(backend: str, device: str, op: Op) -> None:
-    for wrong in (1.0, "0", None, True, np.float64(1), np.bool_(True), [1]):
+    for wrong in (1.0, "0", None, True, np.float64(1), np.bool_(True), [1], *TENSORS_THAT_ARE_NO_INT):
         with raises(TypeError, "dim", type(wrong).__name__):
             op(logits_on(device), dim=wrong)
 
 
 @pytest.mark.parametrize("op", WITH_DIM.values(), ids=WITH_DIM)
 def test_numbers_of_numpy(backend: str, device: str, op: Op) -> None:
-    """A number is a number: dim, tau, vocab_start and seed take NumPy's as they take Python's."""
+    """A number is a number: dim, tau, vocab_start and seed take NumPy's as they take Python's; ints may be 0-d tensors."""
     logits = torch.linspace(-1, 1, 3 * VOCAB, device=device).view(3, VOCAB)
     expected = op(logits, dim=0, noise=gk.GumbelNoise(3, vocab_start=7), tau=2.0)
     for integer in (np.int64, np.int32, np.uint8):
         noise = gk.GumbelNoise(integer(3), vocab_start=integer(7))
         assert torch.equal(op(logits, dim=integer(0), noise=noise, tau=integer(2)), expected)
+    for integer in (torch.tensor, np.array):
+        noise = gk.GumbelNoise(3, vocab_start=integer(7))
+        assert torch.equal(op(logits, dim=integer(0), noise=noise, tau=2.0), expected)
     for floating in (np.float64, np.float32, np.float16):
         assert torch.equal(op(logits, dim=np.int64(0), noise=noise, tau=floating(2)), expected)
 

@@ -84,6 +84,56 @@ def test_one_table_of_several(backend: str, mesh: Any) -> None:
             call(name, embedding=(table, distribute_tensor(table, mesh, [Shard(1)])))
 
 
+@pytest.mark.parametrize(("name", "argument"), CASES)
+def test_under_transforms(backend: str, mesh: Any, name: str, argument: str) -> None:
+    """A wrapper of torch.func hides what it wraps: vmap's, grad's, and both."""
+    stacked = torch.stack([ARGUMENTS[name][argument]] * 2)
+    many, one = (distribute_tensor(x, mesh, [Replicate()]) for x in (stacked, stacked[0]))
+
+    def f(x: torch.Tensor) -> torch.Tensor:
+        call(name, noise=gk.GumbelNoise(1), **{argument: x})
+        return x.sum()
+
+    sentence = TypeError, f"{argument} must be an ordinary tensor, got a DTensor"
+    with raises(*sentence):
+        torch.func.vmap(f)(many)
+    if one.is_floating_point():
+        with raises(*sentence):
+            torch.func.grad(f)(one)
+        with raises(*sentence):
+            torch.func.vmap(torch.func.grad(f))(many)
+
+
+@pytest.mark.parametrize(("name", "argument"), CASES)
+def test_reference(mesh: Any, name: str, argument: str) -> None:
+    """The functions of `grade_kernels.reference` themselves, with arguments by name and by position."""
+    operation: Callable[..., Any] = getattr(gk.reference, name)
+    operation(**ARGUMENTS[name])
+    given = {**ARGUMENTS[name], argument: distribute_tensor(ARGUMENTS[name][argument], mesh, [Replicate()])}
+    with raises(TypeError, argument, "DTensor", f"{argument}.full_tensor()"):
+        operation(**given)
+    if argument in ("logits", "hidden"):
+        with raises(TypeError, argument, "DTensor", f"{argument}.full_tensor()"):
+            operation(given.pop(argument), **given)
+
+
+def test_table_and_head_of_the_reference(mesh: Any) -> None:
+    table = distribute_tensor(torch.ones(V, D), mesh, [Shard(1)])
+    with raises(TypeError, "embedding[1]", "DTensor"):
+        gk.reference.gumbel_ste_embedding(ROWS["logits"], (torch.ones(V, D), table))
+    with raises(TypeError, "lm_head", "DTensor"):
+        gk.reference.head_logits(HEAD["hidden"], distribute_tensor(HEAD["lm_head"], mesh, [Shard(0)]))
+
+
+def test_dense_noise(mesh: Any) -> None:
+    rows = distribute_tensor(torch.arange(N), mesh, [Shard(0)])
+    with raises(TypeError, "noise.row_ids", "DTensor", "Shard(dim=0)"):
+        gk.GumbelNoise(1, rows).dense(N, V)
+    seed = distribute_tensor(torch.tensor(1), mesh, [Replicate()])
+    with raises(TypeError, "noise.seed", "DTensor", "Replicate()"):
+        gk.GumbelNoise(seed).dense(N, V)
+
+
 def test_compiled(mesh: Any) -> None:
     """The sentence is in what torch.compile says."""
     torch._dynamo.reset()

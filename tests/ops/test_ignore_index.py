@@ -177,9 +177,10 @@ def test_what_is_refused(backend: str, device: str, name: str, monkeypatch: pyte
     for options in ({}, {"ignore_index": None}, {"ignore_index": -101}, {"ignore_index": 3}):
         with raises(ValueError, "ids", f"[0, {V})", -100, "row 1"):
             call(ids, **options)
-    assert torch.equal(call(ids, ignore_index=np.int64(-100), noise=noise_of()),
-                       call(ids, ignore_index=-100, noise=noise_of()))  # fmt: skip
-    for wrong in (-100.0, "-100", True, torch.tensor(-100), [-100]):
+    for index in (np.int64(-100), np.array(-100), torch.tensor(-100)):
+        assert torch.equal(call(ids, ignore_index=index, noise=noise_of()),
+                           call(ids, ignore_index=-100, noise=noise_of()))  # fmt: skip
+    for wrong in (-100.0, "-100", True, torch.tensor(-100.0), torch.tensor([-100]), [-100]):
         with raises(TypeError, "ignore_index", type(wrong).__name__):
             call(ids, ignore_index=wrong)
     if name != "linear_logprobs":

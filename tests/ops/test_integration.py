@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -238,7 +241,8 @@ def test_every_operation_passes_opcheck(backend: str, device: str, interpreted: 
     arguments = op_arguments(backend, device)
     assert registered == set(arguments), "an operation without arguments here is an operation without opcheck"
     for name, several in arguments.items():
-        op = getattr(torch.ops.grade_kernels, name).default
+        packet = getattr(torch.ops.grade_kernels, name)
+        op = getattr(packet, *packet.overloads())
         # A backward has no autograd formula of its own, and what it does to shapes is seen in the compiled forward.
         utilities = ("test_schema", "test_faketensor") if name.endswith("_backward") else ALL_UTILITIES
         for args in several[:: 3 if interpreted else 1]:
@@ -440,3 +444,49 @@ def test_meta_tensors(name: str, backend_name: str | None) -> None:
             total = sum(x.sum() for x in out if x.is_floating_point())
             assert isinstance(total, torch.Tensor)
             total.backward()
+
+
+# --- the compiler's cache on disk
+
+UPGRADED = """
+import sys
+from typing import Generic, NamedTuple, TypeVar
+import torch
+from torch._dynamo.utils import counters
+from grade_kernels.ops.differentiable import differentiable
+
+T = TypeVar("T")
+class X(NamedTuple):
+    x: torch.Tensor
+class Y(NamedTuple, Generic[T]):
+    y: T
+class Dx(NamedTuple, Generic[T]):
+    x: T
+class Old(NamedTuple):
+    twice: torch.Tensor
+class New(NamedTuple):
+    double: torch.Tensor
+
+def kernel(given):
+    return Y(given.x * 2), kept(torch.full_like(given.x, 2.0))
+
+kept = {"old": Old, "new": New}[sys.argv[1]]
+double = differentiable("of_the_test", X, Y, kept, Dx, kernel=kernel, fake=kernel,
+                        backward=lambda given, kept, arrived, wanted: Dx(arrived.y * kept[0]))
+x = torch.ones(3, requires_grad=True)
+torch.compile(lambda x: double(X(x)).y.sum())(x).backward()
+assert torch.equal(x.grad, torch.full((3,), 2.0))
+print("hits", counters["aot_autograd"]["autograd_cache_hit"])
+"""
+
+
+def test_cached_graphs_of_another_backward_schema_are_not_used(tmp_path: Path) -> None:
+    """Across processes, as after an upgrade: a graph on disk serves the schemas that it was made for, and no others."""
+
+    def hits(version: str) -> str:
+        env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "0"}
+        done = subprocess.run([sys.executable, "-c", UPGRADED, version], env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    assert [hits(version) for version in ("old", "old", "new")] == ["hits 0", "hits 1", "hits 0"]

@@ -225,7 +225,8 @@ def test_opcheck(backend: str, device: str, interpreted: bool, name: str) -> Non
     arguments = op_arguments(backend, device)
     assert registered == set(arguments), "an operation without arguments here is an operation without opcheck"
     every = 9 if interpreted else 3 if name.endswith("_backward") else 1
-    op = getattr(torch.ops.grade_kernels, name).default
+    packet = getattr(torch.ops.grade_kernels, name)
+    op = getattr(packet, *packet.overloads())
     for i, args in enumerate(arguments[name][::every]):
         utilities = ["test_schema", "test_faketensor"]
         # A backward has no autograd formula of its own, and what it does to shapes is seen when the forward is

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._vmap_internals import _vmap
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -174,6 +175,42 @@ def test_upstream_gradients_that_are_mapped(backend: str, device: str, call: Fun
     scales = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64, device=device)
     mapped = torch.func.vmap(lambda dy: torch.autograd.grad(value, x, dy, retain_graph=True)[0])(scales)
     torch.testing.assert_close(mapped, scales[:, None, None] * truth(call, x, tau)[0])
+
+
+@every_function
+def test_batched_gradients(backend: str, device: str, call: Function) -> None:
+    """Upstream gradients stacked by the vmap of torch.autograd, which is not that of torch.func; also one within another."""
+    x, tau = inputs(device)
+    x = leaf(x)
+    dx, _ = truth(call, x, tau)
+    value = call(gk, x, tau)
+    scales = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64, device=device)
+    (stacked,) = torch.autograd.grad(value, x, scales, is_grads_batched=True, retain_graph=True)
+    torch.testing.assert_close(stacked, scales[:, None, None] * dx)
+
+    def scaled(a: Tensor, b: Tensor) -> Tensor:
+        return torch.autograd.grad(value, x, a * b, retain_graph=True)[0]
+
+    nested = _vmap(lambda a: _vmap(lambda b: scaled(a, b))(scales[:2]))(scales)
+    torch.testing.assert_close(nested, scales[:, None, None, None] * scales[:2, None, None] * dx)
+
+
+@every_function
+def test_vectorized_jacobian(backend: str, device: str, call: Function) -> None:
+    x, tau = inputs(device)
+    jacobian = torch.autograd.functional.jacobian(lambda x: call(gk, x, tau) * x.new_tensor([1, 2]), x, vectorize=True)
+    torch.testing.assert_close(jacobian, truth(call, x, tau)[0] * x.new_tensor([1, 2])[:, None, None])
+
+
+def test_batched_gradients_of_several_tables(backend: str, device: str) -> None:
+    """Some results and some arguments have no gradient, arguments and gradients are lists: `gradcheck` compares all."""
+    x = randn(2, 5, dtype=torch.float64, device=device)
+    a, b = (randn(5, d, dtype=torch.float64, device=device, seed=d) for d in (1, 2))
+
+    def f(a: Tensor) -> Tensor:
+        return gk.gumbel_ste_embedding(x, (a, b), noise=noise_of()).embedding[0]
+
+    assert torch.autograd.gradcheck(f, (leaf(a),), check_batched_grad=True)
 
 
 @pytest.mark.parametrize(

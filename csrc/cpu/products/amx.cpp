@@ -2,7 +2,7 @@
 //
 // A float32 number is the exact sum of three bfloat16 ones, so a product of two is the sum of nine such products, of
 // which the three least are below float32's rounding and left out. Sums come out closer than those of as many float32
-// products, in about half the time.
+// products.
 #include "cpu/products/products.h"
 
 #if defined(__x86_64__) && defined(__linux__)
@@ -58,12 +58,13 @@ constexpr TileShapes kShapes;
   split_in_three(_mm512_maskz_loadu_ps(__mmask16(mask), x), _mm512_maskz_loadu_ps(__mmask16(mask >> 16), x + 16), out);
 }
 
-// Bfloat16 numbers of each of a table's or x's, and tiles of 32 of its rows: part by part, the first sixteen and the
-// others.
+// `parts_of`: bfloat16 parts of one number. `step_tiles`: tiles of 32 rows and one step; for each part rows 0 to 15,
+// then 16 to 31.
 constexpr int parts_of(Dtype dtype) { return dtype == Dtype::kFloat ? kTileParts : 1; }
 constexpr int step_tiles(Dtype dtype) { return 2 * parts_of(dtype); }
 
-// Numbers of x's tiles. In float32 stands behind them for each row of x whether it can be split.
+// uint16 values in packed x's tiles. In float32, one flag per row of x follows the tiles: 1 if all its numbers are
+// below kLargest, so splitting is exact.
 int64_t packed_numbers(Dtype dtype, int64_t rows, int64_t width) {
   return tile_blocks(rows) * tile_steps(width) * step_tiles(dtype) * kTile;
 }
@@ -411,8 +412,8 @@ void pack(const Packing& args, int64_t block) {
   }
 }
 
-// values @ table. Values are tiles as they are, so that tokens are what is summed over; a tile of the table takes its
-// rows in pairs, which its own rows give side by side.
+// values @ table: sums over tokens. Values need no transposition. A tile of the table pairs two tokens per row, which
+// `fill` makes by interleaving two of its rows.
 template <Dtype kDtype>
 class Summer {
  public:
@@ -602,7 +603,7 @@ class Summer {
   char* const memory_;
   uint16_t *panel_, *values_;  // of kSteps steps
   float* sums_;                // by blocks of columns and of rows, for tiles to be side by side
-  int32_t* parts_;             // of values, by blocks of rows: numbers that are bfloat16 already have but one
+  int32_t* parts_;             // by blocks of rows: 1 if all values of the block are exactly bfloat16, else kParts
 };
 
 void pack_tiles(const Packing& args, int64_t begin, int64_t end) {

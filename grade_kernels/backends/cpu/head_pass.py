@@ -13,8 +13,8 @@ from grade_kernels.backends.records import Head, Noise, Sample, Softmax, Support
 
 __all__ = ["SAMPLE", "SCORES", "SOFTMAX", "HeadPass"]
 
-SAMPLE, SCORES, SOFTMAX = range(3)  # csrc/cpu/head.h's kinds of passes
-_PIECES = 8  # kPieces of csrc/cpu
+SAMPLE, SCORES, SOFTMAX = range(3)  # Kind of csrc/cpu/head_ops.cpp
+_PIECES = 8  # kPieces of csrc/cpu/head_ops.cpp
 _CANDIDATE_WORDS = 3  # int32 words of csrc/cpu/head.h's Candidate and of its Hit
 
 
@@ -46,8 +46,8 @@ class HeadPass:
     def __init__(self, kind: int, head: Head, tau: torch.Tensor, eps: float, capacity: int, sizes: Sizes) -> None:
         rows = head.hidden.shape[0]
         self.kind, self.head, self.tau, self.eps, self.sizes = kind, head, tau.contiguous(), eps, sizes
-        # csrc/cpu/head_ops.cpp's State: maximum and sum of the scores, maximum and sum of the logits, the moment. In a
-        # SOFTMAX pass the first two are the logits' and the next two the reference's.
+        # The rows that PassRows of csrc/cpu/head_ops.cpp reads: maximum and sum of the scores, maximum and sum of the
+        # logits, the moment. In a SOFTMAX pass the first two are the logits' and the next two the reference's.
         self.state = tau.new_zeros(5, rows)
         self.state[0:3:2] = torch.finfo(torch.float32).min
         self.ids = tau.new_full((rows,), -1, dtype=torch.int64)
@@ -58,7 +58,7 @@ class HeadPass:
         """Take the whole vocabulary; returns the pass itself."""
         head, rows = self.head, self.head.hidden.shape[0]
         lanes, vocab = padded(rows), head.weight.shape[0]
-        # The product's kernels take blocks of up to 48 tokens. A multiple of four blocks is even, for two threads.
+        # The product's kernels take blocks of up to 48 tokens. 192 tokens are four of them, which two threads share evenly.
         width = max(192, self.sizes.tile_buffer // lanes // 192 * 192)
         products = head_products(head, ref, width, self.sizes.product)
         # All tokens of a chunk may be candidates. Memory that no candidate is written to is reserved, but takes no page.

@@ -7,9 +7,8 @@ import torch
 from grade_kernels.backends.native import contiguous, cpu_kernels, unit_stride
 from grade_kernels.backends.records import Head, Noise
 
-MOST_ROWS = (
-    8  # kScreenRows of csrc/cpu/screen.h: with more rows, a step's arithmetic takes longer than reading the head
-)
+# kScreenRows of csrc/cpu/screen.h: with more rows, a step's arithmetic takes longer than reading the head.
+MOST_ROWS = 8
 _LANES, _ROWS_FOR_COLUMNS = 16, 1024
 
 

@@ -138,7 +138,7 @@ def _apply(
                 b_hit = (first + tl.arange(0, LANES) == i_id).to(DTYPE)
                 b_p = tl.exp2((b_l[i_r] - r_top) * LOG2E) * r_plain_factor
             if REINMAX:
-                # 2 J((D + w) / 2) dy - J(p) dy / 2
+                # 2 J((O + w) / 2) dy - J(p) dy / 2, where O is the one-hot vector of the token
                 b_dl = (b_w + b_hit) * (b_dy[i_r] - r_dot) - 0.5 * b_p * (b_dy[i_r] - r_plain_dot)
             else:
                 b_dl = b_w * (b_dy[i_r] - r_dot)

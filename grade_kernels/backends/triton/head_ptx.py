@@ -75,8 +75,8 @@ def _collect(threads: int) -> str:
     $19 in: the factor from a word's spread number, 0 to 2^32, to its hurdle
 
     `threads` neighbouring threads hold neighbouring groups of one row. Otherwise their ranks would be wrong. The block
-    checks it. If it is not so, the count is set to 2^30: the row is taken for one that overflowed, and backward takes the
-    dense path.
+    checks it. If it is not so, the count is set to 2^30: the row is taken for one that overflowed, and takes the dense
+    backward.
     """
     lines = [
         ".reg .pred any, p0, p1, p2, p3, room;",

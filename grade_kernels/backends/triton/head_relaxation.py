@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from grade_kernels.backends.records import Head, Noise, Softmax, Support
-from grade_kernels.backends.triton.head_support import Plan, Sweep, combined, in_batches, relative_to
+from grade_kernels.backends.triton.head_support import Plan, SplitPass, combined, in_batches, relative_to
 from grade_kernels.backends.triton.head_tiles import (
     FLOOR,
     RowNoise,
@@ -197,16 +197,16 @@ def softmax_combine_kernel(
 
 def _softmax(
     head: Head, tau: torch.Tensor, drawn: RowNoise, ref: Head | None, plan: Plan, sizes: TritonSizes
-) -> tuple[Softmax, Sweep]:
+) -> tuple[Softmax, SplitPass]:
     """The statistics of a batch of rows, and the pass that has collected candidates."""
     rows, device = head.hidden.shape[0], head.hidden.device
-    sweep = Sweep(rows, plan, drawn, device)
+    split_pass = SplitPass(rows, plan, drawn, device)
     options = head_options(sizes, drawn.vocab_start, head, *(() if ref is None else (ref,)))
     (moment,) = empty_aligned(1, rows, plan.splits, device=device)
     ref_top, ref_total = (None, None) if ref is None else empty_aligned(2, rows, plan.splits, device=device)
     shared = {"moment": moment, "ref_top": ref_top, "ref_total": ref_total, "tau": tau}
     width = 0 if ref is None else ref.hidden.shape[1]
-    sweep.launch(
+    split_pass.launch(
         head_softmax_kernel,
         ref_hidden=None if ref is None else ref.hidden,
         s_rn=0 if ref is None else ref.hidden.stride(0),
@@ -223,11 +223,11 @@ def _softmax(
     )
     logit_max, relaxed_total, row_moment = empty_aligned(3, rows, device=device)
     ref_max, ref_sum = empty_aligned(2, 0 if ref is None else rows, device=device)
-    sweep.combine(
+    split_pass.combine(
         softmax_combine_kernel, **shared, out_max=logit_max, out_sum=relaxed_total, out_moment=row_moment,
         out_ref_max=ref_max, out_ref_sum=ref_sum,
     )  # fmt: skip
-    return Softmax(logit_max, relaxed_total, row_moment, ref_max, ref_sum), sweep
+    return Softmax(logit_max, relaxed_total, row_moment, ref_max, ref_sum), split_pass
 
 
 def head_softmax(
@@ -241,8 +241,8 @@ def head_softmax(
 
     def run(batch: slice) -> tuple[Softmax, Support]:
         ref_rows = None if ref is None else ref.rows(batch)
-        found, sweep = _softmax(head.rows(batch), tau[batch], drawn.batch(batch), ref_rows, plan, sizes)
-        support = sweep.support(
+        found, split_pass = _softmax(head.rows(batch), tau[batch], drawn.batch(batch), ref_rows, plan, sizes)
+        support = split_pass.support(
             capacity, tau=tau[batch], score_max=found.logit_max, total=found.total, shift=0.0,
             domain=DOMAIN_SUPPORT.value,
         )  # fmt: skip

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from grade_kernels.backends.records import Head, Noise, Sample, Support
 from grade_kernels.backends.triton.head_ptx import REFINE, REFINE_OPERANDS
-from grade_kernels.backends.triton.head_support import Plan, Sweep, combined, in_batches, relative_to
+from grade_kernels.backends.triton.head_support import Plan, SplitPass, combined, in_batches, relative_to
 from grade_kernels.backends.triton.head_tiles import (
     FLOOR,
     NOWHERE,
@@ -229,21 +229,21 @@ def sample_combine_kernel(
 
 def _sample(
     head: Head, tau: torch.Tensor | None, drawn: RowNoise, plan: Plan, sizes: TritonSizes
-) -> tuple[Sample, torch.Tensor, Sweep]:
+) -> tuple[Sample, torch.Tensor, SplitPass]:
     """The sample of a batch of rows, with tau their tempered sum `[N]`, and the pass that has collected candidates."""
     rows, device = head.hidden.shape[0], head.hidden.device
-    sweep = Sweep(rows, plan, drawn, device)
+    split_pass = SplitPass(rows, plan, drawn, device)
     best, plain_max, plain_sum = empty_aligned(3, rows, plan.splits, device=device)
     index = torch.empty(rows, plan.splits, dtype=torch.int32, device=device)
     shared = {"best": best, "index": index, "plain_max": plain_max, "plain_sum": plain_sum, "tau": tau}
-    sweep.launch(head_scores_kernel, **shared, **head_options(sizes, drawn.vocab_start, head))
+    split_pass.launch(head_scores_kernel, **shared, **head_options(sizes, drawn.vocab_start, head))
     ids = torch.empty(rows, dtype=torch.int64, device=device)
     score_max, logit_max, logit_sum, score_total = empty_aligned(4, rows, device=device)
-    sweep.combine(
+    split_pass.combine(
         sample_combine_kernel, **shared, ids=ids, score_max=score_max, out_max=logit_max, out_sum=logit_sum,
         out_total=score_total, V=head.weight.shape[0], SHIFT=SHIFT,
     )  # fmt: skip
-    return Sample(ids, score_max, logit_max, logit_sum), score_total, sweep
+    return Sample(ids, score_max, logit_max, logit_sum), score_total, split_pass
 
 
 def head_sample(head: Head, noise: Noise, sizes: TritonSizes) -> Sample:
@@ -261,8 +261,8 @@ def head_scores(
     plan = Plan.of(head.weight.shape[0], noise.vocab_start, eps, sizes)
 
     def run(batch: slice) -> tuple[tuple[torch.Tensor, ...], Support]:
-        sample, total, sweep = _sample(head.rows(batch), tau[batch], drawn.batch(batch), plan, sizes)
-        support = sweep.support(
+        sample, total, split_pass = _sample(head.rows(batch), tau[batch], drawn.batch(batch), plan, sizes)
+        support = split_pass.support(
             capacity, tau=tau[batch], score_max=sample.score_max, total=total, shift=SHIFT.value,
             domain=DOMAIN_GUMBEL.value,
         )  # fmt: skip

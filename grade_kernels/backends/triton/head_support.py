@@ -88,7 +88,8 @@ def launches(splits: int, eps: float, head_split: int, split_slots: int | None) 
         count = min(splits - done, (GROWTH - 1) * done)
         slots = split_slots
         if slots is None:
-            # A flat distribution keeps head_split / (eps * tokens so far) of a split, and varies.
+            # Under a flat distribution a split of head_split tokens has head_split / (eps * tokens so far) candidates on
+            # average; the margin covers their spread.
             slots = min(head_split, math.ceil(1.25 / (eps * done)) + 32)
         found.append(Launch(done, count, slots))
         done += count
@@ -97,7 +98,10 @@ def launches(splits: int, eps: float, head_split: int, split_slots: int | None) 
 
 @functools.cache
 def step(splits: int) -> int:
-    """Step through the splits that visits all of them, evenly spread at every moment: near the golden section."""
+    """A step coprime to `splits`, so every split is visited.
+
+    It is near `splits` / golden ratio, so those visited so far are evenly spread.
+    """
     found = max(1, round(splits * 0.6180339887498949))
     while math.gcd(found, splits) != 1:
         found += 1
@@ -106,7 +110,7 @@ def step(splits: int) -> int:
 
 @functools.lru_cache(maxsize=64)
 def layout(plan: Plan, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of each split, where its slots begin in a row's and how many they are."""
+    """For each split: its first slot within a row, and its number of slots."""
     places, room, total = [0] * plan.splits, [0] * plan.splits, 0
     for launch in plan.launches:
         for i in range(launch.first, launch.first + launch.number):
@@ -118,8 +122,8 @@ def layout(plan: Plan, device: torch.device) -> tuple[torch.Tensor, torch.Tensor
 
 @triton.jit
 def combined(p_max, p_sum, o_p, m_s):
-    """Maximum, in units of log2, and sum of exp2(x - maximum) of one row from its splits' at o_p; the splits' maxima and
-    exp2(x - maximum) of them, too.
+    """Returns four things for one row whose splits are at o_p: the maximum (log2), the sum of exp2(x - maximum), each
+    split's maximum, and each split's factor exp2(its maximum - maximum).
     """
     b_max = tl.load(p_max + o_p, mask=m_s, other=FLOOR)  # [BLOCK_S]
     r_max = tl.reduce(b_max, 0, nan_max)
@@ -130,7 +134,9 @@ def combined(p_max, p_sum, o_p, m_s):
 
 @triton.jit
 def relative_to(r_x, r_rate, r_max, r_sum):
-    """A sum relative to exp2(r_max) as one relative to exp2(x * rate), which is nearly the same; x * rate - r_max, too."""
+    """Rescales r_sum from exp2(r_max) to exp2(r_x * r_rate). The two differ by rounding only. Returns r_x * r_rate - r_max
+    as well.
+    """
     r_excess = tl.fma(r_x, r_rate, -r_max)
     return tl.where(r_sum > 0, r_sum * tl.exp2(-r_excess), r_sum), r_excess
 
@@ -188,7 +194,7 @@ def support_kernel(
         tl.store(kept + i_p, done)
 
 
-class Sweep:
+class SplitPass:
     """A pass of a kernel over all splits, for a batch of rows: launch by launch, collecting candidates if eps > 0.
 
     Attributes:
@@ -250,7 +256,7 @@ class Sweep:
         Args:
             capacity: entries that a row's support may take.
             tau, score_max, total: `[N]`, the temperature, and maximum and tempered sum of what is relaxed.
-            shift: what is added to a candidate's score for what score_max is the maximum of.
+            shift: score_max is the maximum of (a candidate's stored score + shift).
             domain: of the words that decide.
         """
         (rows, splits), device = self.top.shape, self.top.device

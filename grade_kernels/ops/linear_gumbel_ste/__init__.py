@@ -11,7 +11,7 @@ Which passes over the vocabulary run follows from the estimator, from eps, and f
 
 Backward is sparse (`sparse`) where eps > 0: it visits the tokens of the support, and takes `head_softmax` at 1 for the
 gradient of the log-probabilities, unless that support was kept. Rows whose support overflowed, and all rows where
-eps = 0, take the dense backward (`dense`): one or two more passes over the vocabulary, chunk by chunk. It repeats the
+eps = 0, take the dense backward (`dense`): one or two rounds over the vocabulary, chunk by chunk. It repeats the
 product of the forward pass, and with eps = 0 only `head_scores` promises the rounding of that very product: `head_sample`
 of few rows may use another one.
 """
@@ -25,10 +25,11 @@ from grade_kernels.backends import Head
 from grade_kernels.dtypes import compute_dtype
 from grade_kernels.noise import GumbelNoise
 from grade_kernels.ops import checks, tables
+from grade_kernels.ops.differentiable import differentiable
 from grade_kernels.ops.head import canonical_eps, check_head, needs_graph
 from grade_kernels.ops.linear_gumbel_ste import backward, forward
 from grade_kernels.ops.linear_gumbel_ste.records import Draw, Gradients, Kept
-from grade_kernels.ops.registry import answered_by, differentiable, public
+from grade_kernels.ops.registry import answered_by, public
 from grade_kernels.ops.tables import Embedded
 from grade_kernels.reference import Embedding, GumbelSTEEmbedding, ignored_rows
 
@@ -73,8 +74,9 @@ def linear_gumbel_ste(
         noise: which noise to use. None draws a fresh seed from torch's default generator.
         ids: int64 `[...]`: return these tokens instead of sampled ones, with the same noise in the relaxation.
         ignore_index: rows of this id are ignored, as in `gumbel_ste_embedding`.
-        eps: stochastic support: backward visits a token of probability p with probability `min(1, p / eps)`, about
-            `2 / eps` tokens a row at most, and stays exactly unbiased. 0 is the dense, exact backward.
+        eps: stochastic support: backward visits a token of probability p with probability `min(1, p / eps)`, on average
+            at most `1 / eps` tokens a row in each support it needs, and stays exactly unbiased. 0 is the dense, exact
+            backward.
 
     Returns:
         `embedding` `[..., D]` in the table's dtype (a tuple for a tuple), `ids` int64 `[...]`, and

@@ -31,6 +31,8 @@ def backward(
         _, _, support = backend.head_scores(head, tau, draw.noise, eps)
     if eps > 0 and dlogprobs is not None and draw.estimator != "reinmax" and any(wanted.head):
         _, untempered = backend.head_softmax(head, torch.ones_like(tau), draw.noise, eps)
+    # A row that overflowed in one of its supports takes the dense backward as a whole. So what it has in the other support
+    # must not count as well.
     overflow = support.overflow | untempered.overflow
     dense = torch.arange(len(tau), device=tau.device) if eps == 0 else overflow.nonzero().squeeze(1)
     if eps > 0 and len(dense):
@@ -39,7 +41,7 @@ def backward(
         sparse = SparseRows(upstream, tau, ids, statistics, eps, dtau)
         parts = sparse.entries(draw.estimator, support, untempered, dlogprobs)
         entries = Entries.joined(parts)
-        if len(dense):
+        if len(dense):  # entries of the sampled tokens are there for every row, also for those that overflowed
             entries = entries._replace(values=torch.where(overflow[entries.rows], 0.0, entries.values))
         gradients.add_entries(entries)
     dtables: list[torch.Tensor | None] = []

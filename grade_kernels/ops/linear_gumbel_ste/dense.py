@@ -46,17 +46,18 @@ class DenseRows:
     def add(self, dtau: torch.Tensor | None, dtables: list[torch.Tensor | None]) -> None:
         """Add everything: to the head's gradients, to dtau `[N]`, and with `soft` to those of the tables, where given.
 
-        The gradient of the logits is `p (dY - D)`, and D is known only at the end of the vocabulary. So in general it takes
-        two passes. The gradient of the hidden states is linear in D. Where no other tensor of the head wants a gradient,
-        one pass is enough: it sums what D multiplies by itself. The result is then a difference of two sums that are nearly
-        equal. If the backend rounds weights to 16 bits, their difference would be mostly rounding, so then two passes run.
+        The gradient of the logits is `p (dY - mean)`, and the mean of dY is known only at the end of the vocabulary. So in
+        general it takes two rounds over the vocabulary. The gradient of the hidden states is linear in the mean. Where no
+        other tensor of the head wants a gradient, one round is enough: it sums `p dY W` and `p W` separately, and the mean
+        multiplies the second at the end. The result is then a difference of two sums that are nearly equal. If the backend
+        rounds weights to 16 bits, their difference would be mostly rounding, so then two rounds run.
         """
         exact = self.backend.exact_weights(self.head.weight.dtype)
         wanted = self.gradients.wanted
         if exact and not (self.estimator == "reinmax" or wanted.weight or wanted.bias):
-            self._in_one_pass(dtau, dtables)
+            self._in_one_round(dtau, dtables)
         else:
-            self._in_two_passes(dtau, dtables)
+            self._in_two_rounds(dtau, dtables)
 
     def _weights(self, columns: slice, logits: torch.Tensor) -> torch.Tensor:
         """Unnormalised probabilities of the relaxation, until the next chunk's are asked for."""
@@ -77,8 +78,8 @@ class DenseRows:
             if dtable is not None:
                 dtable[columns] += p.to(part.dtype).T @ part
 
-    def _in_two_passes(self, dtau: torch.Tensor | None, dtables: list[torch.Tensor | None]) -> None:
-        """The first finds D, the second makes the gradient."""
+    def _in_two_rounds(self, dtau: torch.Tensor | None, dtables: list[torch.Tensor | None]) -> None:
+        """The first finds the mean of dY, the second makes the gradient."""
         reinmax = self.estimator == "reinmax"
         rule = Rule(self.estimator, self.tau, self.ids)
         for columns, logits in self.backend.head_chunks(self.head):
@@ -102,7 +103,7 @@ class DenseRows:
         if dtau is not None:
             dtau[self.rows] += row_dtau.squeeze(1)
 
-    def _in_one_pass(self, dtau: torch.Tensor | None, dtables: list[torch.Tensor | None]) -> None:
+    def _in_one_round(self, dtau: torch.Tensor | None, dtables: list[torch.Tensor | None]) -> None:
         """For the gradients of hidden states, tau and, with `soft`, tables.
 
         It accumulates `sum p (dY - m)` with the mean m of dY so far; when m moves by d, it subtracts `d * sum p` from what

@@ -67,27 +67,31 @@ class SparseRows:
         return torch.where(self.statistics.chosen == -torch.inf, 0.0, values)
 
     def relaxed(self, support: Support, factor: torch.Tensor, tempered: bool) -> Entries:
-        """`factor * J(p) dY`, that is `factor * p_v (dY_v - D)` with `D = sum_u p_u dY_u`, on a support.
+        """`factor * J(p) dY`, that is `factor * p_v (dY_v - mean)` with `mean = sum_u p_u dY_u`, on a support.
 
-        q_v times an estimate of D that holds q_v itself would be biased: both share one rounding. So the entry of v
-        leaves its own out: in its estimate of D, p_v stands in the place of q_v.
+        q_v times an estimate of the mean that holds q_v itself would be biased: both share one rounding. So the entry of
+        v leaves its own out: in its estimate of the mean, p_v stands in the place of q_v.
 
         Args:
             support: of p.
             factor: `[N]`.
-            tempered: p is softmax(z / tau), and what this adds to the gradient of tau, `-sum_v dz_v z_v / tau`, is wanted.
+            tempered: p is softmax(x / tau) of `x = l + g` or `x = l`, and what this adds to the gradient of tau,
+                `-sum_v dx_v x_v / tau`, is wanted.
         """
         rows, q = support.rows(), support.p.clamp_min(self.eps)
         dy = self.upstream.at(rows, support.tokens)
         mean = support.row_sums(q * dy)[rows] + (support.p - q) * dy
         values = factor[rows] * q * (dy - mean)
         if tempered:
-            # log p is z / tau up to a constant of the row, which does not count: the gradient of a row sums to zero.
+            # log p is x / tau up to a constant of the row, which does not count: the gradient of a row sums to zero.
             self.dtau -= support.row_sums(values * support.p.log())
         return Entries(rows, support.tokens, values, support.offsets)
 
     def reinmax(self, support: Support, untempered: Support) -> list[Entries]:
-        """`2 J((D + p) / 2) dY - J(softmax(l)) dY / 2`; the sampled token is always visited, at its exact value."""
+        """`2 J((O + p) / 2) dY - J(softmax(l)) dY / 2`, where O is the one-hot vector of ids.
+
+        The sampled token is always visited, at its exact value.
+        """
         of = self.statistics
         sampled_p = ((of.chosen - of.logit_max) / self.tau).exp() / of.relaxed_sum
         sampled_dy, sampled_weight = self.upstream.at(self.everyone, self.ids), (1.0 + sampled_p) / 2

@@ -44,8 +44,8 @@ class DenseUpstream:
     Args:
         upstream: of all rows.
         rows: which.
-        rounded: a dtype of 16 bits. Where the backend has no product that keeps float32 of operands in it, dY is rounded to
-            it, as PyTorch's product does. To keep float32 would take up to ten times as long.
+        rounded: a dtype of 16 bits. If the backend has no product of 16-bit operands with a float32 result, dY is rounded
+            to this dtype, as PyTorch's product does. To keep float32 would take up to ten times as long.
     """
 
     def __init__(self, upstream: Upstream, rows: torch.Tensor, rounded: torch.dtype) -> None:

@@ -7,12 +7,11 @@
 | `probe.py` | are the parts what they seem? Small forward passes tell |
 | `forward.py` | how is a model run: modes, positions, caches, outputs |
 | `capture.py` | what went through a model during one forward pass? `Capture` |
-| `checkpointing.py` | is its gradient checkpointing one that can be differentiated here? |
+| `gradient_checkpointing.py` | is its gradient checkpointing one that can be differentiated here? |
 | `sharding.py` | which parameters lie on other processes, and when are they gathered? |
 """
 
 from grade_kernels.training.model.capture import Capture
-from grade_kernels.training.model.checkpointing import check_checkpointing, is_reentrant
 from grade_kernels.training.model.forward import (
     cache_arguments,
     cache_of,
@@ -21,6 +20,7 @@ from grade_kernels.training.model.forward import (
     position_arguments,
     position_ids,
 )
+from grade_kernels.training.model.gradient_checkpointing import check_checkpointing, is_reentrant
 from grade_kernels.training.model.parts import LanguageModel, active_layer
 from grade_kernels.training.model.probe import check_training_mode
 from grade_kernels.training.model.reading import read_language_model
