@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import GenerationConfig
 
@@ -24,7 +25,7 @@ __all__ = ["AllowedTokens", "TokenIds", "ids_without_token", "read_generation_co
 logger = logging.getLogger(__name__)
 
 TokenIds = torch.Tensor | Iterable[int] | int
-"""Tokens by id, or a mask, bool `[V]`, that is True at each of them."""
+"""Tokens by id, or a mask, bool `[V]` of torch or NumPy, that is True at each of them."""
 
 # Settings of a generation config that change which tokens are drawn, or where a completion ends, by the context and not
 # by the token alone, each with the values that change nothing. None never does.
@@ -277,6 +278,8 @@ def _mask(name: str, ids: TokenIds | None, vocab_size: int, device: torch.device
     """A mask `[V]` of ids that are given as ids or as a mask; None where it would mask nothing."""
     if ids is None:
         return None
+    if isinstance(ids, np.ndarray) and ids.size and ids.dtype.kind in "biuf":
+        ids = torch.from_numpy(ids.copy())
     if isinstance(ids, torch.Tensor) and ids.dtype == torch.bool:
         if tuple(ids.shape) != (vocab_size,):
             raise ValueError(f"{name} as a mask must have shape ({vocab_size},), got {tuple(ids.shape)}")

@@ -30,6 +30,7 @@ __all__ = [
     "advance",
     "complete_checkpoints",
     "damage",
+    "is_sealed",
     "rotate",
     "seal",
     "settle",
@@ -42,11 +43,12 @@ logger = logging.getLogger(__name__)
 SEAL = "grade_checkpoint.json"
 STATE = "trainer_state.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
-# Files, and folders of sharded ones, that a run can go on without.
-_OPTIONAL = ("optimizer", "scheduler", "rng_state", "scaler")
 _WEIGHTS = re.compile(
     r"(model|pytorch_model|adapter_model).*\.(safetensors|bin|json)|pytorch_model_fsdp.*|global_step\d+"
 )
+# Other files that a run can not go on without where they were written: an adapter is made by its configuration, a
+# reference that was copied has its values nowhere else, and DeepSpeed finds its folder by the name in `latest`.
+_NEEDED = (STATE, "adapter_config.json", "grade_reference.safetensors", "latest")
 _OPTION = "allow_partial_checkpoint=True resumes from what is there"
 
 
@@ -129,14 +131,17 @@ def sound(choice: str | bool | None, run: Path, *, allow_partial: bool = False) 
         if wrong := damage(Path(choice), allow_partial):
             raise ValueError(f"{choice} can not be resumed from: {wrong}")
         return str(choice)
-    found = complete_checkpoints(run)
+    found, reasons = complete_checkpoints(run), []
     for path in found:
         wrong = damage(path, allow_partial)
         if wrong is None:
             return str(path)
-        logger.warning("%s can not be resumed from: %s; trying the one before", path, wrong)
+        reasons.append(f"{path.name}: {wrong}")
+        if path != found[-1]:
+            logger.warning("%s can not be resumed from: %s; trying the one before", path, wrong)
     names = ", ".join(path.name for path in found) or "none at all"
-    raise ValueError(f"No sound checkpoint in {run} (found {names})")
+    because = f": {'. '.join(reasons)}" if reasons else ""
+    raise ValueError(f"No sound checkpoint in {run} (found {names}){because}")
 
 
 def damage(directory: Path, allow_partial: bool = False) -> str | None:
@@ -144,8 +149,8 @@ def damage(directory: Path, allow_partial: bool = False) -> str | None:
 
     Args:
         directory: of the checkpoint.
-        allow_partial: take one without a seal, or without files that a run can begin anew (the optimizer's, the
-            schedule's, random states). Files that are there must be whole all the same.
+        allow_partial: take one without a seal, or without files that a run can go on without (the optimizer's, the
+            schedule's, random states, the tokenizer's). Files that are there must be whole all the same.
     """
     if not directory.is_dir():
         return "there is no such directory"
@@ -154,7 +159,7 @@ def damage(directory: Path, allow_partial: bool = False) -> str | None:
         for name, expected in files.items():
             path = directory / name
             if not path.is_file():
-                optional = name.startswith(_OPTIONAL)
+                optional = not _is_needed(name)
                 if optional and allow_partial:
                     continue
                 return f"{name} is missing" + (f", which was removed since; {_OPTION}" if optional else "")
@@ -166,7 +171,16 @@ def damage(directory: Path, allow_partial: bool = False) -> str | None:
         return _damage_unsealed(directory, allow_partial)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{SEAL} can not be read ({error})"
+    lacking = absent(directory)
+    if lacking and not allow_partial:
+        return f"it was written without {' and '.join(lacking)} (save_only_model), which would begin anew; {_OPTION}"
     return None
+
+
+def _is_needed(name: str) -> bool:
+    """Whether a run can not go on without a file of a checkpoint, by its name in the seal."""
+    parts = name.split("/")
+    return parts[-1] in _NEEDED or any(_WEIGHTS.fullmatch(part) for part in parts)
 
 
 def _damage_unsealed(directory: Path, allow_partial: bool) -> str | None:
@@ -211,6 +225,11 @@ def _broken(directory: Path) -> str | None:
     except (OSError, ValueError) as error:
         return f"{STATE} can not be read ({error})"
     return None
+
+
+def is_sealed(directory: Path) -> bool:
+    """Whether a checkpoint has a seal, so that this trainer wrote it."""
+    return (directory / SEAL).is_file()
 
 
 def absent(directory: Path) -> list[str]:

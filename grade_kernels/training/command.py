@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, HfAr
 from grade_kernels.training.callbacks import TrainingInterrupted
 from grade_kernels.training.checkpoints import complete_checkpoints
 from grade_kernels.training.config import GRADEConfig
-from grade_kernels.training.foreign_names import reason_for_setting
+from grade_kernels.training.foreign_names import reason_for_argument, reason_for_setting
 from grade_kernels.training.rewards import OUTPUTS, SequenceClassificationReward
 from grade_kernels.training.setup import load_by_name
 from grade_kernels.training.trainer import GRADETrainer
@@ -26,6 +27,18 @@ from grade_kernels.training.trainer import GRADETrainer
 __all__ = ["RunArguments", "parse", "read_dataset", "run"]
 
 _FORMATS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+
+
+# What arguments of a trainer are called on the command line.
+_CALLED = {
+    "train_dataset": "the command line has dataset and dataset_split",
+    "reward_funcs": "the command line has reward",
+    "reward_processing_classes": "the tokenizers saved with the rewards are taken",
+    "processing_class": "the tokenizer saved with the model is taken",
+    "tokenizer": "the tokenizer saved with the model is taken",
+    "peft_config": "the command line has lora_r, lora_alpha and lora_target_modules",
+    "quantization_config": "the command line has it in model_init_kwargs",
+}
 
 
 @dataclass
@@ -123,12 +136,12 @@ def parse(argv: Sequence[str]) -> tuple[RunArguments, GRADEConfig]:
     known = {action.dest for action in parser._actions}
     unknown = sorted(settings.keys() - known)
     if unknown:
-        reasons = [f"{name}: {reason}" for name in unknown if (reason := reason_for_setting(name))]
+        reasons = [f"{name}: {reason}" for name in unknown if (reason := _reason_for(name))]
         because = f" ({'; '.join(reasons)})" if reasons else ""
         raise ValueError(f"{file.config} has settings that do not exist: {unknown}{because}")
     for word in rest:
         name = word.partition("=")[0].removeprefix("--")
-        if word.startswith("--") and name not in known and (reason := reason_for_setting(name)):
+        if word.startswith("--") and name not in known and (reason := _reason_for(name)):
             raise ValueError(f"there is no setting {name}: {reason}")
     for action in parser._actions:  # one setting has two of them, such as --disable_dropout and --no_disable_dropout
         if action.dest == "feedback_hops":
@@ -138,6 +151,14 @@ def parse(argv: Sequence[str]) -> tuple[RunArguments, GRADEConfig]:
             action.required = False
     arguments, config, *_ = parser.parse_args_into_dataclasses(rest, return_remaining_strings=False)
     return arguments, config
+
+
+def _reason_for(name: str) -> str | None:
+    """Why the command line has no such setting; None for a name that is nobody's."""
+    if name in _CALLED or name in inspect.signature(GRADETrainer.__init__).parameters:
+        called = _CALLED.get(name, "the command line has nothing in its place")
+        return f"it is an argument of trainers in Python; {called}"
+    return reason_for_setting(name) or reason_for_argument(name)
 
 
 def read_dataset(source: str, arguments: RunArguments, split: str) -> Dataset:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+
+from grade_kernels.training.prompt_tokens import takes
 
 __all__ = ["REPLACEMENT", "completion_texts"]
 
@@ -25,14 +27,17 @@ def completion_texts(tokenizer: Any, ids: torch.Tensor, mask: torch.Tensor) -> l
     U+FFFD, what stands between them is decoded as it is, and a warning says so once.
 
     Args:
-        tokenizer: of the policy.
+        tokenizer: of the policy, with `batch_decode`, or with `decode` alone.
         ids: int64 `[B, T]`.
         mask: `[B, T]`, not 0 at the completions' tokens.
     """
     rows = [row[kept.bool()].tolist() for row, kept in zip(ids, mask, strict=True)]
     reason = "it returned something else than text"
     try:
-        texts = list(tokenizer.batch_decode(rows, skip_special_tokens=True))
+        if hasattr(tokenizer, "batch_decode"):
+            texts = list(tokenizer.batch_decode(rows, **_skipping(tokenizer.batch_decode)))
+        else:
+            texts = [tokenizer.decode(row, **_skipping(tokenizer.decode)) for row in rows]
         if all(isinstance(text, str) for text in texts):
             return texts
     except Exception as error:  # each tokenizer raises another one
@@ -68,10 +73,15 @@ def _text(tokenizer: Any, row: Sequence[int]) -> str:
 
 def _decoded(tokenizer: Any, row: Sequence[int]) -> str | None:
     try:
-        text = tokenizer.decode(row, skip_special_tokens=True)
+        text = tokenizer.decode(row, **_skipping(tokenizer.decode))
     except Exception:
         return None
     return text if isinstance(text, str) else None
+
+
+def _skipping(decode: Callable[..., Any]) -> dict[str, bool]:
+    """The keyword that leaves special tokens out, for a function that has it."""
+    return {"skip_special_tokens": True} if takes(decode, "skip_special_tokens") else {}
 
 
 def _warn_once(tokenizer: str, reason: str) -> None:

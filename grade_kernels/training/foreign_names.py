@@ -16,6 +16,7 @@ __all__ = [
     "ARGUMENTS",
     "PREFIXES",
     "SETTINGS",
+    "reason_for_argument",
     "reason_for_setting",
     "refuse_arguments",
     "refusing_foreign_settings",
@@ -120,6 +121,12 @@ PREFIXES: dict[str, Foreign] = {
 def reason_for_setting(name: str) -> str | None:
     """Why there is no such setting; None for a name that is nobody's."""
     foreign = _setting(name)
+    return None if foreign is None else foreign.reason
+
+
+def reason_for_argument(name: str) -> str | None:
+    """Why trainers have no such argument here; None for a name that is nobody's."""
+    foreign = ARGUMENTS.get(name)
     return None if foreign is None else foreign.reason
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import json
 import logging
@@ -24,6 +25,7 @@ __all__ = [
     "check_template_arguments",
     "is_conversation",
     "prompt_text",
+    "takes",
     "tokenizer_of",
 ]
 
@@ -39,7 +41,10 @@ Example = dict[str, Any]
 # Columns that the chat template reads; rewards get them too, as all columns.
 TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs", "documents")
 # Columns by which data sets hand images and the like to a model.
-MEDIA_COLUMNS = ("image", "images", "video", "videos", "audio", "audios", "pixel_values")
+MEDIA_COLUMNS = (
+    *(name for what in ("image", "video", "audio") for name in (what, f"{what}s", f"{what}_url", f"{what}_urls")),
+    "pixel_values", "pixel_values_videos", "input_features",
+)  # fmt: skip
 # What configurations call the token that stands for an image, a video or a sound.
 _PLACEHOLDERS = tuple(f"{what}_token_{kind}" for what in ("image", "video", "audio") for kind in ("id", "index"))
 # Arguments of apply_chat_template that users may not give: the trainer decides them, or they have no effect on prompts.
@@ -48,6 +53,7 @@ _DECIDED = (
     "padding", "truncation", "max_length", "return_assistant_tokens_mask", "tokenizer_kwargs", "processor_kwargs",
 )  # fmt: skip
 _MARK = "GRADEPROBE"  # a text that no template writes by itself
+_RARE = "\U00013000"  # the first hieroglyph, a letter that hardly any tokenizer has
 
 
 def is_conversation(prompt: object) -> TypeGuard[list[Message]]:
@@ -139,7 +145,9 @@ class PromptTokenizer:
         self._bos, *ends = (getattr(self.tokenizer, name, None) for name in known)
         self._ends = {token for token in (*ends, *end_ids) if token is not None}
         self._placeholders = {} if config is None else _placeholders(config)
-        self._adds_nothing = not _takes(self.tokenizer, "add_special_tokens")
+        self._drops_unknown: bool | None = None  # not tried yet
+        self._structures: set[object] = set()  # of conversations that were doubted
+        self._adds_nothing = not takes(self.tokenizer, "add_special_tokens")
         self._reads: dict[str, tuple[bool, bool]] = {}
         self._said: set[str] = set()
 
@@ -192,10 +200,58 @@ class PromptTokenizer:
         """
         prompt = example["prompt"]
         if isinstance(prompt, str):
-            return len(prompt.encode(errors="replace")) + 16 if prompt else 1 << 62
+            return len(prompt.encode(errors="replace")) + 16
         others = [example.get(name) for name in TEMPLATE_COLUMNS]
         given = {key: value for key, value in self._template_arguments.items() if key != "chat_template"}
         return _bytes([prompt, others, given]) + 64 * len(prompt) + 1024
+
+    def doubtful(self, example: Example) -> bool:
+        """Whether `__call__` may refuse an example that `check` lets pass, as far as can be told without tokenizing it.
+
+        It may have no token: it holds no letter and no digit, or the tokenizer drops what it does not know. It may hold a
+        placeholder, whose text is in it. A chat template may not take it: no example of its structure came yet.
+        """
+        if self._drops_unknown is None:
+            self._drops_unknown = self._tried_unknown()
+        if self._drops_unknown:
+            return True
+        if not isinstance(example["prompt"], str):
+            structure = _structure([example["prompt"], *(example.get(name) for name in TEMPLATE_COLUMNS)])
+            if structure not in self._structures:
+                self._structures.add(structure)
+                return True
+        texts = list(_strings([example["prompt"], *(example.get(name) for name in TEMPLATE_COLUMNS)]))
+        prompt = example["prompt"]
+        read = texts if isinstance(prompt, str) else [_joined(message.get("content") or "") for message in prompt]
+        if not any(character.isalnum() for text in read for character in text):
+            return True
+        return any(written in text.casefold() for written in self._written_placeholders for text in texts)
+
+    def may_reach(self, vocab_size: int) -> bool:
+        """Whether the tokenizer has ids from `vocab_size` on, or does not tell which it has."""
+        try:
+            return bool(max(self.tokenizer.get_vocab().values(), default=0) >= vocab_size)
+        except Exception:  # a function, or a vocabulary that is not at hand
+            return True
+
+    def _tried_unknown(self) -> bool:
+        """Whether the tokenizer makes no token, or an error, of a letter that hardly any has."""
+        try:
+            _, own, behind = self._parts(_RARE)
+            return not own and behind[:1] != [self._bos]
+        except Exception:  # whatever the tokenizer's author let it be
+            return True
+
+    @functools.cached_property
+    def _written_placeholders(self) -> list[str]:
+        """How the placeholders are written; an empty string, which is in every text, where that can not be told."""
+        written = []
+        for token in self._placeholders:
+            try:
+                written.append(str(self.tokenizer.decode([token])).strip().casefold())
+            except Exception:  # a token that the tokenizer lacks is in no text
+                continue
+        return written
 
     # ---------------------------------------------------------------------------------------------------- plain text
 
@@ -373,7 +429,7 @@ def _placeholders(config: Any) -> dict[int, str]:
     return {token: name for name, token in found.items() if isinstance(token, int)}
 
 
-def _takes(function: Callable[..., Any], name: str) -> bool:
+def takes(function: Callable[..., Any], name: str) -> bool:
     """Whether a callable has an argument of that name."""
     try:
         parameters = inspect.signature(function).parameters
@@ -421,6 +477,15 @@ def _joined(content: Any) -> str:
     if not isinstance(content, (list, tuple)):
         return str(content)
     return "".join(part if isinstance(part, str) else str(part.get("text") or "") for part in content)
+
+
+def _structure(value: Any, key: str | None = None) -> object:
+    """What a chat template may stumble over: keys, kinds, and roles, but no other text."""
+    if isinstance(value, dict):
+        return tuple((name, _structure(item, name)) for name, item in value.items() if item is not None)
+    if isinstance(value, (list, tuple)):
+        return list, tuple(_structure(item) for item in value)
+    return value if key in ("role", "type") and isinstance(value, str) else type(value)
 
 
 def _bytes(value: Any) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypedDict
 
 import torch
@@ -12,19 +12,13 @@ from torch.utils.data import IterableDataset, Sampler, Subset
 from tqdm.auto import tqdm
 
 from grade_kernels.training.config import GRADEConfig
+from grade_kernels.training.media import media_columns_of_dataset, media_columns_of_example
 from grade_kernels.training.positions import Room, frequency_limits, position_limit, position_table_limit
-from grade_kernels.training.prompt_tokens import (
-    MEDIA_COLUMNS,
-    TEMPLATE_COLUMNS,
-    Example,
-    Prompt,
-    PromptTokenizer,
-    beginning_of,
-)
+from grade_kernels.training.prompt_tokens import TEMPLATE_COLUMNS, Example, Prompt, PromptTokenizer, beginning_of
 from grade_kernels.training.rewards import Objective, SequenceClassificationReward
 from grade_kernels.training.text_rewards import HELPERS
 
-__all__ = ["PromptBatch", "PromptCollator", "RepeatedPrompts", "check_prompt_dataset", "room_for"]
+__all__ = ["PromptBatch", "PromptCollator", "RepeatedPrompts", "check_prompt_dataset", "column_names", "room_for"]
 
 logger = logging.getLogger(__name__)
 
@@ -53,18 +47,25 @@ def check_prompt_dataset(name: str, dataset: Any, drops_columns: bool = False) -
             raise ValueError(
                 f"{name} must have a column 'prompt' (a string or a list of messages), got columns {columns}"
             )
-        _check_columns(name, columns, drops_columns)
+        _check_columns(name, columns, media_columns_of_dataset(dataset), drops_columns)
     if hasattr(dataset, "__len__") and len(dataset) == 0:
         raise ValueError(f"{name} must hold at least one prompt, got none")
 
 
-def _check_columns(name: str, columns: Sequence[Any], drops_columns: bool) -> None:
+def column_names(dataset: Any) -> list[str] | None:
+    """The columns that rewards get of a data set; None where only its examples tell."""
+    columns = getattr(dataset, "column_names", None)
+    if columns is None and isinstance(dataset, list) and dataset and isinstance(dataset[0], dict):
+        columns = dict.fromkeys(name for example in dataset for name in example)
+    return None if columns is None else [name for name in columns if name != "prompt"]
+
+
+def _check_columns(name: str, columns: Sequence[Any], media: Sequence[str], drops_columns: bool) -> None:
     """Columns that can be handed to rewards by their names, and none of images and the like; ValueError otherwise."""
-    media = [column for column in columns if column in MEDIA_COLUMNS]
     if media:
         raise ValueError(
             f"{name} has columns {media}, but prompts must be text alone: images, videos and sounds are not carried through "
-            "the replay (a column that only rewards read must have another name)"
+            "the replay (a column that only rewards read must have another name, and another type such as the file's name)"
         )
     if drops_columns:
         return
@@ -93,6 +94,7 @@ class PromptCollator:
         pad_token_id: what pads on the left.
         room: what prompts must leave room for, and what happens to those that don't.
         vocab_size: tokens that the policy has; None checks nothing.
+        tables: how many tokens rewards and a reference have, by what errors call them.
         drops_columns: whether rewards get no columns.
         progress: whether to show a bar where looking at a data set takes longer than some seconds.
     """
@@ -104,11 +106,16 @@ class PromptCollator:
         room: Room,
         *,
         vocab_size: int | None = None,
+        tables: Mapping[str, int] | None = None,
         drops_columns: bool = False,
         progress: bool = False,
     ) -> None:
         self.tokens, self.pad_token_id, self.room = tokens, pad_token_id, room
         self.vocab_size, self.drops_columns, self.progress = vocab_size, drops_columns, progress
+        self.tables = dict(tables or {})
+        # Whether a token of the tokenizer's may be one that a model lacks; then every prompt is tokenized to see.
+        least = min([*self.tables.values(), *([] if vocab_size is None else [vocab_size])], default=None)
+        self._beyond = least is not None and tokens.may_reach(least)
         self._counted = True  # whether `fitting` counted the long prompts of a data set with a length
         self._long = 0
 
@@ -139,9 +146,10 @@ class PromptCollator:
     def fitting(self, name: str, dataset: Any) -> Any:
         """A data set, or every one of a dict of such, with its prompts checked and without those to skip.
 
-        All prompts of a data set with a length are looked at once. Those that are so short that they must fit are not
-        tokenized, which makes it a matter of half a minute for a million short ones, and of some minutes for as many long
-        ones. Examples of a data set without a length are checked as they come.
+        All prompts of a data set with a length are looked at once. Those that are so short that they must fit, and whose
+        text leaves no doubt of its tokens, are not tokenized, which makes it a matter of half a minute for a million short
+        ones, and of some minutes for as many long ones, or where the tokenizer has tokens that the policy lacks. Examples of
+        a data set without a length are checked as they come.
 
         Args:
             name: what errors and warnings call it.
@@ -186,16 +194,21 @@ class PromptCollator:
     def _check(self, example: Example) -> None:
         if "prompt" not in example:
             raise ValueError(f"every example must have a 'prompt', got {sorted(map(str, example))}")
-        _check_columns("an example", list(example), self.drops_columns)
+        _check_columns("an example", list(example), media_columns_of_example(example), self.drops_columns)
 
     def _excess(self, example: Example) -> str | None:
-        """Why an example's prompt does not fit, or None."""
+        """Why an example's prompt does not fit, or None; an error where it could not be used at all."""
         self._check(example)
         self.tokens.check(example)
         enough = self.room.unquestioned
-        if enough is None or self.tokens.bound(example) <= enough:
+        fits = enough is None or self.tokens.bound(example) <= enough
+        if fits and not self._beyond and not self.tokens.doubtful(example):
             return None
-        return self.room.excess(len(self.tokens(example)))
+        ids = self.tokens(example)
+        excess = self.room.excess(len(ids))
+        if excess is None or self.room.choice == "truncate":
+            self._check_range(example, ids if excess is None else ids[-self.room.cut(len(ids)) :])
+        return excess
 
     def _fits(self, example: Example) -> bool:
         """Whether an example stays, said as they come."""
@@ -215,12 +228,22 @@ class PromptCollator:
             if not self._counted:
                 self._note("cut on the left", excess, example)
             ids = ids[-self.room.cut(len(ids)) :]
+        self._check_range(example, ids)
+        return ids
+
+    def _check_range(self, example: Example, ids: Sequence[int]) -> None:
+        """Every token is one of the policy's, of every reward's and of the reference's, or ValueError."""
         if self.vocab_size is not None and not 0 <= min(ids) <= max(ids) < self.vocab_size:
             raise ValueError(
                 f"input_ids must lie in [0, {self.vocab_size}), got values in [{min(ids)}, {max(ids)}]; the prompt begins "
                 f"{beginning_of(example['prompt'])}"
             )
-        return ids
+        for whose, size in self.tables.items():
+            if max(ids) >= size:
+                raise ValueError(
+                    f"{whose} must have a row for every token it reads: its embedding table has {size}, but a prompt has "
+                    f"token {max(ids)}; it begins {beginning_of(example['prompt'])}"
+                )
 
     def _note(self, what: str, excess: str, example: Example) -> None:
         """Say how many prompts were too long so far, the more seldom the more there are."""

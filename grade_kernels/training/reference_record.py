@@ -68,6 +68,8 @@ def restore(directory: Path, model: nn.Module, reference: Reference | None, give
     try:
         record: dict[str, Any] = json.loads((directory / RECORD).read_text(encoding="utf-8"))
     except FileNotFoundError:
+        if not given and (directory / VALUES).is_file():  # the record alone was removed
+            return _copied(directory, model, reference)
         if not given:
             logger.warning("%s says nothing of the reference: it is the policy as it was given now", directory)
         return reference
@@ -79,9 +81,7 @@ def restore(directory: Path, model: nn.Module, reference: Reference | None, give
             logger.warning("%s was trained with another reference (%s) than the one given now", directory, kind)
         return reference
     if kind == "FrozenCopy":
-        copied = reference if isinstance(reference, FrozenCopy) else FrozenCopy(model)
-        copied.load(directory / VALUES)
-        return copied
+        return _copied(directory, model, reference)
     if kind == "WithoutAdapter" and has_adapter(model):
         return WithoutAdapter()
     if differs:
@@ -90,3 +90,10 @@ def restore(directory: Path, model: nn.Module, reference: Reference | None, give
             "the beginning of that run, which the checkpoint's weights are loaded into, or the reference as ref_model"
         )
     return reference
+
+
+def _copied(directory: Path, model: nn.Module, reference: Reference) -> FrozenCopy:
+    """A frozen copy with the values of a checkpoint."""
+    copied = reference if isinstance(reference, FrozenCopy) else FrozenCopy(model)
+    copied.load(directory / VALUES)
+    return copied

@@ -155,7 +155,9 @@ class _Decode:
                 masks.append(alive)
                 if self.keep_hidden:
                     hiddens.append(hidden)
-                mask = torch.cat([mask, alive[:, None].to(mask.dtype)], dim=1)
+                # Padding behind an end counts as a token. Nothing is read of it, but a sliding window with no token in it
+                # is a row of -inf, which is NaN in eager float64 attention.
+                mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
                 alive = alive & ~torch.isin(token, ends)
                 if not _any(alive, self.together):
                     break

@@ -41,6 +41,7 @@ __all__ = [
     "Vocabulary",
     "check_datasets",
     "check_tokenizers",
+    "each_dataset",
     "find_tokenizer",
     "load_by_name",
     "load_policy",
@@ -79,13 +80,18 @@ def check_datasets(
     args: GRADEConfig, train_dataset: PromptData | None, eval_dataset: PromptData | dict[str, PromptData] | None
 ) -> None:
     """Data sets of prompts, or TypeError or ValueError."""
-    parts = {"eval_dataset": eval_dataset}
-    if isinstance(eval_dataset, dict):
-        parts = {f"eval_dataset[{name!r}]": part for name, part in eval_dataset.items()}
-    for name, dataset in {"train_dataset": train_dataset, **parts}.items():
+    for name, dataset in each_dataset(train_dataset, eval_dataset).items():
         check_prompt_dataset(name, dataset, args.remove_unused_columns)
     if args.num_generations > 1 and isinstance(train_dataset, IterableDataset):
         raise ValueError("num_generations > 1 needs a train_dataset with a length, got an iterable one")
+
+
+def each_dataset(train_dataset: Any, eval_dataset: Any) -> dict[str, Any]:
+    """Every data set by what errors call it, None among them."""
+    parts = {"eval_dataset": eval_dataset}
+    if isinstance(eval_dataset, dict):
+        parts = {f"eval_dataset[{name!r}]": part for name, part in eval_dataset.items()}
+    return {"train_dataset": train_dataset, **parts}
 
 
 def load_by_name(what: str, loader: Any, name: str, **keywords: Any) -> Any:

@@ -16,18 +16,22 @@ from torch import nn
 
 __all__ = ["HELPERS", "TextRewards", "is_async", "numbers"]
 
+_GIVEN = ("prompts", "completions", "completion_ids")
 HELPERS = ("trainer_state", "log_metric", "log_extra")
 """What the trainer gives to a function of text that names it among its parameters, as in TRL."""
 
 
 def is_async(function: Any) -> bool:
     """Whether a call returns a coroutine: an `async def`, an object whose `__call__` is one, a partial of either."""
+    return any(inspect.iscoroutinefunction(one) for one in _called(function))
+
+
+def _called(function: Any) -> tuple[Any, Any]:
+    """A function without its partials, and what runs where it is an object that is called."""
     while isinstance(function, functools.partial):
         function = function.func
-    if inspect.iscoroutinefunction(function):
-        return True
     method = function.forward if isinstance(function, nn.Module) else getattr(function, "__call__", None)  # noqa: B004
-    return inspect.iscoroutinefunction(method)
+    return function, method
 
 
 class TextRewards:
@@ -39,11 +43,52 @@ class TextRewards:
 
     Args:
         functions: by the name that metrics and errors call them.
+
+    Raises:
+        TypeError: a generator, or a function that does not take what it is given.
     """
 
     def __init__(self, functions: dict[str, Callable[..., Any]]) -> None:
+        for name, function in functions.items():
+            for one in _called(function):
+                if inspect.isasyncgenfunction(one) or inspect.isgeneratorfunction(one):
+                    raise TypeError(f"{name} must return one number per completion, but it is a generator (it yields)")
         self.functions = functions
+        self.check_columns(None)
         self._loop: asyncio.AbstractEventLoop | None = None
+
+    def check_columns(self, columns: Sequence[str] | None) -> None:
+        """Every function takes what it will be given, or TypeError.
+
+        Args:
+            columns: of the data set; None where they are not known.
+        """
+        for name, function in self.functions.items():
+            try:
+                parameters = inspect.signature(_signed(function)).parameters
+            except (TypeError, ValueError):  # a builtin without a signature
+                continue
+            kinds = {parameter.kind for parameter in parameters.values()}
+            only_by_place = inspect.Parameter.POSITIONAL_ONLY
+            by_name = {key for key, parameter in parameters.items() if parameter.kind is not only_by_place}
+            given = [*_GIVEN, *(columns or ())]
+            if inspect.Parameter.VAR_KEYWORD not in kinds and (missing := [key for key in given if key not in by_name]):
+                raise TypeError(
+                    f"{name} must take {', '.join(given)} as keywords, but its signature has no {', '.join(missing)} and no "
+                    "**kwargs"
+                )
+            variable = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+            needed = [
+                key
+                for key, parameter in parameters.items()
+                if parameter.default is inspect.Parameter.empty and parameter.kind not in variable
+                if key not in (*given, *HELPERS) or parameter.kind is only_by_place
+            ]
+            if needed and (columns is not None or any(parameters[key].kind is only_by_place for key in needed)):
+                raise TypeError(
+                    f"{name} needs {', '.join(needed)}, but is given {', '.join(given)} as keywords: the data set has no "
+                    "such column"
+                )
 
     def __bool__(self) -> bool:
         return bool(self.functions)
@@ -130,10 +175,15 @@ def numbers(name: str, values: Any, count: int) -> list[float]:
     return [float("nan") if value is None else float(value) for value in values]
 
 
+def _signed(function: Any) -> Any:
+    """What has the signature of a call: a module's is its forward's."""
+    return function.forward if isinstance(function, nn.Module) else function
+
+
 def _wanted(function: Any, extras: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     """Those extras that a function names."""
     try:
-        parameters = inspect.signature(function).parameters
+        parameters = inspect.signature(_signed(function)).parameters
     except (TypeError, ValueError):  # a builtin without a signature
         return {}
     return {name: value for name, value in extras.items() if name not in given and name in parameters}

@@ -29,10 +29,11 @@ from grade_kernels.training.callbacks import (
 from grade_kernels.training.config import GRADEConfig
 from grade_kernels.training.decoding import completion_texts
 from grade_kernels.training.foreign_names import refuse_arguments
+from grade_kernels.training.library_arguments import check_library_arguments, checked_metrics
 from grade_kernels.training.model import LanguageModel, read_language_model
 from grade_kernels.training.noise_plan import NoisePlan
 from grade_kernels.training.prompt_tokens import TEMPLATE_COLUMNS, Prompt, PromptTokenizer, prompt_text, tokenizer_of
-from grade_kernels.training.prompts import PromptBatch, PromptCollator, RepeatedPrompts, room_for
+from grade_kernels.training.prompts import PromptBatch, PromptCollator, RepeatedPrompts, column_names, room_for
 from grade_kernels.training.records import Ending, Prompts, Relaxation
 from grade_kernels.training.reference import FrozenCopy, OtherModel, Reference, fingerprint, reference_for_training
 from grade_kernels.training.rewards import NonFiniteRewardError, Objective, check_gradient
@@ -150,6 +151,7 @@ class GRADETrainer(Trainer):
     _allowed: AllowedTokens
     _end_ids: tuple[int, ...]
     _pad_id: int
+    _fitting_parts: dict[str, Any]  # what is evaluated by name and was checked already
 
     # What the constructor was given, for policies that `model_init` makes later
     _peft_config: PeftConfig | None
@@ -191,6 +193,12 @@ class GRADETrainer(Trainer):
         refuse_arguments(type(self).__name__, others)
         args = setup.read_arguments(args, model)
         setup.check_datasets(args, train_dataset, eval_dataset)
+        check_library_arguments(
+            callbacks=callbacks,
+            optimizers=optimizers,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+            model_init=model_init,
+        )
         if model_init is not None:
             if model is not None:
                 raise ValueError("give model or model_init, not both")
@@ -225,11 +233,15 @@ class GRADETrainer(Trainer):
             self._pad_id,
             room_for(parts.model.config, self.objectives, args, self.ref_model),
             vocab_size=parts.vocab_size,
+            tables=self._tables(),
             drops_columns=args.remove_unused_columns,
             progress=not args.disable_tqdm,
         )
+        for dataset in setup.each_dataset(train_dataset, eval_dataset).values():
+            self.text_rewards.check_columns(() if args.remove_unused_columns else column_names(dataset))
         train_dataset = self._collator.fitting("train_dataset", train_dataset)
         eval_dataset = self._collator.fitting("eval_dataset", eval_dataset)
+        self._fitting_parts = {}
         self._aligner = self._training_plan = self._evaluation_plan = None
         self._signals = StopOnSignal()
         self._metrics, self._evaluation = metrics.Averages(), metrics.Evaluation()
@@ -241,7 +253,7 @@ class GRADETrainer(Trainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
-            compute_metrics=compute_metrics,
+            compute_metrics=checked_metrics(compute_metrics, by_batch=args.batch_eval_metrics),
             callbacks=[*(callbacks or []), StopOnNonFiniteGradient(), self._signals],
             optimizers=optimizers,
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
@@ -432,9 +444,20 @@ class GRADETrainer(Trainer):
         if self._signature_columns is None:
             self._signature_columns: Any = ["prompt", *TEMPLATE_COLUMNS]
 
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """The library's; of several data sets by name each is checked under its name, and all before the first is used."""
+        if not isinstance(eval_dataset, dict):
+            return super().evaluate(eval_dataset, *args, **kwargs)
+        self._fitting_parts = self._collator.fitting("eval_dataset", eval_dataset)
+        try:
+            return super().evaluate(self._fitting_parts, *args, **kwargs)
+        finally:
+            self._fitting_parts = {}
+
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
         """The library's, of a data set of its own checked as those of the constructor were."""
-        if eval_dataset is not None and not isinstance(eval_dataset, str):
+        fitting = any(eval_dataset is part for part in self._fitting_parts.values())
+        if eval_dataset is not None and not isinstance(eval_dataset, str) and not fitting:
             eval_dataset = self._collator.fitting("eval_dataset", eval_dataset)
         return super().get_eval_dataloader(eval_dataset)
 
@@ -514,6 +537,10 @@ class GRADETrainer(Trainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and not checkpoints.is_sealed(Path(checkpoint)):
+            # The library goes on with the logging_steps, eval_steps and save_steps of the run that wrote the checkpoint,
+            # which was another trainer's.
+            self.state.compute_steps(self.args, self.state.max_steps)
         absent = [] if checkpoint is None else checkpoints.absent(Path(checkpoint))
         if absent:
             logger.warning(
@@ -615,6 +642,13 @@ class GRADETrainer(Trainer):
         if isinstance(self.reference, OtherModel):
             self._reference_digest = fingerprint(self.reference.model)
             self.ref_model = self.reference.model.to(args.device)
+
+    def _tables(self) -> dict[str, int]:
+        """How many tokens every reward has, and the reference where it is a model of its own."""
+        tables = {objective.name: len(objective.table) for objective in self.objectives}
+        if self.ref_model is not None:
+            tables["ref_model"] = len(read_language_model(self.ref_model, name="ref_model").table)
+        return tables
 
     def _check_reward_gradients(self, dataset: Any) -> None:
         """Try every differentiable reward on two prompts, so that what is wrong with it shows before the first step."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 
+import numpy as np
 import pytest
 import torch
 
@@ -124,10 +125,17 @@ def test_masks_may_be_ids_or_bool_and_cost_no_tokens_that_they_do_not_name():
     mask = torch.zeros(VOCAB, dtype=torch.bool)
     mask[list(SUPPRESSED)] = True
     ways = [SUPPRESSED, list(SUPPRESSED), torch.tensor(SUPPRESSED), mask, set(SUPPRESSED), (i for i in SUPPRESSED)]
+    ways += [
+        mask.numpy(),
+        np.array(SUPPRESSED),
+        np.array(SUPPRESSED, dtype=np.int16),
+        [np.int64(i) for i in SUPPRESSED],
+    ]
     found = [loss_of(model, reward, suppress_tokens=way).completion_ids for way in ways]
     assert all(torch.equal(ids, found[0]) for ids in found)
     free = loss_of(model, reward)
-    for nothing in ([], torch.zeros(VOCAB, dtype=torch.bool), torch.tensor([], dtype=torch.int64), None):
+    nothings = [[], None, torch.zeros(VOCAB, dtype=torch.bool), torch.tensor([], dtype=torch.int64)]
+    for nothing in (*nothings, np.array([]), np.zeros(VOCAB, dtype=bool)):
         out = loss_of(model, reward, suppress_tokens=nothing, begin_suppress_tokens=nothing)
         assert torch.equal(out.completion_ids, free.completion_ids)
         assert torch.equal(out.loss, free.loss)
@@ -281,6 +289,13 @@ def test_tokens_that_a_reward_lacks_are_named():
         ({"suppress_tokens": [1.0]}, TypeError, "suppress_tokens must be token ids or a bool mask"),
         ({"suppress_tokens": [True]}, TypeError, "got True among them"),
         ({"suppress_tokens": True}, TypeError, "got True"),
+        ({"suppress_tokens": np.ones(7, dtype=bool)}, ValueError, r"suppress_tokens as a mask must have shape \(61,\)"),
+        ({"suppress_tokens": np.ones((2, 3))}, TypeError, "suppress_tokens must be token ids or a bool mask"),
+        (
+            {"begin_suppress_tokens": np.array([[3]])},
+            TypeError,
+            "begin_suppress_tokens must be token ids or a bool mask",
+        ),
         ({"suppress_tokens": "12"}, TypeError, "got '12'"),
         ({"suppress_tokens": 1.5}, TypeError, "got 1.5"),
         ({"suppress_tokens": torch.ones(3)}, TypeError, "got torch.float32"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("datasets")
 
 from grade_kernels.cli import main
-from grade_kernels.training import GRADETrainer, command
+from grade_kernels.training import GRADETrainer, command, foreign_names
 from tests.support.training_models import classifier, policy, word_tokenizer
 
 
@@ -90,6 +91,32 @@ def test_bad_settings_are_named(models, tmp_path, capsys):
     (tmp_path / "prompts.txt").write_text("w3")
     with pytest.raises(ValueError, match=r"got prompts\.txt"):
         command.read_dataset(str(tmp_path / "prompts.txt"), arguments, "train")
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        *(
+            (name, foreign.reason)
+            for name, foreign in foreign_names.ARGUMENTS.items()
+            if name not in ("tokenizer", "ref_adapter_name")
+        ),
+        *((name, foreign.reason) for name, foreign in foreign_names.SETTINGS.items()),
+        ("compute_metrics", "it is an argument of trainers in Python; the command line has nothing in its place"),
+        ("callbacks", "it is an argument of trainers in Python; the command line has nothing in its place"),
+        ("model_init", "it is an argument of trainers in Python; the command line has nothing in its place"),
+        ("quantization_config", "in Python; the command line has it in model_init_kwargs"),
+        ("reward_funcs", "in Python; the command line has reward"),
+        ("train_dataset", "in Python; the command line has dataset and dataset_split"),
+        ("peft_config", "in Python; the command line has lora_r"),
+        ("tokenizer", "in Python; the tokenizer saved with the model is taken"),
+    ],
+)
+def test_a_name_that_is_not_served_is_refused_with_its_reason(models, tmp_path, name, reason):
+    with pytest.raises(ValueError, match=rf"do not exist: \['{name}'\] \({name}: .*{re.escape(reason)}"):
+        command.parse(settings(models, tmp_path, **{name: "x"})[1:])
+    with pytest.raises(ValueError, match=rf"there is no setting {name}: .*{re.escape(reason)}"):
+        command.parse([*settings(models, tmp_path)[1:], f"--{name}", "x"])
 
 
 def test_the_file_means_what_the_command_line_does(models, tmp_path):

@@ -71,6 +71,30 @@ def test_nothing_that_a_tokenizer_does_ends_a_run(error):
     assert texts(Mute(), [[5], [6, 7]]) == ["\ufffd", "\ufffd"]
 
 
+class Single:
+    def decode(self, row, skip_special_tokens=False):
+        return " ".join(f"w{token}" for token in row if not (skip_special_tokens and token < 3))
+
+
+class Plain:
+    def decode(self, row):
+        return " ".join(f"w{token}" for token in row)
+
+
+class PlainBatch:
+    def batch_decode(self, rows):
+        return [Plain().decode(row) for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "expected"),
+    [(Single(), ["w5", "w6 w7"]), (Plain(), ["w5 w2", "w6 w7"]), (PlainBatch(), ["w5 w2", "w6 w7"])],
+)
+def test_tokenizers_that_have_less_are_asked_for_less(tokenizer, expected, caplog):
+    assert texts(tokenizer, [[5, 2], [6, 7]]) == expected
+    assert caplog.records == []
+
+
 def test_training_and_evaluation_go_on(tmp_path, capsys):
     """With a tokenizer that fails at a token of its own: table, text rewards in training and in evaluation."""
 

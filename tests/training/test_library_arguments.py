@@ -98,6 +98,44 @@ def test_metrics_do_not_take_the_trainers_names(tmp_path):
         trainer.evaluate()
 
 
+async def later(prediction):
+    return {}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"compute_metrics": 3}, "compute_metrics must be a function of an EvalPrediction, got 3"),
+        ({"compute_metrics": lambda: {}}, "compute_metrics must be a function of one EvalPrediction, but"),
+        ({"compute_metrics": later}, "compute_metrics must be a plain function"),
+        ({"optimizer_cls_and_kwargs": torch.optim.SGD}, "optimizer_cls_and_kwargs must be a pair"),
+        (
+            {"optimizer_cls_and_kwargs": ("sgd", {})},
+            "optimizer_cls_and_kwargs must be a pair .* got 'sgd' as the class",
+        ),
+        (
+            {"optimizer_cls_and_kwargs": (torch.optim.SGD, [("lr", 0.1)])},
+            "optimizer_cls_and_kwargs must be .* keywords",
+        ),
+        ({"optimizer_cls_and_kwargs": (torch.optim.SGD, {"rate": 1})}, "optimizer_cls_and_kwargs: SGD .* 'rate'"),
+        ({"optimizers": torch.optim.SGD}, "optimizers must be a pair"),
+        ({"optimizers": (torch.optim.SGD, None)}, "optimizers must hold the optimizer itself"),
+        ({"callbacks": tf.TrainerCallback()}, "callbacks must be a list"),
+        ({"callbacks": [print]}, r"callbacks\[0\] must be a TrainerCallback"),
+    ],
+)
+def test_what_the_library_would_find_late_is_named_at_construction(tmp_path, options, message):
+    with pytest.raises(TypeError, match=message):
+        build(tmp_path, eval_dataset=HELD_OUT, **options)
+
+
+@pytest.mark.parametrize("returned", [None, 3.0, [("a", 1)]])
+def test_what_is_no_metrics_is_named_when_it_comes(tmp_path, returned):
+    trainer = build(tmp_path, eval_dataset=HELD_OUT, compute_metrics=lambda prediction: returned)
+    with pytest.raises(TypeError, match="compute_metrics must return a dict of metrics by name, got"):
+        trainer.evaluate()
+
+
 # ------------------------------------------------------------------------------------------------------ model_init
 
 

@@ -270,6 +270,22 @@ def test_a_long_completion_is_drawn_as_a_short_one(monkeypatch):
     assert torch.equal(drawn[0].completion_ids, drawn[1].completion_ids)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_sequence_that_ended_long_before_the_others_does_no_harm(dtype):
+    """Its last tokens are out of a sliding window of 4, whose attention then has nothing but padding to look at."""
+    model, reward = policy("gemma2", dtype=dtype), BagReward(dtype=dtype)
+    ids, mask = prompts((4, 4, 4, 4))
+    options = {"max_new_tokens": 14, "tau": 0.8, "eps": 0.0, "eos_token_id": list(range(3, 9)), "pad_token_id": 0}
+    together = grade_loss(model, reward, ids, mask, noise=GumbelNoise(SEED), **options)
+    lengths = together.completion_mask.sum(1)
+    assert lengths.max() - lengths.min() > 5
+    assert together.loss.isfinite()
+    for row, length in enumerate(lengths.tolist()):
+        noise = GumbelNoise(SEED, torch.tensor([row]))
+        alone = grade_loss(model, reward, ids[row : row + 1], mask[row : row + 1], noise=noise, **options)
+        assert alone.completion_ids[0].tolist() == together.completion_ids[row, :length].tolist()
+
+
 def test_a_batch_stops_when_every_sequence_has_ended():
     model, reward = policy("gpt2"), reward_of("bag")
     ids, mask = prompts()

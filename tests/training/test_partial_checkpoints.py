@@ -11,7 +11,9 @@ import torch
 
 pytest.importorskip("transformers")
 pytest.importorskip("datasets")
+pytest.importorskip("peft")
 
+import peft
 import transformers as tf
 from datasets import Dataset
 
@@ -94,9 +96,17 @@ def test_a_checkpoint_of_another_trainer(run, tmp_path):
         build(tmp_path, **SAVING).train(resume_from_checkpoint=str(folder))
     with pytest.raises(ValueError, match=r"No sound checkpoint .*\(found checkpoint-2\)"):
         build(tmp_path, **SAVING).train(resume_from_checkpoint=True)
-    trainer = build(tmp_path, allow_partial_checkpoint=True, max_steps=3)
+    steps = json.loads((folder / "trainer_state.json").read_text())
+    steps |= {"logging_steps": 500, "save_steps": 500, "eval_steps": 500}
+    (folder / "trainer_state.json").write_text(json.dumps(steps))
+    trainer = build(
+        tmp_path, allow_partial_checkpoint=True, max_steps=3, eval_strategy="steps", eval_steps=3, save_strategy="steps",
+        save_steps=3, eval_dataset=[{"prompt": "w3"}],
+    )  # fmt: skip
     trainer.train(resume_from_checkpoint=str(folder))
     assert trainer.state.global_step == 3
+    assert len(logged(trainer, "kl")) == len(logged(trainer, "eval_kl")) == 1, "this run's steps, not that trainer's"
+    assert (tmp_path / "checkpoint-3").is_dir()
     assert logged(trainer, "kl")[0] > 0, "the reference is the model as it was given"
 
 
@@ -153,14 +163,77 @@ def test_the_checkpoint_before_is_taken_where_the_last_may_not_be_partial(run, t
     assert same(weights(trainer), weights(run[1]))
 
 
-def test_weights_alone_that_were_saved_so_are_resumed_from_with_a_warning(tmp_path, caplog):
+def test_weights_alone_that_were_saved_so_are_a_partial_checkpoint(tmp_path, caplog):
     build(tmp_path, save_only_model=True, **SAVING).train()
     shutil.rmtree(tmp_path / "checkpoint-4")
+    for choice in (True, str(tmp_path / "checkpoint-2")):
+        with pytest.raises(
+            ValueError,
+            match=r"without optimizer\.pt and scheduler\.pt \(save_only_model\).*allow_partial_checkpoint=True",
+        ):
+            build(tmp_path, **SAVING).train(resume_from_checkpoint=choice)
     with caplog.at_level(logging.WARNING):
-        trainer = build(tmp_path, **SAVING)
+        trainer = build(tmp_path, allow_partial_checkpoint=True, **SAVING)
         trainer.train(resume_from_checkpoint=True)
     assert any("has no optimizer.pt and no scheduler.pt" in record.getMessage() for record in caplog.records)
     assert logged(trainer, "learning_rate")[2:] == pytest.approx([0.005, 0.0025])
+
+
+def test_where_no_checkpoint_is_sound_each_says_why(run, tmp_path, caplog):
+    copied(run, tmp_path)
+    (tmp_path / "checkpoint-2" / "optimizer.pt").unlink()
+    with (
+        caplog.at_level(logging.WARNING),
+        pytest.raises(ValueError, match=r"checkpoint-2: optimizer\.pt is missing.*allow_partial_checkpoint=True"),
+    ):
+        build(tmp_path, **SAVING).train(resume_from_checkpoint=True)
+    assert "trying the one before" not in caplog.text, "there is none"
+    shutil.copytree(run[0] / "checkpoint-4", tmp_path / "checkpoint-4")
+    (tmp_path / "checkpoint-4" / "model.safetensors").unlink()
+    with pytest.raises(
+        ValueError, match=r"checkpoint-4: model\.safetensors is missing.*checkpoint-2: optimizer\.pt is"
+    ):
+        build(tmp_path, **SAVING).train(resume_from_checkpoint=True)
+    assert "checkpoint-4 can not be resumed from: model.safetensors is missing; trying the one before" in caplog.text
+    assert caplog.text.count("trying the one before") == 1
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "training_args.bin", "grade_reference.json", "config.json"])
+def test_files_that_resuming_does_not_read_may_be_gone(run, tmp_path, name):
+    (copied(run, tmp_path) / name).unlink()
+    with pytest.raises(ValueError, match=f"{name} is missing.*allow_partial_checkpoint=True"):
+        build(tmp_path, **SAVING).train(resume_from_checkpoint=True)
+    trainer = build(tmp_path, allow_partial_checkpoint=True, **SAVING)
+    trainer.train(resume_from_checkpoint=True)
+    assert same(weights(trainer), weights(run[1]))
+
+
+def adapted():
+    """A policy whose adapter is trained already, so that its reference is a frozen copy of it."""
+    made = peft.get_peft_model(
+        policy("gpt2", dtype=torch.float32), peft.LoraConfig(r=2, target_modules=["c_attn"], task_type="CAUSAL_LM")
+    )
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter += 0.1 * parameter.requires_grad
+    return made
+
+
+def test_an_adapters_checkpoint_needs_more(tmp_path):
+    full = build(tmp_path, model=adapted(), **SAVING)
+    full.train()
+    shutil.rmtree(tmp_path / "checkpoint-4")
+    folder = tmp_path / "checkpoint-2"
+    for name in ("adapter_config.json", "grade_reference.safetensors", "adapter_model.safetensors"):
+        (folder / name).rename(tmp_path / name)
+        with pytest.raises(ValueError, match=f"{name} is missing") as error:
+            build(tmp_path, model=adapted(), allow_partial_checkpoint=True, **SAVING).train(resume_from_checkpoint=True)
+        assert "allow_partial_checkpoint" not in str(error.value)
+        (tmp_path / name).rename(folder / name)
+    (folder / "grade_reference.json").unlink()  # whose values are there
+    trainer = build(tmp_path, model=adapted(), allow_partial_checkpoint=True, **SAVING)
+    trainer.train(resume_from_checkpoint=True)
+    assert logged(trainer, "kl") == logged(full, "kl")
 
 
 def test_a_schedule_that_goes_by_a_metric_stays():

@@ -12,6 +12,7 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("datasets")
 
+import datasets
 import transformers as tf
 from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -308,7 +309,10 @@ def test_content_may_be_a_string_or_parts_of_text_whatever_the_template_reads(te
 # -------------------------------------------------------------------------------------------- images and their like
 
 
-@pytest.mark.parametrize("column", ["image", "images", "video", "videos", "audio", "audios"])
+@pytest.mark.parametrize(
+    "column",
+    ["image", "images", "video", "videos", "audio", "audios", "image_url", "video_urls", "pixel_values_videos"],
+)
 def test_columns_of_images_and_their_like_are_refused_by_name(tmp_path, column):
     table = Dataset.from_dict({"prompt": PROMPTS, column: PROMPTS})
     for data in ({"dataset": table}, {"eval_dataset": table}, {"dataset": table.to_iterable_dataset()}):
@@ -316,6 +320,31 @@ def test_columns_of_images_and_their_like_are_refused_by_name(tmp_path, column):
             build(tmp_path, model=multimodal("llava"), **data)
     with pytest.raises(ValueError, match=rf"columns \['{column}'\]"):
         build(tmp_path, dataset=[*({"prompt": "w3"} for _ in range(4)), {"prompt": "w4", column: "x"}])
+
+
+@pytest.mark.parametrize("kind", ["Image", "Audio", "Video"])
+@pytest.mark.parametrize(
+    "shape", [lambda one: one, lambda one: [one], lambda one: {"front": one}], ids=["one", "list", "dict"]
+)
+def test_columns_of_images_and_their_like_are_refused_by_type(tmp_path, kind, shape):
+    def types(made):
+        return datasets.Features({"prompt": datasets.Value("string"), "pic": shape(made)})
+
+    table = Dataset.from_dict({"prompt": ["w3"], "pic": [shape("x")]}, features=types(datasets.Image(decode=False)))
+    table = table.cast(types(getattr(datasets, kind)(decode=False)))  # which encodes nothing
+    for data in ({"dataset": table}, {"eval_dataset": {"a": table}}, {"dataset": table.to_iterable_dataset()}):
+        with pytest.raises(ValueError, match=r"has columns \['pic'\], but prompts must be text alone"):
+            build(tmp_path, **data)
+
+
+@pytest.mark.parametrize("nothing", [None, []])
+def test_columns_that_hold_no_image_are_fine(tmp_path, nothing):
+    types = datasets.Features({"prompt": datasets.Value("string"), "images": [datasets.Image()]})
+    columns = {"prompt": PROMPTS, "images": [nothing] * len(PROMPTS)}
+    for data in (
+        Dataset.from_dict(columns), Dataset.from_dict(columns, features=types), Dataset.from_dict(columns).to_list(),
+    ):  # fmt: skip
+        build(tmp_path, dataset=data, max_steps=1).train()
 
 
 @pytest.mark.parametrize(
@@ -574,8 +603,82 @@ def test_prompts_that_fit_by_their_bytes_are_not_tokenized(monkeypatch):
     monkeypatch.setattr(PromptTokenizer, "__call__", lambda self, example: calls.append(example) or [1] * 99)
     collator = PromptCollator(tokens, 0, Room(6, positions={"the model": 2000}))
     data = [{"prompt": "w3 " * 100}, {"prompt": user("w3")}, {"prompt": "ä" * 1000}, {"prompt": user("w3 " * 400)}]
-    assert collator.fitting("data", data) is data
-    assert calls == data[2:]
+    assert collator.fitting("data", [*data, {"prompt": user("w4")}])[:4] == data
+    assert calls == data[1:]  # of conversations by one structure the first is, for its template may not take it
+
+
+def byte_level(pairs=()):
+    """A tokenizer of single bytes, and of what is given."""
+    inner = Tokenizer(models.BPE({c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, []))
+    inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    made = tf.PreTrainedTokenizerFast(tokenizer_object=inner)
+    made.add_special_tokens({"additional_special_tokens": list(pairs)})
+    return made
+
+
+STRICT = (
+    "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}w40 {% endfor %}"
+)
+LACKING = Tokenizer(models.BPE({"a": 0, "b": 1}, []))  # drops what it does not know
+
+
+@pytest.mark.parametrize(
+    ("made", "bad", "options", "message"),
+    [
+        (tokenizer(), "w3 more", {}, r"input_ids must lie in \[0, 61\), got values in \[1, 61\]; .* begins 'w3 more'"),
+        (tokenizer("$A"), " \t", {}, "has no token"),
+        (tokenizer("$A"), "", {}, "has no token"),
+        (tf.PreTrainedTokenizerFast(tokenizer_object=LACKING), "cde", {}, "has no token"),
+        (tokenizer(), "w3 w57", {"family": "llava"}, r"holds the model's image_token_\w+ \(57\).* begins 'w3 w57'"),
+        (byte_level(["<Image>"]), "x<Image>", {"image": 256}, r"holds the model's image_token_id \(256\)"),
+        (tokenizer(template=CHAT), user("w3", "w57"), {"family": "llava"}, "holds the model's image_token"),
+        (tokenizer(template="{{ messages[0]['content'] }}"), user(" "), {}, "has no token"),
+        (tokenizer(template=STRICT), [{"role": "system", "content": "w3"}], {}, "template fails: .*no system"),
+        (tokenizer(), "w3 w50", {"reward": 45}, r"BagReward must have a row for .* has 45, but a prompt has token 50"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("room", [Room(6, positions={"the model": 64}), Room(6)], ids=["limited", "endless"])
+def test_prompts_that_fit_but_can_not_be_used_are_named_before_the_first_step(made, bad, options, message, room):
+    good = user("w3") if isinstance(bad, list) else "a"
+    if made.get_vocab().get("w60") == 60:
+        good = user("w3") if isinstance(bad, list) else "w3"
+        if isinstance(bad, str) and "more" in bad:
+            made.add_tokens(["more"])
+    shape = multimodal(options["family"]).config if "family" in options else None
+    if "image" in options:
+        shape = tf.Qwen2VLConfig(image_token_id=options["image"])
+    size = max(VOCAB, 300 if "image" in options else 0)
+    tables = {"BagReward": options["reward"]} if "reward" in options else {}
+    collator = PromptCollator(PromptTokenizer(made, config=shape), 0, room, vocab_size=size, tables=tables)
+    data = [*({"prompt": good} for _ in range(3)), {"prompt": bad}]
+    with pytest.raises(ValueError, match=rf"data\[3\]: .*{message}"):
+        collator.fitting("data", data)
+    assert collator.fitting("data", data[:3]) == data[:3]
+
+
+def test_data_sets_that_are_evaluated_by_name_are_checked_by_name(tmp_path):
+    trainer = build(tmp_path, max_steps=1)
+    good = [{"prompt": "w3"}]
+    assert {"eval_a_reward", "eval_b_reward"} <= trainer.evaluate({"a": good, "b": good}).keys()
+    for bad, message in (
+        ([{"prompt": 5}], r"eval_dataset\['b'\]\[0\]: a prompt must be a string"),
+        ([], r"eval_dataset\['b'\] must hold at least one prompt"),
+        (Dataset.from_dict({"x": [1]}), r"eval_dataset\['b'\] must have a column 'prompt'"),
+        ("foo", r"eval_dataset\['b'\] must be a data set"),
+    ):
+        logged = len(trainer.state.log_history)
+        with pytest.raises((TypeError, ValueError), match=message):
+            trainer.evaluate({"a": good, "b": bad})
+        assert len(trainer.state.log_history) == logged, "nothing was evaluated"
+
+
+def test_the_trainer_looks_at_the_tables_of_rewards_and_reference(tmp_path):
+    reward = BagReward(dtype=torch.float32, vocab=VOCAB - 5)
+    model = policy("gpt2", dtype=torch.float32)
+    model.generation_config.suppress_tokens = list(range(VOCAB - 5, VOCAB))
+    data = [*({"prompt": "w3"} for _ in range(3)), {"prompt": "w58"}]
+    with pytest.raises(ValueError, match=r"train_dataset\[3\]: BagReward must have a row .* has 56.* token 58"):
+        build(tmp_path, model=model, reward=reward, dataset=data)
 
 
 def test_the_reference_of_a_loop_of_ones_own_has_room_too():

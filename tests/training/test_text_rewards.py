@@ -214,3 +214,61 @@ def test_unique_prompts_are_shown_once(tmp_path, capsys):
     assert capsys.readouterr().out.count("w3 w7") == 4
     build(tmp_path / "b", log_unique_prompts=True, **options).train()
     assert capsys.readouterr().out.count("w3 w7") == 1
+
+
+async def asynchronous_generator(prompts, **columns):
+    yield 1.0
+
+
+def generator(prompts, **columns):
+    yield 1.0
+
+
+class Yielding:
+    def __call__(self, prompts, **columns):
+        yield 1.0
+
+
+def without_ids(prompts, completions):
+    return [0.0] * len(prompts)
+
+
+def by_place(prompts, /, **columns):
+    return [0.0] * len(prompts)
+
+
+def with_topic(completions, topic, **columns):
+    return [float(len(one)) for one in topic]
+
+
+def of_all(prompts, completions, completion_ids, trainer_state, log_metric=None):
+    return [0.0] * len(prompts)
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (asynchronous_generator, "asynchronous_generator must return one number per completion, but it is a generator"),
+        (generator, "generator must return one number per completion, but it is a generator"),
+        (functools.partial(generator, topic=1), "partial must return .* but it is a generator"),
+        (Yielding(), "Yielding must return one number per completion, but it is a generator"),
+        (without_ids, r"without_ids must take .* signature has no completion_ids and no \*\*kwargs"),
+        (by_place, "by_place needs prompts"),
+        (with_topic, "with_topic needs topic, .* has no such column"),
+    ],
+)
+def test_functions_that_can_not_be_called_are_named_at_construction(tmp_path, function, message):
+    with pytest.raises(TypeError, match=message):
+        build(tmp_path, reward=[BagReward(dtype=torch.float32), function])
+
+
+def test_columns_are_looked_at_in_every_data_set(tmp_path):
+    topics = Dataset.from_dict({"prompt": PROMPTS, "topic": PROMPTS})
+    rewards = [BagReward(dtype=torch.float32), with_topic]
+    build(tmp_path, reward=rewards, dataset=topics, eval_dataset=topics)
+    build(tmp_path, reward=rewards, dataset=topics.to_iterable_dataset())
+    build(tmp_path, reward=[rewards[0], of_all], max_steps=1).train()
+    with pytest.raises(TypeError, match="with_topic needs topic"):
+        build(tmp_path, reward=rewards, dataset=topics, eval_dataset=[{"prompt": "w3"}])
+    with pytest.raises(TypeError, match=r"of_all must take .* signature has no topic"):
+        build(tmp_path, reward=[rewards[0], of_all], dataset=topics)
