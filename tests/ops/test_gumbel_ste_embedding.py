@@ -46,7 +46,8 @@ def check(
     dlogprobs = randn(rows, dtype=compute_dtype(logits.dtype), device=device, seed=30)
     x, t, tabs = leaf(logits), leaf(tau), tuple(leaf(table) for table in tables)
 
-    out = gk.gumbel_ste_embedding(x, tabs, t, estimator=estimator, noise=noise, ids=ids)
+    # A column, because `[rows]` has a second reading where there are as many tokens as rows, and is refused.
+    out = gk.gumbel_ste_embedding(x, tabs, t[:, None], estimator=estimator, noise=noise, ids=ids)
     loss = (out.logprobs * dlogprobs).sum()
     for e, de in zip(out.embedding, des, strict=True):
         loss = loss + (e * de).sum().to(loss.dtype)
