@@ -157,7 +157,7 @@ def test_values_of_prompts_are_checked_for_users_and_not_at_every_step(tmp_path,
     reads = []
     monkeypatch.setattr(
         "grade_kernels.training.trainer.read_language_model",
-        lambda model: reads.append(model) or read_language_model(model),
+        lambda model, **name: reads.append(model) or read_language_model(model, **name),
     )
     trainer = build(tmp_path)
     at_start, first = len(checks), len(reads)
