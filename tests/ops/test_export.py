@@ -91,6 +91,7 @@ def test_no_call_takes_a_generator() -> None:
     assert not [name for name in draws if "generator" in name]
 
 
+@pytest.mark.takes_long("a C++ compiler builds the package; test_exported exports the same calls")
 @needs("a C++ compiler", _has_compiler())
 def test_packaged(tmp_path: Path) -> None:
     program = torch.export.export(Everything(), arguments())

@@ -480,6 +480,7 @@ print("hits", counters["aot_autograd"]["autograd_cache_hit"])
 """
 
 
+@pytest.mark.takes_long("three processes compile; opcheck looks at the schemas")
 def test_cached_graphs_of_another_backward_schema_are_not_used(tmp_path: Path) -> None:
     """Across processes, as after an upgrade: a graph on disk serves the schemas that it was made for, and no others."""
 

@@ -345,6 +345,9 @@ def test_gradient_on_a_support(
             torch.testing.assert_close(grad.double().cpu(), main[1].T @ d, rtol=5e-5, atol=5e-5)
 
 
+@pytest.mark.takes_long(
+    "a mean over many draws; test_linear_exact compares rows that overflowed with the dense backward"
+)
 @on_rounding_backends
 def test_overflow_does_not_bias(backend: str, device: str) -> None:
     """V = 4096 and eps 2^-9 leave room for 512 entries, just what a flat row needs on average.

@@ -145,6 +145,7 @@ def test_hessian(backend: str, device: str, call: Function, request: pytest.Fixt
     torch.testing.assert_close(torch.func.hessian(lambda x: call(gk, x, tau))(x), expected)
 
 
+@pytest.mark.takes_long("seconds of compilation a case; the same transforms run uncompiled, and other tests compile")
 @pytest.mark.parametrize(
     "name", ["gumbel_softmax", "gumbel_ste_embedding ste", "linear_gumbel_ste ste", "linear_entropy"]
 )

@@ -71,12 +71,14 @@ def test_the_trainer_shards_a_model(tmp_path):
         assert result["metrics"][name] == pytest.approx(alone.evaluate()[name], abs=1e-4)
 
 
+@takes_long
 def test_a_sharded_policy_has_the_same_reference(tmp_path):
     pytest.importorskip("peft")
     launch("fsdp-reference", tmp_path)
     assert (tmp_path / "passed").exists()
 
 
+@takes_long
 def test_two_processes_keep_the_adapter_as_it_came(tmp_path):
     pytest.importorskip("peft")
     launch("adapter", tmp_path)

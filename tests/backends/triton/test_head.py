@@ -160,6 +160,7 @@ LARGE_CASES = {
 }
 
 
+@pytest.mark.takes_long("the interpreter takes seconds a case; small tiles are the same kernels")
 @runs
 @pytest.mark.parametrize("columns", [(32, 16), (16, 16), (64, 0)], ids=str)
 @pytest.mark.parametrize("name", LARGE_CASES)
