@@ -203,9 +203,9 @@ void run_chunk(const HeadArgs& args, const AnyRows& state, const Candidates& can
   });
 }
 
-// A pass over one chunk; see backends/cpu/head.py for the order of chunks. `state` is [5, rows] (see above), `flags`
-// [3, rows]: bad, number of candidates, overflow; `candidates` [rows, capacity * 3], `scratch` room for the chunk's
-// hits.
+// A pass over one chunk; backends/cpu/head_pass.py says in which order chunks come. `state` is [5, rows] (see above),
+// `flags` [3, rows]: bad, number of candidates, overflow; `candidates` [rows, capacity * 3], `scratch` room for the
+// chunk's hits.
 void head_chunk(int64_t kind, Tensor logits, std::optional<Tensor> ref, std::optional<Tensor> bias,
                 std::optional<Tensor> ref_bias, double softcap, int64_t rows, Tensor tau, Tensor seed,
                 std::optional<Tensor> row_ids, int64_t vocab_start, int64_t first_token, double eps, Tensor state,

@@ -15,6 +15,7 @@ from grade_kernels.training.config import GRADEConfig
 from grade_kernels.training.media import media_columns_of_dataset, media_columns_of_example
 from grade_kernels.training.positions import Room, frequency_limits, position_limit, position_table_limit
 from grade_kernels.training.prompt_tokens import TEMPLATE_COLUMNS, Example, Prompt, PromptTokenizer, beginning_of
+from grade_kernels.training.records import Prompts
 from grade_kernels.training.rewards import Objective, SequenceClassificationReward
 from grade_kernels.training.text_rewards import HELPERS
 
@@ -128,20 +129,16 @@ class PromptCollator:
             TypeError: a prompt that is neither a string nor a list of messages.
         """
         rows = [self._fitted(example) for example in examples]
-        longest = max(len(row) for row in rows)
-        wrong = self.room.mixture(min(len(row) for row in rows), longest)
+        lengths = [len(row) for row in rows]
+        wrong = self.room.mixture(min(lengths), max(lengths))
         if wrong is not None:
             raise ValueError(f"{wrong}; let each batch have prompts of one side")
-        ids = torch.full((len(rows), longest), self.pad_token_id, dtype=torch.int64)
-        mask = torch.zeros_like(ids)
-        for i, row in enumerate(rows):
-            ids[i, longest - len(row) :] = torch.tensor(row)
-            mask[i, longest - len(row) :] = 1
+        padded = Prompts.of(rows, self.pad_token_id)
         names = () if self.drops_columns else dict.fromkeys(name for example in examples for name in example)
         # An example may lack a column that others have. It gets None there, as `datasets` does it.
         columns = {name: [example.get(name) for example in examples] for name in names if name != "prompt"}
         prompts = [example["prompt"] for example in examples]
-        return {"input_ids": ids, "attention_mask": mask, "prompts": prompts, "columns": columns}
+        return {"input_ids": padded.ids, "attention_mask": padded.mask, "prompts": prompts, "columns": columns}
 
     def fitting(self, name: str, dataset: Any) -> Any:
         """A data set, or every one of a dict of such, with its prompts checked and without those to skip.

@@ -118,7 +118,7 @@ class TextRewards:
         results: dict[str, Any] = {}
         waiting: dict[str, Callable[[], Awaitable[Any]]] = {}
         for name, function in self.functions.items():
-            call = functools.partial(function, **given, **_wanted(function, extras, given))
+            call = functools.partial(function, **given, **_wanted(function, extras))
             if is_async(function):
                 waiting[name] = call
                 continue
@@ -180,13 +180,13 @@ def _signed(function: Any) -> Any:
     return function.forward if isinstance(function, nn.Module) else function
 
 
-def _wanted(function: Any, extras: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-    """Those extras that a function names."""
+def _wanted(function: Any, extras: dict[str, Any]) -> dict[str, Any]:
+    """Those extras that a function names. No column of a data set may have the name of one (`HELPERS`)."""
     try:
         parameters = inspect.signature(_signed(function)).parameters
     except (TypeError, ValueError):  # a builtin without a signature
         return {}
-    return {name: value for name, value in extras.items() if name not in given and name in parameters}
+    return {name: value for name, value in extras.items() if name in parameters}
 
 
 @contextmanager
