@@ -104,6 +104,7 @@ def test_plots(output):
     done = python("-m", "benchmarks.plot", output / "benchmarks.csv")
     assert done.returncode == 0, done.stderr
     assert len(list(output.glob("*.png"))) >= 5
+    assert not list(output.glob("gumbel_softmax-hard*"))
 
 
 def test_the_run_before_may_be_overwritten(tmp_path):
