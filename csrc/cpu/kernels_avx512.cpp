@@ -27,6 +27,7 @@ using c10::BFloat16;
 using c10::Half;
 #include "cpu/simd.h"
 #include "cpu/noise.h"
+#include "cpu/lane_noise.h"
 #include "cpu/rows.inl"
 #include "cpu/head.inl"
 #include "cpu/gather.inl"
