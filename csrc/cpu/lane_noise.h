@@ -4,22 +4,61 @@
 // Tokens come in quads: the four tokens whose words one Philox call makes.
 constexpr int kTokensPerPhilox = 4;
 
+#if defined(GK_AVX512)
+// The even ones of the 64-bit numbers of two vectors, and the odd ones.
+GK_INLINE wide w_even(wide a, wide b) {
+  return _mm512_permutex2var_epi64(a, _mm512_set_epi64(14, 12, 10, 8, 6, 4, 2, 0), b);
+}
+GK_INLINE wide w_odd(wide a, wide b) {
+  return _mm512_permutex2var_epi64(a, _mm512_set_epi64(15, 13, 11, 9, 7, 5, 3, 1), b);
+}
+#elif defined(GK_AVX2)
+GK_INLINE wide w_even(wide a, wide b) { return _mm256_permute4x64_epi64(_mm256_unpacklo_epi64(a, b), 0xD8); }
+GK_INLINE wide w_odd(wide a, wide b) { return _mm256_permute4x64_epi64(_mm256_unpackhi_epi64(a, b), 0xD8); }
+#endif
+
 // Philox for kLanes rows at one counter: what depends on the row alone is computed once, the rest is scalar until the
 // two meet in the third round.
 struct LaneKey {
   uint64_t seed;
-  int64_t row[kLanes];
   uint32_t domain;
   uint32_t k0[kPhiloxRounds], k1[kPhiloxRounds];
+  alignas(64) int64_t row[kLanes];
   alignas(64) uint64_t round1_c1[kLanes], round1_high[kLanes], round1_low[kLanes];  // even rows first, then odd ones
 
-  LaneKey(const Noise& noise, int64_t first_row, int64_t rows, uint32_t domain_) : seed(noise.seed), domain(domain_) {
+  LaneKey(uint64_t seed_, uint32_t domain_) : seed(seed_), domain(domain_) {
     for (int i = 0; i < kPhiloxRounds; ++i) {
       k0[i] = uint32_t(seed) + uint32_t(i) * kPhiloxW0;
       k1[i] = uint32_t(seed >> 32) + uint32_t(i) * kPhiloxW1;
     }
+  }
+  LaneKey(const Noise& noise, int64_t first_row, int64_t rows, uint32_t domain_) : LaneKey(noise.seed, domain_) {
+    seek(noise, first_row, rows);
+  }
+
+  // The rows from first_row on. Lanes beyond the last of so many rows get some identity.
+  [[gnu::always_inline]] void seek(const Noise& noise, int64_t first_row, int64_t rows) {
+    if (!noise.row_ids) {
+      for (int i = 0; i < kLanes; ++i) row[i] = first_row + i;
+    } else {
+      for (int i = 0; i < kLanes; ++i) row[i] = first_row + i < rows ? noise.row_ids[first_row + i] : 0;
+    }
+#if defined(GK_AVX512) || defined(GK_AVX2)
+    constexpr int kWide = 2 * kCountersPerCall;
+    const wide m0 = w_set(kPhiloxM0), m1 = w_set(kPhiloxM1), zero = w_set(0);
+    for (int part = 0; part < kLanes / kWide; ++part) {
+      const wide a = *(const wide*)(row + part * kWide), b = *(const wide*)(row + part * kWide + kCountersPerCall);
+      for (int odd = 0; odd < 2; ++odd) {
+        const int place = odd * (kLanes / 2) + part * kCountersPerCall;
+        const wide ids = odd ? w_odd(a, b) : w_even(a, b);
+        const wide p1 = w_mul(w_high(ids), m1), c0 = w_xor3(w_high(p1), ids, w_set(k0[0])), p0 = w_mul(c0, m0);
+        *(wide*)(round1_c1 + place) = w_xor3(p1, w_set(k0[1]), zero);
+        *(wide*)(round1_high + place) = w_xor3(w_high(p0), w_set(k1[1]), zero);
+        *(wide*)(round1_low + place) = w_xor3(p0, w_set(k1[2]), zero);
+      }
+    }
+#else
     for (int i = 0; i < kLanes; ++i) {
-      row[i] = first_row + i < rows ? noise.row(first_row + i) : 0;
       const int place = (i & 1) * (kLanes / 2) + i / 2;
       const uint64_t p1 = uint64_t(kPhiloxM1) * uint32_t(uint64_t(row[i]) >> 32);
       const uint32_t c0 = uint32_t(p1 >> 32) ^ uint32_t(uint64_t(row[i])) ^ k0[0];
@@ -28,6 +67,7 @@ struct LaneKey {
       round1_high[place] = uint32_t(p0 >> 32) ^ k1[1];
       round1_low[place] = uint32_t(p0) ^ k1[2];
     }
+#endif
   }
 };
 
