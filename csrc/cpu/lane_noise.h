@@ -17,7 +17,7 @@ GK_INLINE wide w_even(wide a, wide b) { return _mm256_permute4x64_epi64(_mm256_u
 GK_INLINE wide w_odd(wide a, wide b) { return _mm256_permute4x64_epi64(_mm256_unpackhi_epi64(a, b), 0xD8); }
 #endif
 
-// Philox for kLanes rows at one counter: what depends on the row alone is computed once, the rest is scalar until the
+// Philox for the rows of a vector at one counter: what depends on the row alone is computed once, the rest is scalar until the
 // two meet in the third round.
 struct LaneKey {
   uint64_t seed;
@@ -71,7 +71,7 @@ struct LaneKey {
   }
 };
 
-// Words of tokens 4 * counter .. 4 * counter + 3 for the kLanes rows.
+// Words of tokens 4 * counter .. 4 * counter + 3 for the rows of a vector.
 GK_INLINE_IF_WIDE void lane_words(const LaneKey& key, uint32_t counter, u32 out[kTokensPerPhilox]) {
   const uint64_t p0_scalar = uint64_t(kPhiloxM0) * counter;
   const uint64_t p1_scalar = uint64_t(kPhiloxM1) * (uint32_t(p0_scalar >> 32) ^ key.domain ^ key.k1[0]);
@@ -145,13 +145,13 @@ GK_INLINE_IF_WIDE void lane_words(const LaneKey& key, uint32_t counter, u32 out[
   }
 }
 
-// E of a quad for the kLanes rows, refined. `token` is the quad's first. Errors as in exponential().
+// E of a quad for the rows of a vector, refined. `token` is the quad's first. Errors as in exponential().
 GK_INLINE_IF_WIDE void lane_exponential(const LaneKey& key, int64_t token, const u32 w[kTokensPerPhilox],
                                         f32 out[kTokensPerPhilox]) {
   for (int j = 0; j < kTokensPerPhilox; j += kPack) {
     f32p e = exponential_unrefined(pack(w + j));
     u32 least = w[j];
-    for (int i = 1; i < kPack; ++i) least = least < w[j + i] ? least : w[j + i];
+    for (int i = 1; i < kPack; ++i) least = vmin(least, w[j + i]);
     if (__builtin_expect(any_below(least, kRefineBelow), 0)) {
       for (int i = 0; i < kPack; ++i) {
         f32 refined = e.v[i];

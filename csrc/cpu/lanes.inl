@@ -65,10 +65,10 @@ GK_INLINE f32 joined(const f32x4 part[kQuarters]) {
   x = _mm512_insertf32x4(x, (__m128)part[1], 1);
   x = _mm512_insertf32x4(x, (__m128)part[2], 2);
   return (f32)_mm512_insertf32x4(x, (__m128)part[3], 3);
+#elif defined(GK_AVX2)
+  return (f32)_mm256_insertf128_ps(_mm256_castps128_ps256((__m128)part[0]), (__m128)part[1], 1);
 #else
-  f32 x;
-  __builtin_memcpy(&x, part, sizeof x);
-  return x;
+  return part[0];
 #endif
 }
 GK_INLINE void part_up(f32 x, f32x4 part[kQuarters]) {
@@ -77,8 +77,11 @@ GK_INLINE void part_up(f32 x, f32x4 part[kQuarters]) {
   part[1] = (f32x4)_mm512_extractf32x4_ps((__m512)x, 1);
   part[2] = (f32x4)_mm512_extractf32x4_ps((__m512)x, 2);
   part[3] = (f32x4)_mm512_extractf32x4_ps((__m512)x, 3);
+#elif defined(GK_AVX2)
+  part[0] = (f32x4)_mm256_castps256_ps128((__m256)x);
+  part[1] = (f32x4)_mm256_extractf128_ps((__m256)x, 1);
 #else
-  __builtin_memcpy(part, &x, sizeof x);
+  part[0] = x;
 #endif
 }
 
@@ -93,12 +96,18 @@ GK_INLINE void transpose(f32 x[4]) {
   x[1] = (f32)_mm512_unpackhi_pd(ab, cd);
   x[2] = (f32)_mm512_unpacklo_pd(ab2, cd2);
   x[3] = (f32)_mm512_unpackhi_pd(ab2, cd2);
+#elif defined(GK_AVX2)
+  const __m256 a = (__m256)x[0], b = (__m256)x[1], c = (__m256)x[2], d = (__m256)x[3];
+  const __m256d ab = (__m256d)_mm256_unpacklo_ps(a, b), ab2 = (__m256d)_mm256_unpackhi_ps(a, b);
+  const __m256d cd = (__m256d)_mm256_unpacklo_ps(c, d), cd2 = (__m256d)_mm256_unpackhi_ps(c, d);
+  x[0] = (f32)_mm256_unpacklo_pd(ab, cd);
+  x[1] = (f32)_mm256_unpackhi_pd(ab, cd);
+  x[2] = (f32)_mm256_unpacklo_pd(ab2, cd2);
+  x[3] = (f32)_mm256_unpackhi_pd(ab2, cd2);
 #else
   f32 out[4];
   for (int j = 0; j < 4; ++j) {
-    for (int k = 0; k < 4; ++k) {
-      for (int p = 0; p < kQuarters; ++p) out[j][4 * p + k] = x[k][4 * p + j];
-    }
+    for (int k = 0; k < 4; ++k) out[j][k] = x[k][j];
   }
   for (int j = 0; j < 4; ++j) x[j] = out[j];
 #endif
@@ -285,7 +294,7 @@ GK_INLINE void exponentials(const Rows& in, const Patch& at, const u32* words, f
   u32 least = splat_u(~0u);
   for (int i = 0; i < at.vectors(); i += kPack) {
     const u32p w = pack(words + i);
-    for (int k = 0; k < kPack; ++k) least = least < w.v[k] ? least : w.v[k];
+    for (int k = 0; k < kPack; ++k) least = vmin(least, w.v[k]);
     unpack(exponential_unrefined(w), e + i);
   }
   // Words beyond the last vector may be small, too, which does no harm.
