@@ -8,7 +8,7 @@
 //
 // Scores are those of rows.inl to the last bit: noise is made by the same functions, lane by lane.
 
-constexpr int kMostGroups = 32;                 // in a tile
+constexpr int kMostGroups = 32;                  // in a tile
 constexpr int kRoom = kTile + kTokensPerPhilox;  // steps may write so far beyond a tile's last vector
 
 // Groups of rows from `first` on and tokens [begin, begin + tokens). Vector g * tokens + j of its tile is token
@@ -31,7 +31,8 @@ struct Places {
   int count;
   bool adjacent;  // one vector in memory has a token's numbers of all lanes
 
-  [[gnu::always_inline]] Places(const View& x, int64_t first, int count_) : token_stride(x.token_stride), count(count_) {
+  [[gnu::always_inline]] Places(const View& x, int64_t first, int count_)
+      : token_stride(x.token_stride), count(count_) {
     const int64_t a = x.inner == 1 ? first : first / x.inner, b = first - a * x.inner;
     const int64_t start = a * x.outer_stride + b * x.inner_stride;
     adjacent = false;
@@ -282,8 +283,7 @@ GK_INLINE void words_of(const LaneKey& key, int64_t token, int tokens, u32* out)
         const uint32_t w = words[g * at.tokens + j][i];
         if (w >= kRefineBelow) continue;
         const int64_t row = in.noise.row(at.row(g) + i), token = in.noise.vocab_start + at.begin + j;
-        e[g * at.tokens + j][i] =
-            exponential_from_word<float>(w, token_word(in.noise.seed, row, token, kDomainRefine));
+        e[g * at.tokens + j][i] = exponential_from_word<float>(w, token_word(in.noise.seed, row, token, kDomainRefine));
       }
     }
   }
@@ -604,6 +604,5 @@ static void relax_backward(const BackwardArgs<float>& args, int64_t begin, int64
 }
 
 static void lanes_softmax_backward(const BackwardArgs<float>& args, int64_t begin, int64_t end, float* scratch) {
-  with_dtype(args.in.logits.dtype,
-             [&]<Dtype kDtype>() { relax_backward<Element<kDtype>>(args, begin, end, scratch); });
+  with_dtype(args.in.logits.dtype, [&]<Dtype kDtype>() { relax_backward<Element<kDtype>>(args, begin, end, scratch); });
 }

@@ -58,8 +58,8 @@ struct BackwardArgs {
   const Real *tau, *score_max, *logit_max, *logit_sum;
   const int64_t* ids;
   const Real* dlogprobs;  // null: none
-  View dy, out;  // out may be dy
-  Real* dtau;  // null: not wanted
+  View dy, out;           // out may be dy
+  Real* dtau;             // null: not wanted
 };
 
 // Each takes one row; scratch has room for a row in Real. Those of float take rows whose tokens lie side by side.

@@ -237,7 +237,8 @@ void relax_each(const Rows& in, const Real* tau, bool hard, bool zeroed, const V
       settle(row, best);
       Out* y = out.row<Out>(row);
       if (!zeroed && out.token_stride == 1) std::fill(y, y + in.vocab, Out(0.0f));
-      else if (!zeroed) for (int64_t v = 0; v < in.vocab; ++v) y[v * out.token_stride] = Out(0.0f);
+      else if (!zeroed)
+        for (int64_t v = 0; v < in.vocab; ++v) y[v * out.token_stride] = Out(0.0f);
       if (best.id >= 0) y[best.id * out.token_stride] = Out(1.0f);
     });
     return;
