@@ -28,7 +28,7 @@ constexpr int64_t kTokens = 4 * kTall;     // rows of the table at a time
 constexpr int64_t kSegment = 64;           // steps whose sum is taken in registers, so that rounding stays small
 constexpr int64_t kStrip = 16;             // rounds of the table's columns that a panel has at most
 constexpr int64_t kSumsAtATime = 1 << 17;  // numbers that stay in the second-level cache
-constexpr int64_t kSegmentBetween = 16;    // calls of Ahead::ask()
+constexpr int64_t kStepsBetween = 16;      // calls of Ahead::ask()
 
 constexpr int64_t bytes_of(Dtype dtype) { return dtype == Dtype::kFloat ? 4 : 2; }
 int64_t lines_of(int64_t numbers) { return (numbers + kLine - 1) / kLine; }
@@ -104,7 +104,7 @@ template <int kRows>
   const int64_t apart = rows.stride;
   while (steps > 0) {
     ahead.ask();
-    const int64_t now = std::min(steps, kSegmentBetween);
+    const int64_t now = std::min(steps, kStepsBetween);
     steps -= now;
 #pragma GCC unroll 4
     for (int64_t k = 0; k < now; ++k) {
@@ -145,9 +145,7 @@ void multiply_rows(BroadcastRows rows, int64_t count, const float* lines, int64_
   some.template operator()<2>();
   some.template operator()<1>();
 }
-int64_t calls_of(int64_t rows, int64_t lines, int64_t steps) {
-  return rows / kTall * lines * (steps / kSegmentBetween);
-}
+int64_t calls_of(int64_t rows, int64_t lines, int64_t steps) { return rows / kTall * lines * (steps / kStepsBetween); }
 
 // x's rows in lines, a line's steps one after the other.
 int64_t packed_numbers(Dtype, int64_t rows, int64_t width) { return 2 * lines_of(rows) * kLine * width; }
@@ -242,9 +240,9 @@ class Summer {
   explicit Summer(const WeightedSum& args)
       : args_(args),
         strip_(std::clamp<int64_t>(kSumsAtATime / (kRound * kLine * args.rows), 1, kStrip) * kRound),
-        memory_(new float[size_t(strip_ * kLine * (kSegment + args.rows) + kSegment * args.rows)]),
+        memory_(new float[size_t(strip_ * kLine * (kAtATime + args.rows) + kAtATime * args.rows)]),
         panel_(memory_),
-        sums_(panel_ + strip_ * kSegment * kLine),
+        sums_(panel_ + strip_ * kAtATime * kLine),
         values_(sums_ + strip_ * args.rows * kLine) {}
   ~Summer() { delete[] memory_; }
   Summer(const Summer&) = delete;
@@ -253,18 +251,18 @@ class Summer {
   void run(int64_t begin, int64_t end) {
     for (int64_t first = begin; first < end; first += strip_) {
       const int64_t lines = std::min(strip_, end - first);
-      for (int64_t token = 0; token < args_.tokens; token += kSegment) {
-        const int64_t tokens = std::min(kSegment, args_.tokens - token),
-                      behind = std::min(kSegment, args_.tokens - token - tokens);
+      for (int64_t token = 0; token < args_.tokens; token += kAtATime) {
+        const int64_t tokens = std::min(kAtATime, args_.tokens - token),
+                      behind = std::min(kAtATime, args_.tokens - token - tokens);
         fill(token, tokens, first, lines);
         copy(token, tokens);
         const int64_t bytes = bytes_of(kDtype), columns = std::min(lines * kLine, args_.width - first * kLine);
         Ahead ahead(table(token + tokens) + first * kLine * bytes, args_.stride * bytes, behind, columns * bytes,
                     calls_of(args_.rows, lines, tokens));
-        const BroadcastRows rows{reinterpret_cast<const char*>(values_), kSegment * 4, false};
+        const BroadcastRows rows{reinterpret_cast<const char*>(values_), kAtATime * 4, false};
         // One line with all rows after the other: a line's steps stay in the first-level cache.
         for (int64_t i = 0; i < lines; ++i) {
-          multiply_rows(rows, args_.rows, panel_ + i * kSegment * kLine, 1, 0, tokens, token == 0,
+          multiply_rows(rows, args_.rows, panel_ + i * kAtATime * kLine, 1, 0, tokens, token == 0,
                         sums_ + i * args_.rows * kLine, kLine, ahead);
         }
       }
@@ -273,6 +271,8 @@ class Summer {
   }
 
  private:
+  static constexpr int64_t kAtATime = 64;  // tokens
+
   const char* table(int64_t token) const {
     return static_cast<const char*>(args_.table) + token * args_.stride * bytes_of(kDtype);
   }
@@ -287,7 +287,7 @@ class Summer {
         const int64_t column = (first + i) * kLine;
         const char* x = table(token + step) + column * bytes_of(kDtype);
         for (int64_t j = 0; j < kLine; j += kLanes) {
-          _mm256_storeu_ps(panel_ + (i * kSegment + step) * kLine + j,
+          _mm256_storeu_ps(panel_ + (i * kAtATime + step) * kLine + j,
                            load<kDtype>(x + j * bytes_of(kDtype), args_.width - column - j));
         }
       }
@@ -301,7 +301,7 @@ class Summer {
     for (int64_t row = 0; row < args_.rows; ++row) {
       for (int64_t i = 0; i < tokens; i += kLanes) {
         const char* x = values(token + i) + row * args_.values_stride * bytes;
-        _mm256_storeu_ps(values_ + row * kSegment + i, args_.values_dtype == Dtype::kFloat
+        _mm256_storeu_ps(values_ + row * kAtATime + i, args_.values_dtype == Dtype::kFloat
                                                            ? load<Dtype::kFloat>(x, tokens - i)
                                                            : load<kDtype>(x, tokens - i));
       }
