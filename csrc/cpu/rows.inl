@@ -241,7 +241,7 @@ constexpr int kMostChunks = 64;   // of a row; longer rows have longer chunks
 constexpr float kLowest = -3.402823466e38f;  // stands for -inf where that would make NaN of -inf - -inf
 
 struct Chunk {
-  int64_t begin, end;
+  int64_t begin, end, length;  // length: of whole chunks
   float pivot, score_max, sum;  // sum of exp((l + g - pivot) / tau)
   bool bad;                     // a logit is NaN or +inf
 };
@@ -291,6 +291,9 @@ GK_INLINE void weigh_chunk_at_one(const Rows& in, const RowKey& key, const T* l_
     u32 w[kVectors];
     const BlockIn<T> l(l_row, block, -__builtin_inff());
     const BlockOut<float> out(weights, block);
+    // The next chunk is asked for now: its search for the maximum would have nothing to do but wait for memory.
+    const char* next = reinterpret_cast<const char*>(l_row + block.column + chunk.length);
+    for (int line = 0; line < kBlock * int(sizeof(T)); line += 64) __builtin_prefetch(next + line, 0, 2);
     noise_words(key, block.counter, w);
     for (int j = 0; j < kVectors; j += kPack) {
       const int64_t token = in.noise.vocab_start + block.column + j * kLanes;
@@ -363,6 +366,7 @@ static void relax_row(const RelaxArgs<float>& args, int64_t row, float* scratch)
     Chunk& chunk = chunks[count++];
     chunk.begin = begin < 0 ? 0 : begin;
     chunk.end = begin + length < in.vocab ? begin + length : in.vocab;
+    chunk.length = length;
     if (scale == kLog2E) weigh_chunk_at_one(in, key, l_row, weights, chunk);
     else weigh_chunk(in, key, l_row, scale, weights, chunk);
     bad |= chunk.bad;
