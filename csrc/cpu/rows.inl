@@ -408,6 +408,9 @@ static void backward_row(const BackwardArgs<float>& args, int64_t row, float* sc
   const T* l_row = in.logits.row<const T>(row);
   const T* dy_row = args.dy.row<const T>(row);
   T* out_row = args.out.row<T>(row);
+  // Weights wait for the second pass where the gradient will be, if they fit, or the cache would have to hold a row more.
+  float* weights_row = scratch;
+  if constexpr (sizeof(T) == sizeof(float)) weights_row = out_row == dy_row ? scratch : out_row;
   const RowKey key(in.noise.seed, in.noise.row(row), kDomainGumbel);
   const int64_t vocab_start = kNoisy ? in.noise.vocab_start : 0;
   const float tau = args.tau[row], scale = kLog2E / tau;
@@ -417,12 +420,12 @@ static void backward_row(const BackwardArgs<float>& args, int64_t row, float* sc
   const float untempered_pivot = needs_untempered ? args.logit_max[row] : 0.0f;
   const float untempered_inverse = needs_untempered ? 1.0f / args.logit_sum[row] : 0.0f;
 
-  // First pass: weights to scratch, their sum, and their products with dy.
+  // First pass: weights, their sum, and their products with dy.
   Sum sum, dot, untempered_dot;
   for_each_block(vocab_start, 0, in.vocab, [&](const Block& block) __attribute__((always_inline)) {
     u32 w[kVectors];
     const BlockIn<T> l(l_row, block, -__builtin_inff()), dy(dy_row, block, 0.0f);
-    const BlockOut<float> weights(scratch, block);
+    const BlockOut<float> weights(weights_row, block);
     if constexpr (kNoisy) noise_words(key, block.counter, w);
     for (int j = 0; j < kVectors; j += kPack) {
       f32p e;
@@ -440,11 +443,14 @@ static void backward_row(const BackwardArgs<float>& args, int64_t row, float* sc
     sum.tick();
     dot.tick();
     if constexpr (kReinmax) untempered_dot.tick();
-    weights.finish(scratch, block);
+    weights.finish(weights_row, block);
   });
   const float inverse = 1.0f / sum.total();
-  float mean = dot.total() * inverse, untempered_mean = 0.0f, chosen_dy = 0.0f;
-  if (kReinmax || args.dlogprobs) chosen_dy = float(dy_row[args.ids[row]]);
+  float mean = dot.total() * inverse, untempered_mean = 0.0f, chosen_dy = 0.0f, chosen_weight = 0.0f;
+  if (needs_untempered) {
+    chosen_dy = float(dy_row[args.ids[row]]);
+    chosen_weight = weights_row[args.ids[row]];
+  }
   if constexpr (kReinmax) {
     mean = 0.5f * (mean + chosen_dy);
     untempered_mean = untempered_dot.total() * untempered_inverse;
@@ -455,7 +461,7 @@ static void backward_row(const BackwardArgs<float>& args, int64_t row, float* sc
   const float factor = kReinmax ? inverse : inverse / tau;
   Sum moment;
   for_each_block(0, 0, in.vocab, [&](const Block& block) __attribute__((always_inline)) {
-    const BlockIn<float> weights(scratch, block, 0.0f);
+    const BlockIn<float> weights(weights_row, block, 0.0f);
     const BlockIn<T> dy(dy_row, block, 0.0f);
     const BlockOut<T> out(out_row, block);
     for (int j = 0; j < kVectors; j += kPack) {
@@ -480,9 +486,8 @@ static void backward_row(const BackwardArgs<float>& args, int64_t row, float* sc
     const int64_t id = args.ids[row];
     const float l = float(l_row[id]);
     if (l > -__builtin_inff()) {
-      const float e = scratch[id],
-                  untempered = vexp2_one(splat((l - untempered_pivot) * kLog2E))[0] * untempered_inverse;
-      float dl = e * factor * (chosen_dy - mean) + dlogprob * (1.0f - untempered);
+      const float untempered = vexp2_one(splat((l - untempered_pivot) * kLog2E))[0] * untempered_inverse;
+      float dl = chosen_weight * factor * (chosen_dy - mean) + dlogprob * (1.0f - untempered);
       if constexpr (kReinmax) dl += (chosen_dy - mean) - 0.5f * untempered * (chosen_dy - untempered_mean);
       out_row[id] = T(dl);
     }
