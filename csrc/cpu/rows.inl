@@ -119,7 +119,7 @@ GK_INLINE_IF_WIDE f32 gumbel_one(const RowKey& key, int64_t token, u32 w) {
 
 template <typename T, bool kLogSumExp>
 static SamplePart<float> sample_part(const Rows& in, int64_t row, int64_t begin, int64_t end) {
-  const T* l_row = static_cast<const T*>(in.logits) + row * in.stride;
+  const T* l_row = in.logits.row<const T>(row);
   const RowKey key(in.noise.seed, in.noise.row(row), kDomainGumbel);
   SamplePart<float> best{-__builtin_inff(), 0, 0, -1, false};
   f32 threshold = splat(-__builtin_inff());
@@ -164,7 +164,7 @@ static SamplePart<float> sample_part(const Rows& in, int64_t row, int64_t begin,
 }
 
 static SamplePart<float> sample(const Rows& in, int64_t row, int64_t begin, int64_t end, bool logsumexp) {
-  return with_dtype(in.dtype, [&]<Dtype kDtype>() {
+  return with_dtype(in.logits.dtype, [&]<Dtype kDtype>() {
     using T = Element<kDtype>;
     return logsumexp ? sample_part<T, true>(in, row, begin, end) : sample_part<T, false>(in, row, begin, end);
   });
@@ -189,8 +189,8 @@ GK_INLINE_IF_WIDE f32p weigh_noiseless(f32p l, float pivot, float scale) { retur
 template <typename T, typename Out>
 static void softmax_row(const SoftmaxArgs<float>& args, int64_t row, float* scratch) {
   const Rows& in = args.in;
-  const T* l_row = static_cast<const T*>(in.logits) + row * in.stride;
-  Out* out_row = static_cast<Out*>(args.out) + row * args.out_stride;
+  const T* l_row = in.logits.row<const T>(row);
+  Out* out_row = args.out.row<Out>(row);
   const RowKey key(in.noise.seed, in.noise.row(row), kDomainGumbel);
   const float scale = kLog2E / args.tau[row], pivot = args.score_max[row];
   Sum sum;
@@ -224,8 +224,8 @@ static void softmax_row(const SoftmaxArgs<float>& args, int64_t row, float* scra
 }
 
 static void softmax(const SoftmaxArgs<float>& args, int64_t row, float* scratch) {
-  with_dtype(args.in.dtype, [&]<Dtype kDtype>() {
-    with_dtype(args.out_dtype, [&]<Dtype kOut>() { softmax_row<Element<kDtype>, Element<kOut>>(args, row, scratch); });
+  with_dtype(args.in.logits.dtype, [&]<Dtype kDtype>() {
+    with_dtype(args.out.dtype, [&]<Dtype kOut>() { softmax_row<Element<kDtype>, Element<kOut>>(args, row, scratch); });
   });
 }
 
@@ -240,9 +240,9 @@ template <typename T, Estimator kEstimator>
 static void backward_row(const BackwardArgs<float>& args, int64_t row, float* scratch) {
   constexpr bool kNoisy = kEstimator == Estimator::kNoisy, kReinmax = kEstimator == Estimator::kReinmax;
   const Rows& in = args.in;
-  const T* l_row = static_cast<const T*>(in.logits) + row * in.stride;
-  const T* dy_row = static_cast<const T*>(args.dy) + row * args.dy_stride;
-  T* out_row = static_cast<T*>(args.out) + row * args.out_stride;
+  const T* l_row = in.logits.row<const T>(row);
+  const T* dy_row = args.dy.row<const T>(row);
+  T* out_row = args.out.row<T>(row);
   const RowKey key(in.noise.seed, in.noise.row(row), kDomainGumbel);
   const int64_t vocab_start = kNoisy ? in.noise.vocab_start : 0;
   const float tau = args.tau[row], scale = kLog2E / tau;
@@ -328,7 +328,7 @@ static void backward_row(const BackwardArgs<float>& args, int64_t row, float* sc
 }
 
 static void softmax_backward(const BackwardArgs<float>& args, int64_t row, float* scratch) {
-  with_dtype(args.in.dtype, [&]<Dtype kDtype>() {
+  with_dtype(args.in.logits.dtype, [&]<Dtype kDtype>() {
     with_estimator(args.estimator,
                    [&]<Estimator kRule>() { backward_row<Element<kDtype>, kRule>(args, row, scratch); });
   });

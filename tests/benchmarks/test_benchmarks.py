@@ -26,6 +26,8 @@ def bench(*arguments):
     return [str(argument) for argument in ("bench", *sizes, *case, *arguments)]
 
 
+USER = "architecture search: [20, 8]"  # a shape of benchmarks.users
+
 # A process for every command, forked from one that has imported torch, which is most of what a command takes.
 _FORKS = """
 import json, os, sys
@@ -61,9 +63,9 @@ def output(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bench-output")
     sizes = ("--rows", 3, "--vocab", 1001, "--dtypes", "float32", "--budget", 0)
     options = ("--contestants", "eager,multinomial", "--output", folder, "-p", "no:cacheprovider")
-    done = python(
-        "-m", "pytest", "benchmarks", *sizes, *options, "-k", "test_time or (gumbel_ste-forward+backward and N3)"
-    )
+    user = "(test_users and hard-forward-float32 and architecture and threads1)"
+    cases = f"test_time or (gumbel_ste-forward+backward and N3) or {user}"
+    done = python("-m", "pytest", "benchmarks", *sizes, *options, "-k", cases)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Time: ours, and how many times as long the others took" in done.stdout
     assert "Peak memory above the inputs" in done.stdout
@@ -73,6 +75,7 @@ def output(tmp_path_factory):
 def test_csv(output):
     with (output / "benchmarks.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
+    assert USER in {row["shape"] for row in rows}
     assert {row["competitor"] for row in rows} == {"grade-kernels", "eager", "multinomial"}
     ops = {row["op"].split()[0] for row in rows}
     assert ops == {
@@ -81,7 +84,7 @@ def test_csv(output):
     }
     for row in rows:
         assert float(row["median_seconds"]) > 0
-        assert row["N"] in ("1", "3", "12")
+        assert row["N"] in ("1", "3", "12") or (row["shape"], row["threads"]) == (USER, "1")
         assert row["competitor"] != "grade-kernels" or float(row["ratio_to_ours"]) == 1
     with_memory = [row for row in rows if row["peak_bytes"]]
     assert {(row["op"], row["pass"]) for row in with_memory} == {
@@ -101,6 +104,7 @@ def test_plots(output):
     done = python("-m", "benchmarks.plot", output / "benchmarks.csv")
     assert done.returncode == 0, done.stderr
     assert len(list(output.glob("*.png"))) >= 5
+    assert not list(output.glob("gumbel_softmax-hard*"))
 
 
 def test_the_run_before_may_be_overwritten(tmp_path):
@@ -119,7 +123,23 @@ def test_the_run_before_may_be_overwritten(tmp_path):
     assert "eager took 1000.00" in done.stdout
 
 
+SLOW = """
+import time
+import grade_kernels as gk
+right = gk.gumbel_softmax
+def gumbel_softmax(*arguments, **options):
+    time.sleep(0.01)
+    return right(*arguments, **options)
+gk.gumbel_softmax = gumbel_softmax
+"""
+SAVED = f"""
+op,pass,device,dtype,N,V,H,D,shape,threads,competitor,ratio_low,ratio_high
+gumbel_softmax hard,forward,cpu,float32,20,8,,,"{USER}",1,eager,0,0
+""".lstrip()
+ONE_USER = ("-k", "test_users and hard-forward-float32 and architecture and threads1")
+
 FAILURES = [
+    (("--compare", "saved", "-p", "slow", *ONE_USER), "Slower than eager PyTorch beyond noise:"),
     (("--compare", ROOT / "benchmarks" / "results" / "amx-rows.csv"), "nothing to compare"),
     (("--contestants", "eager,multinominal"), "contestants multinominal; there are"),
 ]
@@ -141,8 +161,11 @@ def test_what_can_not_be_done_fails(tmp_path):
         folder = tmp_path / str(i)
         folder.mkdir()
         (folder / "file").touch()
+        (folder / "slow.py").write_text(SLOW)
+        (folder / "saved").write_text(SAVED)
         commands.append((bench(*options), folder))
     found = several(*commands)
+    assert "nothing beyond noise" in found[0][1]  # no ground is lost: it fails because eager is faster
     for (status, output, errors), (_, message) in zip(found, FAILURES, strict=False):
         assert status == 1, output + errors
         assert message in output
