@@ -1,0 +1,315 @@
+"""Rows of given logits `[A, V, B]` of any strides, several to a program: what their kernels and launchers agree on.
+
+Row `a * B + b` is `logits[a, :, b]`. A tile is BM rows times GROUPS groups of four tokens that share a Philox call. The four
+tokens of a group are blocks of their own, `[BM, GROUPS]` each and called slots, so a group's noise never leaves its thread.
+A vocabulary of three tokens or fewer has as many slots as tokens. Triton lays a block out along the dimension in which
+addresses follow one another. So neighbouring threads take the tokens of a row where those are neighbours in memory, and
+neighbouring rows where V is not the last dimension.
+
+A row that fits is one tile: it is read once, and written from registers. A longer one is cut into splits of STEPS tiles. A
+first kernel leaves each split's share, `[N, SPLITS]`, and a second reads the row again. These sizes depend on the
+vocabulary, the dtype and the strides, never on the number of rows.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from grade_kernels.backends.native import contiguous
+from grade_kernels.backends.records import Noise
+from grade_kernels.backends.triton.philox import (
+    DOMAIN_GUMBEL,
+    DOMAIN_REFINE,
+    LN2,
+    LOG2E,
+    REFINE_BELOW,
+    load_key,
+    philox,
+    scaled_noise,
+    split_row,
+)
+from grade_kernels.backends.triton.sizes import TritonSizes
+from grade_kernels.backends.triton.strips import TRITON_DTYPE, round_to
+from grade_kernels.backends.triton.targets import compiler_options, current_target
+from grade_kernels.dtypes import compute_dtype
+from grade_kernels.noise import seed_on
+
+# How a kernel reaches the tokens of a group in one tensor.
+APART = tl.constexpr(0)  # one by one
+JOINED = tl.constexpr(1)  # they are neighbours in memory
+VECTOR = tl.constexpr(2)  # and lie in one aligned word
+
+WRITTEN = ("s_outa", "s_outv", "s_outb", "ACCESS_OUT")  # options of the kernels that write `out`
+
+
+class RowTile(NamedTuple):
+    """A tile of rows.
+
+    Attributes:
+        rows: of a tile, BM.
+        groups: of four tokens.
+        steps: tiles of a split.
+        splits: of a row; 0 if a row is one tile.
+    """
+
+    rows: int
+    groups: int
+    steps: int
+    splits: int
+
+    def warps(self, warp_size: int) -> int:
+        """Warps of a program: four groups in a thread, so that its loads overlap."""
+        return min(16, max(1, self.rows * self.groups // (4 * warp_size)))
+
+
+def row_tile(width: int, across: bool, dtype: torch.dtype, sizes: TritonSizes) -> RowTile:
+    """The tile for rows of `width` columns; across: neighbours in memory are of one token in neighbouring rows."""
+    share = 2 if dtype == torch.float64 else 1  # of the registers
+    groups = triton.next_power_of_2(triton.cdiv(width, 4))
+    # With fewer rows a sector of 32 bytes would be read by several programs.
+    least = max(8, 32 // dtype.itemsize) if across else 1
+    step = sizes.tile_groups // share
+    if 4 * groups * least * share <= sizes.tile_tokens:
+        return RowTile(max(least, step // groups), groups, 1, 0)
+    rows = 2 * least if across else 1
+    # Rows that are read together fill a device sooner.
+    split = sizes.row_split // 4 if across else sizes.row_split
+    groups = step // rows
+    steps = max(1, split // (4 * groups))
+    return RowTile(rows, groups, steps, triton.cdiv(width, 4 * groups * steps))
+
+
+class View(NamedTuple):
+    """The rows of `[A, V, B]` tensors, as kernels count them.
+
+    FLAT: all rows of each tensor lie at one stride, and are counted along A. Else tiles are BA by BB rows.
+    """
+
+    A: int
+    B: int
+    FLAT: bool
+
+    @staticmethod
+    def of(*tensors: torch.Tensor) -> View:
+        """The view that serves tensors of one shape."""
+        a, _, b = tensors[0].shape
+        flat = a == 1 or b == 1 or all(t.stride(0) == b * t.stride(2) for t in tensors)
+        return View(a * b, 1, True) if flat else View(a, b, False)
+
+    def strides(self, x: torch.Tensor) -> tuple[int, int, int]:
+        """Along A, V and B."""
+        along_a, along_v, along_b = x.stride()
+        if self.FLAT:
+            return (along_a if x.shape[2] == 1 else along_b), along_v, 0
+        return along_a, along_v, along_b
+
+    def is_across(self, x: torch.Tensor) -> bool:
+        """Whether neighbours in memory are of one token in neighbouring rows."""
+        along_a, along_v, along_b = self.strides(x)
+        return along_v != 1 and (along_a if self.FLAT else along_b) == 1
+
+    def access(self, x: torch.Tensor, slots: int, skew: int) -> int:
+        """How a group's tokens are reached: APART, JOINED or VECTOR."""
+        along_a, along_v, along_b = self.strides(x)
+        if slots == 1 or along_v != 1:
+            return APART.value
+        aligned = slots != 3 and skew == 0 and x.element_size() <= 4 and x.data_ptr() % 16 == 0
+        if aligned and along_a % slots == 0 and along_b % slots == 0:
+            return VECTOR.value
+        return JOINED.value
+
+
+def tile_options(
+    sizes: TritonSizes, noise: Noise, logits: torch.Tensor, **others: torch.Tensor
+) -> tuple[dict[str, Any], tuple[int], RowTile]:
+    """Arguments that all kernels over tiles of rows share, their grid, and their tile.
+
+    The tensors are called as the kernels call them: x has the strides s_xa, s_xv, s_xb, and is reached as ACCESS_x says.
+    """
+    target = current_target()
+    tensors = {"l": logits, **others}
+    view = View.of(*tensors.values())
+    vocab, skew = logits.shape[1], noise.vocab_start & 3
+    tile = row_tile(vocab + skew, view.is_across(logits), logits.dtype, sizes)
+    slots = min(4, vocab + skew)
+    options: dict[str, Any] = {
+        "logits": logits, "seed": seed_on(noise.seed, logits.device), "row_ids": contiguous(noise.row_ids),
+        "A": view.A, "B": view.B, "V": vocab, "group_start": (noise.vocab_start >> 2) & 0xFFFFFFFF,
+        **tile_shape(tile, view.B, view.FLAT), "SLOTS": slots, "SKEW": skew,
+        "EVEN": skew == 0 and vocab % (slots * tile.groups) == 0,
+        "DTYPE": TRITON_DTYPE[compute_dtype(logits.dtype)], "FAST": target.backend == "cuda",
+        "num_warps": tile.warps(target.warp_size), **compiler_options(target.backend),
+    }  # fmt: skip
+    for name, x in tensors.items():
+        options |= zip((f"s_{name}a", f"s_{name}v", f"s_{name}b"), view.strides(x), strict=True)
+        options[f"ACCESS_{name.upper()}"] = view.access(x, slots, skew)
+    blocks = triton.cdiv(view.A, options["BA"]) * triton.cdiv(view.B, options["BB"])
+    return options, (blocks * max(1, tile.splits),), tile
+
+
+def tile_shape(tile: RowTile, b: int, flat: bool) -> dict[str, Any]:
+    """Constants of kernels for a tile of rows in a view of `b` rows along B."""
+    along_b = 1 if flat else min(tile.rows, triton.next_power_of_2(b))
+    return {"FLAT": flat, "BA": tile.rows // along_b, "BB": along_b, "GROUPS": tile.groups}
+
+
+@triton.jit
+def locate(A, B, FLAT: tl.constexpr, BA: tl.constexpr, BB: tl.constexpr, SPLITS: tl.constexpr):
+    """A program's split, and of its rows `[BM]` the numbers, the places along A and B, and which of them exist."""
+    i_p = tl.program_id(0)
+    i_s = i_p % SPLITS
+    i_p = i_p // SPLITS
+    o_r = tl.arange(0, BA * BB)
+    if FLAT:
+        o_n = i_p.to(tl.int64) * (BA * BB) + o_r
+        o_a = o_n
+        o_b = o_n
+        m_n = o_n < A
+    else:
+        blocks = tl.cdiv(B, BB)
+        o_a = (i_p // blocks).to(tl.int64) * BA + o_r // BB
+        o_b = (i_p % blocks).to(tl.int64) * BB + o_r % BB
+        o_n = o_a * B + o_b
+        m_n = (o_a < A) & (o_b < B)
+    return i_s, o_n, o_a, o_b, m_n
+
+
+@triton.jit
+def row_offsets(o_a, o_b, s_a, s_b, FLAT: tl.constexpr):
+    """Where rows `[BM]` of a tensor begin."""
+    if FLAT:
+        o_row = o_a * s_a
+    else:
+        o_row = o_a * s_a + o_b * s_b
+    return o_row
+
+
+@triton.jit
+def row_streams(seed, row_ids, o_n, m_n):
+    """What the words of rows are drawn from: the rows' counter words `[BM, 1]` and the key."""
+    k0, k1 = load_key(seed)
+    if row_ids is None:
+        row_lo, row_hi = split_row(o_n)
+    else:
+        row_lo, row_hi = split_row(tl.load(row_ids + o_n, mask=m_n, other=0))
+    return row_lo[:, None], row_hi[:, None], k0, k1
+
+
+@triton.jit
+def row_rates(tau, o_n, s_tau, m_n):
+    """Temperatures of rows `[BM]`, and LOG2E over them."""
+    r_tau = tl.load(tau + o_n * s_tau, mask=m_n, other=1.0)
+    return r_tau, tl.full((), LOG2E, r_tau.dtype) / r_tau
+
+
+@triton.jit
+def slot_tokens(first, i_j: tl.constexpr, GROUPS: tl.constexpr, SKEW: tl.constexpr):
+    """Tokens `[1, GROUPS]` of one slot, in a tile that begins at token `first - SKEW`."""
+    return (first + 4 * tl.arange(0, GROUPS) + (i_j - SKEW))[None, :]
+
+
+@triton.jit
+def _exists(m_n, o_v, V, SKEW: tl.constexpr, EVEN: tl.constexpr):
+    """Which elements there are; in an even vocabulary all of the rows that there are."""
+    m = m_n[:, None]
+    if not EVEN:
+        m = m & (o_v < V)
+        if SKEW:
+            m = m & (o_v >= 0)
+    return m
+
+
+@triton.jit
+def load_slots(
+    p_x, o_row, s_v, first, V, m_n, OTHER: tl.constexpr, GROUPS: tl.constexpr, SLOTS: tl.constexpr, SKEW: tl.constexpr,
+    EVEN: tl.constexpr, ACCESS: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """The slots of a tile in the compute dtype, OTHER where there is no such element."""
+    BM: tl.constexpr = o_row.shape[0]
+    if ACCESS == VECTOR:
+        o_v = (first + tl.arange(0, SLOTS * GROUPS))[None, :]
+        o_x = tl.multiple_of(o_row, SLOTS)[:, None] + o_v
+        b_x = tl.load(p_x + o_x, mask=_exists(m_n, o_v, V, SKEW, EVEN), other=OTHER).to(DTYPE)  # [BM, SLOTS * GROUPS]
+        if SLOTS == 4:
+            b_even, b_odd = tl.split(tl.reshape(b_x, [BM, GROUPS, 2, 2]))
+            b_0, b_2 = tl.split(b_even)
+            b_1, b_3 = tl.split(b_odd)
+            slots = (b_0, b_1, b_2, b_3)
+        else:
+            b_0, b_1 = tl.split(tl.reshape(b_x, [BM, GROUPS, 2]))
+            slots = (b_0, b_1)
+    else:
+        slots = ()
+        for i_j in tl.static_range(SLOTS):
+            o_v = slot_tokens(first, i_j, GROUPS, SKEW)
+            p_v = p_x + (o_row[:, None] + o_v.to(tl.int64) * s_v)
+            m = _exists(m_n, o_v, V, SKEW, EVEN)
+            slots = slots + (tl.load(p_v, mask=m, other=OTHER).to(DTYPE),)  # [BM, GROUPS]
+    return slots
+
+
+@triton.jit
+def store_slots(
+    p_x, o_row, s_v, first, V, m_n, slots, GROUPS: tl.constexpr, SLOTS: tl.constexpr, SKEW: tl.constexpr,
+    EVEN: tl.constexpr, ACCESS: tl.constexpr,
+):  # fmt: skip
+    """Write the slots of a tile, in the tensor's dtype."""
+    BM: tl.constexpr = o_row.shape[0]
+    b = ()
+    for i_j in tl.static_range(SLOTS):
+        b = b + (round_to(tl.broadcast_to(slots[i_j], [BM, GROUPS]), p_x.dtype.element_ty),)
+    if ACCESS == APART:
+        for i_j in tl.static_range(SLOTS):
+            o_v = slot_tokens(first, i_j, GROUPS, SKEW)
+            tl.store(
+                p_x + (o_row[:, None] + o_v.to(tl.int64) * s_v), b[i_j], mask=_exists(m_n, o_v, V, SKEW, EVEN)
+            )  # fmt: skip
+    else:
+        # Written apart, each word would fill a part of a sector, and a cache would see every sector four times.
+        if SLOTS == 2:
+            WIDTH: tl.constexpr = 2 * GROUPS
+            b_x = tl.reshape(tl.join(b[0], b[1]), [BM, WIDTH])
+        else:
+            WIDTH: tl.constexpr = 4 * GROUPS
+            b_x = tl.reshape(tl.join(tl.join(b[0], b[2]), tl.join(b[1], b[SLOTS - 1])), [BM, WIDTH])
+        o_v = (first + tl.arange(0, WIDTH) - SKEW)[None, :]
+        if ACCESS == VECTOR:
+            o_row = tl.multiple_of(o_row, SLOTS)
+        # Three tokens are written as four, of which the last is none.
+        tl.store(p_x + (o_row[:, None] + o_v), b_x, mask=_exists(m_n, o_v, V, SKEW, EVEN and SLOTS != 3))
+
+
+@triton.jit
+def _slot_noise(b_group, stream, SLOTS: tl.constexpr, DTYPE: tl.constexpr, FAST: tl.constexpr, REFINE: tl.constexpr):
+    """Scaled noise of the slots, and the least word of each group."""
+    row_lo, row_hi, k0, k1 = stream
+    w = philox(b_group, row_lo, row_hi, tl.full((), DOMAIN_GUMBEL, tl.uint32), k0, k1, FAST)
+    fine = w
+    if REFINE:
+        fine = philox(b_group, row_lo, row_hi, tl.full((), DOMAIN_REFINE, tl.uint32), k0, k1, FAST, RARE=True)
+    b_least = w[0]
+    b_n = ()
+    for i_j in tl.static_range(SLOTS):
+        b_least = tl.minimum(b_least, w[i_j])
+        b_n = b_n + (scaled_noise(w[i_j], fine[i_j], DTYPE, FAST, REFINE),)
+    return b_n, b_least
+
+
+@triton.jit
+def score_slots(
+    b_l, first, group_start, stream, GROUPS: tl.constexpr, SLOTS: tl.constexpr, DTYPE: tl.constexpr, FAST: tl.constexpr
+):  # fmt: skip
+    """Scores l + g of the slots `b_l`, but for the shift that all noise shares (SHIFT)."""
+    b_group = (group_start.to(tl.uint32) + (first // 4 + tl.arange(0, GROUPS)).to(tl.uint32))[None, :]
+    b_n, b_least = _slot_noise(b_group, stream, SLOTS, DTYPE, FAST, REFINE=False)
+    if tl.min(tl.min(b_least.to(tl.int64), 1), 0) < REFINE_BELOW:
+        # One tile in eight thousand holds such a word. Its noise is made again; the others pay one minimum.
+        b_n, b_least = _slot_noise(b_group, stream, SLOTS, DTYPE, FAST, REFINE=True)
+    b_s = ()
+    for i_j in tl.static_range(SLOTS):
+        b_s = b_s + (tl.fma(b_n[i_j], -LN2, b_l[i_j]),)
+    return b_s
