@@ -32,13 +32,13 @@ from grade_kernels.dtypes import compute_dtype
 @triton.jit
 def _load_both(
     logits, dy, o_l, o_dy, s_lv, s_dyv, first, V, m_n, GROUPS: tl.constexpr, SLOTS: tl.constexpr, SKEW: tl.constexpr,
-    EVEN: tl.constexpr, DTYPE: tl.constexpr, ACCESS_L: tl.constexpr, ACCESS_DY: tl.constexpr,
+    EVEN: tl.constexpr, DTYPE: tl.constexpr, NEAR_L: tl.constexpr, UNIT_L: tl.constexpr, NEAR_DY: tl.constexpr, UNIT_DY: tl.constexpr,
 ):  # fmt: skip
     """The slots of logits, and those of dy, which are 0 where a token is masked: there it may be infinite."""
     b_l = load_slots(
-        logits, o_l, s_lv, first, V, m_n, float("-inf"), GROUPS, SLOTS, SKEW, EVEN, ACCESS_L, DTYPE
+        logits, o_l, s_lv, first, V, m_n, float("-inf"), GROUPS, SLOTS, SKEW, EVEN, NEAR_L, UNIT_L, DTYPE
     )  # fmt: skip
-    b_raw = load_slots(dy, o_dy, s_dyv, first, V, m_n, 0.0, GROUPS, SLOTS, SKEW, EVEN, ACCESS_DY, DTYPE)
+    b_raw = load_slots(dy, o_dy, s_dyv, first, V, m_n, 0.0, GROUPS, SLOTS, SKEW, EVEN, NEAR_DY, UNIT_DY, DTYPE)
     b_dy = ()
     for i_j in tl.static_range(SLOTS):
         b_dy = b_dy + (tl.where(b_l[i_j] == float("-inf"), 0.0, b_raw[i_j]),)
@@ -73,17 +73,17 @@ def _gradient(b_l, b_dy, b_d, b_w, r_pivot, r_factor, r_mean, b_moment, SLOTS: t
 def row_tile_backward_kernel(
     dy, logits, tau, seed, row_ids, score_max, out, dtau, s_dya, s_dyv, s_dyb, s_la, s_lv, s_lb, s_outa, s_outv, s_outb,
     s_tau, A, B, V, group_start,
-    FLAT: tl.constexpr, BA: tl.constexpr, BB: tl.constexpr, GROUPS: tl.constexpr, SLOTS: tl.constexpr,
-    SKEW: tl.constexpr, EVEN: tl.constexpr, DTYPE: tl.constexpr, FAST: tl.constexpr, ACCESS_L: tl.constexpr,
-    ACCESS_DY: tl.constexpr, ACCESS_OUT: tl.constexpr,
+    FLAT: tl.constexpr, BA: tl.constexpr, BB: tl.constexpr, RUN: tl.constexpr, GROUPS: tl.constexpr, SLOTS: tl.constexpr,
+    SKEW: tl.constexpr, EVEN: tl.constexpr, DTYPE: tl.constexpr, FAST: tl.constexpr, NEAR_L: tl.constexpr, UNIT_L: tl.constexpr,
+    NEAR_DY: tl.constexpr, UNIT_DY: tl.constexpr, NEAR_OUT: tl.constexpr, UNIT_OUT: tl.constexpr,
 ):  # fmt: skip
     """Rows that are one tile; `dtau` is None where it is not wanted."""
     DTAU: tl.constexpr = dtau is not None
-    _, o_n, o_a, o_b, m_n = locate(A, B, FLAT, BA, BB, SPLITS=1)
+    _, o_n, o_a, o_b, m_n = locate(A, B, FLAT, BA, BB, RUN, SPLITS=1)
     stream = row_streams(seed, row_ids, o_n, m_n)
-    o_l, o_dy = row_offsets(o_a, o_b, s_la, s_lb, FLAT), row_offsets(o_a, o_b, s_dya, s_dyb, FLAT)
+    o_l, o_dy = row_offsets(o_a, o_b, s_la, s_lb, FLAT, NEAR_L, UNIT_L), row_offsets(o_a, o_b, s_dya, s_dyb, FLAT, NEAR_DY, UNIT_DY)
     b_l, b_dy = _load_both(
-        logits, dy, o_l, o_dy, s_lv, s_dyv, 0, V, m_n, GROUPS, SLOTS, SKEW, EVEN, DTYPE, ACCESS_L, ACCESS_DY
+        logits, dy, o_l, o_dy, s_lv, s_dyv, 0, V, m_n, GROUPS, SLOTS, SKEW, EVEN, DTYPE, NEAR_L, UNIT_L, NEAR_DY, UNIT_DY
     )  # fmt: skip
     r_pivot = tl.load(score_max + o_n, mask=m_n, other=0.0) - SHIFT
     r_tau, r_rate = row_rates(tau, o_n, s_tau, m_n)
@@ -99,7 +99,7 @@ def row_tile_backward_kernel(
     b_moment = tl.zeros((BA * BB, GROUPS), DTYPE)
     b_dl, b_moment = _gradient(b_l, b_dy, b_d, b_w, r_pivot, 1.0 / r_total / r_tau, r_mean, b_moment, SLOTS, DTAU)
     store_slots(
-        out, row_offsets(o_a, o_b, s_outa, s_outb, FLAT), s_outv, 0, V, m_n, b_dl, GROUPS, SLOTS, SKEW, EVEN, ACCESS_OUT
+        out, row_offsets(o_a, o_b, s_outa, s_outb, FLAT, NEAR_OUT, UNIT_OUT), s_outv, 0, V, m_n, b_dl, GROUPS, SLOTS, SKEW, EVEN, NEAR_OUT, UNIT_OUT
     )  # fmt: skip
     if DTAU:
         tl.store(dtau + o_n, -tl.sum(b_moment, 1) / r_tau, mask=m_n)
@@ -109,15 +109,15 @@ def row_tile_backward_kernel(
 def row_sums_kernel(
     dy, logits, tau, seed, row_ids, score_max, totals, dots, s_dya, s_dyv, s_dyb, s_la, s_lv, s_lb, s_tau, A, B, V,
     group_start,
-    FLAT: tl.constexpr, BA: tl.constexpr, BB: tl.constexpr, GROUPS: tl.constexpr, SLOTS: tl.constexpr,
+    FLAT: tl.constexpr, BA: tl.constexpr, BB: tl.constexpr, RUN: tl.constexpr, GROUPS: tl.constexpr, SLOTS: tl.constexpr,
     SKEW: tl.constexpr, EVEN: tl.constexpr, DTYPE: tl.constexpr, FAST: tl.constexpr, STEPS: tl.constexpr,
-    SPLITS: tl.constexpr, ACCESS_L: tl.constexpr, ACCESS_DY: tl.constexpr,
+    SPLITS: tl.constexpr, NEAR_L: tl.constexpr, UNIT_L: tl.constexpr, NEAR_DY: tl.constexpr, UNIT_DY: tl.constexpr,
 ):  # fmt: skip
     """One split of rows: its sums of w and of w * dy, each `[N, SPLITS]`."""
-    i_s, o_n, o_a, o_b, m_n = locate(A, B, FLAT, BA, BB, SPLITS)
+    i_s, o_n, o_a, o_b, m_n = locate(A, B, FLAT, BA, BB, RUN, SPLITS)
     TOKENS: tl.constexpr = 4 * GROUPS
     stream = row_streams(seed, row_ids, o_n, m_n)
-    o_l, o_dy = row_offsets(o_a, o_b, s_la, s_lb, FLAT), row_offsets(o_a, o_b, s_dya, s_dyb, FLAT)
+    o_l, o_dy = row_offsets(o_a, o_b, s_la, s_lb, FLAT, NEAR_L, UNIT_L), row_offsets(o_a, o_b, s_dya, s_dyb, FLAT, NEAR_DY, UNIT_DY)
     r_pivot = tl.load(score_max + o_n, mask=m_n, other=0.0) - SHIFT
     _, r_rate = row_rates(tau, o_n, s_tau, m_n)
     b_total = tl.zeros((BA * BB, GROUPS), DTYPE)
@@ -125,7 +125,7 @@ def row_sums_kernel(
     lo = i_s * (STEPS * TOKENS)
     for first in range(lo, tl.minimum(lo + STEPS * TOKENS, V + SKEW), TOKENS):
         b_l, b_dy = _load_both(
-            logits, dy, o_l, o_dy, s_lv, s_dyv, first, V, m_n, GROUPS, SLOTS, SKEW, EVEN, DTYPE, ACCESS_L, ACCESS_DY
+            logits, dy, o_l, o_dy, s_lv, s_dyv, first, V, m_n, GROUPS, SLOTS, SKEW, EVEN, DTYPE, NEAR_L, UNIT_L, NEAR_DY, UNIT_DY
         )  # fmt: skip
         b_s = score_slots(b_l, first, group_start, stream, GROUPS, SLOTS, DTYPE, FAST)
         _, b_w = _weigh(b_s, r_pivot, r_rate, SLOTS)
@@ -140,18 +140,18 @@ def row_sums_kernel(
 def row_apply_kernel(
     dy, logits, tau, seed, row_ids, score_max, totals, dots, out, partial_dtau, s_dya, s_dyv, s_dyb, s_la, s_lv, s_lb,
     s_outa, s_outv, s_outb, s_tau, A, B, V, group_start,
-    FLAT: tl.constexpr, BA: tl.constexpr, BB: tl.constexpr, GROUPS: tl.constexpr, SLOTS: tl.constexpr,
+    FLAT: tl.constexpr, BA: tl.constexpr, BB: tl.constexpr, RUN: tl.constexpr, GROUPS: tl.constexpr, SLOTS: tl.constexpr,
     SKEW: tl.constexpr, EVEN: tl.constexpr, DTYPE: tl.constexpr, FAST: tl.constexpr, STEPS: tl.constexpr,
-    SPLITS: tl.constexpr, BLOCK_S: tl.constexpr, ACCESS_L: tl.constexpr, ACCESS_DY: tl.constexpr,
-    ACCESS_OUT: tl.constexpr,
+    SPLITS: tl.constexpr, BLOCK_S: tl.constexpr, NEAR_L: tl.constexpr, UNIT_L: tl.constexpr, NEAR_DY: tl.constexpr, UNIT_DY: tl.constexpr,
+    NEAR_OUT: tl.constexpr, UNIT_OUT: tl.constexpr,
 ):  # fmt: skip
     """One split of rows of the gradient, and of dtau (`partial_dtau` `[N, SPLITS]`) unless that is None."""
     DTAU: tl.constexpr = partial_dtau is not None
-    i_s, o_n, o_a, o_b, m_n = locate(A, B, FLAT, BA, BB, SPLITS)
+    i_s, o_n, o_a, o_b, m_n = locate(A, B, FLAT, BA, BB, RUN, SPLITS)
     TOKENS: tl.constexpr = 4 * GROUPS
     stream = row_streams(seed, row_ids, o_n, m_n)
-    o_l, o_dy = row_offsets(o_a, o_b, s_la, s_lb, FLAT), row_offsets(o_a, o_b, s_dya, s_dyb, FLAT)
-    o_out = row_offsets(o_a, o_b, s_outa, s_outb, FLAT)
+    o_l, o_dy = row_offsets(o_a, o_b, s_la, s_lb, FLAT, NEAR_L, UNIT_L), row_offsets(o_a, o_b, s_dya, s_dyb, FLAT, NEAR_DY, UNIT_DY)
+    o_out = row_offsets(o_a, o_b, s_outa, s_outb, FLAT, NEAR_OUT, UNIT_OUT)
     r_pivot = tl.load(score_max + o_n, mask=m_n, other=0.0) - SHIFT
     r_tau, r_rate = row_rates(tau, o_n, s_tau, m_n)
     o_s = tl.arange(0, BLOCK_S)
@@ -163,14 +163,14 @@ def row_apply_kernel(
     lo = i_s * (STEPS * TOKENS)
     for first in range(lo, tl.minimum(lo + STEPS * TOKENS, V + SKEW), TOKENS):
         b_l, b_dy = _load_both(
-            logits, dy, o_l, o_dy, s_lv, s_dyv, first, V, m_n, GROUPS, SLOTS, SKEW, EVEN, DTYPE, ACCESS_L, ACCESS_DY
+            logits, dy, o_l, o_dy, s_lv, s_dyv, first, V, m_n, GROUPS, SLOTS, SKEW, EVEN, DTYPE, NEAR_L, UNIT_L, NEAR_DY, UNIT_DY
         )  # fmt: skip
         b_s = score_slots(b_l, first, group_start, stream, GROUPS, SLOTS, DTYPE, FAST)
         b_d, b_w = _weigh(b_s, r_pivot, r_rate, SLOTS)
         b_dl, b_moment = _gradient(
             b_l, b_dy, b_d, b_w, r_pivot, 1.0 / r_total / r_tau, r_mean, b_moment, SLOTS, DTAU
         )  # fmt: skip
-        store_slots(out, o_out, s_outv, first, V, m_n, b_dl, GROUPS, SLOTS, SKEW, EVEN, ACCESS_OUT)
+        store_slots(out, o_out, s_outv, first, V, m_n, b_dl, GROUPS, SLOTS, SKEW, EVEN, NEAR_OUT, UNIT_OUT)
     if DTAU:
         tl.store(partial_dtau + o_n * SPLITS + i_s, -tl.sum(b_moment, 1) / r_tau, mask=m_n)
 

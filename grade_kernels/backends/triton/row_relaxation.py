@@ -77,16 +77,16 @@ def _one_hot(
 @triton.jit(do_not_specialize=["A", "B", "V", "group_start"])
 def row_tile_kernel(
     logits, tau, seed, row_ids, out, score_max, s_la, s_lv, s_lb, s_outa, s_outv, s_outb, s_tau, A, B, V, group_start,
-    HARD: tl.constexpr, FLAT: tl.constexpr, BA: tl.constexpr, BB: tl.constexpr, GROUPS: tl.constexpr,
+    HARD: tl.constexpr, FLAT: tl.constexpr, BA: tl.constexpr, BB: tl.constexpr, RUN: tl.constexpr, GROUPS: tl.constexpr,
     SLOTS: tl.constexpr, SKEW: tl.constexpr, EVEN: tl.constexpr, DTYPE: tl.constexpr, FAST: tl.constexpr,
-    ACCESS_L: tl.constexpr, ACCESS_OUT: tl.constexpr,
+    NEAR_L: tl.constexpr, UNIT_L: tl.constexpr, NEAR_OUT: tl.constexpr, UNIT_OUT: tl.constexpr,
 ):  # fmt: skip
     """Rows that are one tile."""
-    _, o_n, o_a, o_b, m_n = locate(A, B, FLAT, BA, BB, SPLITS=1)
+    _, o_n, o_a, o_b, m_n = locate(A, B, FLAT, BA, BB, RUN, SPLITS=1)
     stream = row_streams(seed, row_ids, o_n, m_n)
     b_l = load_slots(
-        logits, row_offsets(o_a, o_b, s_la, s_lb, FLAT), s_lv, 0, V, m_n, float("-inf"), GROUPS, SLOTS, SKEW, EVEN,
-        ACCESS_L, DTYPE,
+        logits, row_offsets(o_a, o_b, s_la, s_lb, FLAT, NEAR_L, UNIT_L), s_lv, 0, V, m_n, float("-inf"), GROUPS, SLOTS, SKEW, EVEN,
+        NEAR_L, UNIT_L, DTYPE,
     )  # fmt: skip
     b_s = score_slots(b_l, 0, group_start, stream, GROUPS, SLOTS, DTYPE, FAST)
     r_best = tl.max(_peak(b_s, SLOTS), 1)
@@ -109,7 +109,7 @@ def row_tile_kernel(
         for i_j in tl.static_range(SLOTS):
             b_y = b_y + (b_w[i_j] * r_factor,)
     store_slots(
-        out, row_offsets(o_a, o_b, s_outa, s_outb, FLAT), s_outv, 0, V, m_n, b_y, GROUPS, SLOTS, SKEW, EVEN, ACCESS_OUT
+        out, row_offsets(o_a, o_b, s_outa, s_outb, FLAT, NEAR_OUT, UNIT_OUT), s_outv, 0, V, m_n, b_y, GROUPS, SLOTS, SKEW, EVEN, NEAR_OUT, UNIT_OUT
     )  # fmt: skip
     tl.store(score_max + o_n, tl.where(r_bad, float("nan"), r_best + SHIFT), mask=m_n)
 
@@ -117,15 +117,15 @@ def row_tile_kernel(
 @triton.jit(do_not_specialize=["A", "B", "V", "group_start"])
 def row_scan_kernel(
     logits, tau, seed, row_ids, best, found, s_la, s_lv, s_lb, s_tau, A, B, V, group_start,
-    HARD: tl.constexpr, FLAT: tl.constexpr, BA: tl.constexpr, BB: tl.constexpr, GROUPS: tl.constexpr,
+    HARD: tl.constexpr, FLAT: tl.constexpr, BA: tl.constexpr, BB: tl.constexpr, RUN: tl.constexpr, GROUPS: tl.constexpr,
     SLOTS: tl.constexpr, SKEW: tl.constexpr, EVEN: tl.constexpr, DTYPE: tl.constexpr, FAST: tl.constexpr,
-    STEPS: tl.constexpr, SPLITS: tl.constexpr, LOWEST: tl.constexpr, ACCESS_L: tl.constexpr,
+    STEPS: tl.constexpr, SPLITS: tl.constexpr, LOWEST: tl.constexpr, NEAR_L: tl.constexpr, UNIT_L: tl.constexpr,
 ):  # fmt: skip
     """One split of rows: `best` `[N, SPLITS]`, the best score, and `found`, its token or the sum of weights from it."""
-    i_s, o_n, o_a, o_b, m_n = locate(A, B, FLAT, BA, BB, SPLITS)
+    i_s, o_n, o_a, o_b, m_n = locate(A, B, FLAT, BA, BB, RUN, SPLITS)
     TOKENS: tl.constexpr = 4 * GROUPS
     stream = row_streams(seed, row_ids, o_n, m_n)
-    o_row = row_offsets(o_a, o_b, s_la, s_lb, FLAT)
+    o_row = row_offsets(o_a, o_b, s_la, s_lb, FLAT, NEAR_L, UNIT_L)
     _, r_rate = row_rates(tau, o_n, s_tau, m_n)
     b_best = tl.full((BA * BB, GROUPS), float("-inf"), DTYPE)
     b_v = tl.full((BA * BB, GROUPS), NO_TOKEN, tl.int32)
@@ -133,7 +133,7 @@ def row_scan_kernel(
     lo = i_s * (STEPS * TOKENS)
     for first in range(lo, tl.minimum(lo + STEPS * TOKENS, V + SKEW), TOKENS):
         b_l = load_slots(
-            logits, o_row, s_lv, first, V, m_n, float("-inf"), GROUPS, SLOTS, SKEW, EVEN, ACCESS_L, DTYPE
+            logits, o_row, s_lv, first, V, m_n, float("-inf"), GROUPS, SLOTS, SKEW, EVEN, NEAR_L, UNIT_L, DTYPE
         )  # fmt: skip
         b_s = score_slots(b_l, first, group_start, stream, GROUPS, SLOTS, DTYPE, FAST)
         if HARD:
@@ -164,13 +164,13 @@ def row_scan_kernel(
 def row_write_kernel(
     logits, tau, seed, row_ids, best, found, out, score_max, s_la, s_lv, s_lb, s_outa, s_outv, s_outb, s_tau, A, B, V,
     group_start,
-    HARD: tl.constexpr, FLAT: tl.constexpr, BA: tl.constexpr, BB: tl.constexpr, GROUPS: tl.constexpr,
+    HARD: tl.constexpr, FLAT: tl.constexpr, BA: tl.constexpr, BB: tl.constexpr, RUN: tl.constexpr, GROUPS: tl.constexpr,
     SLOTS: tl.constexpr, SKEW: tl.constexpr, EVEN: tl.constexpr, DTYPE: tl.constexpr, FAST: tl.constexpr,
-    STEPS: tl.constexpr, SPLITS: tl.constexpr, BLOCK_S: tl.constexpr, LOWEST: tl.constexpr, ACCESS_L: tl.constexpr,
-    ACCESS_OUT: tl.constexpr,
+    STEPS: tl.constexpr, SPLITS: tl.constexpr, BLOCK_S: tl.constexpr, LOWEST: tl.constexpr, NEAR_L: tl.constexpr, UNIT_L: tl.constexpr,
+    NEAR_OUT: tl.constexpr, UNIT_OUT: tl.constexpr,
 ):  # fmt: skip
     """One split of rows, from what `row_scan_kernel` left of all splits."""
-    i_s, o_n, o_a, o_b, m_n = locate(A, B, FLAT, BA, BB, SPLITS)
+    i_s, o_n, o_a, o_b, m_n = locate(A, B, FLAT, BA, BB, RUN, SPLITS)
     TOKENS: tl.constexpr = 4 * GROUPS
     o_s = tl.arange(0, BLOCK_S)
     p_p = (o_n * SPLITS)[:, None] + o_s[None, :]
@@ -194,21 +194,21 @@ def row_write_kernel(
     if i_s == 0:
         tl.store(score_max + o_n, tl.where(r_bad, float("nan"), r_best + SHIFT), mask=m_n)
     stream = row_streams(seed, row_ids, o_n, m_n)
-    o_row = row_offsets(o_a, o_b, s_la, s_lb, FLAT)
-    o_out = row_offsets(o_a, o_b, s_outa, s_outb, FLAT)
+    o_row = row_offsets(o_a, o_b, s_la, s_lb, FLAT, NEAR_L, UNIT_L)
+    o_out = row_offsets(o_a, o_b, s_outa, s_outb, FLAT, NEAR_OUT, UNIT_OUT)
     lo = i_s * (STEPS * TOKENS)
     for first in range(lo, tl.minimum(lo + STEPS * TOKENS, V + SKEW), TOKENS):
         if HARD:
             b_y = _one_hot(r_v, r_bad, first, GROUPS, SLOTS, SKEW, DTYPE)
         else:
             b_l = load_slots(
-                logits, o_row, s_lv, first, V, m_n, float("-inf"), GROUPS, SLOTS, SKEW, EVEN, ACCESS_L, DTYPE
+                logits, o_row, s_lv, first, V, m_n, float("-inf"), GROUPS, SLOTS, SKEW, EVEN, NEAR_L, UNIT_L, DTYPE
             )  # fmt: skip
             b_s = score_slots(b_l, first, group_start, stream, GROUPS, SLOTS, DTYPE, FAST)
             b_y = ()
             for i_j in tl.static_range(SLOTS):
                 b_y = b_y + (tl.exp2((b_s[i_j] - r_best[:, None]) * r_rate[:, None]) * r_factor,)
-        store_slots(out, o_out, s_outv, first, V, m_n, b_y, GROUPS, SLOTS, SKEW, EVEN, ACCESS_OUT)
+        store_slots(out, o_out, s_outv, first, V, m_n, b_y, GROUPS, SLOTS, SKEW, EVEN, NEAR_OUT, UNIT_OUT)
 
 
 def gumbel_softmax(

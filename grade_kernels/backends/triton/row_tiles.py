@@ -13,6 +13,7 @@ vocabulary, the dtype and the strides, never on the number of rows.
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -34,16 +35,16 @@ from grade_kernels.backends.triton.philox import (
 )
 from grade_kernels.backends.triton.sizes import TritonSizes
 from grade_kernels.backends.triton.strips import TRITON_DTYPE, round_to
-from grade_kernels.backends.triton.targets import compiler_options, current_target
+from grade_kernels.backends.triton.targets import Target, compiler_options, current_target
 from grade_kernels.dtypes import compute_dtype
 from grade_kernels.noise import seed_on
 
-# How a kernel reaches the tokens of a group in one tensor.
-APART = tl.constexpr(0)  # one by one
-JOINED = tl.constexpr(1)  # they are neighbours in memory
-VECTOR = tl.constexpr(2)  # and lie in one aligned word
+# What neighbours in a tensor's memory are.
+NOTHING = tl.constexpr(0)
+TOKENS = tl.constexpr(1)  # tokens of a row
+ROWS = tl.constexpr(2)  # one token in neighbouring rows
 
-WRITTEN = ("s_outa", "s_outv", "s_outb", "ACCESS_OUT")  # options of the kernels that write `out`
+WRITTEN = ("s_outa", "s_outv", "s_outb", "NEAR_OUT", "UNIT_OUT")  # options of the kernels that write `out`
 
 
 class RowTile(NamedTuple):
@@ -107,20 +108,22 @@ class View(NamedTuple):
             return (along_a if x.shape[2] == 1 else along_b), along_v, 0
         return along_a, along_v, along_b
 
-    def is_across(self, x: torch.Tensor) -> bool:
-        """Whether neighbours in memory are of one token in neighbouring rows."""
+    def near(self, x: torch.Tensor) -> int:
+        """What neighbours in memory are: NOTHING, TOKENS or ROWS."""
         along_a, along_v, along_b = self.strides(x)
-        return along_v != 1 and (along_a if self.FLAT else along_b) == 1
+        if along_v == 1 and x.shape[1] > 1:
+            return TOKENS.value
+        return ROWS.value if (along_a if self.FLAT else along_b) == 1 else NOTHING.value
 
-    def access(self, x: torch.Tensor, slots: int, skew: int) -> int:
-        """How a group's tokens are reached: APART, JOINED or VECTOR."""
+    def unit(self, x: torch.Tensor) -> int:
+        """Neighbours in memory, up to 16 bytes of them, that lie in one aligned word wherever they begin."""
         along_a, along_v, along_b = self.strides(x)
-        if slots == 1 or along_v != 1:
-            return APART.value
-        aligned = slots != 3 and skew == 0 and x.element_size() <= 4 and x.data_ptr() % 16 == 0
-        if aligned and along_a % slots == 0 and along_b % slots == 0:
-            return VECTOR.value
-        return JOINED.value
+        near = self.near(x)
+        if near == NOTHING.value or x.data_ptr() % 16:
+            return 1
+        # Words may begin at every row, or at every token of a row.
+        others = (along_a, along_b) if near == TOKENS.value else (along_v, 0 if self.FLAT else along_a)
+        return math.gcd(16 // x.element_size(), *others)
 
 
 def tile_options(
@@ -128,38 +131,52 @@ def tile_options(
 ) -> tuple[dict[str, Any], tuple[int], RowTile]:
     """Arguments that all kernels over tiles of rows share, their grid, and their tile.
 
-    The tensors are called as the kernels call them: x has the strides s_xa, s_xv, s_xb, and is reached as ACCESS_x says.
+    The tensors are called as the kernels call them: x has the strides s_xa, s_xv, s_xb, NEAR_X says what its neighbours are,
+    and UNIT_X divides its strides but for those of neighbours.
     """
-    target = current_target()
-    tensors = {"l": logits, **others}
-    view = View.of(*tensors.values())
-    vocab, skew = logits.shape[1], noise.vocab_start & 3
-    tile = row_tile(vocab + skew, view.is_across(logits), logits.dtype, sizes)
+    options, programs, tile = tile_constants(sizes, current_target(), noise.vocab_start, l=logits, **others)
+    options |= {
+        "logits": logits, "seed": seed_on(noise.seed, logits.device), "row_ids": contiguous(noise.row_ids)
+    }  # fmt: skip
+    return options, (programs,), tile
+
+
+def tile_constants(
+    sizes: TritonSizes, target: Target, vocab_start: int, **tensors: torch.Tensor
+) -> tuple[dict[str, Any], int, RowTile]:
+    """Those of the arguments that are no tensors, the number of programs, and their tile."""
+    logits, view = tensors["l"], View.of(*tensors.values())
+    vocab, skew = logits.shape[1], vocab_start & 3
+    tile = row_tile(vocab + skew, view.near(logits) == ROWS.value, logits.dtype, sizes)
     slots = min(4, vocab + skew)
+    along_b = 1 if view.FLAT else min(tile.rows, triton.next_power_of_2(view.B))
+    along_a = tile.rows // along_b
     options: dict[str, Any] = {
-        "logits": logits, "seed": seed_on(noise.seed, logits.device), "row_ids": contiguous(noise.row_ids),
-        "A": view.A, "B": view.B, "V": vocab, "group_start": (noise.vocab_start >> 2) & 0xFFFFFFFF,
-        **tile_shape(tile, view.B, view.FLAT), "SLOTS": slots, "SKEW": skew,
+        **view._asdict(), "V": vocab, "group_start": (vocab_start >> 2) & 0xFFFFFFFF,
+        "BA": along_a, "BB": along_b, "RUN": math.gcd(4, view.A if view.FLAT else view.B), "GROUPS": tile.groups, "SLOTS": slots, "SKEW": skew,
         "EVEN": skew == 0 and vocab % (slots * tile.groups) == 0,
         "DTYPE": TRITON_DTYPE[compute_dtype(logits.dtype)], "FAST": target.backend == "cuda",
         "num_warps": tile.warps(target.warp_size), **compiler_options(target.backend),
     }  # fmt: skip
     for name, x in tensors.items():
         options |= zip((f"s_{name}a", f"s_{name}v", f"s_{name}b"), view.strides(x), strict=True)
-        options[f"ACCESS_{name.upper()}"] = view.access(x, slots, skew)
-    blocks = triton.cdiv(view.A, options["BA"]) * triton.cdiv(view.B, options["BB"])
-    return options, (blocks * max(1, tile.splits),), tile
-
-
-def tile_shape(tile: RowTile, b: int, flat: bool) -> dict[str, Any]:
-    """Constants of kernels for a tile of rows in a view of `b` rows along B."""
-    along_b = 1 if flat else min(tile.rows, triton.next_power_of_2(b))
-    return {"FLAT": flat, "BA": tile.rows // along_b, "BB": along_b, "GROUPS": tile.groups}
+        options |= {f"NEAR_{name.upper()}": view.near(x), f"UNIT_{name.upper()}": view.unit(x)}
+    blocks = triton.cdiv(view.A, along_a) * triton.cdiv(view.B, along_b)
+    return options, blocks * max(1, tile.splits), tile
 
 
 @triton.jit
-def locate(A, B, FLAT: tl.constexpr, BA: tl.constexpr, BB: tl.constexpr, SPLITS: tl.constexpr):
-    """A program's split, and of its rows `[BM]` the numbers, the places along A and B, and which of them exist."""
+def _multiple(count, unit: tl.constexpr):
+    """The same number, which is a multiple of `unit`, so that the compiler sees that it is one."""
+    return count // unit * unit
+
+
+@triton.jit
+def locate(A, B, FLAT: tl.constexpr, BA: tl.constexpr, BB: tl.constexpr, RUN: tl.constexpr, SPLITS: tl.constexpr):
+    """A program's split, and of its rows `[BM]` the numbers, the places along A and B, and which of them exist.
+
+    RUN: of rows that follow one another, all or none exist. So they may be read as one word.
+    """
     i_p = tl.program_id(0)
     i_s = i_p % SPLITS
     i_p = i_p // SPLITS
@@ -168,23 +185,29 @@ def locate(A, B, FLAT: tl.constexpr, BA: tl.constexpr, BB: tl.constexpr, SPLITS:
         o_n = i_p.to(tl.int64) * (BA * BB) + o_r
         o_a = o_n
         o_b = o_n
-        m_n = o_n < A
+        m_n = o_n < _multiple(A, RUN)
     else:
         blocks = tl.cdiv(B, BB)
         o_a = (i_p // blocks).to(tl.int64) * BA + o_r // BB
         o_b = (i_p % blocks).to(tl.int64) * BB + o_r % BB
         o_n = o_a * B + o_b
-        m_n = (o_a < A) & (o_b < B)
+        m_n = (o_a < A) & (o_b < _multiple(B, RUN))
     return i_s, o_n, o_a, o_b, m_n
 
 
 @triton.jit
-def row_offsets(o_a, o_b, s_a, s_b, FLAT: tl.constexpr):
+def row_offsets(o_a, o_b, s_a, s_b, FLAT: tl.constexpr, NEAR: tl.constexpr, UNIT: tl.constexpr):
     """Where rows `[BM]` of a tensor begin."""
     if FLAT:
-        o_row = o_a * s_a
+        if NEAR == ROWS:
+            o_row = o_a
+        else:
+            o_row = o_a * _multiple(s_a, UNIT)
     else:
-        o_row = o_a * s_a + o_b * s_b
+        if NEAR == ROWS:
+            o_row = o_a * _multiple(s_a, UNIT) + o_b
+        else:
+            o_row = o_a * _multiple(s_a, UNIT) + o_b * _multiple(s_b, UNIT)
     return o_row
 
 
@@ -224,16 +247,25 @@ def _exists(m_n, o_v, V, SKEW: tl.constexpr, EVEN: tl.constexpr):
 
 
 @triton.jit
+def _apart(p_x, o_row, o_v, s_v, NEAR: tl.constexpr, UNIT: tl.constexpr):
+    """Pointers `[BM, GROUPS]` to one slot."""
+    if NEAR == ROWS:
+        s_v = _multiple(s_v, UNIT)
+    return p_x + (o_row[:, None] + o_v.to(tl.int64) * s_v)
+
+
+@triton.jit
 def load_slots(
     p_x, o_row, s_v, first, V, m_n, OTHER: tl.constexpr, GROUPS: tl.constexpr, SLOTS: tl.constexpr, SKEW: tl.constexpr,
-    EVEN: tl.constexpr, ACCESS: tl.constexpr, DTYPE: tl.constexpr,
+    EVEN: tl.constexpr, NEAR: tl.constexpr, UNIT: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """The slots of a tile in the compute dtype, OTHER where there is no such element."""
     BM: tl.constexpr = o_row.shape[0]
-    if ACCESS == VECTOR:
+    if NEAR == TOKENS and SKEW == 0 and (SLOTS == 2 or SLOTS == 4) and UNIT >= SLOTS:
+        # A group is one word.
         o_v = (first + tl.arange(0, SLOTS * GROUPS))[None, :]
-        o_x = tl.multiple_of(o_row, SLOTS)[:, None] + o_v
-        b_x = tl.load(p_x + o_x, mask=_exists(m_n, o_v, V, SKEW, EVEN), other=OTHER).to(DTYPE)  # [BM, SLOTS * GROUPS]
+        m = _exists(m_n, o_v, V, SKEW, EVEN)
+        b_x = tl.load(p_x + (o_row[:, None] + o_v), mask=m, other=OTHER).to(DTYPE)  # [BM, SLOTS * GROUPS]
         if SLOTS == 4:
             b_even, b_odd = tl.split(tl.reshape(b_x, [BM, GROUPS, 2, 2]))
             b_0, b_2 = tl.split(b_even)
@@ -246,29 +278,23 @@ def load_slots(
         slots = ()
         for i_j in tl.static_range(SLOTS):
             o_v = slot_tokens(first, i_j, GROUPS, SKEW)
-            p_v = p_x + (o_row[:, None] + o_v.to(tl.int64) * s_v)
             m = _exists(m_n, o_v, V, SKEW, EVEN)
-            slots = slots + (tl.load(p_v, mask=m, other=OTHER).to(DTYPE),)  # [BM, GROUPS]
+            b_x = tl.load(_apart(p_x, o_row, o_v, s_v, NEAR, UNIT), mask=m, other=OTHER)  # [BM, GROUPS]
+            slots = slots + (b_x.to(DTYPE),)
     return slots
 
 
 @triton.jit
 def store_slots(
     p_x, o_row, s_v, first, V, m_n, slots, GROUPS: tl.constexpr, SLOTS: tl.constexpr, SKEW: tl.constexpr,
-    EVEN: tl.constexpr, ACCESS: tl.constexpr,
+    EVEN: tl.constexpr, NEAR: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """Write the slots of a tile, in the tensor's dtype."""
     BM: tl.constexpr = o_row.shape[0]
     b = ()
     for i_j in tl.static_range(SLOTS):
         b = b + (round_to(tl.broadcast_to(slots[i_j], [BM, GROUPS]), p_x.dtype.element_ty),)
-    if ACCESS == APART:
-        for i_j in tl.static_range(SLOTS):
-            o_v = slot_tokens(first, i_j, GROUPS, SKEW)
-            tl.store(
-                p_x + (o_row[:, None] + o_v.to(tl.int64) * s_v), b[i_j], mask=_exists(m_n, o_v, V, SKEW, EVEN)
-            )  # fmt: skip
-    else:
+    if NEAR == TOKENS and SLOTS > 1:
         # Written apart, each word would fill a part of a sector, and a cache would see every sector four times.
         if SLOTS == 2:
             WIDTH: tl.constexpr = 2 * GROUPS
@@ -277,10 +303,12 @@ def store_slots(
             WIDTH: tl.constexpr = 4 * GROUPS
             b_x = tl.reshape(tl.join(tl.join(b[0], b[2]), tl.join(b[1], b[SLOTS - 1])), [BM, WIDTH])
         o_v = (first + tl.arange(0, WIDTH) - SKEW)[None, :]
-        if ACCESS == VECTOR:
-            o_row = tl.multiple_of(o_row, SLOTS)
         # Three tokens are written as four, of which the last is none.
         tl.store(p_x + (o_row[:, None] + o_v), b_x, mask=_exists(m_n, o_v, V, SKEW, EVEN and SLOTS != 3))
+    else:
+        for i_j in tl.static_range(SLOTS):
+            o_v = slot_tokens(first, i_j, GROUPS, SKEW)
+            tl.store(_apart(p_x, o_row, o_v, s_v, NEAR, UNIT), b[i_j], mask=_exists(m_n, o_v, V, SKEW, EVEN))
 
 
 @triton.jit
