@@ -11,6 +11,7 @@ from grade_kernels.backends.records import GradientRule, Head, Noise, Rows, Samp
 from grade_kernels.backends.torch.backend import TorchBackend
 from grade_kernels.backends.triton import availability
 from grade_kernels.backends.triton.sizes import TritonSizes
+from grade_kernels.estimators import is_noisy
 
 __all__ = ["TritonBackend"]
 
@@ -48,6 +49,14 @@ class TritonBackend(TorchBackend):
         return sample(logits, noise, logsumexp, self.sizes)
 
     @override
+    def gumbel_softmax(self, rows: Rows, hard: bool, out: torch.Tensor) -> torch.Tensor:
+        from grade_kernels.backends.triton import row_relaxation, row_tiles
+
+        if row_tiles.are_strips(self.sizes, rows.noise.vocab_start, rows.logits, out):
+            return super().gumbel_softmax(rows, hard, out)
+        return row_relaxation.gumbel_softmax(rows, hard, out, self.sizes)
+
+    @override
     def one_hot(self, sample: Sample, vocab: int, dtype: torch.dtype, out: torch.Tensor | None = None) -> torch.Tensor:
         from grade_kernels.backends.triton.onehot import one_hot
 
@@ -71,8 +80,13 @@ class TritonBackend(TorchBackend):
     def softmax_backward(
         self, dy: torch.Tensor, rows: Rows, sample: Sample, rule: GradientRule, out: torch.Tensor
     ) -> torch.Tensor:
+        from grade_kernels.backends.triton import row_gradient, row_tiles
         from grade_kernels.backends.triton.gradient import softmax_backward
 
+        if rule.dlogprobs is None and is_noisy(rule.estimator):
+            strips = row_tiles.are_strips(self.sizes, rows.noise.vocab_start, rows.logits, dy, out)
+            if not strips:
+                return row_gradient.softmax_backward(dy, rows, sample.score_max, rule.needs_dtau, out, self.sizes)
         return softmax_backward(dy, rows, sample, rule, out, self.sizes)
 
     # Through a head

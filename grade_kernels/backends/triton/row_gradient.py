@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from grade_kernels.backends.records import Noise
+from grade_kernels.backends.records import Rows
 from grade_kernels.backends.triton.philox import SHIFT
 from grade_kernels.backends.triton.row_tiles import (
     WRITTEN,
@@ -26,13 +26,13 @@ from grade_kernels.backends.triton.row_tiles import (
 from grade_kernels.backends.triton.sizes import TritonSizes
 from grade_kernels.backends.triton.strips import sum_splits
 from grade_kernels.backends.triton.targets import launching
-from grade_kernels.dtypes import compute_dtype
 
 
 @triton.jit
 def _load_both(
     logits, dy, o_l, o_dy, s_lv, s_dyv, first, V, m_n, GROUPS: tl.constexpr, SLOTS: tl.constexpr, SKEW: tl.constexpr,
-    EVEN: tl.constexpr, DTYPE: tl.constexpr, NEAR_L: tl.constexpr, UNIT_L: tl.constexpr, NEAR_DY: tl.constexpr, UNIT_DY: tl.constexpr,
+    EVEN: tl.constexpr, DTYPE: tl.constexpr, NEAR_L: tl.constexpr, UNIT_L: tl.constexpr, NEAR_DY: tl.constexpr,
+    UNIT_DY: tl.constexpr,
 ):  # fmt: skip
     """The slots of logits, and those of dy, which are 0 where a token is masked: there it may be infinite."""
     b_l = load_slots(
@@ -73,17 +73,23 @@ def _gradient(b_l, b_dy, b_d, b_w, r_pivot, r_factor, r_mean, b_moment, SLOTS: t
 def row_tile_backward_kernel(
     dy, logits, tau, seed, row_ids, score_max, out, dtau, s_dya, s_dyv, s_dyb, s_la, s_lv, s_lb, s_outa, s_outv, s_outb,
     s_tau, A, B, V, group_start,
-    FLAT: tl.constexpr, BA: tl.constexpr, BB: tl.constexpr, RUN: tl.constexpr, GROUPS: tl.constexpr, SLOTS: tl.constexpr,
-    SKEW: tl.constexpr, EVEN: tl.constexpr, DTYPE: tl.constexpr, FAST: tl.constexpr, NEAR_L: tl.constexpr, UNIT_L: tl.constexpr,
+    FLAT: tl.constexpr, BA: tl.constexpr, BB: tl.constexpr, RUN: tl.constexpr, GROUPS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    SKEW: tl.constexpr, EVEN: tl.constexpr, DTYPE: tl.constexpr, FAST: tl.constexpr, NEAR_L: tl.constexpr,
+    UNIT_L: tl.constexpr,
     NEAR_DY: tl.constexpr, UNIT_DY: tl.constexpr, NEAR_OUT: tl.constexpr, UNIT_OUT: tl.constexpr,
 ):  # fmt: skip
     """Rows that are one tile; `dtau` is None where it is not wanted."""
     DTAU: tl.constexpr = dtau is not None
     _, o_n, o_a, o_b, m_n = locate(A, B, FLAT, BA, BB, RUN, SPLITS=1)
     stream = row_streams(seed, row_ids, o_n, m_n)
-    o_l, o_dy = row_offsets(o_a, o_b, s_la, s_lb, FLAT, NEAR_L, UNIT_L), row_offsets(o_a, o_b, s_dya, s_dyb, FLAT, NEAR_DY, UNIT_DY)
+    o_l, o_dy = (
+        row_offsets(o_a, o_b, s_la, s_lb, FLAT, NEAR_L, UNIT_L),
+        row_offsets(o_a, o_b, s_dya, s_dyb, FLAT, NEAR_DY, UNIT_DY),
+    )
     b_l, b_dy = _load_both(
-        logits, dy, o_l, o_dy, s_lv, s_dyv, 0, V, m_n, GROUPS, SLOTS, SKEW, EVEN, DTYPE, NEAR_L, UNIT_L, NEAR_DY, UNIT_DY
+        logits, dy, o_l, o_dy, s_lv, s_dyv, 0, V, m_n, GROUPS, SLOTS, SKEW, EVEN, DTYPE, NEAR_L, UNIT_L, NEAR_DY,
+        UNIT_DY
     )  # fmt: skip
     r_pivot = tl.load(score_max + o_n, mask=m_n, other=0.0) - SHIFT
     r_tau, r_rate = row_rates(tau, o_n, s_tau, m_n)
@@ -98,8 +104,10 @@ def row_tile_backward_kernel(
     r_mean = tl.sum(b_dot, 1) / r_total
     b_moment = tl.zeros((BA * BB, GROUPS), DTYPE)
     b_dl, b_moment = _gradient(b_l, b_dy, b_d, b_w, r_pivot, 1.0 / r_total / r_tau, r_mean, b_moment, SLOTS, DTAU)
+    o_out = row_offsets(o_a, o_b, s_outa, s_outb, FLAT, NEAR_OUT, UNIT_OUT)
     store_slots(
-        out, row_offsets(o_a, o_b, s_outa, s_outb, FLAT, NEAR_OUT, UNIT_OUT), s_outv, 0, V, m_n, b_dl, GROUPS, SLOTS, SKEW, EVEN, NEAR_OUT, UNIT_OUT
+        out, o_out, s_outv, 0, V, m_n, b_dl, GROUPS, SLOTS,
+        SKEW, EVEN, NEAR_OUT, UNIT_OUT
     )  # fmt: skip
     if DTAU:
         tl.store(dtau + o_n, -tl.sum(b_moment, 1) / r_tau, mask=m_n)
@@ -109,7 +117,8 @@ def row_tile_backward_kernel(
 def row_sums_kernel(
     dy, logits, tau, seed, row_ids, score_max, totals, dots, s_dya, s_dyv, s_dyb, s_la, s_lv, s_lb, s_tau, A, B, V,
     group_start,
-    FLAT: tl.constexpr, BA: tl.constexpr, BB: tl.constexpr, RUN: tl.constexpr, GROUPS: tl.constexpr, SLOTS: tl.constexpr,
+    FLAT: tl.constexpr, BA: tl.constexpr, BB: tl.constexpr, RUN: tl.constexpr, GROUPS: tl.constexpr,
+    SLOTS: tl.constexpr,
     SKEW: tl.constexpr, EVEN: tl.constexpr, DTYPE: tl.constexpr, FAST: tl.constexpr, STEPS: tl.constexpr,
     SPLITS: tl.constexpr, NEAR_L: tl.constexpr, UNIT_L: tl.constexpr, NEAR_DY: tl.constexpr, UNIT_DY: tl.constexpr,
 ):  # fmt: skip
@@ -117,7 +126,10 @@ def row_sums_kernel(
     i_s, o_n, o_a, o_b, m_n = locate(A, B, FLAT, BA, BB, RUN, SPLITS)
     TOKENS: tl.constexpr = 4 * GROUPS
     stream = row_streams(seed, row_ids, o_n, m_n)
-    o_l, o_dy = row_offsets(o_a, o_b, s_la, s_lb, FLAT, NEAR_L, UNIT_L), row_offsets(o_a, o_b, s_dya, s_dyb, FLAT, NEAR_DY, UNIT_DY)
+    o_l, o_dy = (
+        row_offsets(o_a, o_b, s_la, s_lb, FLAT, NEAR_L, UNIT_L),
+        row_offsets(o_a, o_b, s_dya, s_dyb, FLAT, NEAR_DY, UNIT_DY),
+    )
     r_pivot = tl.load(score_max + o_n, mask=m_n, other=0.0) - SHIFT
     _, r_rate = row_rates(tau, o_n, s_tau, m_n)
     b_total = tl.zeros((BA * BB, GROUPS), DTYPE)
@@ -125,7 +137,8 @@ def row_sums_kernel(
     lo = i_s * (STEPS * TOKENS)
     for first in range(lo, tl.minimum(lo + STEPS * TOKENS, V + SKEW), TOKENS):
         b_l, b_dy = _load_both(
-            logits, dy, o_l, o_dy, s_lv, s_dyv, first, V, m_n, GROUPS, SLOTS, SKEW, EVEN, DTYPE, NEAR_L, UNIT_L, NEAR_DY, UNIT_DY
+            logits, dy, o_l, o_dy, s_lv, s_dyv, first, V, m_n, GROUPS, SLOTS, SKEW, EVEN, DTYPE, NEAR_L, UNIT_L,
+            NEAR_DY, UNIT_DY
         )  # fmt: skip
         b_s = score_slots(b_l, first, group_start, stream, GROUPS, SLOTS, DTYPE, FAST)
         _, b_w = _weigh(b_s, r_pivot, r_rate, SLOTS)
@@ -140,9 +153,11 @@ def row_sums_kernel(
 def row_apply_kernel(
     dy, logits, tau, seed, row_ids, score_max, totals, dots, out, partial_dtau, s_dya, s_dyv, s_dyb, s_la, s_lv, s_lb,
     s_outa, s_outv, s_outb, s_tau, A, B, V, group_start,
-    FLAT: tl.constexpr, BA: tl.constexpr, BB: tl.constexpr, RUN: tl.constexpr, GROUPS: tl.constexpr, SLOTS: tl.constexpr,
+    FLAT: tl.constexpr, BA: tl.constexpr, BB: tl.constexpr, RUN: tl.constexpr, GROUPS: tl.constexpr,
+    SLOTS: tl.constexpr,
     SKEW: tl.constexpr, EVEN: tl.constexpr, DTYPE: tl.constexpr, FAST: tl.constexpr, STEPS: tl.constexpr,
-    SPLITS: tl.constexpr, BLOCK_S: tl.constexpr, NEAR_L: tl.constexpr, UNIT_L: tl.constexpr, NEAR_DY: tl.constexpr, UNIT_DY: tl.constexpr,
+    SPLITS: tl.constexpr, BLOCK_S: tl.constexpr, NEAR_L: tl.constexpr, UNIT_L: tl.constexpr, NEAR_DY: tl.constexpr,
+    UNIT_DY: tl.constexpr,
     NEAR_OUT: tl.constexpr, UNIT_OUT: tl.constexpr,
 ):  # fmt: skip
     """One split of rows of the gradient, and of dtau (`partial_dtau` `[N, SPLITS]`) unless that is None."""
@@ -150,7 +165,10 @@ def row_apply_kernel(
     i_s, o_n, o_a, o_b, m_n = locate(A, B, FLAT, BA, BB, RUN, SPLITS)
     TOKENS: tl.constexpr = 4 * GROUPS
     stream = row_streams(seed, row_ids, o_n, m_n)
-    o_l, o_dy = row_offsets(o_a, o_b, s_la, s_lb, FLAT, NEAR_L, UNIT_L), row_offsets(o_a, o_b, s_dya, s_dyb, FLAT, NEAR_DY, UNIT_DY)
+    o_l, o_dy = (
+        row_offsets(o_a, o_b, s_la, s_lb, FLAT, NEAR_L, UNIT_L),
+        row_offsets(o_a, o_b, s_dya, s_dyb, FLAT, NEAR_DY, UNIT_DY),
+    )
     o_out = row_offsets(o_a, o_b, s_outa, s_outb, FLAT, NEAR_OUT, UNIT_OUT)
     r_pivot = tl.load(score_max + o_n, mask=m_n, other=0.0) - SHIFT
     r_tau, r_rate = row_rates(tau, o_n, s_tau, m_n)
@@ -163,7 +181,8 @@ def row_apply_kernel(
     lo = i_s * (STEPS * TOKENS)
     for first in range(lo, tl.minimum(lo + STEPS * TOKENS, V + SKEW), TOKENS):
         b_l, b_dy = _load_both(
-            logits, dy, o_l, o_dy, s_lv, s_dyv, first, V, m_n, GROUPS, SLOTS, SKEW, EVEN, DTYPE, NEAR_L, UNIT_L, NEAR_DY, UNIT_DY
+            logits, dy, o_l, o_dy, s_lv, s_dyv, first, V, m_n, GROUPS, SLOTS, SKEW, EVEN, DTYPE, NEAR_L, UNIT_L,
+            NEAR_DY, UNIT_DY
         )  # fmt: skip
         b_s = score_slots(b_l, first, group_start, stream, GROUPS, SLOTS, DTYPE, FAST)
         b_d, b_w = _weigh(b_s, r_pivot, r_rate, SLOTS)
@@ -175,36 +194,28 @@ def row_apply_kernel(
         tl.store(partial_dtau + o_n * SPLITS + i_s, -tl.sum(b_moment, 1) / r_tau, mask=m_n)
 
 
-def ste_backward(
-    dy: torch.Tensor,
-    logits: torch.Tensor,
-    tau: torch.Tensor,
-    noise: Noise,
-    score_max: torch.Tensor,
-    needs_dtau: bool,
-    out: torch.Tensor,
-    sizes: TritonSizes,
+def softmax_backward(
+    dy: torch.Tensor, rows: Rows, score_max: torch.Tensor, needs_dtau: bool, out: torch.Tensor, sizes: TritonSizes
 ) -> torch.Tensor:
-    """`Backend.softmax_backward` of the rule `ste`, for tensors `[A, V, B]`; `out` may be dy."""
-    dtype, device = compute_dtype(logits.dtype), logits.device
-    rows = logits.shape[0] * logits.shape[2]
-    dtau = (torch.empty if needs_dtau else torch.zeros)(rows, dtype=dtype, device=device)
-    if rows == 0:
+    """`Backend.softmax_backward` of the rule `ste`."""
+    dtau = (torch.empty_like if needs_dtau else torch.zeros_like)(rows.tau, memory_format=torch.contiguous_format)
+    if len(dtau) == 0:
         return dtau
-    options, grid, tile = tile_options(sizes, noise, logits, dy=dy, out=out)
-    options |= {"dy": dy, "tau": tau, "s_tau": tau.stride(0), "score_max": score_max.contiguous()}
-    written = {"out": out, **{name: options.pop(name) for name in WRITTEN}}
-    with launching(logits):
+    options, grid, tile = tile_options(sizes, rows, dy=dy, out=out)
+    options |= {"dy": dy, "score_max": score_max.contiguous()}
+    with launching(out):
         if tile.splits == 0:
-            row_tile_backward_kernel[grid](**options, **written, dtau=dtau if needs_dtau else None)
+            row_tile_backward_kernel[grid](**options, out=out, dtau=dtau if needs_dtau else None)
             return dtau
-        totals, dots, partial_dtau = (torch.empty(rows, tile.splits, dtype=dtype, device=device) for _ in range(3))
+        written = {name: options.pop(name) for name in WRITTEN}
+        shape = len(dtau), tile.splits
+        totals, dots, partial = (torch.empty(shape, dtype=dtau.dtype, device=dtau.device) for _ in range(3))
         options |= {"totals": totals, "dots": dots, "STEPS": tile.steps, "SPLITS": tile.splits}
         row_sums_kernel[grid](**options)
         row_apply_kernel[grid](
-            **options, **written, partial_dtau=partial_dtau if needs_dtau else None,
+            **options, **written, out=out, partial_dtau=partial if needs_dtau else None,
             BLOCK_S=triton.next_power_of_2(tile.splits),
         )  # fmt: skip
         if needs_dtau:
-            sum_splits(partial_dtau, dtau)
+            sum_splits(partial, dtau)
     return dtau

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from grade_kernels.backends.records import Noise
+from grade_kernels.backends.records import Rows
 from grade_kernels.backends.triton.philox import SHIFT
 from grade_kernels.backends.triton.row_tiles import (
     WRITTEN,
@@ -30,7 +30,6 @@ from grade_kernels.backends.triton.row_tiles import (
 )
 from grade_kernels.backends.triton.sizes import TritonSizes
 from grade_kernels.backends.triton.targets import launching
-from grade_kernels.dtypes import compute_dtype
 
 NO_TOKEN = tl.constexpr(0x7FFFFFFF)
 
@@ -84,8 +83,10 @@ def row_tile_kernel(
     """Rows that are one tile."""
     _, o_n, o_a, o_b, m_n = locate(A, B, FLAT, BA, BB, RUN, SPLITS=1)
     stream = row_streams(seed, row_ids, o_n, m_n)
+    o_row = row_offsets(o_a, o_b, s_la, s_lb, FLAT, NEAR_L, UNIT_L)
     b_l = load_slots(
-        logits, row_offsets(o_a, o_b, s_la, s_lb, FLAT, NEAR_L, UNIT_L), s_lv, 0, V, m_n, float("-inf"), GROUPS, SLOTS, SKEW, EVEN,
+        logits, o_row, s_lv, 0, V, m_n, float("-inf"), GROUPS, SLOTS,
+        SKEW, EVEN,
         NEAR_L, UNIT_L, DTYPE,
     )  # fmt: skip
     b_s = score_slots(b_l, 0, group_start, stream, GROUPS, SLOTS, DTYPE, FAST)
@@ -108,8 +109,10 @@ def row_tile_kernel(
         b_y = ()
         for i_j in tl.static_range(SLOTS):
             b_y = b_y + (b_w[i_j] * r_factor,)
+    o_out = row_offsets(o_a, o_b, s_outa, s_outb, FLAT, NEAR_OUT, UNIT_OUT)
     store_slots(
-        out, row_offsets(o_a, o_b, s_outa, s_outb, FLAT, NEAR_OUT, UNIT_OUT), s_outv, 0, V, m_n, b_y, GROUPS, SLOTS, SKEW, EVEN, NEAR_OUT, UNIT_OUT
+        out, o_out, s_outv, 0, V, m_n, b_y, GROUPS, SLOTS,
+        SKEW, EVEN, NEAR_OUT, UNIT_OUT
     )  # fmt: skip
     tl.store(score_max + o_n, tl.where(r_bad, float("nan"), r_best + SHIFT), mask=m_n)
 
@@ -166,7 +169,8 @@ def row_write_kernel(
     group_start,
     HARD: tl.constexpr, FLAT: tl.constexpr, BA: tl.constexpr, BB: tl.constexpr, RUN: tl.constexpr, GROUPS: tl.constexpr,
     SLOTS: tl.constexpr, SKEW: tl.constexpr, EVEN: tl.constexpr, DTYPE: tl.constexpr, FAST: tl.constexpr,
-    STEPS: tl.constexpr, SPLITS: tl.constexpr, BLOCK_S: tl.constexpr, LOWEST: tl.constexpr, NEAR_L: tl.constexpr, UNIT_L: tl.constexpr,
+    STEPS: tl.constexpr, SPLITS: tl.constexpr, BLOCK_S: tl.constexpr, LOWEST: tl.constexpr, NEAR_L: tl.constexpr,
+    UNIT_L: tl.constexpr,
     NEAR_OUT: tl.constexpr, UNIT_OUT: tl.constexpr,
 ):  # fmt: skip
     """One split of rows, from what `row_scan_kernel` left of all splits."""
@@ -211,29 +215,26 @@ def row_write_kernel(
         store_slots(out, o_out, s_outv, first, V, m_n, b_y, GROUPS, SLOTS, SKEW, EVEN, NEAR_OUT, UNIT_OUT)
 
 
-def gumbel_softmax(
-    logits: torch.Tensor, tau: torch.Tensor, noise: Noise, hard: bool, out: torch.Tensor, sizes: TritonSizes
-) -> torch.Tensor:
+def gumbel_softmax(rows: Rows, hard: bool, out: torch.Tensor, sizes: TritonSizes) -> torch.Tensor:
     """`Backend.gumbel_softmax`."""
-    dtype, device = compute_dtype(logits.dtype), logits.device
-    rows = logits.shape[0] * logits.shape[2]
-    score_max = torch.empty(rows, dtype=dtype, device=device)
-    if rows == 0:
+    count, dtype = len(rows.tau), rows.tau.dtype
+    score_max = torch.empty(count, dtype=dtype, device=out.device)
+    if count == 0:
         return score_max
-    options, grid, tile = tile_options(sizes, noise, logits, out=out)
-    options |= {"tau": tau, "s_tau": tau.stride(0), "HARD": hard}
-    with launching(logits):
+    options, grid, tile = tile_options(sizes, rows, out=out)
+    options["HARD"] = hard
+    with launching(out):
         if tile.splits == 0:
             row_tile_kernel[grid](**options, out=out, score_max=score_max)
             return score_max
-        best = torch.empty(rows, tile.splits, dtype=dtype, device=device)
+        best = torch.empty(count, tile.splits, dtype=dtype, device=out.device)
         options |= {
-            "best": best, "found": torch.empty_like(best, dtype=torch.int32) if hard else torch.empty_like(best),
+            "best": best, "found": torch.empty_like(best, dtype=torch.int32 if hard else dtype),
             "STEPS": tile.steps, "SPLITS": tile.splits, "LOWEST": torch.finfo(dtype).min,
         }  # fmt: skip
-        written = {"out": out, **{name: options.pop(name) for name in WRITTEN}}
+        written = {name: options.pop(name) for name in WRITTEN}
         row_scan_kernel[grid](**options)
         row_write_kernel[grid](
-            **options, **written, score_max=score_max, BLOCK_S=triton.next_power_of_2(tile.splits)
+            **options, **written, out=out, score_max=score_max, BLOCK_S=triton.next_power_of_2(tile.splits)
         )  # fmt: skip
     return score_max

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 from grade_kernels.backends.native import contiguous
-from grade_kernels.backends.records import Noise
+from grade_kernels.backends.records import Rows
 from grade_kernels.backends.triton.philox import (
     DOMAIN_GUMBEL,
     DOMAIN_REFINE,
@@ -126,17 +126,25 @@ class View(NamedTuple):
         return math.gcd(16 // x.element_size(), *others)
 
 
-def tile_options(
-    sizes: TritonSizes, noise: Noise, logits: torch.Tensor, **others: torch.Tensor
-) -> tuple[dict[str, Any], tuple[int], RowTile]:
+def are_strips(sizes: TritonSizes, vocab_start: int, *tensors: torch.Tensor) -> bool:
+    """Whether rows are longer than a tile, and lie in all tensors as the kernels over strips read them best."""
+    view, logits = View.of(*tensors), tensors[0]
+    if not view.FLAT or any(view.near(t) != TOKENS.value for t in tensors):
+        return False
+    return row_tile(logits.shape[1] + (vocab_start & 3), False, logits.dtype, sizes).splits > 0
+
+
+def tile_options(sizes: TritonSizes, rows: Rows, **others: torch.Tensor) -> tuple[dict[str, Any], tuple[int], RowTile]:
     """Arguments that all kernels over tiles of rows share, their grid, and their tile.
 
-    The tensors are called as the kernels call them: x has the strides s_xa, s_xv, s_xb, NEAR_X says what its neighbours are,
-    and UNIT_X divides its strides but for those of neighbours.
+    Other tensors are called as the kernels call them, and the logits l. A tensor x has the strides s_xa, s_xv and s_xb.
+    NEAR_X says what its neighbours are, and UNIT_X divides its strides but for that of neighbours.
     """
+    logits, tau, noise = rows
     options, programs, tile = tile_constants(sizes, current_target(), noise.vocab_start, l=logits, **others)
     options |= {
-        "logits": logits, "seed": seed_on(noise.seed, logits.device), "row_ids": contiguous(noise.row_ids)
+        "logits": logits, "tau": tau, "s_tau": tau.stride(0), "seed": seed_on(noise.seed, logits.device),
+        "row_ids": contiguous(noise.row_ids),
     }  # fmt: skip
     return options, (programs,), tile
 
@@ -153,7 +161,8 @@ def tile_constants(
     along_a = tile.rows // along_b
     options: dict[str, Any] = {
         **view._asdict(), "V": vocab, "group_start": (vocab_start >> 2) & 0xFFFFFFFF,
-        "BA": along_a, "BB": along_b, "RUN": math.gcd(4, view.A if view.FLAT else view.B), "GROUPS": tile.groups, "SLOTS": slots, "SKEW": skew,
+        "BA": along_a, "BB": along_b, "RUN": math.gcd(4, view.A if view.FLAT else view.B), "GROUPS": tile.groups,
+        "SLOTS": slots, "SKEW": skew,
         "EVEN": skew == 0 and vocab % (slots * tile.groups) == 0,
         "DTYPE": TRITON_DTYPE[compute_dtype(logits.dtype)], "FAST": target.backend == "cuda",
         "num_warps": tile.warps(target.warp_size), **compiler_options(target.backend),
@@ -285,6 +294,16 @@ def load_slots(
 
 
 @triton.jit
+def _joined(slots, SLOTS: tl.constexpr):
+    """The slots side by side; three of them as four, of which the last is none."""
+    if SLOTS == 2:
+        b_x = tl.join(slots[0], slots[1])
+    else:
+        b_x = tl.join(tl.join(slots[0], slots[2]), tl.join(slots[1], slots[SLOTS - 1]))
+    return b_x
+
+
+@triton.jit
 def store_slots(
     p_x, o_row, s_v, first, V, m_n, slots, GROUPS: tl.constexpr, SLOTS: tl.constexpr, SKEW: tl.constexpr,
     EVEN: tl.constexpr, NEAR: tl.constexpr, UNIT: tl.constexpr,
@@ -296,14 +315,9 @@ def store_slots(
         b = b + (round_to(tl.broadcast_to(slots[i_j], [BM, GROUPS]), p_x.dtype.element_ty),)
     if NEAR == TOKENS and SLOTS > 1:
         # Written apart, each word would fill a part of a sector, and a cache would see every sector four times.
-        if SLOTS == 2:
-            WIDTH: tl.constexpr = 2 * GROUPS
-            b_x = tl.reshape(tl.join(b[0], b[1]), [BM, WIDTH])
-        else:
-            WIDTH: tl.constexpr = 4 * GROUPS
-            b_x = tl.reshape(tl.join(tl.join(b[0], b[2]), tl.join(b[1], b[SLOTS - 1])), [BM, WIDTH])
+        WIDTH: tl.constexpr = (2 if SLOTS == 2 else 4) * GROUPS
+        b_x = tl.reshape(_joined(b, SLOTS), [BM, WIDTH])
         o_v = (first + tl.arange(0, WIDTH) - SKEW)[None, :]
-        # Three tokens are written as four, of which the last is none.
         tl.store(p_x + (o_row[:, None] + o_v), b_x, mask=_exists(m_n, o_v, V, SKEW, EVEN and SLOTS != 3))
     else:
         for i_j in tl.static_range(SLOTS):
