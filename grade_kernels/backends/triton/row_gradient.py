@@ -17,7 +17,8 @@ from grade_kernels.backends.triton.row_tiles import (
     load_slots,
     locate,
     row_offsets,
-    row_rates,
+    rate_of,
+    row_taus,
     row_streams,
     score_slots,
     store_slots,
@@ -81,18 +82,17 @@ def row_tile_backward_kernel(
 ):  # fmt: skip
     """Rows that are one tile; `dtau` is None where it is not wanted."""
     DTAU: tl.constexpr = dtau is not None
-    _, o_n, o_a, o_b, m_n = locate(A, B, FLAT, BA, BB, RUN, SPLITS=1)
+    o_n, o_a, o_b, m_n = locate(tl.program_id(0), A, B, FLAT, BA, BB, RUN)
     stream = row_streams(seed, row_ids, o_n, m_n)
-    o_l, o_dy = (
-        row_offsets(o_a, o_b, s_la, s_lb, FLAT, NEAR_L, UNIT_L),
-        row_offsets(o_a, o_b, s_dya, s_dyb, FLAT, NEAR_DY, UNIT_DY),
-    )
+    o_l = row_offsets(o_a, o_b, s_la, s_lb, FLAT, NEAR_L, UNIT_L)
+    o_dy = row_offsets(o_a, o_b, s_dya, s_dyb, FLAT, NEAR_DY, UNIT_DY)
     b_l, b_dy = _load_both(
         logits, dy, o_l, o_dy, s_lv, s_dyv, 0, V, m_n, GROUPS, SLOTS, SKEW, EVEN, DTYPE, NEAR_L, UNIT_L, NEAR_DY,
         UNIT_DY
     )  # fmt: skip
     r_pivot = tl.load(score_max + o_n, mask=m_n, other=0.0) - SHIFT
-    r_tau, r_rate = row_rates(tau, o_n, s_tau, m_n)
+    r_tau = row_taus(tau, o_n, s_tau, m_n)
+    r_rate = rate_of(r_tau)
     b_s = score_slots(b_l, 0, group_start, stream, GROUPS, SLOTS, DTYPE, FAST)
     b_d, b_w = _weigh(b_s, r_pivot, r_rate, SLOTS)
     b_total = tl.zeros((BA * BB, GROUPS), DTYPE)
@@ -123,15 +123,15 @@ def row_sums_kernel(
     SPLITS: tl.constexpr, NEAR_L: tl.constexpr, UNIT_L: tl.constexpr, NEAR_DY: tl.constexpr, UNIT_DY: tl.constexpr,
 ):  # fmt: skip
     """One split of rows: its sums of w and of w * dy, each `[N, SPLITS]`."""
-    i_s, o_n, o_a, o_b, m_n = locate(A, B, FLAT, BA, BB, RUN, SPLITS)
+    i_s = tl.program_id(0) % SPLITS
+    o_n, o_a, o_b, m_n = locate(tl.program_id(0) // SPLITS, A, B, FLAT, BA, BB, RUN)
     TOKENS: tl.constexpr = 4 * GROUPS
     stream = row_streams(seed, row_ids, o_n, m_n)
-    o_l, o_dy = (
-        row_offsets(o_a, o_b, s_la, s_lb, FLAT, NEAR_L, UNIT_L),
-        row_offsets(o_a, o_b, s_dya, s_dyb, FLAT, NEAR_DY, UNIT_DY),
-    )
+    o_l = row_offsets(o_a, o_b, s_la, s_lb, FLAT, NEAR_L, UNIT_L)
+    o_dy = row_offsets(o_a, o_b, s_dya, s_dyb, FLAT, NEAR_DY, UNIT_DY)
     r_pivot = tl.load(score_max + o_n, mask=m_n, other=0.0) - SHIFT
-    _, r_rate = row_rates(tau, o_n, s_tau, m_n)
+    r_tau = row_taus(tau, o_n, s_tau, m_n)
+    r_rate = rate_of(r_tau)
     b_total = tl.zeros((BA * BB, GROUPS), DTYPE)
     b_dot = tl.zeros((BA * BB, GROUPS), DTYPE)
     lo = i_s * (STEPS * TOKENS)
@@ -141,7 +141,7 @@ def row_sums_kernel(
             NEAR_DY, UNIT_DY
         )  # fmt: skip
         b_s = score_slots(b_l, first, group_start, stream, GROUPS, SLOTS, DTYPE, FAST)
-        _, b_w = _weigh(b_s, r_pivot, r_rate, SLOTS)
+        b_w = _weigh(b_s, r_pivot, r_rate, SLOTS)[1]
         for i_j in tl.static_range(SLOTS):
             b_total += b_w[i_j]
             b_dot = tl.fma(b_w[i_j], b_dy[i_j], b_dot)
@@ -162,16 +162,16 @@ def row_apply_kernel(
 ):  # fmt: skip
     """One split of rows of the gradient, and of dtau (`partial_dtau` `[N, SPLITS]`) unless that is None."""
     DTAU: tl.constexpr = partial_dtau is not None
-    i_s, o_n, o_a, o_b, m_n = locate(A, B, FLAT, BA, BB, RUN, SPLITS)
+    i_s = tl.program_id(0) % SPLITS
+    o_n, o_a, o_b, m_n = locate(tl.program_id(0) // SPLITS, A, B, FLAT, BA, BB, RUN)
     TOKENS: tl.constexpr = 4 * GROUPS
     stream = row_streams(seed, row_ids, o_n, m_n)
-    o_l, o_dy = (
-        row_offsets(o_a, o_b, s_la, s_lb, FLAT, NEAR_L, UNIT_L),
-        row_offsets(o_a, o_b, s_dya, s_dyb, FLAT, NEAR_DY, UNIT_DY),
-    )
+    o_l = row_offsets(o_a, o_b, s_la, s_lb, FLAT, NEAR_L, UNIT_L)
+    o_dy = row_offsets(o_a, o_b, s_dya, s_dyb, FLAT, NEAR_DY, UNIT_DY)
     o_out = row_offsets(o_a, o_b, s_outa, s_outb, FLAT, NEAR_OUT, UNIT_OUT)
     r_pivot = tl.load(score_max + o_n, mask=m_n, other=0.0) - SHIFT
-    r_tau, r_rate = row_rates(tau, o_n, s_tau, m_n)
+    r_tau = row_taus(tau, o_n, s_tau, m_n)
+    r_rate = rate_of(r_tau)
     o_s = tl.arange(0, BLOCK_S)
     p_p = (o_n * SPLITS)[:, None] + o_s[None, :]
     m_p = m_n[:, None] & (o_s < SPLITS)[None, :]

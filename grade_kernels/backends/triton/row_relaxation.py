@@ -21,7 +21,8 @@ from grade_kernels.backends.triton.row_tiles import (
     load_slots,
     locate,
     row_offsets,
-    row_rates,
+    rate_of,
+    row_taus,
     row_streams,
     score_slots,
     slot_tokens,
@@ -81,7 +82,7 @@ def row_tile_kernel(
     NEAR_L: tl.constexpr, UNIT_L: tl.constexpr, NEAR_OUT: tl.constexpr, UNIT_OUT: tl.constexpr,
 ):  # fmt: skip
     """Rows that are one tile."""
-    _, o_n, o_a, o_b, m_n = locate(A, B, FLAT, BA, BB, RUN, SPLITS=1)
+    o_n, o_a, o_b, m_n = locate(tl.program_id(0), A, B, FLAT, BA, BB, RUN)
     stream = row_streams(seed, row_ids, o_n, m_n)
     o_row = row_offsets(o_a, o_b, s_la, s_lb, FLAT, NEAR_L, UNIT_L)
     b_l = load_slots(
@@ -96,7 +97,8 @@ def row_tile_kernel(
         r_bad = _is_bad_sample(r_best, r_v)
         b_y = _one_hot(r_v, r_bad, 0, GROUPS, SLOTS, SKEW, DTYPE)
     else:
-        _, r_rate = row_rates(tau, o_n, s_tau, m_n)
+        r_tau = row_taus(tau, o_n, s_tau, m_n)
+        r_rate = rate_of(r_tau)
         b_w = ()
         b_sum = tl.zeros((BA * BB, GROUPS), DTYPE)
         for i_j in tl.static_range(SLOTS):
@@ -125,11 +127,13 @@ def row_scan_kernel(
     STEPS: tl.constexpr, SPLITS: tl.constexpr, LOWEST: tl.constexpr, NEAR_L: tl.constexpr, UNIT_L: tl.constexpr,
 ):  # fmt: skip
     """One split of rows: `best` `[N, SPLITS]`, the best score, and `found`, its token or the sum of weights from it."""
-    i_s, o_n, o_a, o_b, m_n = locate(A, B, FLAT, BA, BB, RUN, SPLITS)
+    i_s = tl.program_id(0) % SPLITS
+    o_n, o_a, o_b, m_n = locate(tl.program_id(0) // SPLITS, A, B, FLAT, BA, BB, RUN)
     TOKENS: tl.constexpr = 4 * GROUPS
     stream = row_streams(seed, row_ids, o_n, m_n)
     o_row = row_offsets(o_a, o_b, s_la, s_lb, FLAT, NEAR_L, UNIT_L)
-    _, r_rate = row_rates(tau, o_n, s_tau, m_n)
+    r_tau = row_taus(tau, o_n, s_tau, m_n)
+    r_rate = rate_of(r_tau)
     b_best = tl.full((BA * BB, GROUPS), float("-inf"), DTYPE)
     b_v = tl.full((BA * BB, GROUPS), NO_TOKEN, tl.int32)
     b_sum = tl.zeros((BA * BB, GROUPS), DTYPE)
@@ -174,14 +178,16 @@ def row_write_kernel(
     NEAR_OUT: tl.constexpr, UNIT_OUT: tl.constexpr,
 ):  # fmt: skip
     """One split of rows, from what `row_scan_kernel` left of all splits."""
-    i_s, o_n, o_a, o_b, m_n = locate(A, B, FLAT, BA, BB, RUN, SPLITS)
+    i_s = tl.program_id(0) % SPLITS
+    o_n, o_a, o_b, m_n = locate(tl.program_id(0) // SPLITS, A, B, FLAT, BA, BB, RUN)
     TOKENS: tl.constexpr = 4 * GROUPS
     o_s = tl.arange(0, BLOCK_S)
     p_p = (o_n * SPLITS)[:, None] + o_s[None, :]
     m_p = m_n[:, None] & (o_s < SPLITS)[None, :]
     b_best = tl.load(best + p_p, mask=m_p, other=float("-inf"))  # [BM, BLOCK_S]
     r_best = tl.max(b_best, 1)
-    _, r_rate = row_rates(tau, o_n, s_tau, m_n)
+    r_tau = row_taus(tau, o_n, s_tau, m_n)
+    r_rate = rate_of(r_tau)
     if HARD:
         b_v = tl.load(found + p_p, mask=m_p, other=NO_TOKEN)  # [BM, BLOCK_S]
         # A split that holds NaN may have lost it by its maximum. Its token still tells.

@@ -165,13 +165,19 @@ def tile_constants(
         "SLOTS": slots, "SKEW": skew,
         "EVEN": skew == 0 and vocab % (slots * tile.groups) == 0,
         "DTYPE": TRITON_DTYPE[compute_dtype(logits.dtype)], "FAST": target.backend == "cuda",
-        "num_warps": tile.warps(target.warp_size), **compiler_options(target.backend),
+        "num_warps": tile.warps(target.warp_size), **tile_compiler_options(target.backend),
     }  # fmt: skip
     for name, x in tensors.items():
         options |= zip((f"s_{name}a", f"s_{name}v", f"s_{name}b"), view.strides(x), strict=True)
         options |= {f"NEAR_{name.upper()}": view.near(x), f"UNIT_{name.upper()}": view.unit(x)}
     blocks = triton.cdiv(view.A, along_a) * triton.cdiv(view.B, along_b)
     return options, blocks * max(1, tile.splits), tile
+
+
+def tile_compiler_options(backend: str) -> dict[str, Any]:
+    """Compiler options of kernels over tiles for a Triton backend."""
+    # With more registers one program of 256 threads would fill a multiprocessor. It could load or compute, not both.
+    return compiler_options(backend) | ({"maxnreg": 128} if backend == "cuda" else {})
 
 
 @triton.jit
@@ -181,14 +187,11 @@ def _multiple(count, unit: tl.constexpr):
 
 
 @triton.jit
-def locate(A, B, FLAT: tl.constexpr, BA: tl.constexpr, BB: tl.constexpr, RUN: tl.constexpr, SPLITS: tl.constexpr):
-    """A program's split, and of its rows `[BM]` the numbers, the places along A and B, and which of them exist.
+def locate(i_p, A, B, FLAT: tl.constexpr, BA: tl.constexpr, BB: tl.constexpr, RUN: tl.constexpr):
+    """Of the rows `[BM]` of a tile the numbers, the places along A and B, and which of them exist.
 
     RUN: of rows that follow one another, all or none exist. So they may be read as one word.
     """
-    i_p = tl.program_id(0)
-    i_s = i_p % SPLITS
-    i_p = i_p // SPLITS
     o_r = tl.arange(0, BA * BB)
     if FLAT:
         o_n = i_p.to(tl.int64) * (BA * BB) + o_r
@@ -201,7 +204,7 @@ def locate(A, B, FLAT: tl.constexpr, BA: tl.constexpr, BB: tl.constexpr, RUN: tl
         o_b = (i_p % blocks).to(tl.int64) * BB + o_r % BB
         o_n = o_a * B + o_b
         m_n = (o_a < A) & (o_b < _multiple(B, RUN))
-    return i_s, o_n, o_a, o_b, m_n
+    return o_n, o_a, o_b, m_n
 
 
 @triton.jit
@@ -232,10 +235,15 @@ def row_streams(seed, row_ids, o_n, m_n):
 
 
 @triton.jit
-def row_rates(tau, o_n, s_tau, m_n):
-    """Temperatures of rows `[BM]`, and LOG2E over them."""
-    r_tau = tl.load(tau + o_n * s_tau, mask=m_n, other=1.0)
-    return r_tau, tl.full((), LOG2E, r_tau.dtype) / r_tau
+def row_taus(tau, o_n, s_tau, m_n):
+    """Temperatures of rows `[BM]`."""
+    return tl.load(tau + o_n * s_tau, mask=m_n, other=1.0)
+
+
+@triton.jit
+def rate_of(r_tau):
+    """What a distance of scores is multiplied with, to be the weight's binary logarithm."""
+    return tl.full((), LOG2E, r_tau.dtype) / r_tau
 
 
 @triton.jit

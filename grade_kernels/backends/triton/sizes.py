@@ -93,7 +93,7 @@ class TritonSizes(Sizes):
     most_strips: int = 4
     row_split: int = 8192
     tile_groups: int = 512
-    tile_tokens: int = 8192
+    tile_tokens: int = 4096
     head_split: int = 640
     tile_float32: HeadTile = _TILE_FLOAT32
     tiles: Mapping[int, HeadTile] = field(default_factory=lambda: _TILES)
