@@ -212,8 +212,7 @@ def _tiles(name: str, given: tuple[torch.Tensor, bool], target: str) -> list[Bui
         return Build(
             kernel.replace("_", " "), "fp32", name, f"{_BACKEND}.{module}:{kernel}_kernel",
             arguments | {key: _specialised(key, value) for key, value in constants.items()},
-            {"num_warps": constants["num_warps"], **row_tiles.tile_compiler_options(device.backend)},
-            logits_of_program / (device.warp_size * constants["num_warps"]),
+            row_tiles.tile_compiler_options(tile, device), logits_of_program / (device.warp_size * constants["num_warps"]),
             problem=Problem(rows, vocab, least, memory, cached), whole=not tile.splits,
         )  # fmt: skip
 

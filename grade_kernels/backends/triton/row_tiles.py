@@ -165,7 +165,7 @@ def tile_constants(
         "SLOTS": slots, "SKEW": skew,
         "EVEN": skew == 0 and vocab % (slots * tile.groups) == 0,
         "DTYPE": TRITON_DTYPE[compute_dtype(logits.dtype)], "FAST": target.backend == "cuda",
-        "num_warps": tile.warps(target.warp_size), **tile_compiler_options(target.backend),
+        **tile_compiler_options(tile, target),
     }  # fmt: skip
     for name, x in tensors.items():
         options |= zip((f"s_{name}a", f"s_{name}v", f"s_{name}b"), view.strides(x), strict=True)
@@ -174,10 +174,15 @@ def tile_constants(
     return options, blocks * max(1, tile.splits), tile
 
 
-def tile_compiler_options(backend: str) -> dict[str, Any]:
-    """Compiler options of kernels over tiles for a Triton backend."""
-    # With more registers one program of 256 threads would fill a multiprocessor. It could load or compute, not both.
-    return compiler_options(backend) | ({"maxnreg": 128} if backend == "cuda" else {})
+def tile_compiler_options(tile: RowTile, target: Target) -> dict[str, Any]:
+    """Warps, and compiler options, of kernels over tiles."""
+    warps = tile.warps(target.warp_size)
+    options = {"num_warps": warps, **compiler_options(target.backend)}
+    if target.backend == "cuda" and target.capability < 90 and warps >= 8:
+        # With more registers, as Ampere's code would take, one such program would fill a multiprocessor. It could load or
+        # compute, not both.
+        options["maxnreg"] = 128
+    return options
 
 
 @triton.jit
