@@ -42,7 +42,7 @@ _SIZES = TritonSizes()
 # odd offset; one row of one token, which Triton specialises on. float64 is never read 16 bytes at a time.
 _LAYOUTS = {
     "aligned": ("fp32", "bf16", "fp16"),
-    "odd": ("bf16", "fp64"),
+    "odd": ("bf16", "fp32", "fp64"),
     "strided": ("fp32",),
     "shard": ("fp32",),
     "tiny": ("fp32",),
@@ -159,8 +159,10 @@ def _rows(dtype: str, target: str, layout: str) -> list[Build]:
     scans: dict[str, tuple[str, dict[str, Any]]] = {
         "sample": (sample, {"top": None, "total": None}),
         "sample+lse": (sample, {}),
-        "softmax total": (relaxation, {"weights": None, "total": None}),
-        "softmax write": (relaxation, {}),
+        "softmax total": (relaxation, {"weights": None, "total": None, "best": None}),
+        "softmax write": (relaxation, {"best": None}),
+        "relax scan": (f"{_BACKEND}.relaxation:relax_scan_kernel", {}),
+        "relax write": (relaxation, {}),
         "ste sums": (sums, {}),
         "ste apply": (apply, {}),
         "ste apply+logprob+dtau": (apply, {"dlogprobs": stat, "partial_dtau": stat}),
@@ -172,10 +174,16 @@ def _rows(dtype: str, target: str, layout: str) -> list[Build]:
     # A skewed shard is masked all over, strip by strip.
     unrolled = 1 if skew else sizes["STRIPS"]
     logits = 0 if tiny else sizes["LANES"] * unrolled // (gpu.warp_size * strips.NUM_WARPS)
+    size = ROWS * VOCAB * _DTYPES[dtype].itemsize
+    # Launchers take rows that are read twice in parts, which the cache still holds.
+    again = {"relax write": 1, "ste apply": 2, "ste apply+logprob+dtau": 2, "st apply": 2, "reinmax apply": 2}
     found = [
-        Build(name, dtype, layout, kernel, {**common, **changes}, options, logits)
+        Build(
+            name, dtype, layout, kernel, {**common, **changes}, options, logits,
+            problem=Problem(ROWS, VOCAB, size, size, again[name] * size) if name in again else None,
+        )
         for name, (kernel, changes) in scans.items()
-    ]
+    ]  # fmt: skip
     found.append(
         Build("sample pick", dtype, layout, f"{_BACKEND}.sampling:sample_pick_kernel", common, options)
     )  # fmt: skip

@@ -336,6 +336,27 @@ def test_rows_of_every_width_are_bound_by_their_bytes():
     near_the_floor(["sm_80", "sm_90"], ["row *"])
 
 
+@pytest.mark.takes_long("ten more kernels over strips, of the kind that others are compiled of on each run")
+@pytest.mark.parametrize("layout", ["aligned", "odd"])
+def test_long_rows_are_bound_by_their_bytes(layout):
+    """Long rows are read twice, but the second time a part of them comes from the cache. A hard sample is read once."""
+    names = ["sample", "one hot", "relax scan", "relax write", "ste sums", "ste apply"]
+    tasks = select(["sm_80", "sm_90"], [f"{name} fp32 {layout}" for name in names])
+    found = {(f.target, f.kernel): (b, f) for (b, _), f in zip(tasks, inspect(tasks, processes=1), strict=True)}
+    for name in ("A100", "H100"):
+        device = DEVICES[name]
+        write = (
+            4 * prediction.ROWS * prediction.VOCAB / device.bandwidth
+        )  # what the kernel one_hot does, and nothing else
+
+        def seconds(kernel, name=name, target=device.target):
+            return next(p.seconds for p in prediction.predict(*found[target, kernel]) if p.device == name)
+
+        assert seconds("sample") + write <= 1.3 * 2 * write
+        assert seconds("relax scan") + seconds("relax write") <= 1.3 * 2 * write
+        assert seconds("ste sums") + seconds("ste apply") <= 1.3 * 3 * write
+
+
 # Choosing, caching, and the command
 
 

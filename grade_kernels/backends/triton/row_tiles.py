@@ -14,7 +14,7 @@ vocabulary, the dtype and the strides, never on the number of rows.
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import triton
@@ -113,7 +113,9 @@ class View(NamedTuple):
         along_a, along_v, along_b = self.strides(x)
         if along_v == 1 and x.shape[1] > 1:
             return TOKENS.value
-        return ROWS.value if (along_a if self.FLAT else along_b) == 1 else NOTHING.value
+        # One row alone is taken as it would be with others beside it.
+        beside = 1 if self.A * self.B == 1 else along_a if self.FLAT else along_b
+        return ROWS.value if beside == 1 else NOTHING.value
 
     def unit(self, x: torch.Tensor) -> int:
         """Neighbours in memory, up to 16 bytes of them, that lie in one aligned word wherever they begin."""
@@ -126,12 +128,17 @@ class View(NamedTuple):
         return math.gcd(16 // x.element_size(), *others)
 
 
-def are_strips(sizes: TritonSizes, vocab_start: int, *tensors: torch.Tensor) -> bool:
-    """Whether rows are longer than a tile, and lie in all tensors as the kernels over strips read them best."""
+def way(sizes: TritonSizes, vocab_start: int, *tensors: torch.Tensor) -> Literal["tile", "tiles", "strips"]:
+    """How rows are taken: as one tile, as several, or as the kernels over strips read them best.
+
+    Those read long rows whose tokens are neighbours in memory, one row to a program.
+    """
     view, logits = View.of(*tensors), tensors[0]
-    if not view.FLAT or any(view.near(t) != TOKENS.value for t in tensors):
-        return False
-    return row_tile(logits.shape[1] + (vocab_start & 3), False, logits.dtype, sizes).splits > 0
+    across = view.near(logits) == ROWS.value
+    if row_tile(logits.shape[1] + (vocab_start & 3), across, logits.dtype, sizes).splits == 0:
+        return "tile"
+    plain = view.FLAT and all(view.near(t) == TOKENS.value for t in tensors)
+    return "strips" if plain else "tiles"
 
 
 def tile_options(sizes: TritonSizes, rows: Rows, **others: torch.Tensor) -> tuple[dict[str, Any], tuple[int], RowTile]:

@@ -238,3 +238,31 @@ def test_equal_scores_go_to_the_smaller_token():
             torch.testing.assert_close(
                 by_row(y)[:, 2:], torch.full((2, 7), 1 / 7, dtype=torch.float64), rtol=1e-6, atol=0
             )
+
+
+@pytest.mark.parametrize("vocab_start", [0, 5])
+@pytest.mark.parametrize("vocab", [4500, 9001])
+def test_long_rows(vocab, vocab_start):
+    """Rows that the kernels over strips serve, in a soft sample by its own scan."""
+    logits = given((2, vocab, 1))
+    logits[0, 100:3000] = -math.inf
+    check(logits, vocab_start=vocab_start)
+
+
+def test_parts_of_rows_change_nothing(monkeypatch, small_tiles):
+    """Rows that are read twice are taken in parts."""
+    for shape in ((33, 260, 1), (1, 260, 33), (3, 260, 8)):
+        logits, dy = given(shape).to(DEVICE), given(shape, seed=1).to(DEVICE)
+        rows = Rows(
+            logits, torch.linspace(0.5, 2, shape[0] * shape[2], device=DEVICE), Noise(torch.tensor(SEED), None, 0)
+        )
+        results = []
+        for size in (2**24, 2**14):
+            resize(monkeypatch, reread_bytes=size)
+            y, dlogits = torch.empty_like(logits), torch.empty_like(logits)
+            score_max = fused.gumbel_softmax(rows, False, y)
+            sample = Sample(score_max.long(), score_max, score_max[:0], score_max[:0])
+            dtau = fused.softmax_backward(dy, rows, sample, GradientRule("ste", needs_dtau=True), dlogits)
+            results.append((score_max, y, dlogits, dtau))
+        for whole, in_parts in zip(*results, strict=True):
+            assert torch.equal(whole, in_parts)
