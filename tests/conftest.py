@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 os.environ["HF_HUB_OFFLINE"] = "1"
 # The compiler's cache knows schemas of operations but no fake kernels: it would answer for another version of these.
 os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
+# With threads, each process of tests that compiles something starts others, which import torch first.
+os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
 os.environ.pop("GRADE_KERNELS_BACKEND", None)
 os.environ.pop("GRADE_KERNELS_CHECK", None)
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -31,12 +33,14 @@ if not HAS_GPU:
 import grade_kernels as gk  # noqa: E402
 from tests.support.covering import Case, covering  # noqa: E402
 from tests.support.helpers import poisoned_memory  # noqa: E402
-from tests.support.interpreter import INTERPRETED, quicken, settle, share_shapes  # noqa: E402
+from tests.support.interpreter import INTERPRETED, quicken, reduce_by_blocks, settle, share_shapes, skip_promotion  # noqa: E402
 from tests.support.needs import needs_backend  # noqa: E402
 
 if not HAS_GPU and importlib.util.find_spec("triton") is not None:
     quicken()
     share_shapes()
+    skip_promotion()
+    reduce_by_blocks()
     settle()
 
 

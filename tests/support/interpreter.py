@@ -1,4 +1,7 @@
-"""Triton's interpreter without most of what it repeats, and with products that are the same on every machine."""
+"""Triton's interpreter without most of what it repeats, and with products that are the same on every machine.
+
+Each function here replaces a part of it. A Triton in which that part is written in another way is left alone.
+"""
 
 from __future__ import annotations
 
@@ -67,6 +70,71 @@ def quicken() -> None:
         interpreter.interpreter_builder.options = dataclasses.replace(options, sanitize_overflow=False)
     interpreter._patch_lang = patch
     interpreter._get_np_dtype = cached_dtype
+
+
+def reduce_by_blocks() -> None:
+    """Have a reduction combine halves of a block, as a GPU does, and not one element after the other.
+
+    Neighbours are combined, so the order of the elements is kept for a function that does not commute.
+    """
+    from triton.runtime import interpreter
+
+    reductions = interpreter.ReduceOps
+    if not all(hasattr(reductions, name) for name in ("generic_reduce", "to_tensor")):
+        return
+
+    def generic_reduce(self: Any, blocks: tuple[Any, ...]) -> list[Any]:
+        arrays = [block.handle.data for block in blocks]
+        rank = arrays[0].ndim
+        axis = 0 if self.axis is None else self.axis
+        if self.axis is None:
+            arrays = [array.reshape(-1) for array in arrays]
+        while arrays[0].shape[axis] > 1:  # a power of two, as every extent of a block
+            halves = [
+                self.to_tensor(np.take(array, range(first, array.shape[axis], 2), axis), block.dtype)
+                for first in (0, 1)
+                for array, block in zip(arrays, blocks, strict=True)
+            ]
+            combined = self.combine_fn.fn(*halves)
+            arrays = [x.handle.data for x in (combined if isinstance(combined, tuple) else (combined,))]
+        if self.axis is None:
+            arrays = [array.reshape((1,) * rank) if self.keep_dims else array.item() for array in arrays]
+        elif not self.keep_dims:
+            arrays = [array.squeeze(axis) for array in arrays]
+        return [self.to_tensor(array, block.dtype) for array, block in zip(arrays, blocks, strict=True)]
+
+    reductions.generic_reduce = generic_reduce
+
+
+def skip_promotion() -> None:
+    """Have operands of one type and one shape pass without the search for a type and a shape that hold both."""
+    from triton.language import core, semantic
+
+    meet: Callable[..., Any] = semantic.TritonSemantic.binary_op_type_checking_impl
+    spread: Callable[..., Any] = semantic.TritonSemantic.broadcast_impl_value
+    unwrap: Callable[[Any], Any] = core._unwrap_if_constexpr
+    compare: Callable[[Any, Any], bool] = core.dtype.__eq__
+    settled = {core.float32, core.float64, core.int32, core.int64, core.uint32, core.uint64}
+    plain = {bool, int, float, str, type(None), core.tensor, core.dtype, core.block_type, core.pointer_type}
+
+    def binary(self: Any, lhs: Any, rhs: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        if type(lhs) is type(rhs) is core.tensor and lhs.dtype is rhs.dtype and lhs.dtype in settled:
+            return broadcast(self, lhs, rhs)
+        return meet(self, lhs, rhs, *args, **kwargs)
+
+    def broadcast(self: Any, lhs: Any, rhs: Any) -> tuple[Any, Any]:
+        shape = getattr(lhs.type, "like", None)  # of share_shapes: one object for each shape
+        if shape is not None and shape is getattr(rhs.type, "like", None):
+            return lhs, rhs
+        return spread(self, lhs, rhs)
+
+    def unwrap_value(x: Any) -> Any:
+        return x if type(x) in plain else unwrap(x)
+
+    semantic.TritonSemantic.binary_op_type_checking_impl = binary
+    semantic.TritonSemantic.broadcast_impl_value = broadcast
+    core._unwrap_if_constexpr = unwrap_value
+    core.dtype.__eq__ = lambda self, other: self is other or compare(self, other)
 
 
 def share_shapes() -> None:
