@@ -33,7 +33,15 @@ if not HAS_GPU:
 import grade_kernels as gk  # noqa: E402
 from tests.support.covering import Case, covering  # noqa: E402
 from tests.support.helpers import poisoned_memory  # noqa: E402
-from tests.support.interpreter import INTERPRETED, quicken, reduce_by_blocks, settle, share_shapes, skip_promotion  # noqa: E402
+from tests.support.interpreter import (  # noqa: E402
+    INTERPRETED,
+    compute_words,
+    quicken,
+    reduce_by_blocks,
+    settle,
+    share_shapes,
+    skip_promotion,
+)
 from tests.support.needs import needs_backend  # noqa: E402
 
 if not HAS_GPU and importlib.util.find_spec("triton") is not None:
@@ -41,6 +49,7 @@ if not HAS_GPU and importlib.util.find_spec("triton") is not None:
     share_shapes()
     skip_promotion()
     reduce_by_blocks()
+    compute_words()
     settle()
 
 
