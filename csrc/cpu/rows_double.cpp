@@ -11,14 +11,21 @@ namespace {
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
-const double* row_of(const Rows& in, int64_t row) { return static_cast<const double*>(in.logits) + row * in.stride; }
+// One row of a view.
+template <typename T>
+struct Row {
+  T* data;
+  int64_t stride;
+  Row(const View& x, int64_t row) : data(x.row<T>(row)), stride(x.token_stride) {}
+  T& operator[](int64_t v) const { return data[v * stride]; }
+};
 
 double score(const Rows& in, int64_t row, int64_t v, double l) {
   return l + token_gumbel<double>(in.noise.seed, in.noise.row(row), in.noise.vocab_start + v);
 }
 
 SamplePart<double> sample(const Rows& in, int64_t row, int64_t begin, int64_t end, bool logsumexp) {
-  const double* l = row_of(in, row);
+  const Row<const double> l(in.logits, row);
   SamplePart<double> best{-kInfinity, -kInfinity, 0.0, -1, false};
   for (int64_t v = begin; v < end; ++v) {
     const double s = score(in, row, v, l[v]);
@@ -38,8 +45,8 @@ SamplePart<double> sample(const Rows& in, int64_t row, int64_t begin, int64_t en
 }
 
 void softmax(const SoftmaxArgs<double>& args, int64_t row, double*) {
-  const double* l = row_of(args.in, row);
-  double* out = static_cast<double*>(args.out) + row * args.out_stride;
+  const Row<const double> l(args.in.logits, row);
+  const Row<double> out(args.out, row);
   const double tau = args.tau[row];
   const double pivot = args.score_max[row];
   double total = 0.0;
@@ -51,9 +58,9 @@ void softmax(const SoftmaxArgs<double>& args, int64_t row, double*) {
 
 template <Estimator kRule>
 void backward_row(const BackwardArgs<double>& args, int64_t row, double* weights) {
-  const double* l = row_of(args.in, row);
-  const double* dy = static_cast<const double*>(args.dy) + row * args.dy_stride;
-  double* out = static_cast<double*>(args.out) + row * args.out_stride;
+  const Row<const double> l(args.in.logits, row);
+  const Row<const double> dy(args.dy, row);
+  const Row<double> out(args.out, row);
   constexpr bool kNoisy = kRule == Estimator::kNoisy, kReinmax = kRule == Estimator::kReinmax;
   const bool needs_untempered = kReinmax || args.dlogprobs;
   const double tau = args.tau[row], pivot = kNoisy ? args.score_max[row] : args.logit_max[row];

@@ -11,7 +11,7 @@ if not torch.cuda.is_available():
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from grade_kernels.backends import Head, Noise, get
+from grade_kernels.backends import GradientRule, Head, Noise, Rows, get
 from grade_kernels.backends.triton.sizes import HeadTile
 from grade_kernels.backends.triton.targets import INTERPRETED
 from grade_kernels.inspection import traffic
@@ -60,7 +60,8 @@ def test_softmax(normalize, small_tiles):
     """A normalised softmax reads the logits in both of its passes, and writes once."""
     logits, sample = logits_and_sample(torch.float32)
     with traffic.counted() as moved:
-        fused.softmax(logits, torch.ones(ROWS), NOISE, sample.score_max, normalize=normalize, dtype=torch.float32)
+        rows = Rows.of(logits, torch.ones(ROWS), NOISE)
+        fused.softmax(rows, sample.score_max, normalize=normalize, dtype=torch.float32)
     passes = 2 if normalize else 1
     assert moved.loaded["softmax_kernel", "logits"] == passes * logits.nbytes
     assert moved.stored["softmax_kernel", "weights"] == logits.nbytes
@@ -71,12 +72,10 @@ def test_softmax(normalize, small_tiles):
 def test_softmax_backward(estimator, small_tiles):
     """Each of the two passes reads logits and gradient once; the second writes the result."""
     logits, sample = logits_and_sample(torch.float32)
-    dy, out = torch.randn(ROWS, VOCAB), torch.empty(ROWS, VOCAB)
+    dy, out = torch.randn(ROWS, VOCAB, 1), torch.empty(ROWS, VOCAB, 1)
+    rule = GradientRule(estimator, torch.ones(ROWS), True)
     with traffic.counted() as moved:
-        fused.softmax_backward(
-            dy, logits, torch.ones(ROWS), NOISE, sample,
-            estimator=estimator, dlogprobs=torch.ones(ROWS), needs_dtau=True, out=out,
-        )  # fmt: skip
+        fused.softmax_backward(dy, Rows.of(logits, torch.ones(ROWS), NOISE), sample, rule, out)
     for kernel, tensors in (("softmax_backward_sums_kernel", 2), ("softmax_backward_apply_kernel", 3)):
         assert tensors * logits.nbytes <= moved.of(kernel) <= 1.1 * tensors * logits.nbytes
         assert moved.least(kernel) <= moved.of(kernel) <= 1.1 * moved.least(kernel)

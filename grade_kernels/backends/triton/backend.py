@@ -7,7 +7,7 @@ from typing_extensions import override
 
 from grade_kernels.backends.chunks import column_chunks
 from grade_kernels.backends.interface import softcapped
-from grade_kernels.backends.records import Head, Noise, Sample, Softmax, Support
+from grade_kernels.backends.records import GradientRule, Head, Noise, Rows, Sample, Softmax, Support
 from grade_kernels.backends.torch.backend import TorchBackend
 from grade_kernels.backends.triton import availability
 from grade_kernels.backends.triton.sizes import TritonSizes
@@ -48,17 +48,15 @@ class TritonBackend(TorchBackend):
         return sample(logits, noise, logsumexp, self.sizes)
 
     @override
-    def one_hot(self, sample: Sample, vocab: int, dtype: torch.dtype) -> torch.Tensor:
+    def one_hot(self, sample: Sample, vocab: int, dtype: torch.dtype, out: torch.Tensor | None = None) -> torch.Tensor:
         from grade_kernels.backends.triton.onehot import one_hot
 
-        return one_hot(sample, vocab, dtype)
+        return one_hot(sample, vocab, dtype, out)
 
     @override
     def softmax(
         self,
-        logits: torch.Tensor,
-        tau: torch.Tensor,
-        noise: Noise,
+        rows: Rows,
         score_max: torch.Tensor,
         *,
         normalize: bool,
@@ -67,28 +65,15 @@ class TritonBackend(TorchBackend):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         from grade_kernels.backends.triton.relaxation import softmax
 
-        return softmax(logits, tau, noise, score_max, normalize=normalize, dtype=dtype, out=out, sizes=self.sizes)
+        return softmax(rows, score_max, normalize=normalize, dtype=dtype, out=out, sizes=self.sizes)
 
     @override
     def softmax_backward(
-        self,
-        dy: torch.Tensor,
-        logits: torch.Tensor,
-        tau: torch.Tensor,
-        noise: Noise,
-        sample: Sample,
-        *,
-        estimator: str,
-        dlogprobs: torch.Tensor | None,
-        needs_dtau: bool,
-        out: torch.Tensor,
+        self, dy: torch.Tensor, rows: Rows, sample: Sample, rule: GradientRule, out: torch.Tensor
     ) -> torch.Tensor:
         from grade_kernels.backends.triton.gradient import softmax_backward
 
-        return softmax_backward(
-            dy, logits, tau, noise, sample, estimator=estimator, dlogprobs=dlogprobs, needs_dtau=needs_dtau, out=out,
-            sizes=self.sizes,
-        )  # fmt: skip
+        return softmax_backward(dy, rows, sample, rule, out, self.sizes)
 
     # Through a head
 

@@ -10,8 +10,9 @@ import torch
 import triton
 import triton.language as tl
 
+from grade_kernels.backends.layouts import flat, written_flat
 from grade_kernels.backends.native import contiguous
-from grade_kernels.backends.records import Noise
+from grade_kernels.backends.records import Rows
 from grade_kernels.backends.triton.philox import LN2, LOG2E, REFINE_BELOW, SHIFT, row_stream, strip_noise
 from grade_kernels.backends.triton.sizes import TritonSizes
 from grade_kernels.backends.triton.strips import launch_options, load_strip, split_bounds, store_strip, sum_splits
@@ -101,38 +102,36 @@ def softmax_kernel(
 
 
 def softmax(
-    logits: torch.Tensor,
-    tau: torch.Tensor,
-    noise: Noise,
+    rows: Rows,
     score_max: torch.Tensor,
     *,
     normalize: bool,
     dtype: torch.dtype,
-    out: torch.Tensor | None = None,
+    out: torch.Tensor | None,
     sizes: TritonSizes,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`Backend.softmax`."""
-    rows, vocab = logits.shape
-    compute, device = compute_dtype(logits.dtype), logits.device
-    weights = torch.empty(rows, vocab, dtype=dtype, device=device) if out is None else out
-    total = torch.empty(rows, dtype=compute, device=device)
-    if rows == 0:
-        return weights, total
+    logits, (_, tau, noise) = flat(rows.logits), rows
+    count, device = len(logits), logits.device
+    compute = compute_dtype(logits.dtype)
+    out = torch.empty(rows.logits.shape, dtype=dtype, device=device) if out is None else out
+    total = torch.empty(count, dtype=compute, device=device)
+    if count == 0:
+        return out, total
     options = launch_options(sizes, noise.vocab_start, logits)
     splits = options["SPLITS"]
-    partial = torch.empty(rows, splits, dtype=compute, device=device)
+    partial = torch.empty(count, splits, dtype=compute, device=device)
     shared = {
-        "logits": logits, "s_ln": logits.stride(0), "s_lv": logits.stride(1),
-        "s_wn": weights.stride(0), "s_wv": weights.stride(1), "tau": tau, "s_tau": tau.stride(0),
-        "seed": seed_on(noise.seed, device), "row_ids": contiguous(noise.row_ids),
+        "logits": logits, "s_ln": logits.stride(0), "s_lv": logits.stride(1), "s_wn": logits.shape[1], "s_wv": 1,
+        "tau": tau, "s_tau": tau.stride(0), "seed": seed_on(noise.seed, device), "row_ids": contiguous(noise.row_ids),
         "score_max": score_max.contiguous(), "partial": partial, "BLOCK_S": triton.next_power_of_2(splits), **options,
     }  # fmt: skip
-    launch = softmax_kernel[(rows * splits,)]
-    with launching(logits):
+    launch = softmax_kernel[(count * splits,)]
+    with launching(logits), written_flat(out) as weights:
         if normalize:
             launch(weights=None, total=None, **shared)
             launch(weights=weights, total=total, **shared)
         else:
             launch(weights=weights, total=None, **shared)
             sum_splits(partial, total)
-    return weights, total
+    return out, total
