@@ -429,7 +429,7 @@ GK_INLINE void look_for_bad(const f32* x, int count, f32& bad) {
 
 // softmax((l + g) / tau).
 template <typename T>
-static void relax_soft(const RelaxArgs& args, int64_t begin, int64_t end, float* scratch) {
+static void relax_soft(const RelaxArgs<float>& args, int64_t begin, int64_t end, float* scratch) {
   const Rows& in = args.in;
   const int64_t vocab = in.vocab;
   LaneKey key(in.noise.seed, kDomainGumbel);
@@ -485,7 +485,7 @@ static void relax_soft(const RelaxArgs& args, int64_t begin, int64_t end, float*
 
 // One one in each row of a group, and zeros elsewhere.
 template <typename T>
-GK_INLINE void store_ones(const RelaxArgs& args, int64_t row, int count, i32 id) {
+GK_INLINE void store_ones(const RelaxArgs<float>& args, int64_t row, int count, i32 id) {
   const Places at(args.out, row, count);
   T* x = static_cast<T*>(args.out.data);
   const int64_t vocab = args.in.vocab;
@@ -509,7 +509,7 @@ GK_INLINE void store_ones(const RelaxArgs& args, int64_t row, int count, i32 id)
 
 // one_hot(argmax(l + g)).
 template <typename T>
-static void relax_hard(const RelaxArgs& args, int64_t begin, int64_t end) {
+static void relax_hard(const RelaxArgs<float>& args, int64_t begin, int64_t end) {
   const Rows& in = args.in;
   const int64_t vocab = in.vocab;
   LaneKey key(in.noise.seed, kDomainGumbel);
@@ -539,7 +539,7 @@ static void relax_hard(const RelaxArgs& args, int64_t begin, int64_t end) {
   }
 }
 
-static void lanes_gumbel_softmax(const RelaxArgs& args, int64_t begin, int64_t end, float* scratch) {
+static void lanes_gumbel_softmax(const RelaxArgs<float>& args, int64_t begin, int64_t end, float* scratch) {
   with_dtype(args.in.logits.dtype, [&]<Dtype kDtype>() {
     if (args.hard) relax_hard<Element<kDtype>>(args, begin, end);
     else relax_soft<Element<kDtype>>(args, begin, end, scratch);
