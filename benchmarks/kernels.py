@@ -14,7 +14,7 @@ import torch
 
 from benchmarks.harness import cpu_name, seconds
 from grade_kernels import backends
-from grade_kernels.backends import Backend, Noise, Sample
+from grade_kernels.backends import Backend, GradientRule, Noise, Rows, Sample
 
 NOISE = Noise(torch.tensor(20260101), None, 0)
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
@@ -31,16 +31,13 @@ def kernels(logits: torch.Tensor, dy: torch.Tensor) -> dict[str, Callable[..., t
 
     def softmax(normalize: bool) -> Callable[..., tuple[torch.Tensor, ...]]:
         return lambda backend, n: backend.softmax(
-            logits[:n], tau[:n], NOISE, drawn.score_max[:n], normalize=normalize, dtype=logits.dtype
+            Rows.of(logits[:n], tau[:n], NOISE), drawn.score_max[:n], normalize=normalize, dtype=logits.dtype
         )
 
     def backward(estimator: str) -> Callable[..., tuple[torch.Tensor, ...]]:
         def call(backend: Backend, n: int) -> tuple[torch.Tensor]:
-            rows, out = Sample(*(x[:n] for x in drawn)), buffer[:n]
-            backend.softmax_backward(
-                dy[:n], logits[:n], tau[:n], NOISE, rows,
-                estimator=estimator, dlogprobs=None, needs_dtau=False, out=out,
-            )  # fmt: skip
+            rows, found, out = Rows.of(logits[:n], tau[:n], NOISE), Sample(*(x[:n] for x in drawn)), buffer[:n]
+            backend.softmax_backward(dy[:n].unsqueeze(2), rows, found, GradientRule(estimator), out.unsqueeze(2))
             return (out,)
 
         return call

@@ -27,7 +27,8 @@ using c10::Half;
 
 const gk::RowKernels<float> gk::kRowsGeneric = {"generic", gk::generic::sample, gk::generic::softmax,
                                                 gk::generic::softmax_backward, gk::generic::relax};
-const gk::LaneKernels gk::kLanesGeneric = {gk::generic::kLanes, gk::generic::lanes_gumbel_softmax, gk::generic::lanes_softmax_backward};
+const gk::LaneKernels gk::kLanesGeneric = {gk::generic::kLanes, gk::generic::lanes_gumbel_softmax,
+                                           gk::generic::lanes_softmax_backward};
 const gk::HeadKernels gk::kHeadGeneric = {gk::generic::head_sample, gk::generic::head_scores,
                                           gk::generic::head_softmax};
 const gk::GatherKernels gk::kGatherGeneric = {gk::generic::gather_dot, gk::generic::gather_sum,

@@ -17,8 +17,8 @@ GK_INLINE wide w_even(wide a, wide b) { return _mm256_permute4x64_epi64(_mm256_u
 GK_INLINE wide w_odd(wide a, wide b) { return _mm256_permute4x64_epi64(_mm256_unpackhi_epi64(a, b), 0xD8); }
 #endif
 
-// Philox for the rows of a vector at one counter: what depends on the row alone is computed once, the rest is scalar until the
-// two meet in the third round.
+// Philox for the rows of a vector at one counter: what depends on the row alone is computed once, the rest is scalar
+// until the two meet in the third round.
 struct LaneKey {
   uint64_t seed;
   uint32_t domain;

@@ -8,15 +8,17 @@
 //
 // Scores are those of rows.inl to the last bit: noise is made by the same functions, lane by lane.
 
-constexpr int kMostGroups = 32;                 // in a tile
-constexpr int kRoom = kTile + kTokensPerPhilox;  // steps may write so far beyond a tile's last vector
+constexpr int kWideTokens = kTile / kWideGroups;  // in a patch of a vocabulary that is larger than a tile
+constexpr int kMostGroups = 32;                   // in a tile
+constexpr int kRoom = kTile + kTokensPerPhilox;   // steps may write so far beyond a tile's last vector
 
 // Groups of rows from `first` on and tokens [begin, begin + tokens). Vector g * tokens + j of its tile is token
-// begin + j of group g.
+// begin + j of group g. In memory that has room for all tokens of the groups, its vectors begin at `place`.
 struct Patch {
   int64_t first, begin;
   int groups, tokens;
   int vectors() const { return groups * tokens; }
+  int64_t place() const { return begin * groups; }
   int64_t row(int g) const { return first + g * kLanes; }
 };
 
@@ -31,7 +33,8 @@ struct Places {
   int count;
   bool adjacent;  // one vector in memory has a token's numbers of all lanes
 
-  [[gnu::always_inline]] Places(const View& x, int64_t first, int count_) : token_stride(x.token_stride), count(count_) {
+  [[gnu::always_inline]] Places(const View& x, int64_t first, int count_)
+      : token_stride(x.token_stride), count(count_) {
     const int64_t a = x.inner == 1 ? first : first / x.inner, b = first - a * x.inner;
     const int64_t start = a * x.outer_stride + b * x.inner_stride;
     adjacent = false;
@@ -113,13 +116,41 @@ GK_INLINE void transpose(f32 x[4]) {
 #endif
 }
 
+// kWidth numbers in memory, the rest zeros, and back. Without the instructions named, GCC goes through the stack.
+template <int kWidth>
+GK_INLINE f32x4 load_part(const float* x) {
+#if defined(GK_AVX512) || defined(GK_AVX2)
+  if constexpr (kWidth == 1) return (f32x4)_mm_load_ss(x);
+  if constexpr (kWidth == 2) return (f32x4)_mm_castsi128_ps(_mm_loadl_epi64((const __m128i*)x));
+  if constexpr (kWidth == 3) {
+    return (f32x4)_mm_movelh_ps(_mm_castsi128_ps(_mm_loadl_epi64((const __m128i*)x)), _mm_load_ss(x + 2));
+  }
+#endif
+  f32x4 out{};
+  __builtin_memcpy(&out, x, 4 * kWidth);
+  return out;
+}
+template <int kWidth>
+GK_INLINE void store_part(float* x, f32x4 part) {
+  if constexpr (kWidth == 4) {
+    __builtin_memcpy(x, &part, 16);
+  } else {
+    using Two = float __attribute__((vector_size(8)));
+    if constexpr (kWidth >= 2) {
+      const Two two{part[0], part[1]};
+      __builtin_memcpy(x, &two, 8);
+    }
+    if constexpr (kWidth != 2) x[kWidth - 1] = part[kWidth - 1];
+  }
+}
+
 // kWidth tokens of rows in memory at `x + offset[row]`, whose tokens lie side by side, to as many vectors, and back.
 template <int kWidth>
 GK_INLINE void load_columns(const float* x, const int64_t offset[kLanes], f32* out) {
   f32 column[4];
   for (int k = 0; k < 4; ++k) {
-    f32x4 part[kQuarters] = {};
-    for (int p = 0; p < kQuarters; ++p) __builtin_memcpy(&part[p], x + offset[4 * p + k], 4 * kWidth);
+    f32x4 part[kQuarters];
+    for (int p = 0; p < kQuarters; ++p) part[p] = load_part<kWidth>(x + offset[4 * p + k]);
     column[k] = joined(part);
   }
   transpose(column);
@@ -134,7 +165,7 @@ GK_INLINE void store_columns(float* x, const int64_t offset[kLanes], int count, 
     f32x4 part[kQuarters];
     part_up(column[k], part);
     for (int p = 0; p < kQuarters; ++p) {
-      if (4 * p + k < count) __builtin_memcpy(x + offset[4 * p + k], &part[p], 4 * kWidth);
+      if (4 * p + k < count) store_part<kWidth>(x + offset[4 * p + k], part[p]);
     }
   }
 }
@@ -192,13 +223,17 @@ GK_INLINE void narrow(const float* x, int count, T* out) {
   for (; i < count; ++i) out[i] = T(x[i]);
 }
 
-// Tokens [begin, begin + tokens) of a group.
+// Tokens [begin, begin + tokens) of a group. In a patch of a large vocabulary each token may be on a page of its own,
+// where the hardware foresees nothing, so the next patch is asked for.
 template <typename T>
 [[gnu::noinline]] static void load_tokens(const View& view, const Places& at, int64_t begin, int tokens, f32* out) {
   const T* x = static_cast<const T*>(view.data) + begin * at.token_stride;
   if (at.adjacent) {
     x += at.offset[0];
-    for (int j = 0; j < tokens; ++j) out[j] = load(x + j * at.token_stride);
+    for (int j = 0; j < tokens; ++j) {
+      if (tokens == kWideTokens) __builtin_prefetch(x + (j + kWideTokens) * at.token_stride);
+      out[j] = load(x + j * at.token_stride);
+    }
     return;
   }
   if (at.token_stride == 1) {
@@ -227,7 +262,10 @@ template <typename T>
   T* x = static_cast<T*>(view.data) + begin * at.token_stride;
   if (at.adjacent) {
     x += at.offset[0];
-    for (int j = 0; j < tokens; ++j) store(x + j * at.token_stride, in[j]);
+    for (int j = 0; j < tokens; ++j) {
+      if (tokens == kWideTokens) __builtin_prefetch(x + (j + kWideTokens) * at.token_stride, 1);
+      store(x + j * at.token_stride, in[j]);
+    }
     return;
   }
   if (at.token_stride == 1) {
@@ -282,8 +320,7 @@ GK_INLINE void words_of(const LaneKey& key, int64_t token, int tokens, u32* out)
         const uint32_t w = words[g * at.tokens + j][i];
         if (w >= kRefineBelow) continue;
         const int64_t row = in.noise.row(at.row(g) + i), token = in.noise.vocab_start + at.begin + j;
-        e[g * at.tokens + j][i] =
-            exponential_from_word<float>(w, token_word(in.noise.seed, row, token, kDomainRefine));
+        e[g * at.tokens + j][i] = exponential_from_word<float>(w, token_word(in.noise.seed, row, token, kDomainRefine));
       }
     }
   }
@@ -301,12 +338,12 @@ GK_INLINE void exponentials(const Rows& in, const Patch& at, const u32* words, f
   if (__builtin_expect(any_below(least, kRefineBelow), 0)) refine_patch(in, at, words, e);
 }
 
-// Logits and words of a patch. The key is that of the group at hand: where a group has several patches, of its first.
+// Logits and words of a patch.
 template <typename T>
 GK_INLINE void draw(const Rows& in, const Patch& at, int64_t end, LaneKey& key, f32* logits, u32* words) {
   for (int g = 0; g < at.groups; ++g) {
     const int64_t row = at.row(g);
-    if (at.begin == 0) key.seek(in.noise, row, in.rows);
+    key.seek(in.noise, row, in.rows);
     words_of(key, in.noise.vocab_start + at.begin, at.tokens, words + g * at.tokens);
     load_tokens<T>(in.logits, Places(in.logits, row, rows_in_group(row, end)), at.begin, at.tokens,
                    logits + g * at.tokens);
@@ -323,20 +360,21 @@ GK_INLINE void exp2_of(f32* x, int64_t vectors) {
   for (int64_t i = 0; i < vectors; i += kPack) unpack(vexp2(pack(x + i)), x + i);
 }
 
-// Calls visit(patch) for the patches of rows [begin, end) that lie in a tile each; with a vocabulary larger than a
-// tile, for those of a group one after the other.
+// Calls visit(patch) for the patches of some groups. How they are cut depends on the vocabulary alone, and so do sums.
 template <typename Visit>
 GK_INLINE void for_each_patch(int64_t first, int groups, int64_t vocab, Visit&& visit) {
-  for (int64_t begin = 0; begin < vocab; begin += kTile) {
-    visit(Patch{first, begin, groups, int(vocab - begin < kTile ? vocab - begin : kTile)});
+  const int64_t most = vocab > kTile ? kWideTokens : vocab;
+  for (int64_t begin = 0; begin < vocab; begin += most) {
+    visit(Patch{first, begin, groups, int(vocab - begin < most ? vocab - begin : most)});
   }
 }
 
 // How many groups share a tile.
 GK_INLINE int groups_in_tile(int64_t vocab, int64_t first, int64_t end) {
-  if (vocab > kTile) return 1;
-  const int64_t left = (end - first + kLanes - 1) / kLanes, most = kTile / vocab;
-  return int(left < most ? (left < kMostGroups ? left : kMostGroups) : (most < kMostGroups ? most : kMostGroups));
+  const int64_t left = (end - first + kLanes - 1) / kLanes;
+  int64_t most = vocab > kTile ? wide_groups(vocab) : kTile / vocab;
+  if (most > kMostGroups) most = kMostGroups;
+  return int(left < most ? left : most);
 }
 
 // ---- Forward --------------------------------------------------------------------------------------------------------
@@ -393,44 +431,54 @@ GK_INLINE void look_for_bad(const f32* x, int count, f32& bad) {
 template <typename T>
 static void relax_soft(const RelaxArgs<float>& args, int64_t begin, int64_t end, float* scratch) {
   const Rows& in = args.in;
-  const int vocab = int(in.vocab);
+  const int64_t vocab = in.vocab;
   LaneKey key(in.noise.seed, kDomainGumbel);
   f32 logits[kRoom], e[kRoom], own[kRoom];
   u32 words[kRoom];
   f32* scores = vocab > kTile ? (f32*)scratch : own;
   for (int64_t first = begin; first < end;) {
     const int groups = groups_in_tile(vocab, first, end);
-    f32 bad[kMostGroups] = {};
+    f32 bad[kMostGroups], top[kMostGroups], scale[kMostGroups], total[kMostGroups];
+    for (int g = 0; g < groups; ++g) {
+      bad[g] = total[g] = f32{};
+      top[g] = splat(-__builtin_inff());
+    }
     for_each_patch(first, groups, vocab, [&](const Patch& at) __attribute__((always_inline)) {
+      f32* s = scores + at.place();
       draw<T>(in, at, end, key, logits, words);
       exponentials(in, at, words, e);
-      scores_of(logits, e, at.vectors(), scores + at.begin);
-      for (int g = 0; g < groups; ++g) look_for_bad(scores + at.begin + g * at.tokens, at.tokens, bad[g]);
+      scores_of(logits, e, at.vectors(), s);
+      for (int g = 0; g < groups; ++g, s += at.tokens) {
+        look_for_bad(s, at.tokens, bad[g]);
+        for (int j = 0; j < at.tokens; ++j) top[g] = vmax(s[j], top[g]);
+      }
     });
     for (int g = 0; g < groups; ++g) {
       const int64_t row = first + g * kLanes;
       const int count = rows_in_group(row, end);
-      f32* s = scores + g * vocab;
-      f32 top = splat(-__builtin_inff());
-      for (int v = 0; v < vocab; ++v) top = vmax(s[v], top);
-      store_numbers(args.score_max, row, count, settled(top, bad[g]));
-      const f32 scale = kLog2E / load_numbers(args.tau, row, count, 1.0f);
-      for (int v = 0; v < vocab; ++v) s[v] = (s[v] - top) * scale;
-      bad[g] = settled(top, bad[g]);
+      bad[g] = settled(top[g], bad[g]);
+      store_numbers(args.score_max, row, count, bad[g]);
+      scale[g] = kLog2E / load_numbers(args.tau, row, count, 1.0f);
     }
-    exp2_of(scores, int64_t(groups) * vocab);
-    for (int g = 0; g < groups; ++g) {
-      const int64_t row = first + g * kLanes;
-      f32* s = scores + g * vocab;
-      f32 total{};
-      for (int v = 0; v < vocab; v += kTile) total += sum_of(s + v, vocab - v < kTile ? vocab - v : kTile);
-      // A bad row is NaN throughout.
-      const f32 inverse = select(bad[g] == bad[g], 1.0f / total, bad[g]);
-      for (int v = 0; v < vocab; ++v) s[v] *= inverse;
-      const Places places(args.out, row, rows_in_group(row, end));
-      for (int v = 0; v < vocab; v += kTile)
-        store_tokens<T>(args.out, places, v, vocab - v < kTile ? vocab - v : kTile, s + v);
-    }
+    for_each_patch(first, groups, vocab, [&](const Patch& at) __attribute__((always_inline)) {
+      f32* s = scores + at.place();
+      for (int g = 0; g < groups; ++g, s += at.tokens) {
+        for (int j = 0; j < at.tokens; ++j) s[j] = (s[j] - top[g]) * scale[g];
+      }
+      s = scores + at.place();
+      exp2_of(s, at.vectors());
+      for (int g = 0; g < groups; ++g, s += at.tokens) total[g] += sum_of(s, at.tokens);
+    });
+    // A bad row is NaN throughout.
+    for (int g = 0; g < groups; ++g) total[g] = select(bad[g] == bad[g], 1.0f / total[g], bad[g]);
+    for_each_patch(first, groups, vocab, [&](const Patch& at) __attribute__((always_inline)) {
+      f32* s = scores + at.place();
+      for (int g = 0; g < groups; ++g, s += at.tokens) {
+        for (int j = 0; j < at.tokens; ++j) s[j] *= total[g];
+        const int64_t row = at.row(g);
+        store_tokens<T>(args.out, Places(args.out, row, rows_in_group(row, end)), at.begin, at.tokens, s);
+      }
+    });
     first += int64_t(groups) * kLanes;
   }
 }
@@ -463,7 +511,7 @@ GK_INLINE void store_ones(const RelaxArgs<float>& args, int64_t row, int count, 
 template <typename T>
 static void relax_hard(const RelaxArgs<float>& args, int64_t begin, int64_t end) {
   const Rows& in = args.in;
-  const int vocab = int(in.vocab);
+  const int64_t vocab = in.vocab;
   LaneKey key(in.noise.seed, kDomainGumbel);
   f32 logits[kRoom], e[kRoom];
   u32 words[kRoom];
@@ -504,11 +552,13 @@ static void lanes_gumbel_softmax(const RelaxArgs<float>& args, int64_t begin, in
 template <typename T>
 static void relax_backward(const BackwardArgs<float>& args, int64_t begin, int64_t end, float* scratch) {
   const Rows& in = args.in;
-  const int vocab = int(in.vocab);
+  const int64_t vocab = in.vocab;
   LaneKey key(in.noise.seed, kDomainGumbel);
-  f32 logits[kRoom], e[kRoom], dy[kRoom], own[kRoom];
+  f32 logits[kRoom], e[kRoom], own[2][kRoom];
   u32 words[kRoom];
-  f32* weights = vocab > kTile ? (f32*)scratch : own;
+  // The gradient of y is kept beside the weights: strided memory is slow to read again.
+  f32* all_weights = vocab > kTile ? (f32*)scratch : own[0];
+  f32* all_dy = vocab > kTile ? all_weights + lane_room(vocab) : own[1];
   for (int64_t first = begin; first < end;) {
     const int groups = groups_in_tile(vocab, first, end);
     f32 pivot[kMostGroups], tau[kMostGroups], scale[kMostGroups], sum[kMostGroups], dot[kMostGroups];
@@ -523,17 +573,14 @@ static void relax_backward(const BackwardArgs<float>& args, int64_t begin, int64
       all_at_one &= !any(tau[g] != 1.0f);
       sum[g] = dot[g] = f32{};
     }
-    const auto load_dy = [&](const Patch& at) __attribute__((always_inline)) {
+    for_each_patch(first, groups, vocab, [&](const Patch& at) __attribute__((always_inline)) {
+      f32 *w = all_weights + at.place(), *dy = all_dy + at.place();
+      draw<T>(in, at, end, key, logits, words);
       for (int g = 0; g < groups; ++g) {
         const int64_t row = at.row(g);
         load_tokens<T>(args.dy, Places(args.dy, row, rows_in_group(row, end)), at.begin, at.tokens, dy + g * at.tokens);
       }
-    };
-    for_each_patch(first, groups, vocab, [&](const Patch& at) __attribute__((always_inline)) {
-      draw<T>(in, at, end, key, logits, words);
-      load_dy(at);
       exponentials(in, at, words, e);
-      f32* w = weights + at.begin;
       if (!all_at_one) {
         scores_of(logits, e, at.vectors(), w);
         for (int g = 0; g < groups; ++g) {
@@ -574,8 +621,7 @@ static void relax_backward(const BackwardArgs<float>& args, int64_t begin, int64
       moment[g] = f32{};
     }
     for_each_patch(first, groups, vocab, [&](const Patch& at) __attribute__((always_inline)) {
-      if (vocab > kTile) load_dy(at);
-      const f32* w = weights + at.begin;
+      f32 *w = all_weights + at.place(), *dy = all_dy + at.place();
       for (int g = 0; g < groups; ++g) {
         for (int i = g * at.tokens; i < (g + 1) * at.tokens; ++i)
           dy[i] = select(w[i] != 0.0f, w[i] * factor[g] * (dy[i] - mean[g]), f32{});
@@ -604,6 +650,5 @@ static void relax_backward(const BackwardArgs<float>& args, int64_t begin, int64
 }
 
 static void lanes_softmax_backward(const BackwardArgs<float>& args, int64_t begin, int64_t end, float* scratch) {
-  with_dtype(args.in.logits.dtype,
-             [&]<Dtype kDtype>() { relax_backward<Element<kDtype>>(args, begin, end, scratch); });
+  with_dtype(args.in.logits.dtype, [&]<Dtype kDtype>() { relax_backward<Element<kDtype>>(args, begin, end, scratch); });
 }

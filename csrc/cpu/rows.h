@@ -58,8 +58,8 @@ struct BackwardArgs {
   const Real *tau, *score_max, *logit_max, *logit_sum;
   const int64_t* ids;
   const Real* dlogprobs;  // null: none
-  View dy, out;  // out may be dy
-  Real* dtau;  // null: not wanted
+  View dy, out;           // out may be dy
+  Real* dtau;             // null: not wanted
 };
 
 template <typename Real>
@@ -94,7 +94,14 @@ struct LaneKernels {
 // Vectors of a tile, which lives in the first-level cache.
 constexpr int kTile = 64;
 
-inline int64_t lane_scratch(int64_t vocab) { return vocab > kTile ? vocab + kTile : 0; }
+// Groups of rows that share a tile where a vocabulary is larger than it, at most. Their rows are neighbours in memory
+// where tokens are not, and a page is visited once for all of them.
+constexpr int kWideGroups = 4;
+inline int wide_groups(int64_t vocab) { return vocab > 1 << 14 ? 1 : kWideGroups; }  // scratch of megabytes is slow
+
+// Vectors that hold all tokens of such groups, and a tile more, since steps may write beyond the last.
+inline int64_t lane_room(int64_t vocab) { return wide_groups(vocab) * vocab + kTile; }
+inline int64_t lane_scratch(int64_t vocab) { return vocab > kTile ? 2 * lane_room(vocab) : 0; }
 
 extern const RowKernels<double> kRowsDouble;
 extern const RowKernels<float> kRowsGeneric;

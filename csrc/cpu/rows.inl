@@ -233,7 +233,8 @@ static void softmax(const SoftmaxArgs<float>& args, int64_t row, float* scratch)
 // ---- Softmax and the maximum of the scores, in one pass -------------------------------------------------------------
 //
 // The largest score is known only at the end, but a weight needs something to count from now, or it is beyond float's
-// range. So a row is cut into chunks, which have pivots of their own, and a last pass brings their weights to one scale.
+// range. So a row is cut into chunks, which have pivots of their own, and a last pass brings their weights to one
+// scale.
 
 constexpr int64_t kChunk = 4096;  // tokens that stay in the first-level cache
 constexpr int kMostChunks = 64;   // of a row; longer rows have longer chunks
@@ -241,7 +242,7 @@ constexpr int kMostChunks = 64;   // of a row; longer rows have longer chunks
 constexpr float kLowest = -3.402823466e38f;  // stands for -inf where that would make NaN of -inf - -inf
 
 struct Chunk {
-  int64_t begin, end, length;  // length: of whole chunks
+  int64_t begin, end, length;   // length: of whole chunks
   float pivot, score_max, sum;  // sum of exp((l + g - pivot) / tau)
   bool bad;                     // a logit is NaN or +inf
 };
@@ -408,7 +409,8 @@ static void backward_row(const BackwardArgs<float>& args, int64_t row, float* sc
   const T* l_row = in.logits.row<const T>(row);
   const T* dy_row = args.dy.row<const T>(row);
   T* out_row = args.out.row<T>(row);
-  // Weights wait for the second pass where the gradient will be, if they fit, or the cache would have to hold a row more.
+  // Weights wait for the second pass where the gradient will be, if they fit, or the cache would have to hold a row
+  // more.
   float* weights_row = scratch;
   if constexpr (sizeof(T) == sizeof(float)) weights_row = out_row == dy_row ? scratch : out_row;
   const RowKey key(in.noise.seed, in.noise.row(row), kDomainGumbel);

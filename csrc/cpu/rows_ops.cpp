@@ -235,7 +235,8 @@ void relax_each(const RelaxArgs<Real>& args) {
     Out* y = args.out.template row<Out>(row);
     const int64_t stride = args.out.token_stride;
     if (!args.zeroed && stride == 1) std::fill(y, y + args.in.vocab, Out(0.0f));
-    else if (!args.zeroed) for (int64_t v = 0; v < args.in.vocab; ++v) y[v * stride] = Out(0.0f);
+    else if (!args.zeroed)
+      for (int64_t v = 0; v < args.in.vocab; ++v) y[v * stride] = Out(0.0f);
     if (best.id >= 0) y[best.id * stride] = Out(1.0f);
   });
 }

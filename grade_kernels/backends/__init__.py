@@ -18,13 +18,15 @@ import torch
 
 from grade_kernels.backends.chunks import Sizes
 from grade_kernels.backends.interface import Backend
-from grade_kernels.backends.records import Head, Noise, Sample, Softmax, Support
+from grade_kernels.backends.records import GradientRule, Head, Noise, Rows, Sample, Softmax, Support
 
 __all__ = [
     "BACKENDS",
     "Backend",
+    "GradientRule",
     "Head",
     "Noise",
+    "Rows",
     "Sample",
     "Sizes",
     "Softmax",

@@ -9,7 +9,8 @@ from typing import ClassVar
 import torch
 
 from grade_kernels.backends.chunks import Scratch, Sizes, column_chunks, support_capacity
-from grade_kernels.backends.records import Head, Noise, Sample, Softmax, Support
+from grade_kernels.backends.layouts import contiguous_view, copy_flat, flat
+from grade_kernels.backends.records import GradientRule, Head, Noise, Rows, Sample, Softmax, Support
 from grade_kernels.dtypes import compute_dtype
 
 __all__ = ["Backend", "softcapped"]
@@ -18,8 +19,9 @@ __all__ = ["Backend", "softcapped"]
 class Backend(ABC):
     """Kernels for rows of given logits, and for rows of a head's logits, which are never in memory as a whole.
 
-    `logits` are `[N, V]`, with any strides, in float32, float64, bfloat16 or float16. "compute" is float64 for float64
-    and float32 for the rest, and all arithmetic happens in it. `tau` is `[N]` in compute. g is the noise.
+    `logits` are `[N, V]`, or `[A, V, B]` in `Rows`, with any strides, in float32, float64, bfloat16 or float16. "compute"
+    is float64 for float64 and float32 for the rest, and all arithmetic happens in it. `tau` is `[N]` in compute. g is the
+    noise.
 
     A backend is called with tensors that it `serves`. A class that does better than its base at something overrides it,
     and calls `super()` for what its own kernels leave out.
@@ -64,46 +66,64 @@ class Backend(ABC):
         """
 
     @abstractmethod
-    def one_hot(self, sample: Sample, vocab: int, dtype: torch.dtype) -> torch.Tensor:
-        """`[N, V]`: one_hot(ids), exactly; on GPUs NaN throughout a row whose score_max is NaN."""
+    def one_hot(self, sample: Sample, vocab: int, dtype: torch.dtype, out: torch.Tensor | None = None) -> torch.Tensor:
+        """`[N, V]`: one_hot(ids), exactly; on GPUs NaN throughout a row whose score_max is NaN.
+
+        It is written to `out` where that is given: contiguous, and holding zeros or as `blank` made it.
+        """
+
+    def blank(self, like: torch.Tensor, vocab: int, hard: bool) -> torch.Tensor:
+        """Contiguous memory for the result of `gumbel_softmax`, with the shape, dtype and device of `like`.
+
+        `vocab` says how many of its numbers are a row. Its values are of no account. A backend that writes only the ones of
+        a hard sample overrides this, and gives zeros.
+        """
+        return torch.empty(like.shape, dtype=like.dtype, device=like.device)
+
+    def gumbel_softmax(self, rows: Rows, hard: bool, out: torch.Tensor) -> torch.Tensor:
+        """Write `softmax((l + g) / tau)`, or with hard `one_hot(argmax(l + g))`, to `out`; returns `max(l + g)` `[N]`.
+
+        `out` is `[A, V, B]` in the logits' dtype, with any strides; with hard it holds zeros, or is as `blank` made it. What
+        is returned is NaN for a row that holds NaN, +inf or only -inf.
+        """
+        found = self.sample(flat(rows.logits), rows.noise, False)
+        if hard:
+            place = contiguous_view(out)
+            y = self.one_hot(found, out.shape[1], out.dtype, place)
+            if place is None:
+                copy_flat(y, out)
+        else:
+            self.softmax(rows, found.score_max, normalize=True, dtype=out.dtype, out=out)
+        score_max = found.score_max
+        # On CPUs a bad row is marked by its id.
+        return score_max.masked_fill_(found.ids < 0, torch.nan) if score_max.device.type == "cpu" else score_max
 
     @abstractmethod
     def softmax(
         self,
-        logits: torch.Tensor,
-        tau: torch.Tensor,
-        noise: Noise,
+        rows: Rows,
         score_max: torch.Tensor,
         *,
         normalize: bool,
         dtype: torch.dtype,
         out: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Weights `exp((l + g - score_max) / tau)` `[N, V]` in `dtype`, and their sum `[N]`.
+        """Weights `exp((l + g - score_max) / tau)` `[A, V, B]` in `dtype`, and their sum `[N]`.
 
-        With normalize the weights are divided by the sum. They are written to `out` (contiguous, of `dtype`) where it is
-        given.
+        With normalize the weights are divided by the sum. They are written to `out` (of `dtype`, with any strides) where it
+        is given.
         """
 
     @abstractmethod
     def softmax_backward(
-        self,
-        dy: torch.Tensor,
-        logits: torch.Tensor,
-        tau: torch.Tensor,
-        noise: Noise,
-        sample: Sample,
-        *,
-        estimator: str,
-        dlogprobs: torch.Tensor | None,
-        needs_dtau: bool,
-        out: torch.Tensor,
+        self, dy: torch.Tensor, rows: Rows, sample: Sample, rule: GradientRule, out: torch.Tensor
     ) -> torch.Tensor:
-        """Write the gradient of the logits to `out` `[N, V]`, which may be `dy` itself; returns that of tau `[N]`.
+        """Write the gradient of the logits to `out` `[A, V, B]`, which may be `dy` itself; returns that of tau `[N]`.
 
-        It is the estimator's rule (the table in `ops.gumbel_ste_embedding`) given `dy` `[N, V]`, plus
-        `dlogprobs * (one_hot(ids) - softmax(l))` where dlogprobs is given. Statistics of the sample that the estimator
-        does not use may be empty. The gradient of tau is meaningful with needs_dtau only; `reinmax` defines none.
+        It is the estimator's rule (the table in `ops.gumbel_ste_embedding`) given `dy` `[A, V, B]`, plus
+        `dlogprobs * (one_hot(ids) - softmax(l))` where dlogprobs is given. Both have the logits' dtype and any strides.
+        Statistics of the sample that the estimator does not use may be empty. The gradient of tau is meaningful with
+        needs_dtau only; `reinmax` defines none.
         """
 
     # Through a head: passes over the vocabulary

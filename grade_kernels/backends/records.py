@@ -1,4 +1,4 @@
-"""What passes between operations and backends: noise, a head, and what a pass over the vocabulary leaves behind.
+"""What passes between operations and backends: noise, rows of logits, a head, and what a pass over the vocabulary leaves.
 
 Shapes: N rows, a vocabulary of V tokens, hidden states of width H, K entries of a support. "compute" is
 `grade_kernels.dtypes.compute_dtype` of the logits or of the hidden states.
@@ -13,7 +13,7 @@ import torch
 from grade_kernels.dtypes import compute_dtype
 from grade_kernels.noise import GumbelNoise, seed_on
 
-__all__ = ["Head", "Noise", "Sample", "Softmax", "Support", "offsets_of"]
+__all__ = ["GradientRule", "Head", "Noise", "Rows", "Sample", "Softmax", "Support", "offsets_of"]
 
 
 class Noise(NamedTuple):
@@ -39,6 +39,31 @@ class Noise(NamedTuple):
         """The same with its seed and an identity for each row on a device, where `GumbelNoise` then draws."""
         row_ids = torch.arange(rows, device=device) if self.row_ids is None else self.row_ids
         return GumbelNoise(seed_on(self.seed, device), row_ids, vocab_start=self.vocab_start)
+
+
+class Rows(NamedTuple):
+    """Rows of given logits, and what they draw. Row `a * B + b` is `logits[a, :, b]`."""
+
+    logits: torch.Tensor  # [A, V, B], any strides
+    tau: torch.Tensor  # [N], N = A * B, compute
+    noise: Noise
+
+    @staticmethod
+    def of(logits: torch.Tensor, tau: torch.Tensor, noise: Noise) -> Rows:
+        """The rows of `[N, V]` logits."""
+        return Rows(logits.unsqueeze(2), tau, noise)
+
+    def at(self, columns: slice) -> Rows:
+        """The same rows over some columns."""
+        return Rows(self.logits[:, columns], self.tau, self.noise.at(columns))
+
+
+class GradientRule(NamedTuple):
+    """How the gradient of rows of given logits follows from that of their relaxation."""
+
+    estimator: str  # of the table in `ops.gumbel_ste_embedding`
+    dlogprobs: torch.Tensor | None = None  # [N] compute, the gradient of the tokens' log-probabilities
+    needs_dtau: bool = False
 
 
 class Head(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import Generic, TypeVar
 
@@ -9,7 +10,8 @@ import torch
 from typing_extensions import NamedTuple
 
 from grade_kernels import backends, reference
-from grade_kernels.backends import Noise, Sample
+from grade_kernels.backends import GradientRule, Noise, Rows, Sample
+from grade_kernels.backends.layouts import flat
 from grade_kernels.dtypes import compute_dtype
 from grade_kernels.noise import GumbelNoise
 from grade_kernels.ops import checks
@@ -83,21 +85,14 @@ def gumbel_ste(
     return gumbel_softmax(logits, tau, hard=True, dim=dim, noise=noise)
 
 
-# Kernels take `[N, V]`, which may need a copy of the logits. If the operation took those, the copy would be saved for
-# backward. So the operation takes the caller's logits, of any shape and with V at dim.
+def _planes(x: torch.Tensor, dim: int) -> torch.Tensor:
+    """`[A, V, B]` of a tensor with V at dim, as `Rows` has it; a copy where no view exists."""
+    dim %= x.dim()
+    return x.reshape(math.prod(x.shape[:dim]), x.shape[dim], math.prod(x.shape[dim + 1 :]))
 
 
-def _rows(x: torch.Tensor, dim: int) -> torch.Tensor:
-    """`[N, V]` of a tensor with V at dim; a copy where no view exists."""
-    moved = x.movedim(dim, -1)
-    return moved.reshape(-1, moved.shape[-1])
-
-
-def _like(rows: torch.Tensor, x: torch.Tensor, dim: int) -> torch.Tensor:
-    """The inverse of `_rows`: of the shape of x, and contiguous, as the results of `torch.softmax` are."""
-    if dim in (-1, x.dim() - 1):
-        return rows.view(x.shape)
-    return rows.view(x.movedim(dim, -1).shape).movedim(-1, dim).clone(memory_format=torch.contiguous_format)
+# If the operation took rows, it would save for backward what may be a copy of the logits. So it takes the caller's logits,
+# of any shape and with V at dim.
 
 
 class _Draw(NamedTuple):
@@ -122,18 +117,19 @@ class _Gradients(NamedTuple, Generic[T]):
     tau: T
 
 
+def _rows(draw: _Draw) -> Rows:
+    return Rows(_planes(draw.logits, draw.dim), draw.tau, draw.noise)
+
+
 def _kernel(draw: _Draw) -> tuple[_Drawn[torch.Tensor], _Kept]:
-    backend, logits = backends.get(draw.backend), _rows(draw.logits, draw.dim)
+    backend, rows = backends.get(draw.backend), _rows(draw)
     if checks.reads_values(draw.tau):
         checks.check_tau_values(draw.tau)
-    sample = backend.sample(logits, draw.noise, False)
-    if checks.reads_values(logits):
-        checks.check_rows(logits, (sample.ids < 0) | sample.score_max.isnan())
-    if draw.hard:
-        y = backend.one_hot(sample, logits.shape[1], logits.dtype)
-    else:
-        y, _ = backend.softmax(logits, draw.tau, draw.noise, sample.score_max, normalize=True, dtype=logits.dtype)
-    return _Drawn(_like(y, draw.logits, draw.dim)), _Kept(sample.score_max)
+    y = backend.blank(draw.logits, rows.logits.shape[1], draw.hard)
+    score_max = backend.gumbel_softmax(rows, draw.hard, _planes(y, draw.dim))
+    if checks.reads_values(draw.logits) and (bad := score_max.isnan()).any():
+        checks.check_rows(flat(rows.logits), bad)
+    return _Drawn(y), _Kept(score_max)
 
 
 def _fake(draw: _Draw) -> tuple[_Drawn[torch.Tensor], _Kept]:
@@ -143,7 +139,7 @@ def _fake(draw: _Draw) -> tuple[_Drawn[torch.Tensor], _Kept]:
 
 
 def _by_reference(draw: _Draw) -> torch.Tensor:
-    checks.check_for_reference(_rows(draw.logits.detach(), draw.dim), draw.tau)
+    checks.check_for_reference(flat(_planes(draw.logits.detach(), draw.dim)), draw.tau)
     return _reference_of(draw)
 
 
@@ -155,13 +151,16 @@ def _reference_of(draw: _Draw) -> torch.Tensor:
 def _backward(
     draw: _Draw, kept: _Kept, arrived: _Drawn[torch.Tensor], wanted: _Gradients[bool]
 ) -> _Gradients[torch.Tensor]:
-    empty, rows = kept.score_max.new_empty(0), _rows(draw.logits, draw.dim)
-    dlogits = torch.empty(rows.shape, dtype=rows.dtype, device=rows.device)
+    empty = kept.score_max.new_empty(0)
+    dlogits = torch.empty(draw.logits.shape, dtype=draw.logits.dtype, device=draw.logits.device)
     dtau = backends.get(draw.backend).softmax_backward(
-        _rows(arrived.y, draw.dim), rows, draw.tau, draw.noise, Sample(empty, kept.score_max, empty, empty),
-        estimator="ste", dlogprobs=None, needs_dtau=wanted.tau, out=dlogits,
-    )  # fmt: skip
-    return _Gradients(_like(dlogits, draw.logits, draw.dim), dtau)
+        _planes(arrived.y, draw.dim),
+        _rows(draw),
+        Sample(empty, kept.score_max, empty, empty),
+        GradientRule("ste", needs_dtau=wanted.tau),
+        _planes(dlogits, draw.dim),
+    )
+    return _Gradients(dlogits, dtau)
 
 
 _gumbel_softmax = differentiable(

@@ -9,7 +9,7 @@ import torch
 from typing_extensions import NamedTuple
 
 from grade_kernels import backends, reference
-from grade_kernels.backends import Backend, Noise, Sample
+from grade_kernels.backends import Backend, GradientRule, Noise, Rows, Sample
 from grade_kernels.backends.chunks import Scratch, column_chunks
 from grade_kernels.dtypes import compute_dtype
 from grade_kernels.noise import GumbelNoise
@@ -141,17 +141,16 @@ def _kernel(draw: _Draw) -> tuple[Embedded[torch.Tensor], _Kept]:
 
 def _soft_lookup(draw: _Draw, sample: Sample) -> tuple[torch.Tensor, torch.Tensor]:
     """`softmax((l + g) / tau) @ [E_1 E_2 ...]` without a dense softmax, and the softmax's denominators."""
-    backend, logits, tau = backends.get(draw.backend), draw.logits, draw.tau
+    backend, tau = backends.get(draw.backend), draw.tau
+    logits, rows = draw.logits, Rows.of(draw.logits, tau, draw.noise)
     total = torch.zeros_like(tau)
     sums = [torch.zeros(logits.shape[0], table.shape[1], dtype=tau.dtype, device=tau.device) for table in draw.tables]
     dtype = tables.weights_dtype(draw.tables, tau.dtype)
     for columns in backend.column_chunks(*logits.shape):
-        weights, part = backend.softmax(
-            logits[:, columns], tau, draw.noise.at(columns), sample.score_max, normalize=False, dtype=dtype
-        )
+        weights, part = backend.softmax(rows.at(columns), sample.score_max, normalize=False, dtype=dtype)
         total += part
         for acc, table in zip(sums, draw.tables, strict=True):
-            acc += backend.weighted_sum(weights, table[columns])
+            acc += backend.weighted_sum(weights.squeeze(2), table[columns])
     embedded = [(acc / total[:, None]).to(table.dtype) for acc, table in zip(sums, draw.tables, strict=True)]
     return tables.joined(embedded, draw.tables), total
 
@@ -196,14 +195,14 @@ def _backward(
     draw: _Draw, kept: _Kept, arrived: Embedded[torch.Tensor | None], wanted: _Gradients[bool]
 ) -> _Gradients[torch.Tensor | None]:
     backend, logits, tau = backends.get(draw.backend), draw.logits, draw.tau
+    rows = Rows.of(logits, tau, draw.noise)
     upstream = tables.upstream(arrived.embedded, len(logits), draw.tables)
     dlogits = dtau = None
     if wanted.logits or wanted.tau:
         dlogits = _product_of_all(backend, upstream, draw)
-        dtau = backend.softmax_backward(
-            dlogits, logits, tau, draw.noise, Sample(arrived.ids, *kept[:3]),
-            estimator=draw.estimator, dlogprobs=arrived.logprobs, needs_dtau=wanted.tau, out=dlogits,
-        )  # fmt: skip
+        rule = GradientRule(draw.estimator, arrived.logprobs, wanted.tau)
+        dy = dlogits.unsqueeze(2)
+        dtau = backend.softmax_backward(dy, rows, Sample(arrived.ids, *kept[:3]), rule, dy)
     dtables: list[torch.Tensor | None] = []
     for part, table, needed in zip(upstream, draw.tables, wanted.tables, strict=True):
         if not needed:
@@ -213,10 +212,8 @@ def _backward(
         else:
             dtable = torch.empty(table.shape, dtype=table.dtype, device=table.device)
             for columns in backend.column_chunks(*logits.shape):
-                weights, _ = backend.softmax(
-                    logits[:, columns], tau, draw.noise.at(columns), kept.score_max, normalize=False, dtype=tau.dtype
-                )
-                dtable[columns] = (weights / kept.total[:, None]).to(table.dtype).T @ part
+                weights, _ = backend.softmax(rows.at(columns), kept.score_max, normalize=False, dtype=tau.dtype)
+                dtable[columns] = (weights.squeeze(2) / kept.total[:, None]).to(table.dtype).T @ part
             dtables.append(dtable)
     return _Gradients(dlogits, dtables, dtau)
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from grade_kernels import backends
-from grade_kernels.backends import Backend, Noise, Sample
+from grade_kernels.backends import Backend, GradientRule, Noise, Rows, Sample
 from tests.support import cuda_host
 from tests.support.helpers import resize
 from tests.support.interpreter import INTERPRETED
@@ -29,11 +29,23 @@ TRITON = [needs_backend("triton"), *([INTERPRETED] if DEVICE == "cpu" else [])]
 CUDA = needs_backend("cuda") if DEVICE == "cuda" else needs_cuda_on_the_host()
 
 
-@pytest.fixture(params=[pytest.param("triton", marks=TRITON), pytest.param("cuda", marks=CUDA)])
-def rows_backend(request: pytest.FixtureRequest) -> Backend:
-    if request.param == "cuda" and DEVICE == "cpu":
+GPU_BACKENDS = [pytest.param("triton", marks=TRITON), pytest.param("cuda", marks=CUDA)]
+
+
+def _loaded(name: str) -> Backend:
+    if name == "cuda" and DEVICE == "cpu":
         cuda_host.load()
-    return backends.get(request.param)
+    return backends.get(name)
+
+
+@pytest.fixture(params=GPU_BACKENDS)
+def rows_backend(request: pytest.FixtureRequest) -> Backend:
+    return _loaded(request.param)
+
+
+@pytest.fixture(params=["torch", pytest.param("cpu", marks=needs_backend("cpu")), *GPU_BACKENDS])
+def every_backend(request: pytest.FixtureRequest) -> Backend:
+    return _loaded(request.param)
 
 
 @pytest.fixture
@@ -58,9 +70,15 @@ def small_splits(rows_backend, monkeypatch):
         resize(monkeypatch, lanes=512, most_strips=1, row_split=1024)
 
 
-def rule(estimator, dlogprobs=None, needs_dtau=False):
-    """What `softmax_backward` is asked for."""
-    return {"estimator": estimator, "dlogprobs": dlogprobs, "needs_dtau": needs_dtau}
+def softmax(backend, logits, tau, noise, score_max, *, normalize, dtype):
+    """`Backend.softmax` of `[N, V]` logits."""
+    weights, total = backend.softmax(Rows.of(logits, tau, noise), score_max, normalize=normalize, dtype=dtype)
+    return weights.squeeze(2), total
+
+
+def softmax_backward(backend, dy, logits, tau, noise, sample, rule, out):
+    """`Backend.softmax_backward` of `[N, V]` logits."""
+    return backend.softmax_backward(dy.unsqueeze(2), Rows.of(logits, tau, noise), sample, rule, out.unsqueeze(2))
 
 
 def _skip_unserved(backend, dtype):
@@ -88,15 +106,23 @@ def test_refined_words_reach_every_kernel(rows_backend, row, token, offset, pois
     assert abs(found.score_max.cpu() - truth.score_max) < 4e-6
     tau, dy = torch.full((1,), 4.0), torch.linspace(-1, 1, vocab)[None]
     arguments = (tau, Noise(torch.tensor(SEED), rows.cpu(), start))
-    weights, total = rows_backend.softmax(logits, *on(*arguments), found.score_max, normalize=True, dtype=torch.float32)
-    expected, expected_total = torch_backend.softmax(
-        logits.cpu().double(), *arguments, truth.score_max, normalize=True, dtype=torch.float64
+    weights, total = softmax(
+        rows_backend, logits, *on(*arguments), found.score_max, normalize=True, dtype=torch.float32
+    )
+    expected, expected_total = softmax(
+        torch_backend, logits.cpu().double(), *arguments, truth.score_max, normalize=True, dtype=torch.float64
     )
     torch.testing.assert_close(total.cpu().double(), expected_total, rtol=1e-5, atol=0)
     torch.testing.assert_close(weights.cpu().double(), expected, rtol=1e-5, atol=1e-9)
     out = dy.to(DEVICE, copy=True)
-    rows_backend.softmax_backward(
-        out, logits, *on(*arguments), Sample(found.ids, found.score_max, tau[:0], tau[:0]), **rule("ste"), out=out
+    softmax_backward(
+        rows_backend,
+        out,
+        logits,
+        *on(*arguments),
+        Sample(found.ids, found.score_max, tau[:0], tau[:0]),
+        GradientRule("ste"),
+        out,
     )
     reference = expected * (dy - (expected * dy).sum()) / 4
     torch.testing.assert_close(out.cpu().double(), reference, rtol=1e-5, atol=1e-8)
@@ -160,11 +186,11 @@ def _relaxations(logits, tau, dy, ids, dlogprobs, vocab_start, estimator, backen
     stats = backend.sample(logits, noise, True) if stats is None else stats
     out = dy.clone() if alias else torch.empty(logits.shape, dtype=out_dtype, device=logits.device)
     sample = stats._replace(ids=ids)
-    dtau = backend.softmax_backward(
-        out if alias else dy, logits, tau, noise, sample, **rule(estimator, dlogprobs, True), out=out
+    dtau = softmax_backward(
+        backend, out if alias else dy, logits, tau, noise, sample, GradientRule(estimator, dlogprobs, True), out
     )
-    weights, total = backend.softmax(logits, tau, noise, stats.score_max, normalize=True, dtype=out_dtype)
-    raw, raw_total = backend.softmax(logits, tau, noise, stats.score_max, normalize=False, dtype=compute)
+    weights, total = softmax(backend, logits, tau, noise, stats.score_max, normalize=True, dtype=out_dtype)
+    raw, raw_total = softmax(backend, logits, tau, noise, stats.score_max, normalize=False, dtype=compute)
     return [t.cpu().double() for t in (out, dtau, weights, total, raw, raw_total)]
 
 
@@ -206,36 +232,104 @@ def test_any_strides(rows_backend, poison):
         "shifted": torch.nn.functional.pad(base, (1, 3))[:, 1:-3],
     }
     found = rows_backend.sample(*on(base, noise), True)
-    weights, _ = rows_backend.softmax(
-        *on(base, row_tau.expand(3), noise), found.score_max, normalize=True, dtype=torch.float32
+    weights, _ = softmax(
+        rows_backend, *on(base, row_tau.expand(3), noise), found.score_max, normalize=True, dtype=torch.float32
     )
     for name, logits in layouts.items():
         assert torch.equal(logits, base)
         other = rows_backend.sample(*on(logits, noise), True)
         assert all(torch.equal(a, b) for a, b in zip(found, other, strict=True)), name
-        again, _ = rows_backend.softmax(
-            *on(logits, row_tau.expand(3), noise), other.score_max, normalize=True, dtype=torch.float32
+        again, _ = softmax(
+            rows_backend, *on(logits, row_tau.expand(3), noise), other.score_max, normalize=True, dtype=torch.float32
         )
         assert torch.equal(weights, again), name
         # An expanded gradient, and an output that is a view.
         dy = torch.ones(1, 1).expand(3, 700)
         wide = torch.full((3, 1400), 7.0, device=DEVICE)
-        rows_backend.softmax_backward(
-            *on(dy, logits, row_tau.expand(3), noise), other, **rule("ste"), out=wide[:, 1::2]
+        softmax_backward(
+            rows_backend, *on(dy, logits, row_tau.expand(3), noise), other, GradientRule("ste"), wide[:, 1::2]
         )
         assert wide[:, 1::2].abs().max() < 1e-5, name
         assert (wide[:, ::2] == 7).all(), name
+
+
+def _laid_out(x, layout):
+    """The same `[A, V, B]` in other memory, of which it takes only a part in the last two layouts."""
+    a, vocab, b = x.shape
+    if layout == "contiguous":
+        return x.contiguous()
+    if layout == "V last":
+        return x.movedim(1, 2).contiguous().movedim(2, 1)
+    if layout == "V first":
+        return x.movedim(1, 0).contiguous().movedim(0, 1)
+    wide = x.new_full((b, vocab, 2 * a), 7.0) if layout == "reversed" else x.new_full((a, vocab + 3, 2 * b), 7.0)
+    part = wide[:, :, 1::2].permute(2, 1, 0) if layout == "reversed" else wide[:, 1:-2, ::2]
+    return part.copy_(x)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "V last", "V first", "reversed", "part"])
+@pytest.mark.parametrize("shape", [(2, 37, 3), (1, 5, 4), (3, 70, 1)])
+def test_rows_in_three_dimensions(every_backend, shape, layout, poison):
+    """Row `a * B + b` is `x[a, :, b]`, wherever its elements lie: the bits of the rows in plain layout.
+
+    PyTorch itself sums in an order that depends on the layout, and so do C++ kernels, by which of them takes it.
+    """
+    device = "cpu" if every_backend.name in ("torch", "cpu") else DEVICE
+    a, vocab, b = shape
+    count = a * b
+    logits, dy = (logits_of(count, vocab, seed=seed).to(device) for seed in (0, 1))
+    logits[0, : vocab // 2] = -math.inf
+    tau = torch.linspace(0.5, 2, count, device=device)
+    noise = Noise(torch.tensor(SEED), 2**33 - torch.arange(count, device=device), 6)
+    backend, rule = every_backend, GradientRule("ste", needs_dtau=True)
+
+    found = backend.sample(logits, noise, False)
+    _, total = softmax(backend, logits, tau, noise, found.score_max, normalize=True, dtype=torch.float32)
+    weights, dlogits = torch.empty_like(logits), torch.empty_like(logits)
+    backend.gumbel_softmax(Rows.of(logits, tau, noise), False, weights.unsqueeze(2))
+    dtau = softmax_backward(backend, dy, logits, tau, noise, found, rule, dlogits)
+
+    def planes(x):
+        return _laid_out(x.view(a, b, vocab).movedim(2, 1), layout)
+
+    def same(x, y):
+        return torch.allclose(x, y, rtol=1e-5, atol=1e-6) if backend.name in ("torch", "cpu") else torch.equal(x, y)
+
+    rows = Rows(planes(logits), tau, noise)
+    out = planes(torch.zeros_like(logits))
+    score_max = backend.gumbel_softmax(rows, True, out)
+    assert torch.equal(score_max, found.score_max)
+    assert torch.equal(out, planes(backend.one_hot(found, vocab, torch.float32)))
+    out = planes(torch.full_like(logits, math.nan))
+    assert torch.equal(backend.gumbel_softmax(rows, False, out), score_max)
+    assert same(out, planes(weights))
+    assert same(backend.softmax(rows, score_max, normalize=True, dtype=torch.float32)[1], total)
+    for given, place in ((planes(dy), planes(torch.full_like(dy, math.nan))), 2 * (planes(dy),)):
+        assert same(backend.softmax_backward(given, rows, found, rule, place), dtau)
+        assert same(place, planes(dlogits))
+    if layout in ("reversed", "part"):  # what lies between the elements is nobody's
+        assert (place._base == 7).sum() == place._base.numel() - place.numel()
+
+
+def test_a_bad_row_is_marked_by_its_score(every_backend, poison):
+    device = "cpu" if every_backend.name in ("torch", "cpu") else DEVICE
+    logits = logits_of(4, 9).to(device)
+    logits[0, 3], logits[1, 8], logits[2] = math.nan, math.inf, -math.inf
+    rows = Rows.of(logits, torch.ones(4, device=device), Noise(torch.tensor(SEED), None, 0))
+    for hard in (False, True):
+        score_max = every_backend.gumbel_softmax(rows, hard, torch.zeros_like(rows.logits))
+        assert score_max.isnan().tolist() == [True, True, True, False]
 
 
 def test_no_rows(rows_backend, poison):
     logits, tau, noise = on(torch.empty(0, 5), torch.empty(0), Noise(torch.tensor(SEED), None, 0))
     found = rows_backend.sample(logits, noise, True)
     assert [t.shape for t in found] == [(0,)] * 4
-    weights, total = rows_backend.softmax(logits, tau, noise, found.score_max, normalize=True, dtype=torch.float32)
+    weights, total = softmax(rows_backend, logits, tau, noise, found.score_max, normalize=True, dtype=torch.float32)
     assert weights.shape == (0, 5)
     assert total.shape == (0,)
-    dtau = rows_backend.softmax_backward(
-        logits, logits, tau, noise, found, **rule("ste", None, True), out=torch.empty_like(logits)
+    dtau = softmax_backward(
+        rows_backend, logits, logits, tau, noise, found, GradientRule("ste", None, True), torch.empty_like(logits)
     )
     assert dtau.shape == (0,)
 
@@ -255,9 +349,9 @@ def test_results_depend_on_neither_batch_nor_run(rows_backend, vocab, poison, re
         noise = Noise(seed_tensor(), rows[part], 0)
         found = rows_backend.sample(logits[part], noise, True)
         arguments = (logits[part], tau[part], noise)
-        weights = rows_backend.softmax(*arguments, found.score_max, normalize=True, dtype=torch.float32)
+        weights = softmax(rows_backend, *arguments, found.score_max, normalize=True, dtype=torch.float32)
         out = torch.empty_like(logits[part])
-        dtau = rows_backend.softmax_backward(dy[part], *arguments, found, **rule("ste", None, True), out=out)
+        dtau = softmax_backward(rows_backend, dy[part], *arguments, found, GradientRule("ste", None, True), out)
         return [*found, *weights, out, dtau]
 
     batch, again = everything(slice(None)), everything(slice(None))
@@ -299,12 +393,12 @@ def test_a_bad_row_is_nan_and_alone(rows_backend, vocab, what, poison, small_spl
         for a, b in zip(found, good, strict=True):
             assert a.numel() == 0 or torch.equal(a[[0, 2]], b[[0, 2]])
     arguments = on(logits, tau, Noise(torch.tensor(SEED), ROWS[:3], 1))
-    weights, total = rows_backend.softmax(*arguments, found.score_max, normalize=True, dtype=torch.float32)
+    weights, total = softmax(rows_backend, *arguments, found.score_max, normalize=True, dtype=torch.float32)
     assert weights.isnan().any(1).tolist() == total.isnan().tolist() == [False, True, False]
     assert weights[1].isnan().all()
     for estimator in ("ste", "st", "reinmax"):
         out = torch.empty_like(logits).to(DEVICE)
-        rows_backend.softmax_backward(dy.to(DEVICE), *arguments, found, **rule(estimator), out=out)
+        softmax_backward(rows_backend, dy.to(DEVICE), *arguments, found, GradientRule(estimator), out)
         assert out[1].isnan().all()
         assert out[[0, 2]].isfinite().all()
 
@@ -324,17 +418,17 @@ def test_masked_tokens_get_no_gradient_whatever_arrives(rows_backend, estimator,
     for upstream in (dy, clean):
         out = torch.empty(2, 600, device=DEVICE)
         dlogprobs = torch.ones(2, device=DEVICE)
-        dtau = rows_backend.softmax_backward(
-            upstream.to(DEVICE), *arguments, found, **rule(estimator, dlogprobs, True), out=out
+        dtau = softmax_backward(
+            rows_backend, upstream.to(DEVICE), *arguments, found, GradientRule(estimator, dlogprobs, True), out
         )
         results.append((out.cpu(), dtau.cpu()))
     assert (results[0][0][masked] == 0).all()
     assert torch.equal(results[0][0], results[1][0])
     assert torch.equal(results[0][1], results[1][1])
-    weights, _ = rows_backend.softmax(*arguments, found.score_max, normalize=True, dtype=torch.float32)
+    weights, _ = softmax(rows_backend, *arguments, found.score_max, normalize=True, dtype=torch.float32)
     assert (weights.cpu()[masked] == 0).all()
     # Nor does a masked token that was given as the sampled one.
     given = found._replace(ids=torch.tensor([1, 4], device=DEVICE))
     out = torch.empty(2, 600, device=DEVICE)
-    rows_backend.softmax_backward(clean.to(DEVICE), *arguments, given, **rule(estimator, dlogprobs), out=out)
+    softmax_backward(rows_backend, clean.to(DEVICE), *arguments, given, GradientRule(estimator, dlogprobs), out)
     assert (out.cpu()[masked] == 0).all()

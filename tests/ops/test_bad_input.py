@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import grade_kernels as gk
-from grade_kernels.backends import Noise
+from grade_kernels.backends import Noise, Rows
 from tests.support.helpers import raises, resize
 
 # Arguments are checked in front of all backends; what backends find in values, they find by themselves.
@@ -461,8 +461,8 @@ def test_bad_rows_stay_alone_on_a_gpu(place: Any, backend: str, device: str, kin
         return
     assert 0 <= ours.ids[1] < VOCAB
     assert ours.score_max[1].isnan()
-    y, _ = chosen.softmax(bad, tau, noise, ours.score_max, normalize=True, dtype=dtype)
-    clean, _ = chosen.softmax(good, tau, noise, expected.score_max, normalize=True, dtype=dtype)
+    y, _ = chosen.softmax(Rows.of(bad, tau, noise), ours.score_max, normalize=True, dtype=dtype)
+    clean, _ = chosen.softmax(Rows.of(good, tau, noise), expected.score_max, normalize=True, dtype=dtype)
     assert y[1].isnan().all()
     assert torch.equal(y[others], clean[others])
 

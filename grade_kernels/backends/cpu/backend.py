@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import mmap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from typing_extensions import override
@@ -15,15 +16,18 @@ from grade_kernels.backends.cpu.head_pass import SAMPLE, SCORES, SOFTMAX, HeadPa
 from grade_kernels.backends.cpu.products import LANES, HeadProduct, has_product, packed
 from grade_kernels.backends.cpu.screen import MOST_ROWS, Screen
 from grade_kernels.backends.interface import softcapped
+from grade_kernels.backends.layouts import flat, written_flat
 from grade_kernels.backends.native import ESTIMATOR, contiguous, cpu_kernels, unit_stride
-from grade_kernels.backends.records import Head, Noise, Sample, Softmax, Support, offsets_of
+from grade_kernels.backends.records import GradientRule, Head, Noise, Rows, Sample, Softmax, Support, offsets_of
 from grade_kernels.backends.torch.backend import TorchBackend
 from grade_kernels.dtypes import compute_dtype
+from grade_kernels.estimators import is_noisy
 
 __all__ = ["CpuBackend"]
 
 _FEW_ROWS = 8  # a product of so few hidden rows, padded to 16 lanes, would be mostly padding
-_FRESH_MEMORY = 2**21  # a result of so many bytes is faster in a memory mapping of its own
+_FRESH_MEMORY = 2**21  # a sparse result of so many bytes is faster in a memory mapping of its own
+_PAGE = 2**12  # bytes
 
 
 @functools.cache
@@ -36,6 +40,25 @@ def _why_unavailable() -> str | None:
     except OSError as error:
         return f"the C++ kernels do not load: {error}"
     return None
+
+
+def _stays_empty(like: torch.Tensor, vocab: int) -> bool:
+    """Whether a one-hot result of these rows is large, and most of its pages hold no one."""
+    return like.nbytes >= _FRESH_MEMORY and vocab * like.itemsize >= _PAGE
+
+
+def _fresh_zeros(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """Zeros of which few will be overwritten.
+
+    Filling a large result with zeros would take longer than sampling, mostly in page faults. Fresh anonymous memory
+    reads as zeros already, and the system gives it a real page only where something is written: one number a row.
+    """
+    # By default a forked process would share the memory.
+    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(AttributeError, OSError):
+        # The system would clear a whole huge page for one number in it.
+        memory.madvise(mmap.MADV_NOHUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
 class CpuBackend(TorchBackend):
@@ -72,68 +95,61 @@ class CpuBackend(TorchBackend):
         return Sample(ids, score_max, logit_max, logit_sum)
 
     @override
-    def one_hot(self, sample: Sample, vocab: int, dtype: torch.dtype) -> torch.Tensor:
-        """See `Backend.one_hot`.
+    def blank(self, like: torch.Tensor, vocab: int, hard: bool) -> torch.Tensor:
+        if hard and _stays_empty(like, vocab):
+            return _fresh_zeros(like.shape, like.dtype)
+        return super().blank(like, vocab, hard)
 
-        Filling a large result with zeros would take longer than sampling, mostly in page faults. Fresh anonymous memory
-        reads as zeros already, and the system gives it a real page only where something is written: one number a row.
-        """
-        rows = sample.ids.shape[0]
-        size = rows * vocab * dtype.itemsize
-        if size < _FRESH_MEMORY:
-            out = sample.ids.new_zeros(rows, vocab, dtype=dtype)
-        else:
-            # By default a forked process would share the memory.
-            memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-            with contextlib.suppress(AttributeError, OSError):
-                # The system would clear a whole huge page for one number in it.
-                memory.madvise(mmap.MADV_NOHUGEPAGE)
-            out = torch.frombuffer(memory, dtype=dtype).view(rows, vocab)
-        # On CPUs scatter_ reads and writes the whole of a tensor in 16 bits.
-        out[torch.arange(rows, device=out.device), sample.ids] = 1.0
-        return out
+    @override
+    def gumbel_softmax(self, rows: Rows, hard: bool, out: torch.Tensor) -> torch.Tensor:
+        tau = rows.tau.contiguous()
+        score_max = torch.empty_like(tau)
+        seed, row_ids, vocab_start = rows.noise
+        zeroed = hard and _stays_empty(out, out.shape[1])
+        cpu_kernels().gumbel_softmax(
+            rows.logits, tau, seed, contiguous(row_ids), vocab_start, hard, zeroed, out, score_max
+        )
+        return score_max
 
     @override
     def softmax(
         self,
-        logits: torch.Tensor,
-        tau: torch.Tensor,
-        noise: Noise,
+        rows: Rows,
         score_max: torch.Tensor,
         *,
         normalize: bool,
         dtype: torch.dtype,
         out: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        out = logits.new_empty(logits.shape, dtype=dtype) if out is None else out
+        out = rows.logits.new_empty(rows.logits.shape, dtype=dtype) if out is None else out
         total = torch.empty_like(score_max)
-        seed, row_ids, vocab_start = noise
-        cpu_kernels().softmax(
-            unit_stride(logits), tau.contiguous(), seed, contiguous(row_ids), vocab_start, score_max, normalize, out,
-            total,
-        )  # fmt: skip
+        seed, row_ids, vocab_start = rows.noise
+        with written_flat(out) as weights:
+            cpu_kernels().softmax(
+                unit_stride(flat(rows.logits)), rows.tau.contiguous(), seed, contiguous(row_ids), vocab_start, score_max,
+                normalize, weights, total,
+            )  # fmt: skip
         return out, total
 
     @override
     def softmax_backward(
-        self,
-        dy: torch.Tensor,
-        logits: torch.Tensor,
-        tau: torch.Tensor,
-        noise: Noise,
-        sample: Sample,
-        *,
-        estimator: str,
-        dlogprobs: torch.Tensor | None,
-        needs_dtau: bool,
-        out: torch.Tensor,
+        self, dy: torch.Tensor, rows: Rows, sample: Sample, rule: GradientRule, out: torch.Tensor
     ) -> torch.Tensor:
-        dtau = tau.new_zeros(logits.shape[0])
-        seed, row_ids, vocab_start = noise
-        cpu_kernels().softmax_backward(
-            unit_stride(dy), unit_stride(logits), tau.contiguous(), seed, contiguous(row_ids), vocab_start,
-            ESTIMATOR[estimator], *sample, contiguous(dlogprobs), out, dtau if needs_dtau else None,
-        )  # fmt: skip
+        tau = rows.tau.contiguous()
+        dtau = torch.zeros_like(tau)
+        seed, row_ids, vocab_start = rows.noise
+
+        def run(dy: torch.Tensor, logits: torch.Tensor, out: torch.Tensor) -> None:
+            cpu_kernels().softmax_backward(
+                dy, logits, tau, seed, contiguous(row_ids), vocab_start, ESTIMATOR[rule.estimator], *sample,
+                contiguous(rule.dlogprobs), out, dtau if rule.needs_dtau else None,
+            )  # fmt: skip
+
+        if tau.dtype == torch.float64 or (is_noisy(rule.estimator) and rule.dlogprobs is None):
+            run(dy, rows.logits, out)
+        else:  # kernels for one row at a time
+            with written_flat(out) as gradient:
+                run(unit_stride(flat(dy)), unit_stride(flat(rows.logits)), gradient)
         return dtau
 
     # Through a head

@@ -8,8 +8,10 @@ import torch
 from typing_extensions import override
 
 from grade_kernels import _build
+from grade_kernels.backends.interface import Backend
+from grade_kernels.backends.layouts import flat, written_flat
 from grade_kernels.backends.native import ESTIMATOR, contiguous, cuda_kernels, unit_stride
-from grade_kernels.backends.records import Noise, Sample
+from grade_kernels.backends.records import GradientRule, Noise, Rows, Sample
 from grade_kernels.backends.triton.backend import TritonBackend
 
 __all__ = ["CudaBackend"]
@@ -84,17 +86,20 @@ class CudaBackend(TritonBackend):
         return found
 
     @override
-    def one_hot(self, sample: Sample, vocab: int, dtype: torch.dtype) -> torch.Tensor:
-        out = torch.empty(sample.ids.shape[0], vocab, dtype=dtype, device=sample.ids.device)
+    def gumbel_softmax(self, rows: Rows, hard: bool, out: torch.Tensor) -> torch.Tensor:
+        return Backend.gumbel_softmax(self, rows, hard, out)
+
+    @override
+    def one_hot(self, sample: Sample, vocab: int, dtype: torch.dtype, out: torch.Tensor | None = None) -> torch.Tensor:
+        if out is None:
+            out = torch.empty(sample.ids.shape[0], vocab, dtype=dtype, device=sample.ids.device)
         cuda_kernels().one_hot(sample.ids.contiguous(), sample.score_max.contiguous(), out)
         return out
 
     @override
     def softmax(
         self,
-        logits: torch.Tensor,
-        tau: torch.Tensor,
-        noise: Noise,
+        rows: Rows,
         score_max: torch.Tensor,
         *,
         normalize: bool,
@@ -102,44 +107,34 @@ class CudaBackend(TritonBackend):
         out: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         # The kernels write float32 and the logits' dtype; what is rounded once more from float32 is rounded once.
+        logits, noise = flat(rows.logits), rows.noise
         direct = dtype if dtype == logits.dtype else torch.float32
-        weights = out
-        if weights is None or weights.dtype != direct:
-            weights = torch.empty(logits.shape, dtype=direct, device=logits.device)
+        written = out
+        if written is None or written.dtype != direct:
+            written = torch.empty(rows.logits.shape, dtype=direct, device=logits.device)
         total = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
-        cuda_kernels().softmax(
-            unit_stride(logits), tau.contiguous(), _seed(noise.seed, logits), contiguous(noise.row_ids),
-            noise.vocab_start, score_max.contiguous(), normalize, _partial(logits, noise.vocab_start), weights, total,
-        )  # fmt: skip
+        with written_flat(written) as weights:
+            cuda_kernels().softmax(
+                unit_stride(logits), rows.tau.contiguous(), _seed(noise.seed, logits), contiguous(noise.row_ids),
+                noise.vocab_start, score_max.contiguous(), normalize, _partial(logits, noise.vocab_start), weights, total,
+            )  # fmt: skip
         if out is None:
-            return weights.to(dtype), total
-        return (out if weights is out else out.copy_(weights)), total
+            return written.to(dtype), total
+        return (out if written is out else out.copy_(written)), total
 
     @override
     def softmax_backward(
-        self,
-        dy: torch.Tensor,
-        logits: torch.Tensor,
-        tau: torch.Tensor,
-        noise: Noise,
-        sample: Sample,
-        *,
-        estimator: str,
-        dlogprobs: torch.Tensor | None,
-        needs_dtau: bool,
-        out: torch.Tensor,
+        self, dy: torch.Tensor, rows: Rows, sample: Sample, rule: GradientRule, out: torch.Tensor
     ) -> torch.Tensor:
-        needs_dtau = needs_dtau and estimator != "reinmax"  # which defines none
+        logits, noise = flat(rows.logits), rows.noise
+        needs_dtau = rule.needs_dtau and rule.estimator != "reinmax"  # which defines none
         dtau = (torch.empty if needs_dtau else torch.zeros)(logits.shape[0], dtype=torch.float32, device=logits.device)
-        written = out
-        if out.stride(1) != 1 and out.shape[1] > 1:
-            written = torch.empty(out.shape, dtype=out.dtype, device=out.device)
-        cuda_kernels().softmax_backward(
-            unit_stride(dy), unit_stride(logits), tau.contiguous(), _seed(noise.seed, logits),
-            contiguous(noise.row_ids), noise.vocab_start, ESTIMATOR[estimator],
-            *(part.contiguous() for part in sample), contiguous(dlogprobs), _partial(logits, noise.vocab_start, 3),
-            torch.empty_like(dtau), _partial(logits, noise.vocab_start) if needs_dtau else None, written, dtau,
-        )  # fmt: skip
-        if written is not out:
-            out.copy_(written)
+        with written_flat(out) as gradient:
+            cuda_kernels().softmax_backward(
+                unit_stride(flat(dy)), unit_stride(logits), rows.tau.contiguous(), _seed(noise.seed, logits),
+                contiguous(noise.row_ids), noise.vocab_start, ESTIMATOR[rule.estimator],
+                *(part.contiguous() for part in sample), contiguous(rule.dlogprobs),
+                _partial(logits, noise.vocab_start, 3), torch.empty_like(dtau),
+                _partial(logits, noise.vocab_start) if needs_dtau else None, gradient, dtau,
+            )  # fmt: skip
         return dtau

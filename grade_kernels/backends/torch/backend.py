@@ -8,8 +8,9 @@ import torch
 from typing_extensions import override
 
 from grade_kernels.backends.interface import Backend, softcapped
+from grade_kernels.backends.layouts import flat, written_flat
 from grade_kernels.backends.log_sum_exp import LogSumExp
-from grade_kernels.backends.records import Head, Noise, Sample, Softmax, Support, offsets_of
+from grade_kernels.backends.records import GradientRule, Head, Noise, Rows, Sample, Softmax, Support, offsets_of
 from grade_kernels.backends.torch.candidates import Candidates
 from grade_kernels.backends.torch.products import product, weighted_sum
 from grade_kernels.dtypes import compute_dtype
@@ -77,9 +78,9 @@ class TorchBackend(Backend):
         return Sample(ids, score_max, sums.max, sums.total)
 
     @override
-    def one_hot(self, sample: Sample, vocab: int, dtype: torch.dtype) -> torch.Tensor:
-        rows = sample.ids.shape[0]
-        out = torch.zeros(rows, vocab, dtype=dtype, device=sample.ids.device)
+    def one_hot(self, sample: Sample, vocab: int, dtype: torch.dtype, out: torch.Tensor | None = None) -> torch.Tensor:
+        rows, device = sample.ids.shape[0], sample.ids.device
+        out = torch.zeros(rows, vocab, dtype=dtype, device=device) if out is None else out.zero_()
         # On CPUs scatter_ reads and writes the whole of a tensor in 16 bits.
         out[torch.arange(rows, device=out.device), sample.ids] = 1.0
         return out if out.device.type == "cpu" else out.masked_fill_(sample.score_max.isnan()[:, None], torch.nan)
@@ -87,53 +88,42 @@ class TorchBackend(Backend):
     @override
     def softmax(
         self,
-        logits: torch.Tensor,
-        tau: torch.Tensor,
-        noise: Noise,
+        rows: Rows,
         score_max: torch.Tensor,
         *,
         normalize: bool,
         dtype: torch.dtype,
         out: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        rows, vocab = logits.shape
-        scores = _Scores(logits, noise)
-        weights = torch.empty(rows, vocab, dtype=dtype, device=logits.device) if out is None else out
-        total = torch.zeros(rows, dtype=scores.dtype, device=logits.device)
+        logits, tau = flat(rows.logits), rows.tau[:, None]
+        scores = _Scores(logits, rows.noise)
+        out = torch.empty(rows.logits.shape, dtype=dtype, device=logits.device) if out is None else out
+        total = torch.zeros(len(logits), dtype=scores.dtype, device=logits.device)
 
         def chunk(columns: slice) -> torch.Tensor:
-            return ((scores.chunk(columns) - score_max[:, None]) / tau[:, None]).exp()
+            return ((scores.chunk(columns) - score_max[:, None]) / tau).exp()
 
-        for columns in self.column_chunks(rows, vocab):
-            part = chunk(columns)
-            total += part.sum(dim=1)
-            weights[:, columns] = part
-        if normalize:
-            # Weights in 16 bits are rounded already; dividing them would round twice. So they are computed again.
-            narrow = dtype != scores.dtype
-            for columns in self.column_chunks(rows, vocab):
-                weights[:, columns] = (chunk(columns) if narrow else weights[:, columns]) / total[:, None]
-        return weights, total
+        with written_flat(out) as weights:
+            for columns in self.column_chunks(*logits.shape):
+                part = chunk(columns)
+                total += part.sum(dim=1)
+                weights[:, columns] = part
+            if normalize:
+                # Weights in 16 bits are rounded already; dividing them would round twice. So they are computed again.
+                narrow = dtype != scores.dtype
+                for columns in self.column_chunks(*logits.shape):
+                    weights[:, columns] = (chunk(columns) if narrow else weights[:, columns]) / total[:, None]
+        return out, total
 
     @override
     def softmax_backward(
-        self,
-        dy: torch.Tensor,
-        logits: torch.Tensor,
-        tau: torch.Tensor,
-        noise: Noise,
-        sample: Sample,
-        *,
-        estimator: str,
-        dlogprobs: torch.Tensor | None,
-        needs_dtau: bool,
-        out: torch.Tensor,
+        self, dy: torch.Tensor, rows: Rows, sample: Sample, rule: GradientRule, out: torch.Tensor
     ) -> torch.Tensor:
-        rows, vocab = logits.shape
-        scores = _Scores(logits, noise)
-        noisy, reinmax = is_noisy(estimator), estimator == "reinmax"
+        logits, upstream, tau = flat(rows.logits), flat(dy), rows.tau
+        scores = _Scores(logits, rows.noise)
+        noisy, reinmax = is_noisy(rule.estimator), rule.estimator == "reinmax"
         pivot = (sample.score_max if noisy else sample.logit_max)[:, None]
-        rule, dtau = Rule(estimator, tau[:, None], sample.ids[:, None]), torch.zeros_like(tau)
+        sums, dtau = Rule(rule.estimator, tau[:, None], sample.ids[:, None]), torch.zeros_like(tau)
 
         def distance(columns: slice) -> torch.Tensor:
             """Argument of the relaxation's exponential, before the division by tau; its maximum is 0."""
@@ -143,19 +133,20 @@ class TorchBackend(Backend):
             """softmax(l)."""
             return (logits[:, columns].to(scores.dtype) - sample.logit_max[:, None]).exp() / sample.logit_sum[:, None]
 
-        for columns in self.column_chunks(rows, vocab):
-            weights, upstream = (distance(columns) / rule.tau).exp(), dy[:, columns].to(scores.dtype)
-            rule.measure(weights, upstream, untempered(columns) if reinmax else None)
-        rule.settle(dy.gather(1, sample.ids[:, None]).to(scores.dtype) if reinmax else None)
-        for columns in self.column_chunks(rows, vocab):
-            height, upstream = distance(columns), dy[:, columns].to(scores.dtype, copy=True)
-            p = (height / rule.tau).exp() / rule.total
-            dl = rule.gradient(p, upstream, columns, untempered(columns) if reinmax else None)
-            if needs_dtau and not reinmax:
-                dtau -= torch.where(p > 0, dl * height, 0.0).sum(dim=1) / tau
-            if dlogprobs is not None:
-                dl = rule.with_logprobs(dl, dlogprobs[:, None], columns, untempered(columns))
-            out[:, columns] = torch.where(logits[:, columns] == -torch.inf, 0.0, dl)
+        for columns in self.column_chunks(*logits.shape):
+            weights = (distance(columns) / sums.tau).exp()
+            sums.measure(weights, upstream[:, columns].to(scores.dtype), untempered(columns) if reinmax else None)
+        sums.settle(upstream.gather(1, sample.ids[:, None]).to(scores.dtype) if reinmax else None)
+        with written_flat(out) as gradient:
+            for columns in self.column_chunks(*logits.shape):
+                height, dp = distance(columns), upstream[:, columns].to(scores.dtype, copy=True)
+                p = (height / sums.tau).exp() / sums.total
+                dl = sums.gradient(p, dp, columns, untempered(columns) if reinmax else None)
+                if rule.needs_dtau and not reinmax:
+                    dtau -= torch.where(p > 0, dl * height, 0.0).sum(dim=1) / tau
+                if rule.dlogprobs is not None:
+                    dl = sums.with_logprobs(dl, rule.dlogprobs[:, None], columns, untempered(columns))
+                gradient[:, columns] = torch.where(logits[:, columns] == -torch.inf, 0.0, dl)
         return dtau
 
     # Through a head

@@ -7,10 +7,12 @@ from typing_extensions import override
 
 from grade_kernels.backends.chunks import column_chunks
 from grade_kernels.backends.interface import softcapped
-from grade_kernels.backends.records import Head, Noise, Sample, Softmax, Support
+from grade_kernels.backends.records import GradientRule, Head, Noise, Rows, Sample, Softmax, Support
 from grade_kernels.backends.torch.backend import TorchBackend
 from grade_kernels.backends.triton import availability
+from grade_kernels.backends.triton.parts import parts
 from grade_kernels.backends.triton.sizes import TritonSizes
+from grade_kernels.estimators import is_noisy
 
 __all__ = ["TritonBackend"]
 
@@ -48,17 +50,33 @@ class TritonBackend(TorchBackend):
         return sample(logits, noise, logsumexp, self.sizes)
 
     @override
-    def one_hot(self, sample: Sample, vocab: int, dtype: torch.dtype) -> torch.Tensor:
+    def gumbel_softmax(self, rows: Rows, hard: bool, out: torch.Tensor) -> torch.Tensor:
+        from grade_kernels.backends.triton import relaxation, row_relaxation, row_tiles
+
+        how = row_tiles.way(self.sizes, rows.noise.vocab_start, rows.logits, out)
+        if how == "strips" and hard:
+            return super().gumbel_softmax(rows, hard, out)
+        if how == "tile" or hard:
+            return row_relaxation.gumbel_softmax(rows, hard, out, self.sizes)
+        score_max = torch.empty_like(rows.tau, memory_format=torch.contiguous_format)
+        for part in parts([rows.logits], self.sizes.reread_bytes):
+            few, place = part.given(rows), part.of(out)
+            if how == "strips":
+                score_max[part.rows] = relaxation.relax(few, place, self.sizes)
+            else:
+                score_max[part.rows] = row_relaxation.gumbel_softmax(few, hard, place, self.sizes)
+        return score_max
+
+    @override
+    def one_hot(self, sample: Sample, vocab: int, dtype: torch.dtype, out: torch.Tensor | None = None) -> torch.Tensor:
         from grade_kernels.backends.triton.onehot import one_hot
 
-        return one_hot(sample, vocab, dtype)
+        return one_hot(sample, vocab, dtype, out)
 
     @override
     def softmax(
         self,
-        logits: torch.Tensor,
-        tau: torch.Tensor,
-        noise: Noise,
+        rows: Rows,
         score_max: torch.Tensor,
         *,
         normalize: bool,
@@ -67,28 +85,32 @@ class TritonBackend(TorchBackend):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         from grade_kernels.backends.triton.relaxation import softmax
 
-        return softmax(logits, tau, noise, score_max, normalize=normalize, dtype=dtype, out=out, sizes=self.sizes)
+        return softmax(rows, score_max, normalize=normalize, dtype=dtype, out=out, sizes=self.sizes)
 
     @override
     def softmax_backward(
-        self,
-        dy: torch.Tensor,
-        logits: torch.Tensor,
-        tau: torch.Tensor,
-        noise: Noise,
-        sample: Sample,
-        *,
-        estimator: str,
-        dlogprobs: torch.Tensor | None,
-        needs_dtau: bool,
-        out: torch.Tensor,
+        self, dy: torch.Tensor, rows: Rows, sample: Sample, rule: GradientRule, out: torch.Tensor
     ) -> torch.Tensor:
+        from grade_kernels.backends.triton import row_gradient, row_tiles
         from grade_kernels.backends.triton.gradient import softmax_backward
 
-        return softmax_backward(
-            dy, logits, tau, noise, sample, estimator=estimator, dlogprobs=dlogprobs, needs_dtau=needs_dtau, out=out,
-            sizes=self.sizes,
-        )  # fmt: skip
+        how = row_tiles.way(self.sizes, rows.noise.vocab_start, rows.logits, dy, out)
+        if rule.dlogprobs is not None or not is_noisy(rule.estimator):
+            how = "strips"
+        if how == "tile":
+            return row_gradient.softmax_backward(dy, rows, sample.score_max, rule.needs_dtau, out, self.sizes)
+        dtau = torch.empty_like(rows.tau, memory_format=torch.contiguous_format)
+        for part in parts([rows.logits, dy], self.sizes.reread_bytes):
+            few, upstream, place = part.given(rows), part.of(dy), part.of(out)
+            if how == "strips":
+                sampled, asked = part.sampled(sample), part.rule(rule)
+                dtau[part.rows] = softmax_backward(upstream, few, sampled, asked, place, self.sizes)
+            else:
+                score_max = part.numbers(sample.score_max)
+                dtau[part.rows] = row_gradient.softmax_backward(
+                    upstream, few, score_max, rule.needs_dtau, place, self.sizes
+                )
+        return dtau
 
     # Through a head
 

@@ -11,13 +11,15 @@ import torch
 import triton
 import triton.language as tl
 
+from grade_kernels.backends.layouts import flat, written_flat
 from grade_kernels.backends.native import contiguous
-from grade_kernels.backends.records import Noise, Sample
+from grade_kernels.backends.records import GradientRule, Rows, Sample
 from grade_kernels.backends.triton.philox import LN2, LOG2E, REFINE_BELOW, SHIFT, row_stream, strip_noise
 from grade_kernels.backends.triton.sizes import TritonSizes
 from grade_kernels.backends.triton.strips import launch_options, load_strip, split_bounds, store_strip, sum_splits
 from grade_kernels.backends.triton.targets import launching
 from grade_kernels.dtypes import compute_dtype
+from grade_kernels.estimators import is_noisy
 from grade_kernels.noise import seed_on
 
 
@@ -230,43 +232,34 @@ def softmax_backward_apply_kernel(
 
 
 def softmax_backward(
-    dy: torch.Tensor,
-    logits: torch.Tensor,
-    tau: torch.Tensor,
-    noise: Noise,
-    sample: Sample,
-    *,
-    estimator: str,
-    dlogprobs: torch.Tensor | None,
-    needs_dtau: bool,
-    out: torch.Tensor,
-    sizes: TritonSizes,
+    dy: torch.Tensor, rows: Rows, sample: Sample, rule: GradientRule, out: torch.Tensor, sizes: TritonSizes
 ) -> torch.Tensor:
     """`Backend.softmax_backward`."""
-    rows = logits.shape[0]
-    dtype, device = compute_dtype(logits.dtype), logits.device
-    noisy, reinmax = estimator in ("ste", "soft"), estimator == "reinmax"
-    needs_dtau = needs_dtau and not reinmax
-    dtau = (torch.empty if needs_dtau else torch.zeros)(rows, dtype=dtype, device=device)
-    if rows == 0:
+    logits, upstream, (_, tau, noise) = flat(rows.logits), flat(dy), rows
+    count, device = len(logits), logits.device
+    dtype = compute_dtype(logits.dtype)
+    noisy, reinmax = is_noisy(rule.estimator), rule.estimator == "reinmax"
+    needs_dtau = rule.needs_dtau and not reinmax
+    dtau = (torch.empty if needs_dtau else torch.zeros)(count, dtype=dtype, device=device)
+    if count == 0:
         return dtau
-    options = launch_options(sizes, noise.vocab_start, logits, dy)
+    options = launch_options(sizes, noise.vocab_start, logits, upstream)
     splits = options["SPLITS"]
-    partial_dtau = torch.empty(rows, splits, dtype=dtype, device=device) if needs_dtau else None
+    partial_dtau = torch.empty(count, splits, dtype=dtype, device=device) if needs_dtau else None
     shared = {
-        "dy": dy, "s_dyn": dy.stride(0), "s_dyv": dy.stride(1),
+        "dy": upstream, "s_dyn": upstream.stride(0), "s_dyv": upstream.stride(1),
         "logits": logits, "s_ln": logits.stride(0), "s_lv": logits.stride(1), "tau": tau, "s_tau": tau.stride(0),
         "seed": seed_on(noise.seed, device), "row_ids": contiguous(noise.row_ids),
         "pivots": (sample.score_max if noisy else sample.logit_max).contiguous(), "ids": sample.ids.contiguous(),
-        "partial": torch.empty(4, rows, splits, dtype=dtype, device=device),
-        "N": rows, "NOISY": noisy, "REINMAX": reinmax, **options,
+        "partial": torch.empty(4, count, splits, dtype=dtype, device=device),
+        "N": count, "NOISY": noisy, "REINMAX": reinmax, **options,
     }  # fmt: skip
-    with launching(logits):
-        softmax_backward_sums_kernel[(rows * splits,)](**shared)
-        softmax_backward_apply_kernel[(rows * splits,)](
+    with launching(logits), written_flat(out) as gradient:
+        softmax_backward_sums_kernel[(count * splits,)](**shared)
+        softmax_backward_apply_kernel[(count * splits,)](
             **shared, logit_max=sample.logit_max.contiguous(), logit_sum=sample.logit_sum.contiguous(),
-            dlogprobs=contiguous(dlogprobs), partial_dtau=partial_dtau, out=out, s_outn=out.stride(0),
-            s_outv=out.stride(1), BLOCK_S=triton.next_power_of_2(splits),
+            dlogprobs=contiguous(rule.dlogprobs), partial_dtau=partial_dtau, out=gradient, s_outn=gradient.stride(0),
+            s_outv=gradient.stride(1), BLOCK_S=triton.next_power_of_2(splits),
         )  # fmt: skip
         if partial_dtau is not None:
             sum_splits(partial_dtau, dtau)

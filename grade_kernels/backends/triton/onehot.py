@@ -26,10 +26,10 @@ def one_hot_kernel(ids, score_max, out, V, BLOCKS, BLOCK: tl.constexpr):
     tl.store(out + i_n * V + o_v, b_y.to(out.dtype.element_ty), mask=o_v < V)
 
 
-def one_hot(sample: Sample, vocab: int, dtype: torch.dtype) -> torch.Tensor:
+def one_hot(sample: Sample, vocab: int, dtype: torch.dtype, out: torch.Tensor | None = None) -> torch.Tensor:
     """`Backend.one_hot`."""
     rows = sample.ids.shape[0]
-    out = torch.empty(rows, vocab, dtype=dtype, device=sample.ids.device)
+    out = torch.empty(rows, vocab, dtype=dtype, device=sample.ids.device) if out is None else out
     if rows:
         blocks = triton.cdiv(vocab, BLOCK)
         with launching(out):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from grade_kernels.backends import Rows
 from grade_kernels.backends.chunks import Scratch
 from grade_kernels.estimators import Rule, is_noisy
 from grade_kernels.ops.head_gradients import Entries, HeadGradients, softcap_slope
@@ -64,9 +65,10 @@ class DenseRows:
         out = self._scratch(logits.shape[1])
         if not is_noisy(self.estimator):
             return torch.sub(logits, self.of.logit_max, out=out).div_(self.tau).exp_()
-        tau, pivot = self.tau.squeeze(1), self.of.score_max.squeeze(1)
-        noise = self.noise.at(columns)
-        return self.backend.softmax(logits, tau, noise, pivot, normalize=False, dtype=out.dtype, out=out)[0]
+        rows = Rows.of(logits, self.tau.squeeze(1), self.noise.at(columns))
+        pivot = self.of.score_max.squeeze(1)
+        self.backend.softmax(rows, pivot, normalize=False, dtype=out.dtype, out=out.unsqueeze(2))
+        return out
 
     def _untempered(self, logits: torch.Tensor) -> torch.Tensor:
         """softmax(l)."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from grade_kernels import backends, reference
-from grade_kernels.backends import Backend, Head, Sample, Support
+from grade_kernels.backends import Backend, Head, Rows, Sample, Support
 from grade_kernels.backends.chunks import Scratch
 from grade_kernels.backends.log_sum_exp import LogSumExp
 from grade_kernels.ops import checks, tables
@@ -71,9 +71,9 @@ def _soft_lookup(backend: Backend, head: Head, draw: Draw) -> tuple[Sample, torc
         pivot = torch.where(raised == -torch.inf, 0.0, raised)
         scale = ((score_max - pivot) / tau).exp()
         score_max = raised
-        weights, mass = backend.softmax(
-            logits, tau, noise, pivot, normalize=False, dtype=dtype, out=scratch(logits.shape[1])
-        )
+        weights = scratch(logits.shape[1])
+        of_chunk = Rows.of(logits, tau, noise)
+        _, mass = backend.softmax(of_chunk, pivot, normalize=False, dtype=dtype, out=weights.unsqueeze(2))
         total = total * scale + mass
         for acc, table in zip(sums, draw.tables, strict=True):
             acc.mul_(scale[:, None]).add_(backend.weighted_sum(weights, table[columns]))
