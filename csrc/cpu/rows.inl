@@ -330,7 +330,6 @@ GK_INLINE void weigh_chunk(const Rows& in, const RowKey& key, const T* l_row, fl
   });
   chunk.bad = scores.may_be_bad() && is_bad(l_row, chunk.begin, chunk.end);
   chunk.pivot = scores.max();
-  chunk.score_max = chunk.pivot > kLowest ? chunk.pivot : -__builtin_inff();
   Sum sum;
   for_each_block(in.noise.vocab_start, chunk.begin, chunk.end, [&](const Block& block) __attribute__((always_inline)) {
     const BlockIn<float> s(weights, block, -__builtin_inff());
@@ -344,6 +343,7 @@ GK_INLINE void weigh_chunk(const Rows& in, const RowKey& key, const T* l_row, fl
     out.finish(weights, block);
   });
   chunk.sum = sum.total();
+  chunk.score_max = chunk.sum > 0.0f ? chunk.pivot : -__builtin_inff();
 }
 
 template <typename T>

@@ -148,6 +148,23 @@ def check_values() -> None:
             call.check_against_truth(LAYOUTS[name], f"{dtype} {shape} {name}")
 
 
+def check_wide_rows() -> None:
+    """Rows of several chunks, each with weights that count from a maximum of its own."""
+    for vocab, dtype in [*((v, d) for v in (4096, 4159, 9000) for d in DTYPES), (270_000, torch.float32)]:
+        for vocab_start in (0, 61):
+            call = Call((5, vocab, 1), dtype, vocab_start=vocab_start, seed=vocab)
+            call.logits[1, :4096] = -math.inf  # a chunk, or a row but for its last token
+            call.logits[1, -1] = 0.0
+            call.logits[2, :4100] -= 300.0
+            call.logits[3, 4000:] -= 20.0
+            call.check_against_truth(LAYOUTS["contiguous"], f"{dtype} {vocab} {vocab_start} wide")
+            call.logits[4] = torch.finfo(dtype).min
+            call.logits[4, 17] = -math.inf
+            call.logits[0, -1] = math.nan
+            call.logits[1, -1] = -math.inf if vocab == 4096 else math.inf
+            assert call.run()[-1].isnan().nonzero().flatten().tolist() == [0, 1]
+
+
 def check_masked_tokens() -> None:
     """Masks of every kind, down to a single open token, and gradients that a masked token must not pass on."""
     for dtype in DTYPES:
