@@ -18,6 +18,7 @@ __all__ = [
     "DOMAIN_REFINE",
     "DOMAIN_SUPPORT",
     "GumbelNoise",
+    "fresh_seed",
     "gumbel_from_words",
     "philox_4x32_10",
     "seed_on",
@@ -103,6 +104,12 @@ def seed_on(seed: torch.Tensor, device: torch.device) -> torch.Tensor:
     return torch.zeros((), dtype=torch.int64, device=device) + seed
 
 
+def fresh_seed() -> torch.Tensor:
+    """A 64-bit seed from torch's default CPU generator."""
+    # The argument `generator` is left out: AOTInductor cannot call the overload that takes one.
+    return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device="cpu")
+
+
 class GumbelNoise:
     """Identity of the Gumbel noise an operation uses: a seed, and optionally who each row is.
 
@@ -161,9 +168,8 @@ class GumbelNoise:
         """Noise with a fresh 64-bit seed drawn from a generator (default: torch's default CPU generator)."""
         if generator is not None and not isinstance(generator, torch.Generator):
             raise TypeError(f"generator must be a torch.Generator or None, got {type(generator).__name__}")
-        # Without a generator the argument is left out: AOTInductor cannot call the overload that takes one.
         if generator is None:
-            return cls(torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device="cpu"))
+            return cls(fresh_seed())
         return cls(
             torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=generator.device, generator=generator)
         )

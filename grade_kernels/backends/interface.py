@@ -78,7 +78,7 @@ class Backend(ABC):
         `vocab` says how many of its numbers are a row. Its values are of no account. A backend that writes only the ones of
         a hard sample overrides this, and gives zeros.
         """
-        return torch.empty(like.shape, dtype=like.dtype, device=like.device)
+        return torch.empty_like(like, memory_format=torch.contiguous_format)
 
     def gumbel_softmax(self, rows: Rows, hard: bool, out: torch.Tensor) -> torch.Tensor:
         """Write `softmax((l + g) / tau)`, or with hard `one_hot(argmax(l + g))`, to `out`; returns `max(l + g)` `[N]`.

@@ -18,22 +18,24 @@ import torch
 from grade_kernels.arguments import canonical_int, check_local
 from grade_kernels.backends.records import Noise
 from grade_kernels.estimators import ESTIMATORS
-from grade_kernels.noise import GumbelNoise
+from grade_kernels.noise import GumbelNoise, fresh_seed
 from grade_kernels.ops.transforms import without_wrappers
 from grade_kernels.reference import tau_of_rows
 
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _ORDINARY = (torch.Tensor, torch.nn.Parameter)
+_LIMITS = {dtype: (torch.finfo(dtype).tiny, torch.finfo(dtype).max) for dtype in FLOATING}
+_FEW = 64  # values that Python's sum adds up sooner than PyTorch finds their maximum
 
 
-def reads_values(*tensors: torch.Tensor) -> bool:
-    """Whether values of these tensors may be read: on the CPU, or anywhere when the user asked for it."""
-    return os.environ.get("GRADE_KERNELS_CHECK") == "1" or all(t.device.type == "cpu" for t in tensors)
+def reads_values(tensor: torch.Tensor) -> bool:
+    """Whether values of a tensor may be read: on the CPU, or anywhere when the user asked for it."""
+    return tensor.device.type == "cpu" or os.environ.get("GRADE_KERNELS_CHECK") == "1"
 
 
-def may_read(*tensors: torch.Tensor) -> bool:
+def may_read(tensor: torch.Tensor) -> bool:
     """`reads_values` outside a registered operation, where tensors may be those of a tracer, which have no values."""
-    if torch.compiler.is_compiling() or not reads_values(*tensors):
+    if torch.compiler.is_compiling() or not reads_values(tensor):
         return False
     tracers = (torch._C._TorchDispatchModeKey.PROXY, torch._C._TorchDispatchModeKey.FAKE)
     return all(torch._C._get_dispatch_mode(key) is None for key in tracers)
@@ -87,8 +89,8 @@ def check_same_device(name: str, value: torch.Tensor, other_name: str, other: to
 def canonical_noise(noise: GumbelNoise | None, num_rows: int, device: torch.device) -> Noise:
     """The noise for `num_rows` rows; None draws a seed from torch's default generator."""
     if noise is None:
-        noise = GumbelNoise.from_generator()
-    elif not isinstance(noise, GumbelNoise):
+        return Noise(fresh_seed(), None, 0)
+    if not isinstance(noise, GumbelNoise):
         raise TypeError(f"noise must be a GumbelNoise or None, got {type(noise).__name__}")
     _check_local("noise.seed", noise.seed)
     if noise.row_ids is not None:
@@ -106,12 +108,15 @@ def canonical_noise(noise: GumbelNoise | None, num_rows: int, device: torch.devi
 
 def positive_number(name: str, value: object, dtype: torch.dtype, expected: str = "a number") -> float:
     """A number that is positive and finite in `dtype`, too. Its subnormals are refused: kernels treat them as zero."""
-    if isinstance(value, bool) or not isinstance(value, (Real, torch.SymFloat, torch.SymInt)):
+    if type(value) is float:
+        number = value
+    elif isinstance(value, bool) or not isinstance(value, (Real, torch.SymFloat, torch.SymInt)):
         raise TypeError(f"{name} must be {expected}, got {type(value).__name__}")
-    # torch.compile's symbols must stay symbols: float() would make constants of them.
-    number = cast("float", value) if isinstance(value, (int, float, torch.SymFloat, torch.SymInt)) else float(value)
-    limits = torch.finfo(dtype)
-    if not limits.tiny <= number <= limits.max:
+    else:
+        # torch.compile's symbols must stay symbols: float() would make constants of them.
+        number = cast("float", value) if isinstance(value, (int, torch.SymFloat, torch.SymInt)) else float(value)
+    least, most = _LIMITS[dtype]
+    if not least <= number <= most:
         raise ValueError(f"{name} must be positive and finite in {dtype}, got {value}")
     return number
 
@@ -124,7 +129,7 @@ def canonical_tau(
     `shape` is that of the logits, with the vocabulary at `dim`. Takes a positive number, or a tensor that gives one
     value per row by the rule of `reference.tau_of_rows`.
     """
-    rows = math.prod(shape[:dim]) * math.prod(shape[dim:][1:])
+    rows = math.prod(shape) // shape[dim]
     if isinstance(tau, torch.Tensor):
         check_layout("tau", tau)
         if tau.dtype == torch.bool or tau.dtype.is_complex:
@@ -136,12 +141,20 @@ def canonical_tau(
         if tau.device != device:
             raise ValueError(f"tau is on device {str(tau.device)!r}, but the logits on {str(device)!r}")
         return by_row.to(dtype).reshape(rows)
-    # A product rather than torch.full: with a number that changes, torch.compile recompiles once, not every time.
-    return torch.ones(rows, dtype=dtype, device=device) * positive_number("tau", tau, dtype, "a number or a tensor")
+    number = positive_number("tau", tau, dtype, "a number or a tensor")
+    if torch.compiler.is_compiling():
+        # A product rather than torch.full: with a number that changes, torch.compile recompiles once, not every time.
+        return torch.ones(rows, dtype=dtype, device=device) * number
+    return torch.full((rows,), number, dtype=dtype, device=device)
 
 
 def check_tau_values(tau: torch.Tensor) -> None:
     """Positive, finite values; ValueError with the first that is not."""
+    if tau.numel() == 0:
+        return
+    least, most = (x.item() for x in tau.aminmax())
+    if least >= torch.finfo(tau.dtype).tiny and most <= torch.finfo(tau.dtype).max:
+        return
     bad = ~((tau >= torch.finfo(tau.dtype).tiny) & tau.isfinite())
     if bad.any():
         row = int(bad.nonzero()[0])
@@ -154,6 +167,12 @@ def check_ids_values(ids: torch.Tensor, vocab_size: int) -> None:
     if bad.any():
         row = int(bad.nonzero()[0])
         raise ValueError(f"ids must lie in [0, {vocab_size}), got {int(ids[row])} (row {row})")
+
+
+def holds_nan(x: torch.Tensor) -> bool:
+    """Whether any value is NaN, of numbers that are finite else."""
+    few = x.numel() <= _FEW
+    return math.isnan(sum(x.tolist()) if few else x.max().item())
 
 
 def check_rows(logits: torch.Tensor, bad: torch.Tensor) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 
-from grade_kernels.ops.records import Layout, Leaf
+from grade_kernels.ops.eager import are_plain, undisturbed
+from grade_kernels.ops.records import Layout
 from grade_kernels.ops.registry import WAY_ROUND, calling, library, register
 from grade_kernels.ops.transforms import differentiable_gradients, records_gradients
 
@@ -65,13 +66,12 @@ def differentiable(
 
 
 class _Context(Protocol):
-    """What torch hands to the forward and the backward of an operation, and what is kept in it."""
+    """What torch hands to the forward and the backward of a node, and what is kept in it."""
 
-    needs_input_grad: tuple[Any, ...]  # a truth value for each argument, in lists where these are
     saved_tensors: tuple[torch.Tensor | None, ...]
-    next_functions: tuple[tuple[Any, int], ...]
-    values: list[Any]  # arguments that are no tensors; of lists of tensors, how many they are
-    present: list[bool]  # which arguments are not None
+    next_functions: tuple[tuple[Any, int], ...]  # one for each tensor that the node was given
+    flags: list[bool]  # which tensors require gradients, of those that may
+    values: list[Any]  # the arguments; None for a tensor, and for a list of tensors how many there are
 
     def save_for_backward(self, *tensors: torch.Tensor | None) -> None: ...
 
@@ -80,14 +80,52 @@ class _Context(Protocol):
     def set_materialize_grads(self, value: bool) -> None: ...
 
 
+class _Node(torch.autograd.Function):
+    """What the graph holds of a call. Every operation has a subclass, which the node is named after."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        operation: _Differentiable[Any, Any, Any],
+        run: Callable[[], tuple[Any, Any]],
+        leaves: Sequence[Any],
+        flags: list[bool],
+        *_: torch.Tensor,
+    ) -> Any:
+        """Leaves of the results, which `run` gives beside those that are kept. The tensors are those that flags mark."""
+        ctx.operation, ctx.flags = operation, flags
+        found, kept = run()
+        operation.save(ctx, leaves, found, kept)
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Any) -> Any:  # type: ignore[override]
+        return None, None, None, None, *ctx.operation.gradient(ctx, *upstream)
+
+    @classmethod
+    def apply_plainly(cls, *arguments: Any) -> Any:
+        """`apply` without what `torch.autograd.Function` does for transforms, where there is none."""
+        return super(torch.autograd.Function, cls).apply(*arguments)  # type: ignore[misc]
+
+
+class _Refusing(torch.autograd.Function):
+    """A node that has no derivative. Without it, autograd would silently treat the result as a constant."""
+
+    @staticmethod
+    def forward(ctx: Any, name: str, run: Callable[..., Any], *tensors: Any) -> Any:  # type: ignore[override]
+        ctx.name = name
+        return tuple(run())
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:  # type: ignore[override]
+        raise NotImplementedError(f"grade_kernels::{ctx.name} has no second derivative; {WAY_ROUND}")
+
+
 class _Differentiable(Generic[C, R, K]):
     """The two halves of an operation, see `differentiable`.
 
     The backward operation takes the results' leaves, the arguments', those of what was kept, and a truth value for each
     tensor that may have a gradient. It returns the gradients that are wanted, one after the other.
-
-    Attributes:
-        call: calls the operation with a record.
     """
 
     def __init__(
@@ -106,11 +144,15 @@ class _Differentiable(Generic[C, R, K]):
         self._arguments, self._kept = Layout(arguments), Layout(kept)
         self._results: Layout[Any] = Layout(results)  # of tensors, or of gradients
         self._gradients: Layout[Any] = Layout(gradients)  # of tensors, or of truth values
-        self._backward, self._reference, self._unsaved = backward, reference, unsaved
+        self._kernel, self._backward, self._reference = kernel, backward, reference
         given, found, saved = self._arguments, self._results, self._kept
         paths = [leaf.path for leaf in given.leaves]
         # Which arguments may have gradients, in the order of `gradients`.
         self._places = [paths.index(leaf.path) for leaf in self._gradients.leaves]
+        self._tensors = [i for i, leaf in enumerate(given.leaves) if leaf.is_tensor]
+        self._lists = [i for i, leaf in enumerate(given.leaves) if leaf.is_list]
+        self._unsaved = {i for i, path in enumerate(paths) if path in unsaved}
+        self._constants = [i for i, leaf in enumerate(found.leaves) if not leaf.varies]
         upstream = ", ".join(
             f"Tensor? d{leaf.name}" if leaf.varies else f"{leaf.kind} result_{leaf.name}" for leaf in found.leaves
         )
@@ -120,20 +162,75 @@ class _Differentiable(Generic[C, R, K]):
         # as after an upgrade, that graph would call what is no more. So the forward graph names an overload that follows
         # both schemas.
         overload = f"{name}.v{hashlib.sha256(f'{schema} {backward_schema}'.encode()).hexdigest()[:8]}"
-        op = register(overload, schema, self._flat(kernel), self._flat(fake))
-        self._backward_op = register(f"{name}_backward", backward_schema, self._run_backward, self._fake_backward)
-
-        def refuse(*_: Any) -> Any:
-            # Without this, autograd would silently treat the gradient as a constant.
-            raise NotImplementedError(f"grade_kernels::{name}_backward has no second derivative; {WAY_ROUND}")
-
-        torch.library.register_autograd(
-            f"grade_kernels::{overload}", self._gradient, setup_context=self._save, lib=library
+        op, self._registered = register(overload, schema, self._flat(kernel), self._flat(fake))
+        self._backward_op, self._registered_backward = register(
+            f"{name}_backward", backward_schema, self._run_backward, self._fake_backward
         )
-        torch.library.register_autograd(f"grade_kernels::{name}_backward", refuse, lib=library)
+        self._name = name
+        self._node: type[_Node] = type(name, (_Node,), {})
+        library.impl(overload, self._with_graph, "Autograd", with_keyset=True)
+        library.impl(f"{name}_backward", self._without_graph, "Autograd", with_keyset=True)
         torch.library.register_vmap(f"grade_kernels::{name}_backward", self._mapped_backward, lib=library)
         library.impl(f"{name}_backward", functools.partial(_batched_gradients, self._backward_op), "Batched")
-        self.call: Callable[[C], R] = calling(op, given, found, len(found.leaves) + len(saved.leaves))
+        self._dispatched: Callable[[C], R] = calling(op, given, found, len(found.leaves) + len(saved.leaves))
+
+    def call(self, given: C) -> R:
+        """The operation of a record."""
+        if not undisturbed():
+            return self._dispatched(given)
+        leaves = self._arguments.flatten(given)
+        if not self._have_data(leaves):
+            return self._dispatched(given)
+        inputs, flags = self._requiring(leaves)
+        if not inputs:
+            return self._kernel(given)[0]
+
+        def run() -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+            results, kept = self._kernel(given)
+            return self._results.flatten(results), self._kept.flatten(kept)
+
+        found: R = self._results.build(self._node.apply_plainly(self, run, leaves, flags, *inputs))
+        return found
+
+    def _have_data(self, leaves: Sequence[Any]) -> bool:
+        """Whether a kernel may read the arguments: tensors of no subclass, and not on the device `meta`."""
+        if leaves[self._tensors[0]].is_meta or not are_plain([leaves[i] for i in self._tensors]):
+            return False
+        return not self._lists or all(are_plain(leaves[i]) for i in self._lists)
+
+    def _with_graph(self, keyset: torch._C.DispatchKeySet, *leaves: Any) -> Any:
+        """What the dispatcher calls where tensors may require gradients."""
+
+        def run() -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+            with torch._C._AutoDispatchBelowAutograd():
+                found = self._registered.redispatch(keyset & torch._C._after_autograd_keyset, *leaves)
+            return found, found[len(self._results.leaves) :]
+
+        inputs, flags = self._requiring(leaves)
+        return self._node.apply(self, run, leaves, flags, *inputs) if inputs else run()[0]
+
+    def _requiring(self, leaves: Sequence[Any]) -> tuple[list[torch.Tensor], list[bool]]:
+        """The tensors that require gradients, and which they are of those that may."""
+        if not torch.is_grad_enabled():
+            return [], []
+        candidates = self._candidates(leaves)
+        if not torch._C._any_requires_grad(*candidates):
+            return [], []
+        flags = [x is not None and x.requires_grad for x in candidates]
+        return [x for x, flag in zip(candidates, flags, strict=True) if flag], flags
+
+    def _without_graph(self, keyset: torch._C.DispatchKeySet, *leaves: Any) -> Any:
+        """The same of the backward operation, which has no derivative."""
+
+        def run() -> Any:
+            with torch._C._AutoDispatchBelowAutograd():
+                return self._registered_backward.redispatch(keyset & torch._C._after_autograd_keyset, *leaves)
+
+        several = [x if isinstance(x, (list, tuple)) else (x,) for x in leaves]
+        tensors = [x for part in several for x in part if isinstance(x, torch.Tensor)]
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors):
+            return list(_Refusing.apply(f"{self._name}_backward", run, *tensors))
+        return run()
 
     def _flat(self, function: Callable[[C], tuple[R, K]]) -> Callable[..., tuple[Any, ...]]:
         """A function of records as one of leaves."""
@@ -144,23 +241,28 @@ class _Differentiable(Generic[C, R, K]):
 
         return flat
 
-    def _nested(self, flat: Sequence[Any], given: Sequence[Any]) -> list[Any]:
-        """One of `flat` for each tensor that may have a gradient, in lists where these tensors are."""
-        rest = iter(flat)
-        is_list = [self._arguments.leaves[i].is_list for i in self._places]
-        return [
-            [next(rest) for _ in given[i]] if several else next(rest)
-            for i, several in zip(self._places, is_list, strict=True)
-        ]
-
     def _candidates(self, given: Sequence[Any]) -> list[Any]:
-        """What stands in `given`, in lists or not, for the tensors that may have a gradient."""
-        return [x for i in self._places for x in (given[i] if self._arguments.leaves[i].is_list else (given[i],))]
+        """The tensors that may have a gradient, in the order of `gradients`; None where there is none."""
+        if not self._lists:
+            return [given[i] for i in self._places]
+        return [x for i in self._places for x in (given[i] if i in self._lists else (given[i],))]
+
+    def _nested(self, flat: Sequence[Any], given: Sequence[Any]) -> Sequence[Any]:
+        """One of `flat` for each of them, in lists where these tensors are."""
+        if not self._lists:
+            return flat
+        rest = iter(flat)
+        return [[next(rest) for _ in given[i]] if i in self._lists else next(rest) for i in self._places]
 
     def _run_backward(self, *leaves: Any) -> list[torch.Tensor]:
         first = len(self._results.leaves)
         second = first + len(self._arguments.leaves)
-        arrived, given, kept, flags = leaves[:first], leaves[first:second], leaves[second:-1], leaves[-1]
+        return self._gradients_of(leaves[:first], leaves[first:second], leaves[second:-1], leaves[-1])
+
+    def _gradients_of(
+        self, arrived: Sequence[Any], given: Sequence[Any], kept: Sequence[Any], flags: Sequence[bool]
+    ) -> list[torch.Tensor]:
+        """The gradients that are wanted."""
         found = self._backward(
             self._arguments.build(given),
             self._kept.build(kept),
@@ -178,39 +280,45 @@ class _Differentiable(Generic[C, R, K]):
         like = _wanted_only(tuple(given[i] for i in self._places), flags)
         return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in like]
 
-    def _save(self, ctx: _Context, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        layout, results = self._arguments.leaves, self._results.leaves
-        given = [None if leaf.path in self._unsaved else x for leaf, x in zip(layout, inputs, strict=True)]
-        tensors = [x for leaf, value in zip(layout, given, strict=True) for x in _tensors(leaf, value)]
-        constants = [x for leaf, x in zip(results, output, strict=False) if not leaf.varies]
-        constants += output[len(results) :]
-        ctx.save_for_backward(*tensors, *constants)
-        ctx.values = [len(_tensors(leaf, x)) if leaf.is_list else x
-                      for leaf, x in zip(layout, given, strict=True) if not leaf.is_tensor]  # fmt: skip
-        ctx.present = [x is not None for x in inputs]
-        ctx.mark_non_differentiable(*constants)
-        ctx.set_materialize_grads(False)
+    def save(
+        self, ctx: _Context, leaves: Sequence[Any], found: tuple[torch.Tensor, ...], kept: tuple[torch.Tensor, ...]
+    ) -> None:
+        """Keep in a node what backward needs of the arguments, of the results, and of what was kept beside them."""
+        values, tensors = list(leaves), []
+        for i in self._tensors:
+            tensors.append(None if i in self._unsaved else leaves[i])
+            values[i] = None
+        for i in self._lists:
+            tensors += leaves[i]
+            values[i] = len(leaves[i])
+        constants = [found[i] for i in self._constants]
+        ctx.values = values
+        ctx.save_for_backward(*tensors, *constants, *kept)
+        if len(found) > 1:
+            ctx.mark_non_differentiable(*constants, *found[len(self._results.leaves) :])
+            ctx.set_materialize_grads(False)
 
-    def _gradient(self, ctx: _Context, *upstream: torch.Tensor | None) -> tuple[Any, ...]:
-        """A gradient or None for each argument, in lists where these are."""
-        layout, results = self._arguments.leaves, self._results.leaves
-        tensors, values = iter(ctx.saved_tensors), iter(ctx.values)
-        given = [_restored(leaf, tensors, values) for leaf in layout]
-        answer: list[Any] = [[None] * len(x) if leaf.is_list else None for leaf, x in zip(layout, given, strict=True)]
+    def gradient(self, ctx: _Context, *upstream: torch.Tensor | None) -> list[torch.Tensor | None]:
+        """A gradient or None for each tensor that the node was given."""
+        results, given, tensors = self._results.leaves, list(ctx.values), iter(ctx.saved_tensors)
+        for i in self._tensors:
+            given[i] = next(tensors)
+        for i in self._lists:
+            given[i] = [next(tensors) for _ in range(given[i])]
         arrived = [x if leaf.varies else next(tensors) for leaf, x in zip(results, upstream, strict=False)]
+        running = _running(ctx)
         if all(x is None for leaf, x in zip(results, arrived, strict=True) if leaf.varies):
-            return tuple(answer)
-        flags = self._candidates(_running(ctx, layout, given))
+            return [None] * len(running)
+        each = iter(running)
+        flags = [flag and next(each) for flag in ctx.flags]
+        found: Iterator[torch.Tensor | None]
         if self._reference is not None and records_gradients():
             found = iter(self._again(self._reference, given, arrived, flags))
+        elif not torch.is_grad_enabled() and undisturbed() and are_plain(arrived) and self._have_data(given):
+            found = iter(self._gradients_of(arrived, given, tuple(tensors), flags))
         else:
             found = iter(self._backward_op(*arrived, *given, *tensors, flags))
-        for i, needed in zip(self._places, self._nested(flags, given), strict=True):
-            if layout[i].is_list:
-                answer[i] = [next(found) if flag else None for flag in needed]
-            elif needed:
-                answer[i] = next(found)
-        return tuple(answer)
+        return [next(found) if runs else None for runs in running]
 
     def _again(
         self, reference: Callable[[C, Any], Any], given: Sequence[Any], arrived: Sequence[Any], flags: Sequence[bool]
@@ -275,46 +383,23 @@ def _part(x: Any, dim: Any, i: int) -> Any:
     return x if dim is None else x.select(dim, i)
 
 
-def _tensors(leaf: Leaf, value: Any) -> Sequence[torch.Tensor | None]:
-    """The tensors of an argument, none of a number."""
-    return value if leaf.is_list else (value,) if leaf.is_tensor else ()
-
-
-def _restored(leaf: Leaf, tensors: Any, values: Any) -> Any:
-    """An argument from what was saved."""
-    if leaf.is_list:
-        return [next(tensors) for _ in range(next(values))]
-    return next(tensors) if leaf.is_tensor else next(values)
-
-
 def _wanted_only(gradients: tuple[Any, ...], flags: Sequence[bool]) -> list[torch.Tensor]:
     """Of the gradients, in lists or not, those that are wanted."""
     flat = [x for part in gradients for x in (part if isinstance(part, list) else (part,))]
     return [x for x, flag in zip(flat, flags, strict=True) if flag]
 
 
-def _running(ctx: _Context, leaves: list[Leaf], given: list[Any]) -> list[Any]:
-    """Which arguments want a gradient from the backward pass that is running, in lists where these are.
+def _running(ctx: _Context) -> list[bool]:
+    """Which of a node's tensors want a gradient from the backward pass that is running.
 
-    `ctx.needs_input_grad` says which of them require one at all. `torch.autograd.grad(..., inputs)` may want fewer, and
-    the gradient of a head, of a table or of logits is as large as they are.
+    All of them require one. `torch.autograd.grad(..., inputs)` may want fewer, and the gradient of a head, of a table or of
+    logits is as large as they are.
     """
-    needs = ctx.needs_input_grad
-    requiring = sum(sum(need) if isinstance(need, (list, tuple)) else need for need in needs)
+    nodes = ctx.next_functions
     # The backward pass runs because some gradient is wanted. Where a single tensor requires one, it is that.
-    if requiring == 1 or torch.compiler.is_compiling():
-        return list(needs)
-    nodes = iter(ctx.next_functions)  # one for each tensor among the arguments; those that need none are (None, 0)
-
-    def runs(present: bool, need: bool) -> bool:
-        node = next(nodes)[0] if present else None
-        return need and (node is None or _will_run(node))
-
-    return [
-        [runs(True, n) for _, n in zip(value, need, strict=True)] if leaf.is_list
-        else leaf.is_tensor and runs(present, need)
-        for leaf, value, present, need in zip(leaves, given, ctx.present, needs, strict=True)
-    ]  # fmt: skip
+    if len(nodes) == 1 or torch.compiler.is_compiling():
+        return [True] * len(nodes)
+    return [_will_run(node) for node, _ in nodes]
 
 
 def _will_run(node: Any) -> bool:

@@ -66,12 +66,11 @@ def gumbel_softmax(
     if isinstance(logits, torch.Tensor) and logits.dim() == 0:
         return gumbel_softmax(logits.reshape(1), tau, hard, dim=dim, noise=noise).reshape(())
     dim = checks.check_logits(logits, dim)
-    moved = logits.movedim(dim, -1)
-    num_rows = logits.numel() // moved.shape[-1]
-    drawn = checks.canonical_noise(noise, num_rows, logits.device)
-    row_tau = checks.canonical_tau(tau, logits.shape, logits.device, compute_dtype(logits.dtype), dim)
-    backend = backends.select(logits.device, logits.dtype)
-    return _relax(_Draw(logits, row_tau, drawn, dim, hard, backend))
+    device = logits.device
+    drawn = checks.canonical_noise(noise, logits.numel() // logits.size(dim), device)
+    row_tau = checks.canonical_tau(tau, logits.shape, device, compute_dtype(logits.dtype), dim)
+    backend = backends.select(device, logits.dtype)
+    return _relax(_Draw(logits, row_tau, isinstance(tau, torch.Tensor), drawn, dim, hard, backend))
 
 
 @public
@@ -87,6 +86,8 @@ def gumbel_ste(
 
 def _planes(x: torch.Tensor, dim: int) -> torch.Tensor:
     """`[A, V, B]` of a tensor with V at dim, as `Rows` has it; a copy where no view exists."""
+    if x.dim() == 2 and dim in (-1, 1):
+        return x.unsqueeze(2)
     dim %= x.dim()
     return x.reshape(math.prod(x.shape[:dim]), x.shape[dim], math.prod(x.shape[dim + 1 :]))
 
@@ -98,6 +99,7 @@ def _planes(x: torch.Tensor, dim: int) -> torch.Tensor:
 class _Draw(NamedTuple):
     logits: torch.Tensor  # any shape, V at dim
     tau: torch.Tensor  # [N]
+    checks_tau: bool  # its values are the caller's, not those of a number that was checked
     noise: Noise
     dim: int
     hard: bool
@@ -123,12 +125,12 @@ def _rows(draw: _Draw) -> Rows:
 
 def _kernel(draw: _Draw) -> tuple[_Drawn[torch.Tensor], _Kept]:
     backend, rows = backends.get(draw.backend), _rows(draw)
-    if checks.reads_values(draw.tau):
+    if draw.checks_tau and checks.reads_values(draw.tau):
         checks.check_tau_values(draw.tau)
     y = backend.blank(draw.logits, rows.logits.shape[1], draw.hard)
     score_max = backend.gumbel_softmax(rows, draw.hard, _planes(y, draw.dim))
-    if checks.reads_values(draw.logits) and (bad := score_max.isnan()).any():
-        checks.check_rows(flat(rows.logits), bad)
+    if checks.reads_values(draw.logits) and checks.holds_nan(score_max):
+        checks.check_rows(flat(rows.logits), score_max.isnan())
     return _Drawn(y), _Kept(score_max)
 
 
@@ -152,7 +154,7 @@ def _backward(
     draw: _Draw, kept: _Kept, arrived: _Drawn[torch.Tensor], wanted: _Gradients[bool]
 ) -> _Gradients[torch.Tensor]:
     empty = kept.score_max.new_empty(0)
-    dlogits = torch.empty(draw.logits.shape, dtype=draw.logits.dtype, device=draw.logits.device)
+    dlogits = torch.empty_like(draw.logits, memory_format=torch.contiguous_format)
     dtau = backends.get(draw.backend).softmax_backward(
         _planes(arrived.y, draw.dim),
         _rows(draw),

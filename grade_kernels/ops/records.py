@@ -6,6 +6,8 @@ their fields and is written nowhere by hand.
 
 from __future__ import annotations
 
+import functools
+import operator
 import types
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -30,7 +32,8 @@ class Leaf(NamedTuple):
 
     path: str  # where it stands in the record: "head.hidden"
     kind: str  # its type in a schema: "Tensor?"
-    varies: bool = False  # whether the record is generic in it
+    varies: bool  # whether the record is generic in it
+    absent: bool  # whether it is part of a record that may be None
 
     @property
     def name(self) -> str:
@@ -55,50 +58,51 @@ class Layout(Generic[Record]):
     and truth values apart). A type variable stands for a tensor: one generic record serves differentiable tensors, their
     gradients, and truth values that say which gradients are wanted.
 
-    Flattening and building happen at every call of an operation, also while torch.compile traces it. Their code is put
-    together once here, as that of a NamedTuple is: to walk a record's fields each time takes longer than some kernels.
+    Flattening and building happen at every call of an operation, also while torch.compile traces it. What they do is
+    settled once here: to read a record's fields each time takes longer than some kernels.
 
     Args:
         record: the type.
 
     Attributes:
         leaves: all of them.
-        flatten: the leaves of a record, as a tuple.
         build: the record of a sequence of leaves.
     """
 
     def __init__(self, record: type[Record]) -> None:
         self.leaves: list[Leaf] = []
-        self._records: dict[str, type[Any]] = {}
-        self._parts: list[str] = []
-        source = self._build(record, "", optional=False, absent="")
-        parts = "".join(f"{part}, " for part in self._parts)
-        self.flatten: Callable[[Record], tuple[Any, ...]] = self._compile(f"lambda record: ({parts})")
-        self.build: Callable[[Sequence[Any]], Record] = self._compile(f"lambda leaves: {source}")
+        self.build: Callable[[Sequence[Any]], Record] = self._read(record, "", optional=False)
+        self._paths = [leaf.path.split(".") for leaf in self.leaves]
+        optional = any(leaf.absent for leaf in self.leaves)
+        self._get = None if optional or len(self.leaves) < 2 else operator.attrgetter(*(x.path for x in self.leaves))
 
-    def _compile(self, source: str) -> Callable[..., Any]:
-        function: Callable[..., Any] = eval(compile(source, __file__, "eval"), dict(self._records))
-        return function
+    def flatten(self, record: Record) -> tuple[Any, ...]:
+        """The leaves of a record."""
+        if self._get is None or torch.compiler.is_compiling():  # which does not look into an attrgetter
+            return tuple([_at(record, path) for path in self._paths])
+        found: tuple[Any, ...] = self._get(record)
+        return found
 
-    def _build(self, record: type[Any], prefix: str, *, optional: bool, absent: str) -> str:
-        """Collect the leaves of a record; returns the source that builds it. `absent` is true where there is none."""
-        record = get_origin(record) or record
-        name, first = f"{record.__name__}_{len(self._records)}", len(self.leaves)
-        self._records[name] = record
-        fields = []
-        for field, hint in get_type_hints(record).items():
+    def _read(self, record: type[Any], prefix: str, *, optional: bool) -> Callable[[Sequence[Any]], Any]:
+        """Collect the leaves of a record; returns what builds it of all leaves."""
+        kind, first = get_origin(record) or record, len(self.leaves)
+        parts: list[int | Callable[[Sequence[Any]], Any]] = []
+        for field, hint in _hints(kind).items():  # type: ignore[arg-type]
             path = f"{prefix}{field}"
             inner, may_be_none, varies = _read(hint)
             if _is_record(inner):
-                missing = f"record.{path} is None" if may_be_none else absent
-                fields.append(self._build(inner, f"{path}.", optional=optional or may_be_none, absent=missing))
+                parts.append(self._read(inner, f"{path}.", optional=optional or may_be_none))
                 continue
-            kind = _SCHEMA_TYPES[inner]
-            fields.append(f"leaves[{len(self.leaves)}]")
-            self.leaves.append(Leaf(path, kind + "?" if optional or may_be_none else kind, varies))
-            self._parts.append(f"None if {absent} else record.{path}" if absent else f"record.{path}")
-        source = f"{name}({', '.join(fields)})"
-        return f"(None if leaves[{first}] is None else {source})" if optional else source
+            parts.append(len(self.leaves))
+            schema_type = _SCHEMA_TYPES[inner] + ("?" if optional or may_be_none else "")
+            self.leaves.append(Leaf(path, schema_type, varies, optional))
+
+        def build(leaves: Sequence[Any]) -> Any:
+            if optional and leaves[first] is None:
+                return None
+            return kind(*[leaves[part] if isinstance(part, int) else part(leaves) for part in parts])
+
+        return build
 
     def schema(self, prefix: str = "") -> str:
         """The leaves as arguments of a schema."""
@@ -107,6 +111,19 @@ class Layout(Generic[Record]):
     def kinds(self) -> str:
         """The leaves' types, as returns of a schema."""
         return ", ".join(leaf.kind for leaf in self.leaves)
+
+
+@functools.cache
+def _hints(record: Any) -> dict[str, Any]:
+    """The types of a record's fields. Several operations share a record, and reading its annotations takes its time."""
+    return get_type_hints(record)
+
+
+def _at(record: Any, path: Sequence[str]) -> Any:
+    """The value at a path, None behind a record that is None."""
+    for name in path:
+        record = None if record is None else getattr(record, name)
+    return record
 
 
 def _is_record(hint: Any) -> bool:

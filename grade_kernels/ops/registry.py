@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch.autograd import forward_ad
 
+from grade_kernels.ops.eager import are_plain, undisturbed
 from grade_kernels.ops.records import Layout
 from grade_kernels.ops.transforms import has_tangent, reference_serves
 
@@ -68,8 +69,19 @@ def operation(
     def run(function: Callable[[C], R]) -> Callable[..., Any]:
         return lambda *leaves: _returned(outputs.flatten(function(inputs.build(leaves))))
 
-    op = register(name, f"({inputs.schema()}) -> ({outputs.kinds()})", run(kernel), run(fake))
-    return calling(op, inputs, outputs, len(outputs.leaves))
+    op, _ = register(name, f"({inputs.schema()}) -> ({outputs.kinds()})", run(kernel), run(fake))
+    dispatched = calling(op, inputs, outputs, len(outputs.leaves))
+    tensors = [i for i, leaf in enumerate(inputs.leaves) if leaf.is_tensor]
+
+    def call(given: C) -> R:
+        if undisturbed():
+            leaves = inputs.flatten(given)
+            if are_plain([leaves[i] for i in tensors]) and not leaves[tensors[0]].is_meta:
+                with torch.no_grad():
+                    return kernel(given)
+        return dispatched(given)
+
+    return call
 
 
 def answered_by(reference: Callable[[C], R]) -> Callable[[Callable[[C], R]], Callable[[C], R]]:
@@ -100,8 +112,10 @@ def calling(op: Callable[..., Any], inputs: Layout[C], outputs: Layout[R], retur
     return call
 
 
-def register(name: str, schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
-    """Register a functional operation of flat arguments, `name` or `name.overload`; returns what calls it."""
+def register(
+    name: str, schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]
+) -> tuple[Callable[..., Any], torch._ops.OpOverload]:
+    """Register a functional operation of flat arguments, `name` or `name.overload`; returns what calls it, and itself."""
     plain = name.split(".", 1)[0]
 
     def run(*args: Any) -> Any:
@@ -113,7 +127,7 @@ def register(name: str, schema: str, kernel: Callable[..., Any], fake: Callable[
     library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
     library.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"grade_kernels::{name}", fake, lib=library)
-    op: Callable[..., Any] = torch._library.utils.lookup_op(f"grade_kernels::{name}")
+    op = torch._library.utils.lookup_op(f"grade_kernels::{name}")
 
     def call(*args: Any) -> Any:
         # An operation without a rule for them would drop tangents, which then pass for zeros.
@@ -121,7 +135,7 @@ def register(name: str, schema: str, kernel: Callable[..., Any], fake: Callable[
             raise NotImplementedError(f"grade_kernels::{plain} has no forward-mode derivative; {WAY_ROUND}")
         return op(*args)
 
-    return call
+    return call, op
 
 
 def _returned(leaves: tuple[Any, ...]) -> Any:

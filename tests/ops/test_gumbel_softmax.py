@@ -210,7 +210,7 @@ def test_layout_of_the_fake_result(backend: str, device: str, dim: int) -> None:
         if x.shape[dim] == 0:
             continue
         tau = torch.ones(x.numel() // x.shape[dim], device=device)
-        args = (tau, torch.tensor(1), None, 0, dim, False, backend)
+        args = (tau, True, torch.tensor(1), None, 0, dim, False, backend)
         real = torch.ops.grade_kernels.gumbel_softmax(x, *args)[0]
         fake = torch.ops.grade_kernels.gumbel_softmax(x.to("meta"), tau.to("meta"), *args[1:])[0]
         assert real.stride() == fake.stride() == torch.empty(x.shape).stride()

@@ -197,21 +197,21 @@ def op_arguments(backend: str, device: str) -> dict[str, list[tuple]]:
     vector, matrix = torch.ones(N, device=device), randn(N, V, device=device, seed=4)
     frozen = [t.detach() for t in (logits, tau, *tables)]
     plain_logits, plain_tau, plain_tables = frozen[0], frozen[1], frozen[2:]
-    _, score_max = torch.ops.grade_kernels.gumbel_softmax(plain_logits, plain_tau, seed, rows, 4, -1, False, backend)
+    common = (seed, rows, 4)
+    _, score_max = torch.ops.grade_kernels.gumbel_softmax(plain_logits, plain_tau, True, *common, -1, False, backend)
     arguments: dict[str, list[tuple]] = {
         "gumbel_sample": [(plain_logits, seed, rows, 4, backend), (plain_logits, seed, None, 0, backend)],
         "gumbel_softmax": [
-            (logits, tau, seed, r, 4, -1, hard, backend) for r in (rows, None) for hard in (False, True)
+            (logits, tau, hard, seed, r, 4, -1, hard, backend) for r in (rows, None) for hard in (False, True)
         ],
         "gumbel_softmax_backward": [
-            (matrix, plain_logits, plain_tau, seed, rows, 4, -1, False, backend, score_max, [True, needs])
+            (matrix, plain_logits, plain_tau, True, *common, -1, False, backend, score_max, [True, needs])
             for needs in (False, True)
         ],
         "gumbel_ste_embedding": [],
         "gumbel_ste_embedding_backward": [],
     }
     for estimator in ESTIMATORS:
-        common = (seed, rows, 4)
         forward = [
             (logits, tables, tau, *common, given, estimator, backend)
             for given in ((None, ids) if estimator == "ste" else (ids,))

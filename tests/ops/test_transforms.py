@@ -382,4 +382,4 @@ def test_operations_themselves_refuse_tangents() -> None:
     with forward_ad.dual_level():
         x = forward_ad.make_dual(torch.zeros(2, 3), torch.ones(2, 3))
         with pytest.raises(NotImplementedError, match=r"forward-mode.*use_backend\('reference'\)"):
-            _gumbel_softmax(_Draw(x, torch.ones(2), Noise(torch.tensor(1), None, 0), -1, False, "torch"))
+            _gumbel_softmax(_Draw(x, torch.ones(2), True, Noise(torch.tensor(1), None, 0), -1, False, "torch"))

@@ -136,7 +136,7 @@ class CpuBackend(TorchBackend):
         self, dy: torch.Tensor, rows: Rows, sample: Sample, rule: GradientRule, out: torch.Tensor
     ) -> torch.Tensor:
         tau = rows.tau.contiguous()
-        dtau = torch.zeros_like(tau)
+        dtau = torch.zeros_like(tau) if rule.needs_dtau else tau
         seed, row_ids, vocab_start = rows.noise
 
         def run(dy: torch.Tensor, logits: torch.Tensor, out: torch.Tensor) -> None:

@@ -27,7 +27,7 @@ from grade_kernels.noise import GumbelNoise
 from grade_kernels.ops import checks, tables
 from grade_kernels.ops.differentiable import differentiable
 from grade_kernels.ops.head import canonical_eps, check_head, needs_graph
-from grade_kernels.ops.linear_gumbel_ste import backward, forward
+from grade_kernels.ops.linear_gumbel_ste import forward
 from grade_kernels.ops.linear_gumbel_ste.records import Draw, Gradients, Kept
 from grade_kernels.ops.registry import answered_by, public
 from grade_kernels.ops.tables import Embedded
@@ -115,9 +115,18 @@ def linear_gumbel_ste(
     return tables.shaped(found, batch, embedding)
 
 
+def _backward(
+    draw: Draw, kept: Kept, arrived: Embedded[torch.Tensor | None], wanted: Gradients[bool]
+) -> Gradients[torch.Tensor | None]:
+    # Its five modules are imported by the first backward pass. Who only samples has no use for them.
+    from grade_kernels.ops.linear_gumbel_ste.backward import backward
+
+    return backward(draw, kept, arrived, wanted)
+
+
 _linear_gumbel_ste = differentiable(
     "linear_gumbel_ste", Draw, Embedded, Kept, Gradients,
-    kernel=forward.kernel, fake=forward.fake, backward=backward.backward,
+    kernel=forward.kernel, fake=forward.fake, backward=_backward,
     unsaved=("ids",),
 )  # fmt: skip
 
