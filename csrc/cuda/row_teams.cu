@@ -198,7 +198,7 @@ template <int kKept>
 struct Scores {
   Four x[kKept ? kKept : 1];
   float best, sum;
-  int token;  // the first that has the best score; -1 if a score is NaN
+  int token;  // the first that has the best score
 };
 
 template <int kKept, bool kHard>
@@ -217,7 +217,7 @@ struct RelaxTeams {
         merged_by_team(block, teams, block.each([](int, const State& s) { return s.best; }, scored), LargestOrNaN{});
     if constexpr (kHard) {
       const auto mine =
-          block.each([](int, const State& s, float top) { return s.token < 0 || s.best == top ? s.token : kNoToken; },
+          block.each([](int, const State& s, float top) { return s.best == top ? s.token : kNoToken; },
                      scored, best);
       const auto token = merged_by_team(block, teams, mine, Least{});
       block.each([&](int thread, float top, int hit) { write_hard<Block>(at(thread), top, hit); }, best, token);
@@ -260,7 +260,6 @@ struct RelaxTeams {
       }
       state.best = top;
     });
-    if (state.best != state.best) state.token = -1;
     return state;
   }
 
@@ -305,7 +304,7 @@ struct RelaxTeams {
 
   template <typename Block>
   GK_KERNEL void write_hard(const Member& member, float best, int token) const {
-    const bool bad = token < 0 || !(best > -kInfinity && best < kInfinity);
+    const bool bad = !(best > -kInfinity && best < kInfinity);
     const float nan = kInfinity - kInfinity;
     const Line out(args.out, args.out_place, args.in, member);
     for_groups<0>(teams, member, [&](int, int group) {
