@@ -217,8 +217,7 @@ struct RelaxTeams {
         merged_by_team(block, teams, block.each([](int, const State& s) { return s.best; }, scored), LargestOrNaN{});
     if constexpr (kHard) {
       const auto mine =
-          block.each([](int, const State& s, float top) { return s.best == top ? s.token : kNoToken; },
-                     scored, best);
+          block.each([](int, const State& s, float top) { return s.best == top ? s.token : kNoToken; }, scored, best);
       const auto token = merged_by_team(block, teams, mine, Least{});
       block.each([&](int thread, float top, int hit) { write_hard<Block>(at(thread), top, hit); }, best, token);
     } else {
