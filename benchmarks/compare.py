@@ -1,7 +1,10 @@
 """Has ours lost ground since a saved run? `python -m benchmarks.compare OLD.csv NEW.csv`, or `--compare OLD.csv` of a run.
 
+A case that is slower than eager PyTorch is lost as well, whatever it was before.
+
 Machines differ and drift, so times are never compared: a case is judged by how long the bare matrix product of the same run
-(where there is none, eager PyTorch) takes in units of ours, and by the quartiles of that ratio over the rounds.
+(where there is none, eager PyTorch) takes in units of ours, and by the quartiles of that ratio over the rounds. It is lost if
+even the upper quartile lies below what was asked for, less SLACK.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 YARDSTICKS = ("gemm", "eager")  # the first that both runs have
+_NAMED = ("N", "V", "H", "D", "threads")
 SLACK = 0.05  # quartiles over a few rounds understate what a machine's mood does to a whole run
 
 Key = tuple[str, ...]
@@ -33,6 +37,17 @@ class Regression:
         return f"{' '.join(self.case)}: {self.yardstick} took {before} times as long as ours, now {now}"
 
 
+@dataclass(frozen=True)
+class Slower:
+    """A case in which eager PyTorch is faster than ours beyond noise."""
+
+    case: Key
+    now: tuple[float, float]  # quartiles of eager's ratio to ours
+
+    def __str__(self) -> str:
+        return "{}: eager took {:.2f}-{:.2f} times as long as ours".format(" ".join(self.case), *self.now)
+
+
 def read(path: Path) -> Run:
     """Rows of a CSV with a time.
 
@@ -40,6 +55,7 @@ def read(path: Path) -> Run:
         ValueError: the file can not be read, is not text, lacks a column, or holds a ratio that is no number.
     """
     fields = ("op", "pass", "device", "dtype", "N", "V", "H", "D")
+    further = ("shape", "threads")  # which older runs lack
     run: Run = {}
     try:
         with path.open(newline="") as file:
@@ -49,7 +65,8 @@ def read(path: Path) -> Run:
                 raise ValueError(f"it lacks the columns {', '.join(sorted(missing))}")
             for row in table:
                 if row["ratio_low"]:
-                    key = tuple(f"{name}={row[name]}" if name in "NVHD" else row[name] for name in fields if row[name])
+                    named = {name: row.get(name) for name in (*fields, *further)}
+                    key = tuple(f"{n}={value}" if n in _NAMED else value for n, value in named.items() if value)
                     quartiles = float(row["ratio_low"]), float(row["ratio_high"] or "nothing")
                     run.setdefault(key, {})[row["competitor"]] = quartiles
     except (OSError, ValueError, csv.Error) as error:
@@ -77,17 +94,24 @@ def regressions(before: Run, now: Run) -> list[Regression]:
     return sorted(found, key=lambda regression: regression.case)
 
 
+def slower(now: Run) -> list[Slower]:
+    """Cases in which even the upper quartile of eager's ratio to ours is below 1, less SLACK."""
+    quartiles = {case: contestants["eager"] for case, contestants in now.items() if "eager" in contestants}
+    return [Slower(case, spread) for case, spread in sorted(quartiles.items()) if spread[1] < 1 - SLACK]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="Has ours lost ground since a saved run?")
     parser.add_argument("before", type=Path)
     parser.add_argument("now", type=Path)
     options = parser.parse_args()
     try:
-        lost = regressions(read(options.before), read(options.now))
+        now = read(options.now)
+        lost = [*regressions(read(options.before), now), *slower(now)]
     except ValueError as error:
         parser.error(str(error))
-    for regression in lost:
-        print(regression)
+    for case in lost:
+        print(case)
     return 1 if lost else 0
 
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 import grade_kernels as gk
-from benchmarks import compare, memory
-from benchmarks.harness import OURS, Case, Contestants, Race, Results, cpu_name, run_race
+from benchmarks import compare, memory, processor
+from benchmarks.harness import OURS, Case, Contestants, Race, Results, cpu_name, on_threads, run_race
 
 VOCABULARIES = (32000, 50257, 128256, 151936, 262144)  # Llama 2, GPT-2, Llama 3, Qwen 3, Gemma 3
 HEADLINE = 151936
@@ -49,7 +49,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--quick", action="store_true", help="what has a target, at one size, in few rounds")
     group.addoption("--vocab", type=_numbers, metavar="V,V", help=f"vocabulary sizes (default: {VOCABULARIES})")
     group.addoption("--rows", type=_number, default=64, metavar="N", help="rows of logits (default: %(default)s)")
-    group.addoption("--dtypes", type=_dtypes, metavar="NAME,NAME", help="default: float32,bfloat16")
+    group.addoption("--dtypes", type=_dtypes, metavar="NAME,NAME", help="default: float32,bfloat16; users: float16 too")
     group.addoption("--contestants", type=_words, metavar="NAME,NAME", help="whom to race against (default: all)")
     group.addoption("--device", default="cpu", help="where the tensors live (default: %(default)s)")
     group.addoption("--threads", type=_number, metavar="N", help="torch's threads (default: torch's own choice)")
@@ -63,7 +63,12 @@ def pytest_configure(config: pytest.Config) -> None:
     """Before pytest-benchmark reads its own options: a JSON of the run, and our tables instead of its own."""
     config.stash[RESULTS] = Results()
     option = config.option
+    try:
+        processor.hold_torch()
+    except RuntimeError as error:
+        raise pytest.UsageError(str(error)) from error
     option.vocab = option.vocab or ((HEADLINE,) if option.quick else VOCABULARIES)
+    option.users_dtypes = option.dtypes or (("float32",) if option.quick else DTYPES)
     option.dtypes = option.dtypes or (("float32",) if option.quick else ("float32", "bfloat16"))
     option.budget = option.budget if option.budget is not None else (1.0 if option.quick else 2.0)
     if option.threads is not None:
@@ -98,7 +103,8 @@ def _prepare(config: pytest.Config) -> None:
 
 def pytest_report_header(config: pytest.Config) -> str:
     backend = gk.backends.select(torch.device(config.option.device), torch.float32)
-    return f"torch {torch.__version__} on {cpu_name()}; our backend: {backend}"
+    ours = f"{backend}, held to {asked}" if (asked := os.environ.get(processor.ASKED)) else backend
+    return f"torch {torch.__version__} on {cpu_name()}; our backend: {ours}; kind of processor: {processor.kind()}"
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
@@ -108,6 +114,7 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
         "torch_threads": torch.get_num_threads(),
         "torch_config": torch.__config__.show(),
         "cpu_name": cpu_name(),
+        "kind": processor.kind(),
         "transparent_hugepage": huge_pages.read_text().strip() if huge_pages.exists() else None,
         "load_average": os.getloadavg() if hasattr(os, "getloadavg") else None,
     }
@@ -129,18 +136,23 @@ def results(request: pytest.FixtureRequest) -> Results:
 def race(request: pytest.FixtureRequest, benchmark: Any, results: Results) -> Iterator[Callable[..., Race]]:
     """Checks ours, then times it in turns with the others: `race(case, contestants, check, targets)`.
 
-    `check()` raises where a result is wrong, and then there is no number.
+    `check()` raises where a result is wrong, and then there is no number. `share` is how much of a case's budget it has.
     """
     option = request.config.option
 
     def measure(
-        case: Case, contestants: Contestants, check: Callable[[], None], targets: dict[str, float] | None = None
+        case: Case,
+        contestants: Contestants,
+        check: Callable[[], None],
+        targets: dict[str, float] | None = None,
+        share: float = 1.0,
     ) -> Race:
-        check()
         results.contestants |= contestants.keys()
         if option.contestants is not None:
             contestants = {name: work for name, work in contestants.items() if name in (OURS, *option.contestants)}
-        measured = run_race(benchmark, case, contestants, option.budget, (3, 15))
+        with on_threads(case.threads):
+            check()
+            measured = run_race(benchmark, case, contestants, share * option.budget, (3, 15))
         benchmark.group = f"{case.op} {case.pass_}"
         benchmark.extra_info |= {
             "case": str(case),
@@ -189,6 +201,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     terminalreporter.section("benchmarks")
     for line in results.tables():
         terminalreporter.write_line(line)
+    if results.slower:
+        terminalreporter.write_line("\nSlower than eager PyTorch beyond noise:")
+        for line in results.slower:
+            terminalreporter.write_line(f"  {line}")
     if config.option.compare is not None:
         terminalreporter.write_line(f"\nLost since {config.option.compare}:")
         for line in results.regressions or ["nothing beyond noise"]:
@@ -202,19 +218,24 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Write the CSV. With --compare, a case that has lost ground fails the run; so does a contestant no case knows."""
+    """Write the CSV. A contestant that no case knows fails the run.
+
+    With --compare, so does a case that has lost ground or is slower than eager PyTorch.
+    """
     option, results = session.config.option, session.config.stash[RESULTS]
     if not results.rows:
         return
     path = option.output / "benchmarks.csv"
     results.write_csv(path)
+    now = compare.read(path)
+    results.slower = [str(case) for case in compare.slower(now)]
     if SAVED in session.config.stash:
         try:
-            lost = compare.regressions(session.config.stash[SAVED], compare.read(path))
+            lost = compare.regressions(session.config.stash[SAVED], now)
             results.regressions = [str(regression) for regression in lost]
         except ValueError as error:
             results.regressions = [str(error)]
     if session.exitstatus != pytest.ExitCode.INTERRUPTED:
         results.unknown = sorted(set(option.contestants or ()) - results.contestants)
-    if results.regressions or results.unknown:
+    if results.regressions or results.unknown or (SAVED in session.config.stash and results.slower):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED

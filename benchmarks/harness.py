@@ -8,14 +8,16 @@ which check, measure and record.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import datetime
 import functools
-import itertools
+import math
 import platform
+import re
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,16 +29,20 @@ import grade_kernels as gk
 OURS = "grade-kernels"
 ROOT = Path(__file__).resolve().parent.parent
 COLUMNS = (
-    "op", "backend", "competitor", "device", "dtype", "N", "V", "H", "D", "pass",
+    "op", "backend", "competitor", "device", "dtype", "N", "V", "H", "D", "shape", "threads", "pass",
     "median_seconds", "ratio_to_ours", "ratio_low", "ratio_high", "peak_bytes", "torch", "machine", "date",
 )  # fmt: skip
 
+TURN = 1e-3  # seconds
 Contestants = dict[str, Callable[[], Any]]
 
 
 @dataclass(frozen=True)
 class Case:
-    """One operation at one size; H is the hidden size before an LM head, D the width of an embedding table."""
+    """One operation at one size; H is the hidden size before an LM head, D the width of an embedding table.
+
+    Logits that are more than `[N, V]` have a shape by name, and a case may have its own number of threads.
+    """
 
     op: str
     pass_: str  # forward, backward or forward+backward; the CSV's column "pass"
@@ -46,10 +52,14 @@ class Case:
     H: int | None = None
     D: int | None = None
     device: str = "cpu"
+    shape: str | None = None
+    threads: int | None = None
 
     def __str__(self) -> str:
         widths = [f"{name}{size}" for name, size in (("H", self.H), ("D", self.D)) if size is not None]
-        return "-".join([self.op, self.pass_, self.dtype, str(self.V), f"N{self.N}", *widths])
+        shape = [] if self.shape is None else [re.sub(r"\W+", "-", self.shape).strip("-")]
+        threads = [] if self.threads is None else [f"threads{self.threads}"]
+        return "-".join([self.op, self.pass_, self.dtype, str(self.V), f"N{self.N}", *widths, *shape, *threads])
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -83,39 +93,60 @@ def seconds(work: Callable[[], Any], device: str) -> float:
     return stop - start
 
 
+@contextlib.contextmanager
+def on_threads(count: int | None) -> Iterator[None]:
+    """Torch on so many threads, for as long as a case takes; None leaves it as it is."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _cost(name: str, work: Callable[[], Any], device: str, budget: float) -> float:
+    """Seconds of a call once it is warm: the first one compiles, loads and warms, which may be most of it."""
+    first = seconds(work, device)
+    if first > budget / 10 and not name.startswith("compiled"):
+        return first
+    again = seconds(work, device)
+    return min(again, *(seconds(work, device) for _ in range(5))) if again < budget / 100 else again
+
+
+def _turn(work: Callable[[], Any], device: str, calls: int) -> float:
+    """Mean seconds of some calls in a row."""
+    return statistics.fmean(seconds(work, device) for _ in range(calls))
+
+
 def run_race(benchmark: Any, case: Case, contestants: Contestants, budget: float, rounds: tuple[int, int]) -> Race:
     """Time the contestants in turns, A B C A B C, so that a drift of the machine meets all of them alike.
 
-    Where ours is much the shortest, it is called several times in its turn, up to a fifth of a round or ten times, and
-    their mean counts: a turn then has its share of whatever else the machine does.
+    A call of a few microseconds is shorter than what the machine does besides. So in a turn every contestant is called
+    until it has taken TURN seconds. Where ours is much the shortest, its turn has up to ten calls, or as many as take a
+    fifth of a round. The mean over a turn counts: a turn then has its share of whatever else the machine does.
 
     Args:
-        benchmark: pytest-benchmark's fixture. It times ours; the others run as its untimed set-up.
+        benchmark: pytest-benchmark's fixture. It times our turns; the others' run as its untimed set-up.
         case: what is measured.
         contestants: ours first.
-        budget: seconds that may be spent, beyond a first call of each.
+        budget: seconds that may be spent, beyond a few first calls of each.
         rounds: the fewest and the most.
     """
-    # The first call compiles, loads and warms; where that may be most of it, the second one says what a call costs.
-    costs = []
-    for name, work in contestants.items():
-        first = seconds(work, case.device)
-        again = name.startswith("compiled") or first < budget / 10
-        costs.append(seconds(work, case.device) if again else first)
-    count = max(rounds[0], min(rounds[1], int(budget / sum(costs))))
-    calls = max(1, min(10, int(0.2 * sum(costs) / costs[0])))
-    (ours, work), *others = contestants.items()
+    costs = {name: _cost(name, work, case.device, budget) for name, work in contestants.items()}
+    calls = {name: math.ceil(TURN / cost) for name, cost in costs.items()}
+    calls[OURS] = max(calls[OURS], min(10, int(0.2 * sum(costs.values()) / costs[OURS])))
+    count = max(rounds[0], min(rounds[1], int(budget / sum(costs[name] * calls[name] for name in costs))))
     times: dict[str, list[float]] = {name: [] for name in contestants}
-    call = itertools.count()
 
-    def run_others() -> None:
-        if next(call) % calls == 0:
-            for name, other in others:
-                times[name].append(seconds(other, case.device))
+    def take_turn(name: str) -> None:
+        times[name].append(_turn(contestants[name], case.device, calls[name]))
 
-    data: list[float] = []
-    benchmark.pedantic(lambda: data.append(seconds(work, case.device)), setup=run_others, rounds=count * calls)
-    times[ours] = [statistics.mean(data[i : i + calls]) for i in range(0, len(data), calls)]
+    def others() -> None:
+        for name in list(contestants)[1:]:
+            take_turn(name)
+
+    benchmark.pedantic(take_turn, args=(OURS,), setup=others, rounds=count)
+    benchmark.extra_info["calls"] = calls
     return Race(times)
 
 
@@ -152,6 +183,7 @@ class Results:
     memory: dict[Case, tuple[dict[str, int], float | None]] = field(default_factory=dict)
     contestants: set[str] = field(default_factory=set)  # of all cases, whether or not they were raced against
     unknown: list[str] = field(default_factory=list)  # contestants that were asked for and that no case had
+    slower: list[str] = field(default_factory=list)  # than eager PyTorch
     regressions: list[str] = field(default_factory=list)  # against a saved run
 
     def add_race(self, case: Case, race: Race, targets: dict[str, float]) -> None:
@@ -197,7 +229,7 @@ class Results:
             for case, (race, targets) in self.races.items():
                 cells = [_ratio_cell(race, name, targets.get(name)) for name in names]
                 ours, times = next(iter(race.times.items()))
-                table.append([*_label(case), str(len(times)), f"{1e3 * race.medians[ours]:.2f} ms", *cells])
+                table.append([*_label(case), str(len(times)), duration(race.medians[ours]), *cells])
             lines += _aligned(table)
         if self.memory:
             names = _union(peaks for peaks, _ in self.memory.values())
@@ -217,8 +249,15 @@ def _union(names: Any) -> list[str]:
     return list(dict.fromkeys(name for some in names for name in some))
 
 
+def duration(seconds: float) -> str:
+    """In milliseconds, or in microseconds where it is less than one."""
+    return f"{1e3 * seconds:.2f} ms" if seconds >= 1e-3 else f"{1e6 * seconds:.1f} µs"
+
+
 def _label(case: Case) -> list[str]:
-    return [f"{case.op} {case.pass_}", str(case.N), str(case.V), case.dtype]
+    threads = [] if case.threads is None else [f"{case.threads} thread{'s' if case.threads > 1 else ''}"]
+    title = ", ".join([f"{case.op} {case.pass_}", *filter(None, [case.shape]), *threads])
+    return [title, str(case.N), str(case.V), case.dtype]
 
 
 def _ratio_cell(race: Race, name: str, target: float | None) -> str:

@@ -1,7 +1,7 @@
 """Pictures of a benchmark's CSV: `python -m benchmarks.plot bench-output/benchmarks.csv`.
 
-One PNG per operation, beside the CSV or in `--output`: time and, where it was measured, peak memory against V and against
-N, as far as they vary, one line per contestant.
+One PNG per operation over `[N, V]`, beside the CSV or in `--output`: time and, where it was measured, peak memory against V
+and against N, as far as they vary, one line per contestant.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ def read(path: Path) -> dict[str, list[dict[str, str]]]:
     pictures = defaultdict(list)
     with path.open(newline="") as file:
         for row in csv.DictReader(file):
-            pictures[f"{row['op']}-{row['pass']}-{row['device']}"].append(row)
+            if not row.get("shape"):  # shapes of users differ in more than V and N
+                pictures[f"{row['op']}-{row['pass']}-{row['device']}"].append(row)
     return pictures
 
 

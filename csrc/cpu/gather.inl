@@ -142,7 +142,7 @@ static void weight_terms(const TermsArgs& args, int64_t row) {
   args.out_dtype == Dtype::kFloat ? terms_of<float>(args, row) : terms_of<BFloat16>(args, row);
 }
 
-// The sums over the lanes of sixteen vectors.
+// The sums over the lanes of as many vectors as there are lanes.
 GK_INLINE_IF_WIDE f32 lane_sums(const f32 v[kLanes]) {
 #ifdef GK_AVX512
   // Each level adds the halves of two vectors and leaves the sums side by side.
@@ -160,6 +160,11 @@ GK_INLINE_IF_WIDE f32 lane_sums(const f32 v[kLanes]) {
   };
   for (int i = 0; i < 2; ++i) halves[i] = across(quads[2 * i], quads[2 * i + 1]);
   return (f32)across(halves[0], halves[1]);
+#elif defined(GK_AVX2)
+  __m256 pairs[4], quads[2];  // the same, by halves of the vectors
+  for (int i = 0; i < 4; ++i) pairs[i] = _mm256_hadd_ps((__m256)v[2 * i], (__m256)v[2 * i + 1]);
+  for (int i = 0; i < 2; ++i) quads[i] = _mm256_hadd_ps(pairs[2 * i], pairs[2 * i + 1]);
+  return (f32)(_mm256_permute2f128_ps(quads[0], quads[1], 0x20) + _mm256_permute2f128_ps(quads[0], quads[1], 0x31));
 #else
   f32 out;
   for (int i = 0; i < kLanes; ++i) out[i] = reduce_sum(v[i]);

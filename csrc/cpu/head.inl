@@ -1,137 +1,13 @@
-// Kernels over a chunk of a head's logits, sixteen hidden rows in the lanes. Included like simd.h, after rows.inl.
+// Kernels over a chunk of a head's logits, hidden rows in the lanes. Included like simd.h, after lane_noise.h.
+//
+// A group of kHeadLanes rows is one vector or several. Each of these is taken through a whole span before the next: its
+// statistics then stay in registers.
 
-// Tokens are visited in quads: the four tokens whose words one Philox call makes.
-constexpr int kTokensPerPhilox = 4;
-
-// Philox for sixteen rows at one counter: what depends on the row alone is computed once, the rest is scalar until the
-// two meet in the third round.
-struct LaneKey {
-  uint64_t seed;
-  int64_t row[kLanes];
-  uint32_t domain;
-  uint32_t k0[kPhiloxRounds], k1[kPhiloxRounds];
-  alignas(64) uint64_t round1_c1[kLanes], round1_high[kLanes], round1_low[kLanes];  // even rows first, then odd ones
-
-  LaneKey(const Noise& noise, int64_t first_row, int64_t rows, uint32_t domain_) : seed(noise.seed), domain(domain_) {
-    for (int i = 0; i < kPhiloxRounds; ++i) {
-      k0[i] = uint32_t(seed) + uint32_t(i) * kPhiloxW0;
-      k1[i] = uint32_t(seed >> 32) + uint32_t(i) * kPhiloxW1;
-    }
-    for (int i = 0; i < kLanes; ++i) {
-      row[i] = first_row + i < rows ? noise.row(first_row + i) : 0;
-      const int place = (i & 1) * (kLanes / 2) + i / 2;
-      const uint64_t p1 = uint64_t(kPhiloxM1) * uint32_t(uint64_t(row[i]) >> 32);
-      const uint32_t c0 = uint32_t(p1 >> 32) ^ uint32_t(uint64_t(row[i])) ^ k0[0];
-      const uint64_t p0 = uint64_t(kPhiloxM0) * c0;
-      round1_c1[place] = uint32_t(p1) ^ k0[1];
-      round1_high[place] = uint32_t(p0 >> 32) ^ k1[1];
-      round1_low[place] = uint32_t(p0) ^ k1[2];
-    }
-  }
-};
-
-// Words of tokens 4 * counter .. 4 * counter + 3 for the sixteen rows.
-GK_INLINE_IF_WIDE void lane_words(const LaneKey& key, uint32_t counter, u32 out[kTokensPerPhilox]) {
-  const uint64_t p0_scalar = uint64_t(kPhiloxM0) * counter;
-  const uint64_t p1_scalar = uint64_t(kPhiloxM1) * (uint32_t(p0_scalar >> 32) ^ key.domain ^ key.k1[0]);
-  const uint32_t c0_scalar = uint32_t(p1_scalar >> 32), c2_scalar = uint32_t(p0_scalar);
-  const uint32_t c0_round2 = uint32_t(p1_scalar) ^ key.k0[2];
-#if defined(GK_AVX512) || defined(GK_AVX2)
-  constexpr int kWide = 2 * kCountersPerCall;  // lanes of `wide` counted as 32-bit ones
-  const wide m0 = w_set(kPhiloxM0), m1 = w_set(kPhiloxM1), zero = w_set(0);
-  wide parity[2][kTokensPerPhilox];
-#pragma GCC unroll 2
-  for (int part = 0; part < kLanes / kWide; ++part) {
-#pragma GCC unroll 2
-    for (int odd = 0; odd < 2; ++odd) {
-      const int place = odd * (kLanes / 2) + part * kCountersPerCall;
-      wide c0 = w_xor3(*(const wide*)(key.round1_c1 + place), w_set(c0_scalar), zero);
-      wide c2 = w_xor3(*(const wide*)(key.round1_high + place), w_set(c2_scalar), zero);
-      wide p0 = w_mul(c0, m0), p1 = w_mul(c2, m1);  // round 2
-      c0 = w_xor3(w_high(p1), w_set(c0_round2), zero);
-      wide c1 = p1, c3 = p0;
-      c2 = w_xor3(w_high(p0), *(const wide*)(key.round1_low + place), zero);
-#pragma GCC unroll 7
-      for (int round = 3; round < kPhiloxRounds; ++round) {
-        p0 = w_mul(c0, m0);
-        p1 = w_mul(c2, m1);
-        c0 = w_xor3(w_high(p1), c1, w_set(key.k0[round]));
-        c1 = p1;
-        c2 = w_xor3(w_high(p0), c3, w_set(key.k1[round]));
-        c3 = p0;
-      }
-      parity[odd][0] = c0;
-      parity[odd][1] = c1;
-      parity[odd][2] = c2;
-      parity[odd][3] = c3;
-    }
-    for (int j = 0; j < kTokensPerPhilox; ++j) ((wide*)(out + j))[part] = w_pair(parity[0][j], parity[1][j]);
-  }
-#else
-  uint32_t c0[kLanes], c1[kLanes], c2[kLanes], c3[kLanes];
-  for (int i = 0; i < kLanes; ++i) {
-    const int place = (i & 1) * (kLanes / 2) + i / 2;
-    const uint32_t a = uint32_t(key.round1_c1[place]) ^ c0_scalar, b = uint32_t(key.round1_high[place]) ^ c2_scalar;
-    const uint64_t p0 = uint64_t(kPhiloxM0) * a, p1 = uint64_t(kPhiloxM1) * b;
-    c0[i] = uint32_t(p1 >> 32) ^ c0_round2;
-    c1[i] = uint32_t(p1);
-    c2[i] = uint32_t(p0 >> 32) ^ uint32_t(key.round1_low[place]);
-    c3[i] = uint32_t(p0);
-  }
-  for (int round = 3; round < kPhiloxRounds; ++round) {
-    for (int i = 0; i < kLanes; ++i) {
-      const uint64_t p0 = uint64_t(kPhiloxM0) * c0[i], p1 = uint64_t(kPhiloxM1) * c2[i];
-      c0[i] = uint32_t(p1 >> 32) ^ c1[i] ^ key.k0[round];
-      c1[i] = uint32_t(p1);
-      c2[i] = uint32_t(p0 >> 32) ^ c3[i] ^ key.k1[round];
-      c3[i] = uint32_t(p0);
-    }
-  }
-  for (int i = 0; i < kLanes; ++i) {
-    out[0][i] = c0[i];
-    out[1][i] = c1[i];
-    out[2][i] = c2[i];
-    out[3][i] = c3[i];
-  }
-#endif
-}
-
-[[gnu::noinline, gnu::cold]] static void refine_lanes(const LaneKey& key, int64_t token, u32 w, f32& e) {
-  for (int i = 0; i < kLanes; ++i) {
-    if (w[i] < kRefineBelow) {
-      e[i] = exponential_from_word<float>(w[i], token_word(key.seed, key.row[i], token, kDomainRefine));
-    }
-  }
-}
-
-// E of a quad for the sixteen rows, refined. `token` is the quad's first. Errors as in exponential().
-GK_INLINE_IF_WIDE void lane_exponential(const LaneKey& key, int64_t token, const u32 w[kTokensPerPhilox],
-                                        f32 out[kTokensPerPhilox]) {
-  for (int j = 0; j < kTokensPerPhilox; j += kPack) {
-    f32p e = exponential_unrefined(pack(w + j));
-    u32 least = w[j];
-    for (int i = 1; i < kPack; ++i) least = least < w[j + i] ? least : w[j + i];
-    if (__builtin_expect(any_below(least, kRefineBelow), 0)) {
-      for (int i = 0; i < kPack; ++i) {
-        f32 refined = e.v[i];
-        refine_lanes(key, token + j + i, w[j + i], refined);
-        e.v[i] = refined;
-      }
-    }
-    unpack(e, out + j);
-  }
-}
-
-// Gumbel noise -log(E) of a quad. Error as in gumbel().
-GK_INLINE_IF_WIDE void lane_gumbel(const f32 e[kTokensPerPhilox], f32 out[kTokensPerPhilox]) {
-  for (int j = 0; j < kTokensPerPhilox; j += kPack) unpack(vlog(pack(e + j)) * -1.0f, out + j);
-}
-
-// The logits of a quad; those outside the span are masked.
+// The logits of a quad for the rows from first_row on; those outside the span are masked.
 template <typename T>
 GK_INLINE_IF_WIDE void load_quad(const HeadChunk& in, const void* logits, const float* bias, const Span& span,
-                                 int64_t token, f32 out[kTokensPerPhilox]) {
-  const T* x = static_cast<const T*>(logits) + span.group * kLanes;
+                                 int64_t first_row, int64_t token, f32 out[kTokensPerPhilox]) {
+  const T* x = static_cast<const T*>(logits) + first_row;
   for (int j = 0; j < kTokensPerPhilox; ++j) {
     const int64_t t = token + j;
     if (__builtin_expect(t < span.begin || t >= span.end, 0)) {
@@ -204,37 +80,47 @@ struct LaneBest {
   }
 };
 
-GK_INLINE f32 load_lanes(const float* x, int64_t group, int64_t rows, float fill) {
+GK_INLINE f32 load_lanes(const float* x, int64_t first_row, int64_t rows, float fill) {
   f32 out = splat(fill);
-  for (int i = 0; i < kLanes && group * kLanes + i < rows; ++i) out[i] = x[group * kLanes + i];
+  for (int i = 0; i < kLanes && first_row + i < rows; ++i) out[i] = x[first_row + i];
   return out;
 }
 
 // Rows with a logit that is NaN or +inf.
-[[gnu::noinline, gnu::cold]] static void mark_bad(const f32 l[kTokensPerPhilox], Piece& out, int32_t mark) {
+[[gnu::noinline, gnu::cold]] static void mark_bad(const f32 l[kTokensPerPhilox], int32_t bad[kLanes], int32_t mark) {
   for (int j = 0; j < kTokensPerPhilox; ++j) {
-    for (int i = 0; i < kLanes; ++i) out.bad[i] |= l[j][i] < __builtin_inff() ? 0 : mark;
+    for (int i = 0; i < kLanes; ++i) bad[i] |= l[j][i] < __builtin_inff() ? 0 : mark;
   }
 }
-GK_INLINE void check(const f32 l[kTokensPerPhilox], Piece& out, int32_t mark) {
+GK_INLINE void check(const f32 l[kTokensPerPhilox], int32_t bad[kLanes], int32_t mark) {
   const f32 sum = (l[0] + l[1]) + (l[2] + l[3]);
-  if (__builtin_expect(any_not_le(sum, splat(3.402823466e38f)), 0)) mark_bad(l, out, mark);
+  if (__builtin_expect(any_not_le(sum, splat(3.402823466e38f)), 0)) mark_bad(l, bad, mark);
 }
 
-// Candidates of a quad: weight > uniform * bound, uniform the word times the golden ratio modulo one.
+// Candidates of a quad: weight > uniform * bound, uniform the word times the golden ratio modulo one. first_lane is the
+// vector's first row in its group.
 template <typename Score>
 GK_INLINE_IF_WIDE void collect(const f32 weight[kTokensPerPhilox], const u32 w[kTokensPerPhilox], f32 bound,
-                               int64_t token, Piece& out, Hit* hits, const Score& score) {
-  const f32 unit = bound * -0x1p-32f;
+                               int64_t token, int first_lane, Piece& out, Hit* hits, const Score& score) {
   f32 excess[kTokensPerPhilox];
+#ifdef GK_AVX512
+  const f32 unit = bound * -0x1p-32f;
   for (int j = 0; j < kTokensPerPhilox; ++j) excess[j] = to_float(w[j] * 0x9E3779B1u) * unit + weight[j];
+#else
+  // Conversion of signed numbers is a single instruction. What is left out of the uniform number would only make it
+  // larger, and the candidates fewer.
+  const f32 unit = bound * -0x1p-31f;
+  for (int j = 0; j < kTokensPerPhilox; ++j) {
+    excess[j] = __builtin_convertvector((i32)((w[j] * 0x9E3779B1u) >> 1), f32) * unit + weight[j];
+  }
+#endif
   if (__builtin_expect(!any_gt(vmax(vmax(excess[0], excess[1]), vmax(excess[2], excess[3])), f32{}), 1)) return;
   // One loop over the set bits of all four vectors, so that there is a single branch that is hard to predict: its end.
   uint64_t rest = 0;
   for (int j = 0; j < kTokensPerPhilox; ++j) rest |= uint64_t(greater_bits(excess[j], f32{})) << j * kLanes;
   for (; rest; rest &= rest - 1) {
-    const int place = __builtin_ctzll(rest), j = place / kLanes, lane = place % kLanes;
-    hits[out.hits++] = {int32_t(token) * kLanes + place, w[j][lane], score(j, lane)};
+    const int bit = __builtin_ctzll(rest), j = bit / kLanes, lane = bit % kLanes;
+    hits[out.hits++] = {(int32_t(token) + j) * kHeadLanes + first_lane + lane, w[j][lane], score(j, lane)};
   }
 }
 
@@ -270,7 +156,7 @@ class Words {
 // ---- Passes ---------------------------------------------------------------------------------------------------------
 //
 // A pass is a class with the statistics of its lanes. `run_piece` shows it the quads of a span one after the other
-// (`visit`), then asks it for the result (`store`).
+// (`visit`), then asks it for the result (`store`), which begins at the vector's first lane in its group.
 
 // The quad at hand and what belongs to it.
 struct Quad {
@@ -278,24 +164,29 @@ struct Quad {
   const Span& span;
   const LaneKey& key;
   Words& words;
-  int64_t token;  // the first one's place in the chunk
+  int64_t first_row, token;  // the vector's, and the quad's first token's place in the chunk
 
+  int first_lane() const { return int(first_row % kHeadLanes); }
   int64_t global_token() const { return args.in.noise.vocab_start + args.in.first_token + token; }
 };
 
 template <typename T, typename Pass>
 static void run_piece(const HeadArgs& args, const Span& span, typename Pass::Result& out, Hit* hits) {
   const HeadChunk& in = args.in;
-  const LaneKey key(in.noise, span.group * kLanes, in.rows, Pass::kDomain);
-  Pass pass(args, span.group);
-  Words words(in, key, span.begin);
-  for_each_quad(in, span, [&](int64_t token) __attribute__((always_inline)) {
-    f32 l[kTokensPerPhilox];
-    load_quad<T>(in, in.logits, in.bias, span, token, l);
-    check(l, out, 1);
-    pass.template visit<T>(Quad{args, span, key, words, token}, l, out, hits);
-  });
-  pass.store(out);
+  for (int lane = 0; lane < kHeadLanes; lane += kLanes) {
+    const int64_t first_row = span.group * kHeadLanes + lane;
+    if (first_row >= in.rows) break;
+    const LaneKey key(in.noise, first_row, in.rows, Pass::kDomain);
+    Pass pass(args, first_row);
+    Words words(in, key, span.begin);
+    for_each_quad(in, span, [&](int64_t token) __attribute__((always_inline)) {
+      f32 l[kTokensPerPhilox];
+      load_quad<T>(in, in.logits, in.bias, span, first_row, token, l);
+      check(l, out.bad + lane, 1);
+      pass.template visit<T>(Quad{args, span, key, words, first_row, token}, l, out, hits);
+    });
+    pass.store(out, lane);
+  }
 }
 
 // argmax(l + g), and the sum of exp(l).
@@ -329,11 +220,11 @@ struct SamplePass {
     logits.add(l, splat(kLog2E));
   }
 
-  [[gnu::always_inline]] void store(SamplePiece& out) const {
-    *(f32u*)out.score_max = best.score;
-    *(f32u*)out.logit_max = logits.max;
-    *(f32u*)out.logit_sum = logits.sum;
-    for (int i = 0; i < kLanes; ++i) out.id[i] = best.id[i];
+  [[gnu::always_inline]] void store(SamplePiece& out, int lane) const {
+    *(f32u*)(out.score_max + lane) = best.score;
+    *(f32u*)(out.logit_max + lane) = logits.max;
+    *(f32u*)(out.logit_sum + lane) = logits.sum;
+    *(i32u*)(out.id + lane) = best.id;
   }
 };
 
@@ -347,12 +238,12 @@ struct ScoresPass {
   f32 before;  // the sum of all chunks before this one, relative to scores.max
   LaneBest best;
 
-  [[gnu::always_inline]] ScoresPass(const HeadArgs& args, int64_t group)
-      : scale(kLog2E / load_lanes(args.tau, group, args.in.rows, 1.0f)),
+  [[gnu::always_inline]] ScoresPass(const HeadArgs& args, int64_t first_row)
+      : scale(kLog2E / load_lanes(args.tau, first_row, args.in.rows, 1.0f)),
         eps(splat(args.eps)),
-        before(load_lanes(args.sum, group, args.in.rows, 0.0f)) {
+        before(load_lanes(args.sum, first_row, args.in.rows, 0.0f)) {
     // Weights count from the row's maximum so far, so that what earlier chunks rule out is no candidate.
-    scores.max = vmax(load_lanes(args.max, group, args.in.rows, 0.0f), scores.max);
+    scores.max = vmax(load_lanes(args.max, first_row, args.in.rows, 0.0f), scores.max);
   }
 
   template <typename T>
@@ -370,17 +261,17 @@ struct ScoresPass {
     scores.weigh(s, scale, weight);
     if (at.args.eps > 0.0f) {
       const auto score = [&](int j, int lane) { return s[j][lane]; };
-      collect(weight, w, eps * (before + scores.sum), at.token, out, hits, score);
+      collect(weight, w, eps * (before + scores.sum), at.token, at.first_lane(), out, hits, score);
     }
     logits.add(l, splat(kLog2E));
   }
 
-  [[gnu::always_inline]] void store(ScoresPiece& out) const {
-    *(f32u*)out.score_max = scores.max;
-    *(f32u*)out.score_sum = scores.sum;
-    *(f32u*)out.logit_max = logits.max;
-    *(f32u*)out.logit_sum = logits.sum;
-    for (int i = 0; i < kLanes; ++i) out.id[i] = best.score[i] > -__builtin_inff() ? best.id[i] : -1;
+  [[gnu::always_inline]] void store(ScoresPiece& out, int lane) const {
+    *(f32u*)(out.score_max + lane) = scores.max;
+    *(f32u*)(out.score_sum + lane) = scores.sum;
+    *(f32u*)(out.logit_max + lane) = logits.max;
+    *(f32u*)(out.logit_sum + lane) = logits.sum;
+    *(i32u*)(out.id + lane) = best.score > -__builtin_inff() ? best.id : splat_i(-1);
   }
 };
 
@@ -396,10 +287,10 @@ struct ScoresAtOnePass {
   f32 hurdle = splat(-1.0f);    // a token with a smaller weight cannot win
   LaneBest best;
 
-  [[gnu::always_inline]] ScoresAtOnePass(const HeadArgs& args, int64_t group)
+  [[gnu::always_inline]] ScoresAtOnePass(const HeadArgs& args, int64_t first_row)
       : eps(splat(args.eps)),
-        max_before(load_lanes(args.max, group, args.in.rows, 0.0f)),
-        sum_before(load_lanes(args.sum, group, args.in.rows, 0.0f)) {}
+        max_before(load_lanes(args.max, first_row, args.in.rows, 0.0f)),
+        sum_before(load_lanes(args.sum, first_row, args.in.rows, 0.0f)) {}
 
   template <typename T>
   [[gnu::always_inline]] void visit(const Quad& at, const f32 l[kTokensPerPhilox], ScoresPiece& out, Hit* hits) {
@@ -427,17 +318,17 @@ struct ScoresAtOnePass {
     }
     if (at.args.eps > 0.0f) {
       const auto score = [&](int j, int lane) { return l[j][lane] - std::log(e[j][lane]); };
-      collect(weight, w, eps * (before + noisy), at.token, out, hits, score);
+      collect(weight, w, eps * (before + noisy), at.token, at.first_lane(), out, hits, score);
     }
   }
 
-  [[gnu::always_inline]] void store(ScoresPiece& out) const {
+  [[gnu::always_inline]] void store(ScoresPiece& out, int lane) const {
     const i32 any_token = best.score > -__builtin_inff();
-    *(f32u*)out.score_max = select(any_token, best.score, LaneSum{}.max);
-    *(f32u*)out.score_sum = select(any_token, noisy * vexp2_one((logits.max - best.score) * kLog2E), f32{});
-    *(f32u*)out.logit_max = logits.max;
-    *(f32u*)out.logit_sum = logits.sum;
-    for (int i = 0; i < kLanes; ++i) out.id[i] = any_token[i] ? best.id[i] : -1;
+    *(f32u*)(out.score_max + lane) = select(any_token, best.score, LaneSum{}.max);
+    *(f32u*)(out.score_sum + lane) = select(any_token, noisy * vexp2_one((logits.max - best.score) * kLog2E), f32{});
+    *(f32u*)(out.logit_max + lane) = logits.max;
+    *(f32u*)(out.logit_sum + lane) = logits.sum;
+    *(i32u*)(out.id + lane) = any_token ? best.id : splat_i(-1);
   }
 };
 
@@ -452,12 +343,12 @@ struct SoftmaxPass {
   f32 before;  // the sum of all chunks before this one, relative to logits.max
   f32 moment = {};
 
-  [[gnu::always_inline]] SoftmaxPass(const HeadArgs& args, int64_t group)
-      : inverse_tau(1.0f / load_lanes(args.tau, group, args.in.rows, 1.0f)),
+  [[gnu::always_inline]] SoftmaxPass(const HeadArgs& args, int64_t first_row)
+      : inverse_tau(1.0f / load_lanes(args.tau, first_row, args.in.rows, 1.0f)),
         scale(kLog2E * inverse_tau),
         eps(splat(args.eps)),
-        before(load_lanes(args.sum, group, args.in.rows, 0.0f)) {
-    logits.max = vmax(load_lanes(args.max, group, args.in.rows, 0.0f), logits.max);  // as in ScoresPass
+        before(load_lanes(args.sum, first_row, args.in.rows, 0.0f)) {
+    logits.max = vmax(load_lanes(args.max, first_row, args.in.rows, 0.0f), logits.max);  // as in ScoresPass
   }
 
   template <typename T>
@@ -474,8 +365,8 @@ struct SoftmaxPass {
     const f32 kept_sum = logits.sum;
     logits.weigh(l, scale, weight);
     if constexpr (kRef) {
-      load_quad<T>(at.args.in, at.args.ref, at.args.ref_bias, at.span, at.token, r);
-      check(r, out, 2);
+      load_quad<T>(at.args.in, at.args.ref, at.args.ref_bias, at.span, at.first_row, at.token, r);
+      check(r, out.bad + at.first_lane(), 2);
       moved |= ref.raise(r, scale, factor);
       ref.weigh(r, scale, unused);
     }
@@ -492,16 +383,16 @@ struct SoftmaxPass {
       u32 w[kTokensPerPhilox];
       at.words.take(w);
       const auto score = [&](int j, int lane) { return l[j][lane]; };
-      collect(weight, w, eps * (before + logits.sum), at.token, out, hits, score);
+      collect(weight, w, eps * (before + logits.sum), at.token, at.first_lane(), out, hits, score);
     }
   }
 
-  [[gnu::always_inline]] void store(SoftmaxPiece& out) const {
-    *(f32u*)out.max = logits.max;
-    *(f32u*)out.sum = logits.sum;
-    *(f32u*)out.moment = moment;
-    *(f32u*)out.ref_max = ref.max;
-    *(f32u*)out.ref_sum = ref.sum;
+  [[gnu::always_inline]] void store(SoftmaxPiece& out, int lane) const {
+    *(f32u*)(out.max + lane) = logits.max;
+    *(f32u*)(out.sum + lane) = logits.sum;
+    *(f32u*)(out.moment + lane) = moment;
+    *(f32u*)(out.ref_max + lane) = ref.max;
+    *(f32u*)(out.ref_sum + lane) = ref.sum;
   }
 };
 
@@ -509,8 +400,10 @@ static void head_sample(const HeadArgs& args, const Span& span, SamplePiece& out
   with_dtype(args.in.dtype, [&]<Dtype kDtype>() { run_piece<Element<kDtype>, SamplePass>(args, span, out, nullptr); });
 }
 static void head_scores(const HeadArgs& args, const Span& span, ScoresPiece& out, Hit* hits) {
-  const f32 tau = load_lanes(args.tau, span.group, args.in.rows, 1.0f);
-  const bool at_one = !any(~(tau == 1.0f));
+  const int64_t first = span.group * kHeadLanes,
+                last = first + kHeadLanes < args.in.rows ? first + kHeadLanes : args.in.rows;
+  bool at_one = true;
+  for (int64_t row = first; row < last; ++row) at_one &= args.tau[row] == 1.0f;
   with_dtype(args.in.dtype, [&]<Dtype kDtype>() {
     if (at_one) {
       run_piece<Element<kDtype>, ScoresAtOnePass>(args, span, out, hits);

@@ -26,7 +26,9 @@ using c10::BFloat16;
 using c10::Half;
 #include "cpu/simd.h"
 #include "cpu/noise.h"
+#include "cpu/lane_noise.h"
 #include "cpu/rows.inl"
+#include "cpu/lanes.inl"
 #include "cpu/head.inl"
 #include "cpu/gather.inl"
 #include "cpu/screen.inl"
@@ -36,7 +38,10 @@ using c10::Half;
 #pragma clang attribute pop
 #endif
 
-const gk::RowKernels<float> gk::kRowsAvx2 = {"avx2", gk::avx2::sample, gk::avx2::softmax, gk::avx2::softmax_backward};
+const gk::RowKernels<float> gk::kRowsAvx2 = {"avx2", gk::avx2::sample, gk::avx2::softmax, gk::avx2::softmax_backward,
+                                             gk::avx2::relax};
+const gk::LaneKernels gk::kLanesAvx2 = {gk::avx2::kLanes, gk::avx2::lanes_gumbel_softmax,
+                                        gk::avx2::lanes_softmax_backward};
 const gk::HeadKernels gk::kHeadAvx2 = {gk::avx2::head_sample, gk::avx2::head_scores, gk::avx2::head_softmax};
 const gk::GatherKernels gk::kGatherAvx2 = {gk::avx2::gather_dot, gk::avx2::gather_sum, gk::avx2::few_product,
                                            gk::avx2::weight_terms};

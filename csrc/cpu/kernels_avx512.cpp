@@ -27,7 +27,9 @@ using c10::BFloat16;
 using c10::Half;
 #include "cpu/simd.h"
 #include "cpu/noise.h"
+#include "cpu/lane_noise.h"
 #include "cpu/rows.inl"
+#include "cpu/lanes.inl"
 #include "cpu/head.inl"
 #include "cpu/gather.inl"
 #include "cpu/screen.inl"
@@ -38,7 +40,9 @@ using c10::Half;
 #endif
 
 const gk::RowKernels<float> gk::kRowsAvx512 = {"avx512", gk::avx512::sample, gk::avx512::softmax,
-                                               gk::avx512::softmax_backward};
+                                               gk::avx512::softmax_backward, gk::avx512::relax};
+const gk::LaneKernels gk::kLanesAvx512 = {gk::avx512::kLanes, gk::avx512::lanes_gumbel_softmax,
+                                          gk::avx512::lanes_softmax_backward};
 const gk::HeadKernels gk::kHeadAvx512 = {gk::avx512::head_sample, gk::avx512::head_scores, gk::avx512::head_softmax};
 const gk::GatherKernels gk::kGatherAvx512 = {gk::avx512::gather_dot, gk::avx512::gather_sum, gk::avx512::few_product,
                                              gk::avx512::weight_terms};

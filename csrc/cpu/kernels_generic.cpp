@@ -16,7 +16,9 @@ using c10::BFloat16;
 using c10::Half;
 #include "cpu/simd.h"
 #include "cpu/noise.h"
+#include "cpu/lane_noise.h"
 #include "cpu/rows.inl"
+#include "cpu/lanes.inl"
 #include "cpu/head.inl"
 #include "cpu/gather.inl"
 #include "cpu/screen.inl"
@@ -24,7 +26,9 @@ using c10::Half;
 }  // namespace gk::generic
 
 const gk::RowKernels<float> gk::kRowsGeneric = {"generic", gk::generic::sample, gk::generic::softmax,
-                                                gk::generic::softmax_backward};
+                                                gk::generic::softmax_backward, gk::generic::relax};
+const gk::LaneKernels gk::kLanesGeneric = {gk::generic::kLanes, gk::generic::lanes_gumbel_softmax,
+                                           gk::generic::lanes_softmax_backward};
 const gk::HeadKernels gk::kHeadGeneric = {gk::generic::head_sample, gk::generic::head_scores,
                                           gk::generic::head_softmax};
 const gk::GatherKernels gk::kGatherGeneric = {gk::generic::gather_dot, gk::generic::gather_sum,

@@ -1,5 +1,7 @@
 // The noise contract, sixty-four tokens at a time. Included like simd.h, after it, with the same words about errors.
 
+constexpr int kBlock = 64, kVectors = kBlock / kLanes;
+
 // Everything about a row's Philox calls that does not depend on the token, two of the ten rounds included.
 struct RowKey {
   uint64_t seed;
@@ -43,7 +45,7 @@ GK_INLINE wide w_low(wide a, wide b) { return _mm512_unpacklo_epi64(a, b); }
 GK_INLINE wide w_high_pairs(wide a, wide b) { return _mm512_unpackhi_epi64(a, b); }
 // Lane order that makes the unpacks below deliver tokens in order.
 GK_INLINE wide w_counters(uint32_t q) { return _mm512_add_epi64(w_set(q), _mm512_set_epi64(7, 3, 6, 2, 5, 1, 4, 0)); }
-constexpr int kCountersPerCall = 8;
+constexpr int kCountersPerCall = 8, kTogether = 2;
 #else
 using wide = __m256i;
 GK_INLINE wide w_set(uint32_t x) { return _mm256_set1_epi32(int32_t(x)); }
@@ -54,43 +56,56 @@ GK_INLINE wide w_pair(wide a, wide b) { return _mm256_blend_epi32(a, _mm256_shuf
 GK_INLINE wide w_low(wide a, wide b) { return _mm256_unpacklo_epi64(a, b); }
 GK_INLINE wide w_high_pairs(wide a, wide b) { return _mm256_unpackhi_epi64(a, b); }
 GK_INLINE wide w_counters(uint32_t q) { return _mm256_add_epi64(w_set(q), _mm256_set_epi64x(3, 1, 2, 0)); }
-constexpr int kCountersPerCall = 4;
+constexpr int kCountersPerCall = 4, kTogether = 2;
 #endif
 
-// Words of 4 * kCountersPerCall tokens, in token order, to out.
-GK_INLINE void philox_call(const RowKey& key, uint32_t q, uint32_t* out) {
+// Words of the tokens of kCalls calls, in token order, to out. A round waits for the one before, so calls are
+// interleaved.
+template <int kCalls>
+GK_INLINE void philox_calls(const RowKey& key, uint32_t q, uint32_t* out) {
   const wide m0 = w_set(kPhiloxM0), m1 = w_set(kPhiloxM1), zero = w_set(0);
-  wide p0 = w_mul(w_counters(q), m0);
-  wide c2 = w_xor3(w_high(p0), w_set(key.round0_c2), zero), c3 = p0;
-  wide p1 = w_mul(c2, m1);  // round 1
-  wide c0 = w_xor3(w_high(p1), w_set(key.round1_c0), zero), c1 = p1;
-  c2 = w_xor3(c3, w_set(key.round1_c2), zero);
-  p0 = w_mul(c0, m0);  // round 2
-  p1 = w_mul(c2, m1);
-  c0 = w_xor3(w_high(p1), c1, w_set(key.round2_c0_low));
-  c1 = p1;
-  c2 = w_xor3(w_high(p0), w_set(key.round2_c2), zero);
-  c3 = p0;
+  wide c0[kCalls], c1[kCalls], c2[kCalls], c3[kCalls];
+#pragma GCC unroll 4
+  for (int i = 0; i < kCalls; ++i) {
+    wide p0 = w_mul(w_counters(q + uint32_t(i * kCountersPerCall)), m0);
+    c2[i] = w_xor3(w_high(p0), w_set(key.round0_c2), zero), c3[i] = p0;
+    wide p1 = w_mul(c2[i], m1);  // round 1
+    c0[i] = w_xor3(w_high(p1), w_set(key.round1_c0), zero), c1[i] = p1;
+    c2[i] = w_xor3(c3[i], w_set(key.round1_c2), zero);
+    p0 = w_mul(c0[i], m0);  // round 2
+    p1 = w_mul(c2[i], m1);
+    c0[i] = w_xor3(w_high(p1), c1[i], w_set(key.round2_c0_low));
+    c1[i] = p1;
+    c2[i] = w_xor3(w_high(p0), w_set(key.round2_c2), zero);
+    c3[i] = p0;
+  }
 #pragma GCC unroll 7
   for (int round = 3; round < kPhiloxRounds; ++round) {
-    p0 = w_mul(c0, m0);
-    p1 = w_mul(c2, m1);
-    c0 = w_xor3(w_high(p1), c1, w_set(key.k0[round]));
-    c1 = p1;
-    c2 = w_xor3(w_high(p0), c3, w_set(key.k1[round]));
-    c3 = p0;
+#pragma GCC unroll 4
+    for (int i = 0; i < kCalls; ++i) {
+      const wide p0 = w_mul(c0[i], m0), p1 = w_mul(c2[i], m1);
+      c0[i] = w_xor3(w_high(p1), c1[i], w_set(key.k0[round]));
+      c1[i] = p1;
+      c2[i] = w_xor3(w_high(p0), c3[i], w_set(key.k1[round]));
+      c3[i] = p0;
+    }
   }
-  const wide w01 = w_pair(c0, c1), w23 = w_pair(c2, c3);
-  *(wide*)out = w_low(w01, w23);
-  *(wide*)(out + 2 * kCountersPerCall) = w_high_pairs(w01, w23);
+#pragma GCC unroll 4
+  for (int i = 0; i < kCalls; ++i) {
+    const wide w01 = w_pair(c0[i], c1[i]), w23 = w_pair(c2[i], c3[i]);
+    *(wide*)(out + 4 * i * kCountersPerCall) = w_low(w01, w23);
+    *(wide*)(out + (4 * i + 2) * kCountersPerCall) = w_high_pairs(w01, w23);
+  }
 }
 // Words of the sixty-four tokens from counter q on, in token order.
-GK_INLINE_IF_WIDE void noise_words(const RowKey& key, uint32_t q, u32 out[4]) {
-#pragma GCC unroll 4
-  for (int i = 0; i < 16; i += kCountersPerCall) philox_call(key, q + uint32_t(i), (uint32_t*)out + 4 * i);
+GK_INLINE_IF_WIDE void noise_words(const RowKey& key, uint32_t q, u32 out[kVectors]) {
+#pragma GCC unroll 2
+  for (int i = 0; i < kBlock / 4; i += kTogether * kCountersPerCall) {
+    philox_calls<kTogether>(key, q + uint32_t(i), (uint32_t*)out + 4 * i);
+  }
 }
 #else
-GK_INLINE_IF_WIDE void noise_words(const RowKey& key, uint32_t q, u32 out[4]) {
+GK_INLINE_IF_WIDE void noise_words(const RowKey& key, uint32_t q, u32 out[kVectors]) {
   uint32_t c0[16], c1[16], c2[16], c3[16];
   for (int i = 0; i < 16; ++i) {
     c0[i] = q + uint32_t(i);
@@ -130,12 +145,27 @@ GK_INLINE_IF_WIDE void noise_words(const RowKey& key, uint32_t q, u32 out[4]) {
 // Greatest error: relative 2.4e-7; for w < 2^20, where winners are, 6e-8. Valid: any word.
 GK_INLINE_IF_WIDE f32p exponential_unrefined(u32p w) {
   f32p y, k, f;
+#ifdef GK_AVX512
   for (int i = 0; i < kPack; ++i) y.v[i] = to_float(~w.v[i]) * 0x1p-32f + 0x1p-33f;  // 1 - u, exact where u is near 1
   split(y, k, f);
   // Where 1 - u > 3/4 its exponent is 0, and -u itself is the more precise f.
   for (int i = 0; i < kPack; ++i) {
     f.v[i] = select((i32)(w.v[i] < 0x40000000u), -(to_float(w.v[i]) * 0x1p-32f + 0x1p-33f), f.v[i]);
   }
+#else
+  // Conversion of signed numbers is a single instruction. It gives the distance from the nearer end: -u for words below
+  // 2^31, 1 - u for the others.
+  f32p end;
+  for (int i = 0; i < kPack; ++i) {
+    end.v[i] = __builtin_convertvector((i32)w.v[i], f32) * -0x1p-32f - 0x1p-33f;
+    y.v[i] = select_negative(end.v[i], 1.0f + end.v[i], end.v[i]);
+  }
+  split(y, k, f);
+  // 1 + end is rounded where end is -u. There k is 0 or -1, so f is end or 1 + 2 end, which is more precise.
+  for (int i = 0; i < kPack; ++i) {
+    f.v[i] = select_negative(end.v[i], end.v[i] * (1.0f - k.v[i]) - k.v[i], f.v[i]);
+  }
+#endif
   return fma(k, -kLn2, log1p_core(f) * -1.0f);
 }
 
@@ -144,7 +174,7 @@ GK_INLINE_IF_WIDE f32p exponential_unrefined(u32p w) {
 GK_INLINE_IF_WIDE f32p exponential(const RowKey& key, int64_t token, u32p w) {
   f32p e = exponential_unrefined(w);
   u32 least = w.v[0];
-  for (int i = 1; i < kPack; ++i) least = least < w.v[i] ? least : w.v[i];
+  for (int i = 1; i < kPack; ++i) least = vmin(least, w.v[i]);
   if (__builtin_expect(any_below(least, kRefineBelow), 0)) {
     u32p words = w;  // their addresses must not escape from the usual path, or all of it would live in memory
     f32p refined = e;

@@ -15,10 +15,22 @@ struct Noise {
   int64_t row(int64_t i) const { return row_ids ? row_ids[i] : i; }
 };
 
-struct Rows {
-  const void* logits;
+// Where the rows of a tensor [A, V, B] lie: row a * B + b is x[a, :, b]. Strides are in elements.
+struct View {
+  void* data;  // of an input, never written
   Dtype dtype;
-  int64_t rows, vocab, stride;  // stride between rows, in elements
+  int64_t outer_stride, token_stride, inner, inner_stride;  // inner: B
+
+  template <typename T>
+  [[gnu::always_inline]] T* row(int64_t i) const {
+    const int64_t a = inner == 1 ? i : i / inner;
+    return static_cast<T*>(data) + a * outer_stride + (i - a * inner) * inner_stride;
+  }
+};
+
+struct Rows {
+  View logits;
+  int64_t rows, vocab;
   Noise noise;
 };
 
@@ -35,9 +47,7 @@ struct SoftmaxArgs {
   Rows in;
   const Real *tau, *score_max;
   bool normalize;
-  void* out;
-  Dtype out_dtype;
-  int64_t out_stride;
+  View out;
   Real* total;
 };
 
@@ -48,26 +58,50 @@ struct BackwardArgs {
   const Real *tau, *score_max, *logit_max, *logit_sum;
   const int64_t* ids;
   const Real* dlogprobs;  // null: none
-  const void* dy;
-  int64_t dy_stride;
-  void* out;  // may be dy
-  int64_t out_stride;
-  Real* dtau;  // null: not wanted
+  View dy, out;           // out may be dy
+  Real* dtau;             // null: not wanted
 };
 
-// Each takes one row; scratch has room for a row in Real.
+template <typename Real>
+struct RelaxArgs {
+  Rows in;
+  const Real* tau;
+  bool hard, zeroed;  // zeroed: where hard, out is all zeros already
+  View out;           // of logits' dtype
+  Real* score_max;    // NaN of a row that holds NaN, +inf or only -inf
+};
+
+// Each takes one row; scratch has room for a row in Real. Those of float take rows whose tokens lie side by side.
 template <typename Real>
 struct RowKernels {
   const char* name;
   SamplePart<Real> (*sample)(const Rows& in, int64_t row, int64_t begin, int64_t end, bool logsumexp);
   void (*softmax)(const SoftmaxArgs<Real>& args, int64_t row, Real* scratch);
   void (*softmax_backward)(const BackwardArgs<Real>& args, int64_t row, Real* scratch);
+  // softmax((l + g) / tau) and score_max, the noise drawn once. What args say of hard rows is not read.
+  void (*relax)(const RelaxArgs<Real>& args, int64_t row, Real* scratch);
 };
+
+// Rows [begin, end), of any strides, several in the lanes of a vector. begin is a multiple of lanes; scratch has room
+// for lane_scratch(vocab) vectors.
+struct LaneKernels {
+  int lanes;
+  void (*gumbel_softmax)(const RelaxArgs<float>& args, int64_t begin, int64_t end, float* scratch);
+  // Of the relaxation with noise, without dlogprobs.
+  void (*softmax_backward)(const BackwardArgs<float>& args, int64_t begin, int64_t end, float* scratch);
+};
+
+// Vectors of a tile, which lives in the first-level cache.
+constexpr int kTile = 64;
+
+inline int64_t lane_scratch(int64_t vocab) { return vocab > kTile ? vocab + kTile : 0; }
 
 extern const RowKernels<double> kRowsDouble;
 extern const RowKernels<float> kRowsGeneric;
+extern const LaneKernels kLanesGeneric;
 #if defined(__x86_64__)
 extern const RowKernels<float> kRowsAvx2, kRowsAvx512;
+extern const LaneKernels kLanesAvx2, kLanesAvx512;
 #endif
 
 }  // namespace gk

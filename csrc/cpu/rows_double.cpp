@@ -11,14 +11,21 @@ namespace {
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
-const double* row_of(const Rows& in, int64_t row) { return static_cast<const double*>(in.logits) + row * in.stride; }
+// One row of a view.
+template <typename T>
+struct Row {
+  T* data;
+  int64_t stride;
+  Row(const View& x, int64_t row) : data(x.row<T>(row)), stride(x.token_stride) {}
+  T& operator[](int64_t v) const { return data[v * stride]; }
+};
 
 double score(const Rows& in, int64_t row, int64_t v, double l) {
   return l + token_gumbel<double>(in.noise.seed, in.noise.row(row), in.noise.vocab_start + v);
 }
 
 SamplePart<double> sample(const Rows& in, int64_t row, int64_t begin, int64_t end, bool logsumexp) {
-  const double* l = row_of(in, row);
+  const Row<const double> l(in.logits, row);
   SamplePart<double> best{-kInfinity, -kInfinity, 0.0, -1, false};
   for (int64_t v = begin; v < end; ++v) {
     const double s = score(in, row, v, l[v]);
@@ -37,23 +44,35 @@ SamplePart<double> sample(const Rows& in, int64_t row, int64_t begin, int64_t en
   return best;
 }
 
-void softmax(const SoftmaxArgs<double>& args, int64_t row, double*) {
-  const double* l = row_of(args.in, row);
-  double* out = static_cast<double*>(args.out) + row * args.out_stride;
-  const double tau = args.tau[row];
-  const double pivot = args.score_max[row];
+// Weights exp((l + g - pivot) / tau) of a row, to out; returns their sum.
+double weigh(const Rows& in, int64_t row, double tau, double pivot, const View& to) {
+  const Row<const double> l(in.logits, row);
+  const Row<double> out(to, row);
   double total = 0.0;
-  for (int64_t v = 0; v < args.in.vocab; ++v) total += out[v] = std::exp((score(args.in, row, v, l[v]) - pivot) / tau);
-  args.total[row] = total;
-  if (!args.normalize) return;
-  for (int64_t v = 0; v < args.in.vocab; ++v) out[v] /= total;
+  for (int64_t v = 0; v < in.vocab; ++v) total += out[v] = std::exp((score(in, row, v, l[v]) - pivot) / tau);
+  return total;
+}
+void divide(const View& x, int64_t row, int64_t vocab, double total) {
+  const Row<double> out(x, row);
+  for (int64_t v = 0; v < vocab; ++v) out[v] /= total;
+}
+
+void softmax(const SoftmaxArgs<double>& args, int64_t row, double*) {
+  args.total[row] = weigh(args.in, row, args.tau[row], args.score_max[row], args.out);
+  if (args.normalize) divide(args.out, row, args.in.vocab, args.total[row]);
+}
+
+void relax(const RelaxArgs<double>& args, int64_t row, double*) {
+  const SamplePart<double> best = sample(args.in, row, 0, args.in.vocab, false);
+  args.score_max[row] = best.bad || best.id < 0 ? std::numeric_limits<double>::quiet_NaN() : best.score_max;
+  divide(args.out, row, args.in.vocab, weigh(args.in, row, args.tau[row], args.score_max[row], args.out));
 }
 
 template <Estimator kRule>
 void backward_row(const BackwardArgs<double>& args, int64_t row, double* weights) {
-  const double* l = row_of(args.in, row);
-  const double* dy = static_cast<const double*>(args.dy) + row * args.dy_stride;
-  double* out = static_cast<double*>(args.out) + row * args.out_stride;
+  const Row<const double> l(args.in.logits, row);
+  const Row<const double> dy(args.dy, row);
+  const Row<double> out(args.out, row);
   constexpr bool kNoisy = kRule == Estimator::kNoisy, kReinmax = kRule == Estimator::kReinmax;
   const bool needs_untempered = kReinmax || args.dlogprobs;
   const double tau = args.tau[row], pivot = kNoisy ? args.score_max[row] : args.logit_max[row];
@@ -88,6 +107,6 @@ void softmax_backward(const BackwardArgs<double>& args, int64_t row, double* wei
 
 }  // namespace
 
-const RowKernels<double> kRowsDouble = {"double", sample, softmax, softmax_backward};
+const RowKernels<double> kRowsDouble = {"double", sample, softmax, softmax_backward, relax};
 
 }  // namespace gk

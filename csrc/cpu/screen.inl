@@ -37,7 +37,7 @@ static void screen_encode(const ScreenCodes& args, int64_t begin, int64_t end) {
   with_dtype(args.dtype, [&]<Dtype kDtype>() { encode_tokens<Element<kDtype>>(args, begin, end); });
 }
 
-// Of sixteen tokens with upper bounds u of their logits and twice as wide an error, those that may win.
+// Of the tokens of a vector with upper bounds u of their logits and twice as wide an error, those that may win.
 [[gnu::noinline]] static void consider(const RowKey& key, int64_t token, int32_t column, f32 u, f32 width, u32 w,
                                        int32_t row, ScreenPiece& out, Contender* found) {
   const f32 s = u + gumbel_one(key, token, w), low = s - width;

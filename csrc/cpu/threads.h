@@ -22,12 +22,17 @@ class FlushSubnormals {
 #endif
 };
 
+// Calls work(begin, end) for pieces of [0, count), each of at least `grain` unless that is all.
 template <typename Work>
-void parallel_rows(int64_t count, const Work& work) {
-  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+void parallel_rows(int64_t count, int64_t grain, const Work& work) {
+  torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
     FlushSubnormals flush;
     work(begin, end);
   });
+}
+template <typename Work>
+void parallel_rows(int64_t count, const Work& work) {
+  parallel_rows(count, 1, work);
 }
 
 }  // namespace gk

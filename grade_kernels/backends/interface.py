@@ -72,10 +72,11 @@ class Backend(ABC):
         It is written to `out` where that is given: contiguous, and holding zeros or as `blank` made it.
         """
 
-    def blank(self, like: torch.Tensor, hard: bool) -> torch.Tensor:
+    def blank(self, like: torch.Tensor, vocab: int, hard: bool) -> torch.Tensor:
         """Contiguous memory for the result of `gumbel_softmax`, with the shape, dtype and device of `like`.
 
-        Its values are of no account. A backend that writes only the ones of a hard sample overrides this, and gives zeros.
+        `vocab` says how many of its numbers are a row. Its values are of no account. A backend that writes only the ones of
+        a hard sample overrides this, and gives zeros.
         """
         return torch.empty(like.shape, dtype=like.dtype, device=like.device)
 

@@ -125,7 +125,7 @@ def _kernel(draw: _Draw) -> tuple[_Drawn[torch.Tensor], _Kept]:
     backend, rows = backends.get(draw.backend), _rows(draw)
     if checks.reads_values(draw.tau):
         checks.check_tau_values(draw.tau)
-    y = backend.blank(draw.logits, draw.hard)
+    y = backend.blank(draw.logits, rows.logits.shape[1], draw.hard)
     score_max = backend.gumbel_softmax(rows, draw.hard, _planes(y, draw.dim))
     if checks.reads_values(draw.logits) and (bad := score_max.isnan()).any():
         checks.check_rows(flat(rows.logits), bad)

@@ -18,6 +18,7 @@
 namespace gk {
 namespace {
 
+#include "cpu/products/ahead.inl"
 #include "cpu/products/bf16_split.inl"
 #include "cpu/products/transpose.inl"
 #include "cpu/products/put_sums.inl"
@@ -56,41 +57,6 @@ template <Dtype kDtype>
   if constexpr (kDtype == Dtype::kFloat) return _mm512_fmadd_ps(a, b, sum);
   return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
 }
-
-// One operand: rows of which each number is multiplied by a whole line of the other operand.
-struct BroadcastRows {
-  const char* first;
-  int64_t stride;  // bytes
-  bool half;       // the last step is a single number of bfloat16, and beyond it nothing may be read
-};
-
-// BroadcastRows of memory that will be wanted next. They are asked for a few lines at a time, while there is work to
-// do.
-class Ahead {
- public:
-  // All of them within `calls` calls of ask().
-  Ahead(const char* first, int64_t stride, int64_t rows, int64_t bytes, int64_t calls)
-      : row_(first),
-        stride_(stride),
-        rows_(rows),
-        bytes_(bytes),
-        lines_((rows * ((bytes + 63) / 64) + calls - 1) / std::max<int64_t>(1, calls)) {}
-
-  [[gnu::always_inline]] void ask() {
-    for (int64_t i = 0; i < lines_ && rows_ > 0; ++i) {
-      _mm_prefetch(row_ + at_, _MM_HINT_T1);
-      at_ += 64;
-      if (at_ < bytes_) continue;
-      at_ = 0;
-      row_ += stride_;
-      --rows_;
-    }
-  }
-
- private:
-  const char* row_;
-  int64_t stride_, rows_, bytes_, lines_, at_ = 0;
-};
 
 constexpr int64_t kStepsBetween = 16;  // calls of Ahead::ask()
 // Calls of it by multiply_rows.

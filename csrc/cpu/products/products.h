@@ -1,5 +1,5 @@
-// Products of two matrices, whose sums are float32, for processors with AVX-512 (float32, float16, and bfloat16 where
-// it has instructions for that) or AMX (float32, bfloat16).
+// Products of two matrices, whose sums are float32, for processors with AVX2 (float32, bfloat16, float16), AVX-512
+// (float32, float16, and bfloat16 where it has instructions for that) or AMX (float32, bfloat16).
 //
 // A logit comes out the same whatever rows and tokens stand beside it, so that a backward pass sees the logits whose
 // normaliser its forward pass took.
@@ -58,7 +58,7 @@ struct ProductKernels {
 };
 
 #if defined(__x86_64__)
-extern const ProductKernels kProductsAvx512;
+extern const ProductKernels kProductsAvx2, kProductsAvx512;
 #if defined(__linux__)
 extern const ProductKernels kProductsAmx;
 #endif
@@ -71,6 +71,7 @@ inline const ProductKernels* product_kernels(Dtype dtype) {
 #if defined(__linux__)
   if (machine_isa() == Isa::kAmx) return brain || dtype == Dtype::kFloat ? &kProductsAmx : nullptr;
 #endif
+  if (machine_isa() == Isa::kAvx2 && dtype != Dtype::kDouble) return &kProductsAvx2;
   if (machine_isa() == Isa::kAvx512 && dtype != Dtype::kDouble && (!brain || multiplies_bfloat16()))
     return &kProductsAvx512;
 #else

@@ -21,11 +21,13 @@ from grade_kernels.backends.native import ESTIMATOR, contiguous, cpu_kernels, un
 from grade_kernels.backends.records import GradientRule, Head, Noise, Rows, Sample, Softmax, Support, offsets_of
 from grade_kernels.backends.torch.backend import TorchBackend
 from grade_kernels.dtypes import compute_dtype
+from grade_kernels.estimators import is_noisy
 
 __all__ = ["CpuBackend"]
 
 _FEW_ROWS = 8  # a product of so few hidden rows, padded to 16 lanes, would be mostly padding
-_FRESH_MEMORY = 2**21  # a result of so many bytes is faster in a memory mapping of its own
+_FRESH_MEMORY = 2**21  # a sparse result of so many bytes is faster in a memory mapping of its own
+_PAGE = 2**12  # bytes
 
 
 @functools.cache
@@ -40,17 +42,19 @@ def _why_unavailable() -> str | None:
     return None
 
 
-def _zeros(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+def _stays_empty(like: torch.Tensor, vocab: int) -> bool:
+    """Whether a one-hot result of these rows is large, and most of its pages hold no one."""
+    return like.nbytes >= _FRESH_MEMORY and vocab * like.itemsize >= _PAGE
+
+
+def _fresh_zeros(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     """Zeros of which few will be overwritten.
 
     Filling a large result with zeros would take longer than sampling, mostly in page faults. Fresh anonymous memory
     reads as zeros already, and the system gives it a real page only where something is written: one number a row.
     """
-    size = math.prod(shape) * dtype.itemsize
-    if size < _FRESH_MEMORY:
-        return torch.zeros(shape, dtype=dtype, device="cpu")
     # By default a forked process would share the memory.
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with contextlib.suppress(AttributeError, OSError):
         # The system would clear a whole huge page for one number in it.
         memory.madvise(mmap.MADV_NOHUGEPAGE)
@@ -91,16 +95,21 @@ class CpuBackend(TorchBackend):
         return Sample(ids, score_max, logit_max, logit_sum)
 
     @override
-    def blank(self, like: torch.Tensor, hard: bool) -> torch.Tensor:
-        return _zeros(like.shape, like.dtype) if hard else super().blank(like, hard)
+    def blank(self, like: torch.Tensor, vocab: int, hard: bool) -> torch.Tensor:
+        if hard and _stays_empty(like, vocab):
+            return _fresh_zeros(like.shape, like.dtype)
+        return super().blank(like, vocab, hard)
 
     @override
-    def one_hot(self, sample: Sample, vocab: int, dtype: torch.dtype, out: torch.Tensor | None = None) -> torch.Tensor:
-        rows = sample.ids.shape[0]
-        out = _zeros((rows, vocab), dtype) if out is None else out
-        # On CPUs scatter_ reads and writes the whole of a tensor in 16 bits.
-        out[torch.arange(rows, device=out.device), sample.ids] = 1.0
-        return out
+    def gumbel_softmax(self, rows: Rows, hard: bool, out: torch.Tensor) -> torch.Tensor:
+        tau = rows.tau.contiguous()
+        score_max = torch.empty_like(tau)
+        seed, row_ids, vocab_start = rows.noise
+        zeroed = hard and _stays_empty(out, out.shape[1])
+        cpu_kernels().gumbel_softmax(
+            rows.logits, tau, seed, contiguous(row_ids), vocab_start, hard, zeroed, out, score_max
+        )
+        return score_max
 
     @override
     def softmax(
@@ -129,12 +138,18 @@ class CpuBackend(TorchBackend):
         tau = rows.tau.contiguous()
         dtau = torch.zeros_like(tau)
         seed, row_ids, vocab_start = rows.noise
-        with written_flat(out) as gradient:
+
+        def run(dy: torch.Tensor, logits: torch.Tensor, out: torch.Tensor) -> None:
             cpu_kernels().softmax_backward(
-                unit_stride(flat(dy)), unit_stride(flat(rows.logits)), tau, seed, contiguous(row_ids), vocab_start,
-                ESTIMATOR[rule.estimator], *sample, contiguous(rule.dlogprobs), gradient,
-                dtau if rule.needs_dtau else None,
+                dy, logits, tau, seed, contiguous(row_ids), vocab_start, ESTIMATOR[rule.estimator], *sample,
+                contiguous(rule.dlogprobs), out, dtau if rule.needs_dtau else None,
             )  # fmt: skip
+
+        if tau.dtype == torch.float64 or (is_noisy(rule.estimator) and rule.dlogprobs is None):
+            run(dy, rows.logits, out)
+        else:  # kernels for one row at a time
+            with written_flat(out) as gradient:
+                run(unit_stride(flat(dy)), unit_stride(flat(rows.logits)), gradient)
         return dtau
 
     # Through a head

@@ -1,4 +1,4 @@
-"""Products of the cpu backend on AVX-512 and on AMX, and the same operations on lesser processors."""
+"""Products of the cpu backend on AVX2, AVX-512 and AMX, and the same operations on lesser processors."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def needs_product(dtype: torch.dtype) -> pytest.MarkDecorator:
     """A product of the backend's own; on other processors torch's products serve."""
     built, x = "cpu" in backends.available_backends(), torch.empty(0, dtype=dtype)
     has = not built or torch.ops.grade_kernels_cpu.has_product(x)
-    return needs("AVX-512 or AMX" if dtype == torch.float32 else f"AVX-512 or AMX for {dtype}", has)
+    return needs("AVX2, AVX-512 or AMX" if dtype == torch.float32 else f"AVX2, AVX-512 or AMX for {dtype}", has)
 
 
 needs_float32, needs_bfloat16 = needs_product(torch.float32), needs_product(torch.bfloat16)
@@ -223,19 +223,19 @@ def test_weighted_sums_that_are_not_finite_are_torchs_and_stay_alone(dtype):
     generator = torch.Generator().manual_seed(0)
     values, table = torch.rand(40, 90, generator=generator), torch.randn(90, 50, generator=generator).to(dtype)
     clean = cpu.weighted_sum(values, table)
-    values[3, 5], values[4, 6], values[5, 7] = (
-        torch.nan,
-        torch.inf,
-        3.4e38,
-    )  # the last rounds to an infinity in bfloat16
+    # The last rounds to an infinity in bfloat16. A kernel that widens the table need not round it.
+    values[3, 5], values[4, 6], values[5, 7] = torch.nan, torch.inf, 3.4e38
+
+    def is_right(found: torch.Tensor, row: int) -> bool:
+        expected = [(values[row].to(dtype) @ table).float(), values[row] @ table.float()]
+        return any(torch.allclose(found[row], x, rtol=1e-2, atol=1e-1, equal_nan=True) for x in expected)
+
     found, kept = cpu.weighted_sum(values, table), [i for i in range(40) if i not in (3, 4, 5)]
     assert torch.equal(found[kept], clean[kept])
-    expected = (values.to(dtype) @ table).float()
-    assert torch.allclose(found[3:6], expected[3:6], rtol=1e-2, equal_nan=True)
+    assert all(is_right(found, row) for row in (3, 4, 5))
     table[2, 9], table[3, 20] = torch.inf, torch.nan
-    expected = (values.to(dtype) @ table).float()
     found = cpu.weighted_sum(values, table)
-    assert torch.allclose(found, expected, rtol=1e-2, atol=1e-1, equal_nan=True)
+    assert all(is_right(found, row) for row in range(40))
     assert (found[kept][:, 9] == torch.inf).all()
 
 
@@ -290,5 +290,5 @@ def test_every_instruction_set_gives_the_same(isa):
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    if isa in ("generic", "avx2"):
+    if isa == "generic":
         assert done.stdout.strip() == "False"

@@ -15,7 +15,8 @@ import torch
 
 from tests.support import ROOT
 
-ISAS = ("generic", "avx2", "avx512")
+LANES = {"generic": 4, "avx2": 8, "avx512": 16}  # kLanes of csrc/cpu/simd.h
+ISAS = tuple(LANES)
 SOURCE = Path(__file__).with_name("host.cpp")
 FLAGS = ["-std=c++20", "-O3", "-ffp-contract=fast", "-fPIC", "-fvisibility=hidden", "-Wno-psabi"]  # as setup.py's
 FLAGS += ["-isystem", str(Path(torch.__file__).parent / "include"), "-I", str(ROOT / "csrc")]
