@@ -87,7 +87,7 @@ def _race_cell(case: dict[str, Row]) -> str:
 
 def _table(rows: list[Row], measure: str, label: str) -> Iterator[str]:
     rows = [row for row in rows if row[measure]]
-    sizes = ["dtype", "N", "V", *(name for name in ("H", "D") if any(row[name] for row in rows))]
+    sizes = ["dtype", "N", "V", *(name for name in ("H", "D", "threads") if any(row.get(name) for row in rows))]
     names = list(dict.fromkeys(row["competitor"] for row in rows if row["competitor"] != OURS))
     cases: dict[tuple[str, ...], dict[str, Row]] = defaultdict(dict)
     for row in rows:

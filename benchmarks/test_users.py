@@ -1,4 +1,4 @@
-"""Ours in the place of `F.gumbel_softmax`, on the shapes that programs have: time, on one thread and on all."""
+"""Ours in the place of `F.gumbel_softmax`: the shapes that programs have, and steps of models. One thread, and all."""
 
 from __future__ import annotations
 
@@ -6,25 +6,29 @@ from typing import Any
 
 import torch
 
-from benchmarks import users
+from benchmarks import models, users
 from benchmarks.harness import OURS, Case
 
 QUICK = ("token pruning: [128, 196, 2]", "routers: [8192, 64]", "tabular GANs: [500, 10]")
 SHARE = 0.1  # of the budget of a case, since there are hundreds
+LARGE = 2**24  # of so many logits, only the program's own kind of sample is drawn, since it takes seconds
+
+
+def _threads(option: Any) -> list[int | None]:
+    return [*sorted({1, torch.get_num_threads()})] if option.device == "cpu" else [None]
 
 
 def cases_users(option: Any) -> list[Case]:
     """Hard and soft, forward and with backward, in each dtype, on one thread and on all."""
-    threads = sorted({1, torch.get_num_threads()}) if option.device == "cpu" else [None]
     return [
         shape.case(hard, pass_, dtype, count, option.device)
         for shape in users.SHAPES
         if not option.quick or str(shape) in QUICK
         for hard in (shape.hard, not shape.hard)
-        if not option.quick or hard == shape.hard
+        if hard == shape.hard or not (option.quick or shape.rows * shape.vocab > LARGE)
         for dtype in option.users_dtypes
         for pass_ in ("forward", "forward+backward")
-        for count in threads
+        for count in _threads(option)
     ]
 
 
@@ -32,4 +36,22 @@ def test_users(case, race, request):
     # It takes seconds to compile a case, more than all else.
     own = users.hard(case) == users.shape_of(case).hard and case.dtype == "float32"
     contestants = users.build(case, with_compiled=own and not request.config.option.quick)
-    race(case, contestants, lambda: users.check(case, contestants[OURS]), {"eager": 1.0}, share=SHARE)
+    race(case, contestants, lambda: users.check(case, contestants[OURS]), share=SHARE)
+
+
+STEP = "training step, "
+
+
+def cases_steps(option: Any) -> list[Case]:
+    """A step of training of each model, on the CPU."""
+    return [
+        Case(STEP + name, "forward+backward", "float32", program.rows, program.vocab, threads=count)
+        for name, program in models.PROGRAMS.items()
+        if not option.quick and option.device == "cpu" and "float32" in option.users_dtypes
+        for count in _threads(option)
+    ]
+
+
+def test_steps(case, race):
+    name = case.op.removeprefix(STEP)
+    race(case, models.build(name), lambda: models.check(name))
