@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 os.environ["HF_HUB_OFFLINE"] = "1"
 # The compiler's cache knows schemas of operations but no fake kernels: it would answer for another version of these.
 os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
+# With threads, each process of tests that compiles something starts others, which import torch first.
+os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
 os.environ.pop("GRADE_KERNELS_BACKEND", None)
 os.environ.pop("GRADE_KERNELS_CHECK", None)
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -31,12 +33,23 @@ if not HAS_GPU:
 import grade_kernels as gk  # noqa: E402
 from tests.support.covering import Case, covering  # noqa: E402
 from tests.support.helpers import poisoned_memory  # noqa: E402
-from tests.support.interpreter import INTERPRETED, quicken, settle, share_shapes  # noqa: E402
+from tests.support.interpreter import (  # noqa: E402
+    INTERPRETED,
+    compute_words,
+    quicken,
+    reduce_by_blocks,
+    settle,
+    share_shapes,
+    skip_promotion,
+)
 from tests.support.needs import needs_backend  # noqa: E402
 
 if not HAS_GPU and importlib.util.find_spec("triton") is not None:
     quicken()
     share_shapes()
+    skip_promotion()
+    reduce_by_blocks()
+    compute_words()
     settle()
 
 
@@ -49,7 +62,8 @@ def pytest_configure(config: pytest.Config) -> None:
         "needs(what, met): not collected unless met; the summary says how many cases need `what`",
         "uncollect_if(condition, reason): there is no case where condition, a function of parameters, is true",
         "cover(strength): how many values together a selection of cases covers; without this mark pairs on each backend",
-        "takes_long(reason): a case that is run with --all only, and what else notices most of its faults",
+        "takes_long(reason, condition): a case that is run with --all only, and what else notices most of its faults; with a "
+        "condition, a function of parameters, the cases where it is true",
         "costs(cost): of running a case, relative to others of the same test; the selection has fewer of dear ones",
     ):
         config.addinivalue_line("markers", line)
@@ -83,7 +97,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if len(chosen) < len(kept):
             left_out["cases that others cover, not run without --all"] = len(kept) - len(chosen)
         kept = [item for item in kept if item in chosen]
-        short = [item for item in kept if item.get_closest_marker("takes_long") is None]
+        short = [item for item in kept if not takes_long(item)]
         if 0 < len(short) < len(kept):  # who asks for such cases alone has them
             left_out["cases that take long, not run without --all"] = len(kept) - len(short)
             kept = short
@@ -96,18 +110,24 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def is_no_case(item: pytest.Item) -> bool:
-    """Whether a condition says so; one that asks where a test runs says nothing of tests that run in one place."""
+    """Whether a condition says so."""
+    return any(holds(mark.args[0], item) for mark in item.iter_markers("uncollect_if"))
+
+
+def takes_long(item: pytest.Item) -> bool:
+    return any(len(mark.args) == 1 or holds(mark.args[1], item) for mark in item.iter_markers("takes_long"))
+
+
+def holds(condition: Callable[..., bool], item: pytest.Item) -> bool:
+    """Whether it does for the case's parameters; one that asks where a test runs, not for tests that run in one place."""
     params = dict(item.callspec.params) if hasattr(item, "callspec") else {}
     place = params.get("place")
     if isinstance(place, Place):
         params |= {"backend": place.backend, "device": place.device, "interpreted": place.interpreted}
-    for condition, _reason in (mark.args for mark in item.iter_markers("uncollect_if")):
-        asked = inspect.signature(condition).parameters
-        if not isinstance(place, Place) and not {"backend", "device", "interpreted"}.isdisjoint(asked):
-            continue
-        if condition(**{name: params[name] for name in asked}):
-            return True
-    return False
+    asked = inspect.signature(condition).parameters
+    if not isinstance(place, Place) and not {"backend", "device", "interpreted"}.isdisjoint(asked):
+        return False
+    return condition(**{name: params[name] for name in asked})
 
 
 def selection(items: list[pytest.Item]) -> list[pytest.Item]:

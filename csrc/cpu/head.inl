@@ -102,9 +102,18 @@ GK_INLINE void check(const f32 l[kTokensPerPhilox], int32_t bad[kLanes], int32_t
 template <typename Score>
 GK_INLINE_IF_WIDE void collect(const f32 weight[kTokensPerPhilox], const u32 w[kTokensPerPhilox], f32 bound,
                                int64_t token, int first_lane, Piece& out, Hit* hits, const Score& score) {
-  const f32 unit = bound * -0x1p-32f;
   f32 excess[kTokensPerPhilox];
+#ifdef GK_AVX512
+  const f32 unit = bound * -0x1p-32f;
   for (int j = 0; j < kTokensPerPhilox; ++j) excess[j] = to_float(w[j] * 0x9E3779B1u) * unit + weight[j];
+#else
+  // Conversion of signed numbers is a single instruction. What is left out of the uniform number would only make it
+  // larger, and the candidates fewer.
+  const f32 unit = bound * -0x1p-31f;
+  for (int j = 0; j < kTokensPerPhilox; ++j) {
+    excess[j] = __builtin_convertvector((i32)((w[j] * 0x9E3779B1u) >> 1), f32) * unit + weight[j];
+  }
+#endif
   if (__builtin_expect(!any_gt(vmax(vmax(excess[0], excess[1]), vmax(excess[2], excess[3])), f32{}), 1)) return;
   // One loop over the set bits of all four vectors, so that there is a single branch that is hard to predict: its end.
   uint64_t rest = 0;

@@ -38,7 +38,8 @@ using c10::Half;
 #pragma clang attribute pop
 #endif
 
-const gk::RowKernels<float> gk::kRowsAvx2 = {"avx2", gk::avx2::sample, gk::avx2::softmax, gk::avx2::softmax_backward};
+const gk::RowKernels<float> gk::kRowsAvx2 = {"avx2", gk::avx2::sample, gk::avx2::softmax, gk::avx2::softmax_backward,
+                                             gk::avx2::relax};
 const gk::LaneKernels gk::kLanesAvx2 = {gk::avx2::kLanes, gk::avx2::lanes_gumbel_softmax,
                                         gk::avx2::lanes_softmax_backward};
 const gk::HeadKernels gk::kHeadAvx2 = {gk::avx2::head_sample, gk::avx2::head_scores, gk::avx2::head_softmax};

@@ -40,7 +40,7 @@ using c10::Half;
 #endif
 
 const gk::RowKernels<float> gk::kRowsAvx512 = {"avx512", gk::avx512::sample, gk::avx512::softmax,
-                                               gk::avx512::softmax_backward};
+                                               gk::avx512::softmax_backward, gk::avx512::relax};
 const gk::LaneKernels gk::kLanesAvx512 = {gk::avx512::kLanes, gk::avx512::lanes_gumbel_softmax,
                                           gk::avx512::lanes_softmax_backward};
 const gk::HeadKernels gk::kHeadAvx512 = {gk::avx512::head_sample, gk::avx512::head_scores, gk::avx512::head_softmax};

@@ -26,7 +26,7 @@ using c10::Half;
 }  // namespace gk::generic
 
 const gk::RowKernels<float> gk::kRowsGeneric = {"generic", gk::generic::sample, gk::generic::softmax,
-                                                gk::generic::softmax_backward};
+                                                gk::generic::softmax_backward, gk::generic::relax};
 const gk::LaneKernels gk::kLanesGeneric = {gk::generic::kLanes, gk::generic::lanes_gumbel_softmax,
                                            gk::generic::lanes_softmax_backward};
 const gk::HeadKernels gk::kHeadGeneric = {gk::generic::head_sample, gk::generic::head_scores,

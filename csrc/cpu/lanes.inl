@@ -114,13 +114,41 @@ GK_INLINE void transpose(f32 x[4]) {
 #endif
 }
 
+// kWidth numbers in memory, the rest zeros, and back. Without the instructions named, GCC goes through the stack.
+template <int kWidth>
+GK_INLINE f32x4 load_part(const float* x) {
+#if defined(GK_AVX512) || defined(GK_AVX2)
+  if constexpr (kWidth == 1) return (f32x4)_mm_load_ss(x);
+  if constexpr (kWidth == 2) return (f32x4)_mm_castsi128_ps(_mm_loadl_epi64((const __m128i*)x));
+  if constexpr (kWidth == 3) {
+    return (f32x4)_mm_movelh_ps(_mm_castsi128_ps(_mm_loadl_epi64((const __m128i*)x)), _mm_load_ss(x + 2));
+  }
+#endif
+  f32x4 out{};
+  __builtin_memcpy(&out, x, 4 * kWidth);
+  return out;
+}
+template <int kWidth>
+GK_INLINE void store_part(float* x, f32x4 part) {
+  if constexpr (kWidth == 4) {
+    __builtin_memcpy(x, &part, 16);
+  } else {
+    using Two = float __attribute__((vector_size(8)));
+    if constexpr (kWidth >= 2) {
+      const Two two{part[0], part[1]};
+      __builtin_memcpy(x, &two, 8);
+    }
+    if constexpr (kWidth != 2) x[kWidth - 1] = part[kWidth - 1];
+  }
+}
+
 // kWidth tokens of rows in memory at `x + offset[row]`, whose tokens lie side by side, to as many vectors, and back.
 template <int kWidth>
 GK_INLINE void load_columns(const float* x, const int64_t offset[kLanes], f32* out) {
   f32 column[4];
   for (int k = 0; k < 4; ++k) {
-    f32x4 part[kQuarters] = {};
-    for (int p = 0; p < kQuarters; ++p) __builtin_memcpy(&part[p], x + offset[4 * p + k], 4 * kWidth);
+    f32x4 part[kQuarters];
+    for (int p = 0; p < kQuarters; ++p) part[p] = load_part<kWidth>(x + offset[4 * p + k]);
     column[k] = joined(part);
   }
   transpose(column);
@@ -135,7 +163,7 @@ GK_INLINE void store_columns(float* x, const int64_t offset[kLanes], int count, 
     f32x4 part[kQuarters];
     part_up(column[k], part);
     for (int p = 0; p < kQuarters; ++p) {
-      if (4 * p + k < count) __builtin_memcpy(x + offset[4 * p + k], &part[p], 4 * kWidth);
+      if (4 * p + k < count) store_part<kWidth>(x + offset[4 * p + k], part[p]);
     }
   }
 }
@@ -391,7 +419,7 @@ GK_INLINE void look_for_bad(const f32* x, int count, f32& bad) {
 
 // softmax((l + g) / tau).
 template <typename T>
-static void relax_soft(const RelaxArgs& args, int64_t begin, int64_t end, float* scratch) {
+static void relax_soft(const RelaxArgs<float>& args, int64_t begin, int64_t end, float* scratch) {
   const Rows& in = args.in;
   const int vocab = int(in.vocab);
   LaneKey key(in.noise.seed, kDomainGumbel);
@@ -437,7 +465,7 @@ static void relax_soft(const RelaxArgs& args, int64_t begin, int64_t end, float*
 
 // One one in each row of a group, and zeros elsewhere.
 template <typename T>
-GK_INLINE void store_ones(const RelaxArgs& args, int64_t row, int count, i32 id) {
+GK_INLINE void store_ones(const RelaxArgs<float>& args, int64_t row, int count, i32 id) {
   const Places at(args.out, row, count);
   T* x = static_cast<T*>(args.out.data);
   const int64_t vocab = args.in.vocab;
@@ -461,7 +489,7 @@ GK_INLINE void store_ones(const RelaxArgs& args, int64_t row, int count, i32 id)
 
 // one_hot(argmax(l + g)).
 template <typename T>
-static void relax_hard(const RelaxArgs& args, int64_t begin, int64_t end) {
+static void relax_hard(const RelaxArgs<float>& args, int64_t begin, int64_t end) {
   const Rows& in = args.in;
   const int vocab = int(in.vocab);
   LaneKey key(in.noise.seed, kDomainGumbel);
@@ -491,7 +519,7 @@ static void relax_hard(const RelaxArgs& args, int64_t begin, int64_t end) {
   }
 }
 
-static void lanes_gumbel_softmax(const RelaxArgs& args, int64_t begin, int64_t end, float* scratch) {
+static void lanes_gumbel_softmax(const RelaxArgs<float>& args, int64_t begin, int64_t end, float* scratch) {
   with_dtype(args.in.logits.dtype, [&]<Dtype kDtype>() {
     if (args.hard) relax_hard<Element<kDtype>>(args, begin, end);
     else relax_soft<Element<kDtype>>(args, begin, end, scratch);

@@ -62,6 +62,15 @@ struct BackwardArgs {
   Real* dtau;             // null: not wanted
 };
 
+template <typename Real>
+struct RelaxArgs {
+  Rows in;
+  const Real* tau;
+  bool hard, zeroed;  // zeroed: where hard, out is all zeros already
+  View out;           // of logits' dtype
+  Real* score_max;    // NaN of a row that holds NaN, +inf or only -inf
+};
+
 // Each takes one row; scratch has room for a row in Real. Those of float take rows whose tokens lie side by side.
 template <typename Real>
 struct RowKernels {
@@ -69,21 +78,15 @@ struct RowKernels {
   SamplePart<Real> (*sample)(const Rows& in, int64_t row, int64_t begin, int64_t end, bool logsumexp);
   void (*softmax)(const SoftmaxArgs<Real>& args, int64_t row, Real* scratch);
   void (*softmax_backward)(const BackwardArgs<Real>& args, int64_t row, Real* scratch);
-};
-
-struct RelaxArgs {
-  Rows in;
-  const float* tau;
-  bool hard, zeroed;  // zeroed: where hard, out is all zeros already
-  View out;
-  float* score_max;  // NaN of a row that holds NaN, +inf or only -inf
+  // softmax((l + g) / tau) and score_max, the noise drawn once. What args say of hard rows is not read.
+  void (*relax)(const RelaxArgs<Real>& args, int64_t row, Real* scratch);
 };
 
 // Rows [begin, end), of any strides, several in the lanes of a vector. begin is a multiple of lanes; scratch has room
 // for lane_scratch(vocab) vectors.
 struct LaneKernels {
   int lanes;
-  void (*gumbel_softmax)(const RelaxArgs& args, int64_t begin, int64_t end, float* scratch);
+  void (*gumbel_softmax)(const RelaxArgs<float>& args, int64_t begin, int64_t end, float* scratch);
   // Of the relaxation with noise, without dlogprobs.
   void (*softmax_backward)(const BackwardArgs<float>& args, int64_t begin, int64_t end, float* scratch);
 };

@@ -172,15 +172,16 @@ static SamplePart<float> sample(const Rows& in, int64_t row, int64_t begin, int6
 
 // ---- Softmax of the scores ------------------------------------------------------------------------------------------
 
-// exp((l + g - pivot) / tau) of the tokens of a pack that starts at `token`. At tau = 1 this is exp(l - pivot) / E, one
-// logarithm less.
+// exp(l + g - pivot) of the tokens of a pack that starts at `token`: exp(l - pivot) / E.
+GK_INLINE_IF_WIDE f32p weigh_at_one(const RowKey& key, int64_t token, f32p l, u32p w, float pivot) {
+  const f32p e = exponential(key, token, w);
+  f32p weight = vexp2((l - pivot) * kLog2E);
+  for (int i = 0; i < kPack; ++i) weight.v[i] *= reciprocal(e.v[i]);
+  return weight;
+}
+// exp((l + g - pivot) / tau). At tau = 1 a logarithm less is needed.
 GK_INLINE_IF_WIDE f32p weigh(const RowKey& key, int64_t token, f32p l, u32p w, float pivot, float scale) {
-  if (scale == kLog2E) {
-    const f32p e = exponential(key, token, w);
-    f32p weight = vexp2((l - pivot) * kLog2E);
-    for (int i = 0; i < kPack; ++i) weight.v[i] *= reciprocal(e.v[i]);
-    return weight;
-  }
+  if (scale == kLog2E) return weigh_at_one(key, token, l, w, pivot);
   return vexp2((l + gumbel(key, token, w) - pivot) * scale);
 }
 // exp((l - pivot) / tau).
@@ -229,6 +230,171 @@ static void softmax(const SoftmaxArgs<float>& args, int64_t row, float* scratch)
   });
 }
 
+// ---- Softmax and the maximum of the scores, in one pass -------------------------------------------------------------
+//
+// The largest score is known only at the end, but a weight needs something to count from now, or it is beyond float's
+// range. So a row is cut into chunks, which have pivots of their own, and a last pass brings their weights to one
+// scale.
+
+constexpr int64_t kChunk = 4096;  // tokens that stay in the first-level cache
+constexpr int kMostChunks = 64;   // of a row; longer rows have longer chunks
+
+constexpr float kLowest = -3.402823466e38f;  // stands for -inf where that would make NaN of -inf - -inf
+
+struct Chunk {
+  int64_t begin, end, length;   // length: of whole chunks
+  float pivot, score_max, sum;  // sum of exp((l + g - pivot) / tau)
+  bool bad;                     // a logit is NaN or +inf
+};
+
+// The largest of many numbers, and whether one of them is NaN or +inf.
+struct Largest {
+  f32p top, sum;
+  [[gnu::always_inline]] Largest() {
+    for (int i = 0; i < kPack; ++i) top.v[i] = splat(kLowest), sum.v[i] = f32{};
+  }
+  [[gnu::always_inline]] void add(f32p x) {
+    for (int i = 0; i < kPack; ++i) top.v[i] = vmax(x.v[i], top.v[i]), sum.v[i] += x.v[i];
+  }
+  [[gnu::always_inline]] float max() const {
+    return reduce_max(vmax(vmax(top.v[0], top.v[1]), vmax(top.v[2], top.v[3])));
+  }
+  // True also where a sum of finite numbers overflows.
+  [[gnu::always_inline]] bool may_be_bad() const {
+    bool bad = false;
+    for (int i = 0; i < kPack; ++i) bad |= any_not_le(sum.v[i], splat(-kLowest));
+    return bad;
+  }
+};
+
+template <typename T>
+[[gnu::noinline, gnu::cold]] static bool is_bad(const T* l_row, int64_t begin, int64_t end) {
+  for (int64_t v = begin; v < end; ++v) {
+    if (!(float(l_row[v]) < __builtin_inff())) return true;
+  }
+  return false;
+}
+
+// Weights of a chunk at tau = 1. The pivot is the largest logit: no noise brings a weight exp(l - pivot) / E out of
+// float's range.
+template <typename T>
+GK_INLINE void weigh_chunk_at_one(const Rows& in, const RowKey& key, const T* l_row, float* weights, Chunk& chunk) {
+  Largest logits;
+  for_each_block(in.noise.vocab_start, chunk.begin, chunk.end, [&](const Block& block) __attribute__((always_inline)) {
+    const BlockIn<T> l(l_row, block, -__builtin_inff());
+    for (int j = 0; j < kVectors; j += kPack) logits.add(l.pack(j));
+  });
+  chunk.bad = logits.may_be_bad() && is_bad(l_row, chunk.begin, chunk.end);
+  chunk.pivot = logits.max();
+  Sum sum;
+  f32 top = {};
+  for_each_block(in.noise.vocab_start, chunk.begin, chunk.end, [&](const Block& block) __attribute__((always_inline)) {
+    u32 w[kVectors];
+    const BlockIn<T> l(l_row, block, -__builtin_inff());
+    const BlockOut<float> out(weights, block);
+    // The next chunk is asked for now: its search for the maximum would have nothing to do but wait for memory.
+    const char* next = reinterpret_cast<const char*>(l_row + block.column + chunk.length);
+    for (int line = 0; line < kBlock * int(sizeof(T)); line += 64) __builtin_prefetch(next + line, 0, 2);
+    noise_words(key, block.counter, w);
+    for (int j = 0; j < kVectors; j += kPack) {
+      const int64_t token = in.noise.vocab_start + block.column + j * kLanes;
+      const f32p e = weigh_at_one(key, token, l.pack(j), pack(w + j), chunk.pivot);
+      sum.add(e);
+      top = vmax(top, vmax(vmax(e.v[0], e.v[1]), vmax(e.v[2], e.v[3])));
+      out.put(j, e);
+    }
+    sum.tick();
+    out.finish(weights, block);
+  });
+  chunk.sum = sum.total();
+  const float largest = reduce_max(top);
+  chunk.score_max = largest > 0.0f ? chunk.pivot + __builtin_logf(largest) : -__builtin_inff();
+}
+
+// At other temperatures, where noise is multiplied, the pivot is the largest score.
+template <typename T>
+GK_INLINE void weigh_chunk(const Rows& in, const RowKey& key, const T* l_row, float scale, float* weights,
+                           Chunk& chunk) {
+  Largest scores;
+  for_each_block(in.noise.vocab_start, chunk.begin, chunk.end, [&](const Block& block) __attribute__((always_inline)) {
+    u32 w[kVectors];
+    const BlockIn<T> l(l_row, block, -__builtin_inff());
+    const BlockOut<float> out(weights, block);
+    noise_words(key, block.counter, w);
+    for (int j = 0; j < kVectors; j += kPack) {
+      const f32p s = l.pack(j) + gumbel(key, in.noise.vocab_start + block.column + j * kLanes, pack(w + j));
+      scores.add(s);
+      out.put(j, s);
+    }
+    out.finish(weights, block);
+  });
+  chunk.bad = scores.may_be_bad() && is_bad(l_row, chunk.begin, chunk.end);
+  chunk.pivot = scores.max();
+  chunk.score_max = chunk.pivot > kLowest ? chunk.pivot : -__builtin_inff();
+  Sum sum;
+  for_each_block(in.noise.vocab_start, chunk.begin, chunk.end, [&](const Block& block) __attribute__((always_inline)) {
+    const BlockIn<float> s(weights, block, -__builtin_inff());
+    const BlockOut<float> out(weights, block);
+    for (int j = 0; j < kVectors; j += kPack) {
+      const f32p e = weigh_noiseless(s.pack(j), chunk.pivot, scale);
+      sum.add(e);
+      out.put(j, e);
+    }
+    sum.tick();
+    out.finish(weights, block);
+  });
+  chunk.sum = sum.total();
+}
+
+template <typename T>
+static void relax_row(const RelaxArgs<float>& args, int64_t row, float* scratch) {
+  const Rows& in = args.in;
+  const T* l_row = in.logits.row<const T>(row);
+  T* out_row = args.out.row<T>(row);
+  float* weights = scratch;
+  if constexpr (sizeof(T) == sizeof(float)) weights = out_row;
+  const RowKey key(in.noise.seed, in.noise.row(row), kDomainGumbel);
+  const float scale = kLog2E / args.tau[row];
+  // Chunks begin where blocks do, so that no block is drawn twice.
+  const int64_t shift = in.noise.vocab_start & (kBlock - 1);
+  int64_t length = kChunk;
+  while (length * kMostChunks < shift + in.vocab) length *= 2;
+  Chunk chunks[kMostChunks];
+  int count = 0;
+  bool bad = false;
+  float pivot = kLowest, score_max = -__builtin_inff();
+  for (int64_t begin = -shift; begin < in.vocab; begin += length) {
+    Chunk& chunk = chunks[count++];
+    chunk.begin = begin < 0 ? 0 : begin;
+    chunk.end = begin + length < in.vocab ? begin + length : in.vocab;
+    chunk.length = length;
+    if (scale == kLog2E) weigh_chunk_at_one(in, key, l_row, weights, chunk);
+    else weigh_chunk(in, key, l_row, scale, weights, chunk);
+    bad |= chunk.bad;
+    pivot = chunk.pivot > pivot ? chunk.pivot : pivot;
+    score_max = chunk.score_max > score_max ? chunk.score_max : score_max;
+  }
+  bad |= score_max == -__builtin_inff();
+  args.score_max[row] = bad ? __builtin_nanf("") : score_max;
+  const auto factor = [&](const Chunk& chunk) { return __builtin_exp2((double(chunk.pivot) - pivot) * scale); };
+  double total = 0.0;
+  for (int i = 0; i < count; ++i) total += chunks[i].sum * factor(chunks[i]);
+  for (int i = 0; i < count; ++i) {
+    const float f = bad ? __builtin_nanf("") : float(factor(chunks[i]) / total);
+    for_each_block(in.noise.vocab_start, chunks[i].begin, chunks[i].end,
+                   [&](const Block& block) __attribute__((always_inline)) {
+                     const BlockIn<float> e(weights, block, 0.0f);
+                     const BlockOut<T> out(out_row, block);
+                     for (int j = 0; j < kVectors; j += kPack) out.put(j, e.pack(j) * f);
+                     out.finish(out_row, block);
+                   });
+  }
+}
+
+static void relax(const RelaxArgs<float>& args, int64_t row, float* scratch) {
+  with_dtype(args.in.logits.dtype, [&]<Dtype kDtype>() { relax_row<Element<kDtype>>(args, row, scratch); });
+}
+
 // ---- Backward -------------------------------------------------------------------------------------------------------
 
 // weight * x, and zero for a zero weight (masked, or beyond the exponent's reach), which sends nothing whatever x is.
@@ -243,6 +409,10 @@ static void backward_row(const BackwardArgs<float>& args, int64_t row, float* sc
   const T* l_row = in.logits.row<const T>(row);
   const T* dy_row = args.dy.row<const T>(row);
   T* out_row = args.out.row<T>(row);
+  // Weights wait for the second pass where the gradient will be, if they fit, or the cache would have to hold a row
+  // more.
+  float* weights_row = scratch;
+  if constexpr (sizeof(T) == sizeof(float)) weights_row = out_row == dy_row ? scratch : out_row;
   const RowKey key(in.noise.seed, in.noise.row(row), kDomainGumbel);
   const int64_t vocab_start = kNoisy ? in.noise.vocab_start : 0;
   const float tau = args.tau[row], scale = kLog2E / tau;
@@ -252,12 +422,12 @@ static void backward_row(const BackwardArgs<float>& args, int64_t row, float* sc
   const float untempered_pivot = needs_untempered ? args.logit_max[row] : 0.0f;
   const float untempered_inverse = needs_untempered ? 1.0f / args.logit_sum[row] : 0.0f;
 
-  // First pass: weights to scratch, their sum, and their products with dy.
+  // First pass: weights, their sum, and their products with dy.
   Sum sum, dot, untempered_dot;
   for_each_block(vocab_start, 0, in.vocab, [&](const Block& block) __attribute__((always_inline)) {
     u32 w[kVectors];
     const BlockIn<T> l(l_row, block, -__builtin_inff()), dy(dy_row, block, 0.0f);
-    const BlockOut<float> weights(scratch, block);
+    const BlockOut<float> weights(weights_row, block);
     if constexpr (kNoisy) noise_words(key, block.counter, w);
     for (int j = 0; j < kVectors; j += kPack) {
       f32p e;
@@ -275,11 +445,14 @@ static void backward_row(const BackwardArgs<float>& args, int64_t row, float* sc
     sum.tick();
     dot.tick();
     if constexpr (kReinmax) untempered_dot.tick();
-    weights.finish(scratch, block);
+    weights.finish(weights_row, block);
   });
   const float inverse = 1.0f / sum.total();
-  float mean = dot.total() * inverse, untempered_mean = 0.0f, chosen_dy = 0.0f;
-  if (kReinmax || args.dlogprobs) chosen_dy = float(dy_row[args.ids[row]]);
+  float mean = dot.total() * inverse, untempered_mean = 0.0f, chosen_dy = 0.0f, chosen_weight = 0.0f;
+  if (needs_untempered) {
+    chosen_dy = float(dy_row[args.ids[row]]);
+    chosen_weight = weights_row[args.ids[row]];
+  }
   if constexpr (kReinmax) {
     mean = 0.5f * (mean + chosen_dy);
     untempered_mean = untempered_dot.total() * untempered_inverse;
@@ -290,7 +463,7 @@ static void backward_row(const BackwardArgs<float>& args, int64_t row, float* sc
   const float factor = kReinmax ? inverse : inverse / tau;
   Sum moment;
   for_each_block(0, 0, in.vocab, [&](const Block& block) __attribute__((always_inline)) {
-    const BlockIn<float> weights(scratch, block, 0.0f);
+    const BlockIn<float> weights(weights_row, block, 0.0f);
     const BlockIn<T> dy(dy_row, block, 0.0f);
     const BlockOut<T> out(out_row, block);
     for (int j = 0; j < kVectors; j += kPack) {
@@ -315,9 +488,8 @@ static void backward_row(const BackwardArgs<float>& args, int64_t row, float* sc
     const int64_t id = args.ids[row];
     const float l = float(l_row[id]);
     if (l > -__builtin_inff()) {
-      const float e = scratch[id],
-                  untempered = vexp2_one(splat((l - untempered_pivot) * kLog2E))[0] * untempered_inverse;
-      float dl = e * factor * (chosen_dy - mean) + dlogprob * (1.0f - untempered);
+      const float untempered = vexp2_one(splat((l - untempered_pivot) * kLog2E))[0] * untempered_inverse;
+      float dl = chosen_weight * factor * (chosen_dy - mean) + dlogprob * (1.0f - untempered);
       if constexpr (kReinmax) dl += (chosen_dy - mean) - 0.5f * untempered * (chosen_dy - untempered_mean);
       out_row[id] = T(dl);
     }

@@ -44,16 +44,28 @@ SamplePart<double> sample(const Rows& in, int64_t row, int64_t begin, int64_t en
   return best;
 }
 
-void softmax(const SoftmaxArgs<double>& args, int64_t row, double*) {
-  const Row<const double> l(args.in.logits, row);
-  const Row<double> out(args.out, row);
-  const double tau = args.tau[row];
-  const double pivot = args.score_max[row];
+// Weights exp((l + g - pivot) / tau) of a row, to out; returns their sum.
+double weigh(const Rows& in, int64_t row, double tau, double pivot, const View& to) {
+  const Row<const double> l(in.logits, row);
+  const Row<double> out(to, row);
   double total = 0.0;
-  for (int64_t v = 0; v < args.in.vocab; ++v) total += out[v] = std::exp((score(args.in, row, v, l[v]) - pivot) / tau);
-  args.total[row] = total;
-  if (!args.normalize) return;
-  for (int64_t v = 0; v < args.in.vocab; ++v) out[v] /= total;
+  for (int64_t v = 0; v < in.vocab; ++v) total += out[v] = std::exp((score(in, row, v, l[v]) - pivot) / tau);
+  return total;
+}
+void divide(const View& x, int64_t row, int64_t vocab, double total) {
+  const Row<double> out(x, row);
+  for (int64_t v = 0; v < vocab; ++v) out[v] /= total;
+}
+
+void softmax(const SoftmaxArgs<double>& args, int64_t row, double*) {
+  args.total[row] = weigh(args.in, row, args.tau[row], args.score_max[row], args.out);
+  if (args.normalize) divide(args.out, row, args.in.vocab, args.total[row]);
+}
+
+void relax(const RelaxArgs<double>& args, int64_t row, double*) {
+  const SamplePart<double> best = sample(args.in, row, 0, args.in.vocab, false);
+  args.score_max[row] = best.bad || best.id < 0 ? std::numeric_limits<double>::quiet_NaN() : best.score_max;
+  divide(args.out, row, args.in.vocab, weigh(args.in, row, args.tau[row], args.score_max[row], args.out));
 }
 
 template <Estimator kRule>
@@ -95,6 +107,6 @@ void softmax_backward(const BackwardArgs<double>& args, int64_t row, double* wei
 
 }  // namespace
 
-const RowKernels<double> kRowsDouble = {"double", sample, softmax, softmax_backward};
+const RowKernels<double> kRowsDouble = {"double", sample, softmax, softmax_backward, relax};
 
 }  // namespace gk

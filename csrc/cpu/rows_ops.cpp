@@ -227,27 +227,18 @@ void softmax(Tensor logits, Tensor tau, Tensor seed, std::optional<Tensor> row_i
 }
 
 // one_hot(argmax(l + g)) or softmax((l + g) / tau), a row at a time.
-template <typename Real, typename Out>
-void relax_each(const Rows& in, const Real* tau, bool hard, bool zeroed, const View& out, Real* score_max) {
-  const auto settle = [&](int64_t row, const SamplePart<Real>& best) {
-    score_max[row] = best.id < 0 ? std::numeric_limits<Real>::quiet_NaN() : best.score_max;
-  };
-  if (hard) {
-    sample_each<Real>(in, false, [&](int64_t row, const SamplePart<Real>& best) {
-      settle(row, best);
-      Out* y = out.row<Out>(row);
-      if (!zeroed && out.token_stride == 1) std::fill(y, y + in.vocab, Out(0.0f));
-      else if (!zeroed)
-        for (int64_t v = 0; v < in.vocab; ++v) y[v * out.token_stride] = Out(0.0f);
-      if (best.id >= 0) y[best.id * out.token_stride] = Out(1.0f);
-    });
-    return;
-  }
-  sample_each<Real>(in, false, settle);
-  std::vector<Real> total(size_t(in.rows));
-  const SoftmaxArgs<Real> args{
-      .in = in, .tau = tau, .score_max = score_max, .normalize = true, .out = out, .total = total.data()};
-  each_row<Real>(kernels<Real>().softmax, args);
+template <typename Out, typename Real>
+void relax_each(const RelaxArgs<Real>& args) {
+  if (!args.hard) return each_row<Real>(kernels<Real>().relax, args);
+  sample_each<Real>(args.in, false, [&](int64_t row, const SamplePart<Real>& best) {
+    args.score_max[row] = best.id < 0 ? std::numeric_limits<Real>::quiet_NaN() : best.score_max;
+    Out* y = args.out.template row<Out>(row);
+    const int64_t stride = args.out.token_stride;
+    if (!args.zeroed && stride == 1) std::fill(y, y + args.in.vocab, Out(0.0f));
+    else if (!args.zeroed)
+      for (int64_t v = 0; v < args.in.vocab; ++v) y[v * stride] = Out(0.0f);
+    if (best.id >= 0) y[best.id * stride] = Out(1.0f);
+  });
 }
 
 void gumbel_softmax(Tensor logits, Tensor tau, Tensor seed, std::optional<Tensor> row_ids, int64_t vocab_start,
@@ -257,20 +248,20 @@ void gumbel_softmax(Tensor logits, Tensor tau, Tensor seed, std::optional<Tensor
                   "grade_kernels: out has logits' dtype and shape");
   if (in.rows == 0) return;
   const View y = hard && zeroed ? view_of(out, out.mutable_data_ptr()) : output_view(out);
-  if (in.logits.dtype == Dtype::kDouble) {
-    return relax_each<double, double>(in, data<double>(tau), hard, zeroed, y, mutable_data<double>(score_max));
-  }
-  const RelaxArgs args{.in = in,
-                       .tau = data<float>(tau),
-                       .hard = hard,
-                       .zeroed = zeroed,
-                       .out = y,
-                       .score_max = mutable_data<float>(score_max)};
-  if (in_lanes(in.vocab, in.logits, y)) return each_group(GK_KERNELS_OF(kLanes).gumbel_softmax, args);
+  const auto args = [&]<typename Real>(Real) {
+    return RelaxArgs<Real>{.in = in,
+                           .tau = data<Real>(tau),
+                           .hard = hard,
+                           .zeroed = zeroed,
+                           .out = y,
+                           .score_max = mutable_data<Real>(score_max)};
+  };
+  if (in.logits.dtype == Dtype::kDouble) return relax_each<double>(args(double{}));
+  if (in_lanes(in.vocab, in.logits, y)) return each_group(GK_KERNELS_OF(kLanes).gumbel_softmax, args(float{}));
   switch (in.logits.dtype) {
-    case Dtype::kBFloat16: return relax_each<float, c10::BFloat16>(in, args.tau, hard, zeroed, y, args.score_max);
-    case Dtype::kHalf: return relax_each<float, c10::Half>(in, args.tau, hard, zeroed, y, args.score_max);
-    default: return relax_each<float, float>(in, args.tau, hard, zeroed, y, args.score_max);
+    case Dtype::kBFloat16: return relax_each<c10::BFloat16>(args(float{}));
+    case Dtype::kHalf: return relax_each<c10::Half>(args(float{}));
+    default: return relax_each<float>(args(float{}));
   }
 }
 

@@ -13,13 +13,18 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from grade_kernels import noise
-from grade_kernels.backends.triton import gather, head_support, head_tiles, onehot, strips
+from grade_kernels.backends.triton import gather, head_support, head_tiles, onehot, row_tiles, strips
 from grade_kernels.backends.triton.sizes import HeadTile, TritonSizes
 from grade_kernels.backends.triton.targets import Target, compiler_options
 from grade_kernels.dtypes import compute_dtype
 from grade_kernels.inspection import baseline
 
 __all__ = ["ROWS", "TARGETS", "VOCAB", "Build", "builds"]
+
+
+def _as_is(x: torch.Tensor) -> torch.Tensor:
+    return x
+
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -37,10 +42,27 @@ _SIZES = TritonSizes()
 # odd offset; one row of one token, which Triton specialises on. float64 is never read 16 bytes at a time.
 _LAYOUTS = {
     "aligned": ("fp32", "bf16", "fp16"),
-    "odd": ("bf16", "fp64"),
+    "odd": ("bf16", "fp32", "fp64"),
     "strided": ("fp32",),
     "shard": ("fp32",),
     "tiny": ("fp32",),
+}
+# Logits [A, V, B] of float32 that users have (docs/kernels.md), and whether their sample is hard.
+_GIVEN: dict[str, tuple[torch.Tensor, bool]] = {
+    name: (make(torch.empty(shape, device="meta")), hard)
+    for name, shape, make, hard in (
+        ("25088x2", (25088, 2, 1), _as_is, True),
+        ("1000000x6", (1000000, 6, 1), _as_is, False),
+        ("1000000x6, every second column", (1000000, 12, 1), lambda x: x[:, ::2], False),
+        ("300000x4", (300000, 4, 1), _as_is, True),
+        ("8192x64", (8192, 64, 1), _as_is, True),
+        ("25600x32", (25600, 32, 1), _as_is, True),
+        ("96x64x196", (96, 64, 196), _as_is, True),
+        ("6000x320", (6000, 320, 1), _as_is, True),
+        ("4x8192x256", (4, 8192, 256), _as_is, True),
+        ("8x512x1024", (8, 512, 1024), _as_is, False),
+        ("4096x1024", (4096, 1024, 1), _as_is, False),
+    )
 }
 # No launcher passes these as anything but 32-bit integers, or float32 arrays.
 _HEAD_INTEGERS = ("N", "group_start", "first_row", "first_split", "splits", "step", "s_slots")
@@ -48,6 +70,23 @@ _HEAD_FLOATS = (
     *("best", "plain_max", "plain_sum", "top", "total", "before_max", "before_sum", "tau", "score_max"),
     *("moment", "ref_top", "ref_total"),
 )
+
+
+class Problem(NamedTuple):
+    """Given logits that a kernel's prediction is for.
+
+    Attributes:
+        rows, vocab: N and V.
+        least: bytes of the kernel's share of what the whole operation must move: each of its tensors once.
+        memory: bytes that the kernel moves from and to memory.
+        cached: bytes that it reads again while the cache holds them.
+    """
+
+    rows: int
+    vocab: int
+    least: int
+    memory: int
+    cached: int = 0
 
 
 class Build(NamedTuple):
@@ -58,10 +97,12 @@ class Build(NamedTuple):
         kernel: "module:function".
         arguments: type or constant of each parameter (and of others, which are not looked at).
         options: of the compiler.
-        logits: that a thread handles in one round of the main loop; 0 if there is no such loop.
+        logits: that a thread handles in one round of the main loop, or with `whole` in all; 0 if there is neither.
         tile: of a product, or None.
         products: per tile.
         rows: N that its prediction is for: a tile of few rows is not launched for many if there is one of many.
+        problem: that its prediction is for, if not `rows` rows of VOCAB tokens.
+        whole: whether there is no loop, and everything is counted.
     """
 
     name: str
@@ -70,15 +111,18 @@ class Build(NamedTuple):
     kernel: str
     arguments: dict[str, Any]
     options: dict[str, Any]
-    logits: int = 0
+    logits: float = 0
     tile: HeadTile | None = None
     products: int = 0
     rows: int = ROWS
+    problem: Problem | None = None
+    whole: bool = False
 
 
 def builds(target: str) -> list[Build]:
     """Everything that is compiled for a target, each machine code once."""
     found = [build for layout, dtypes in _LAYOUTS.items() for dtype in dtypes for build in _rows(dtype, target, layout)]
+    found += [build for name, given in _GIVEN.items() for build in _tiles(name, given, target)]
     for dtype in ("bf16", "fp16", "fp32"):
         found += _heads(dtype, target)
         found += _gathers(dtype)
@@ -115,8 +159,10 @@ def _rows(dtype: str, target: str, layout: str) -> list[Build]:
     scans: dict[str, tuple[str, dict[str, Any]]] = {
         "sample": (sample, {"top": None, "total": None}),
         "sample+lse": (sample, {}),
-        "softmax total": (relaxation, {"weights": None, "total": None}),
-        "softmax write": (relaxation, {}),
+        "softmax total": (relaxation, {"weights": None, "total": None, "best": None}),
+        "softmax write": (relaxation, {"best": None}),
+        "relax scan": (f"{_BACKEND}.relaxation:relax_scan_kernel", {}),
+        "relax write": (relaxation, {}),
         "ste sums": (sums, {}),
         "ste apply": (apply, {}),
         "ste apply+logprob+dtau": (apply, {"dlogprobs": stat, "partial_dtau": stat}),
@@ -128,10 +174,16 @@ def _rows(dtype: str, target: str, layout: str) -> list[Build]:
     # A skewed shard is masked all over, strip by strip.
     unrolled = 1 if skew else sizes["STRIPS"]
     logits = 0 if tiny else sizes["LANES"] * unrolled // (gpu.warp_size * strips.NUM_WARPS)
+    size = ROWS * VOCAB * _DTYPES[dtype].itemsize
+    # Launchers take rows that are read twice in parts, which the cache still holds.
+    again = {"relax write": 1, "ste apply": 2, "ste apply+logprob+dtau": 2, "st apply": 2, "reinmax apply": 2}
     found = [
-        Build(name, dtype, layout, kernel, {**common, **changes}, options, logits)
+        Build(
+            name, dtype, layout, kernel, {**common, **changes}, options, logits,
+            problem=Problem(ROWS, VOCAB, size, size, again[name] * size) if name in again else None,
+        )
         for name, (kernel, changes) in scans.items()
-    ]
+    ]  # fmt: skip
     found.append(
         Build("sample pick", dtype, layout, f"{_BACKEND}.sampling:sample_pick_kernel", common, options)
     )  # fmt: skip
@@ -144,6 +196,56 @@ def _rows(dtype: str, target: str, layout: str) -> list[Build]:
         kernel = f"{baseline.__name__}:sample_kernel"
         found.append(Build("baseline sample", dtype, layout, kernel, naive, options, per_thread))
     return found
+
+
+def _tiles(name: str, given: tuple[torch.Tensor, bool], target: str) -> list[Build]:
+    """Kernels over tiles of rows, as they are launched for these logits and a contiguous result and gradient."""
+    logits, hard = given
+    plain = torch.empty(logits.shape, device="meta")
+    device = launched_on(target)
+    forward, _, tile = row_tiles.tile_constants(_SIZES, device, 0, l=logits, out=plain)
+    backward, _, _ = row_tiles.tile_constants(_SIZES, device, 0, l=logits, dy=plain, out=plain)
+    rows, vocab = logits.shape[0] * logits.shape[2], logits.shape[1]
+    size, row = 4 * rows * vocab, 4 * rows  # bytes of a tensor, and of a number for each row
+    stats = ("tau", "score_max", "best", "totals", "dots", "dtau")
+    arguments = {
+        **dict.fromkeys(("logits", "dy", "out", *stats), "*fp32"), "seed": "*i64", "row_ids": None, "s_tau": 1,
+        "dtau": None, "partial_dtau": None, "HARD": hard, "found": "*i32" if hard else "*fp32", "STEPS": tile.steps,
+        "SPLITS": tile.splits, "BLOCK_S": triton.next_power_of_2(max(1, tile.splits)),
+        "LOWEST": torch.finfo(torch.float32).min,
+    }  # fmt: skip
+
+    def build(kernel: str, module: str, constants: dict[str, Any], least: int, memory: int, cached: int = 0) -> Build:
+        logits_of_program = tile.rows * (4 * tile.groups if tile.splits else vocab)
+        return Build(
+            kernel.replace("_", " "), "fp32", name, f"{_BACKEND}.{module}:{kernel}_kernel",
+            arguments | {key: _specialised(key, value) for key, value in constants.items()},
+            row_tiles.tile_compiler_options(tile, device), logits_of_program / (device.warp_size * constants["num_warps"]),
+            problem=Problem(rows, vocab, least, memory, cached), whole=not tile.splits,
+        )  # fmt: skip
+
+    if not tile.splits:
+        read = row if hard else 2 * row  # a hard sample does not depend on tau
+        return [
+            build("row_tile", "row_relaxation", forward, 2 * size, 2 * size + read),
+            build("row_tile_backward", "row_gradient", backward, 3 * size, 3 * size + 2 * row),
+        ]
+    shares = 2 * tile.splits * row
+    return [
+        build("row_scan", "row_relaxation", forward, size, size + shares),
+        build("row_write", "row_relaxation", forward, size, size + shares, 0 if hard else size),
+        build("row_sums", "row_gradient", backward, 2 * size, 2 * size + shares),
+        build("row_apply", "row_gradient", backward, size, size + shares, 2 * size),
+    ]
+
+
+def _specialised(name: str, value: Any) -> Any:
+    """An argument of the kernels over tiles as Triton specialises it."""
+    if name in ("A", "B", "V", "group_start"):
+        return "i32"
+    if name.startswith("s_") and value != 1:
+        return "i32 aligned" if value % 16 == 0 else "i32"
+    return value
 
 
 def _heads(dtype: str, target: str) -> list[Build]:

@@ -55,7 +55,7 @@ class Figures:
         warps: of a program.
         instructions: in all.
         per_logit: instructions per logit by pipe of one round of the main loop, for a head without the loop over the
-            width; None where there is no such loop.
+            width, and of everything where rows are one tile; None where there is neither.
         per_width: the same of the loop over the width, per logit and unit of the width.
         bytes_per_logit: of the main loop; for a head of the loop over the width, per logit and unit of the width.
         exchanges: accesses of shared memory in the main loop of a row kernel.
@@ -95,8 +95,12 @@ def figures(build: Build, target: str, program: Program, shared: int) -> Figures
             width = _width(product, build, TARGETS[target].warp_size * build.tile.num_warps)
             per_width = _by_pipe(product, target, build.logits * width)
             moved = sum(_bytes(i.opcode) for i in product) / (build.logits * width)
+    elif build.whole:
+        body = _Graph(program.code).straight()
+        moved = sum(_bytes(i.opcode) for i in body) / build.logits
     elif build.logits:
-        body = _scan_loop(program.code, build.logits)
+        # A kernel that draws no noise in its loop has little else there.
+        body = _scan_loop(program.code, build.logits, 1 if build.kernel.endswith("row_write_kernel") else 5)
         if body is not None:
             moved = sum(_bytes(i.opcode) for i in body) / build.logits
             exchanges = sum(re.match(r"STS|LDS|ds_", i.opcode) is not None for i in body)
@@ -220,13 +224,26 @@ class _Graph:
             blocks += nx.dijkstra_path(path, a, b)[1:]
         return [i for start in blocks if start != "end" and start not in through for i in self.block(start)]
 
+    def straight(self) -> list[Instruction]:
+        """The shortest way from the first instruction to an end, which is the common one where there is no loop."""
+        path: Any = nx.DiGraph()
+        path.add_edge("start", 0, weight=len(self.block(0)))
+        for a, b, idle in self.flow.edges(data="idle"):
+            if not idle:
+                path.add_edge(a, b, weight=len(self.block(b)))
+        for start, end in self.ends.items():
+            if self.code[end - 1].ends and self.code[end - 1].target is None:
+                path.add_edge(start, "end", weight=0)
+        blocks = nx.dijkstra_path(path, "start", "end")[1:-1]
+        return [i for start in blocks for i in self.block(start)]
 
-def _scan_loop(code: list[Instruction], logits: int) -> list[Instruction] | None:
-    """One round of a row kernel's main loop, the loop over tiles that need no masks."""
+
+def _scan_loop(code: list[Instruction], logits: float, least: int) -> list[Instruction] | None:
+    """One round of a row kernel's main loop, the loop over tiles that need no masks; of `least` instructions per logit."""
     graph = _Graph(code)
     rounds = [graph.round(header, []) for header in graph.innermost()]
     # Masked loops take a part of a tile, or do more. AMD masks by the set of active threads.
-    rounds = [r for r in rounds if len(r) > 5 * logits]
+    rounds = [r for r in rounds if len(r) > least * logits]
     full = [r for r in rounds if not any("saveexec" in i.opcode for i in r)]
     return min(full or rounds, key=lambda r: (-sum(_bytes(i.opcode) for i in r), len(r)), default=None)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from grade_kernels.inspection.configurations import ROWS, VOCAB, Build
+from grade_kernels.inspection.configurations import ROWS, VOCAB, Build, Problem
 from grade_kernels.inspection.devices import DEVICES, Device, programs
 from grade_kernels.inspection.machine_code import PIPES, Figures
 
@@ -23,10 +23,10 @@ _ELEMENT = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 @dataclass(frozen=True)
 class Prediction:
-    """A predicted time for `VOCAB` tokens and, for a head, `WIDTH` hidden units.
+    """A predicted time for a build's own problem, or for `VOCAB` tokens and, for a head, `WIDTH` hidden units.
 
     Attributes:
-        rows: of logits or hidden states: `ROWS`, or as many as a head's tile of few rows takes.
+        rows: of logits or hidden states: the problem's, or `ROWS`, or as many as a head's tile of few rows takes.
         floor, seconds: what any kernel needs, and what this one does.
         bound: the resource that takes the longest.
         resources: seconds that each would need alone.
@@ -50,6 +50,8 @@ def predict(build: Build, found: Figures) -> list[Prediction]:
     if found.per_logit is None or not found.bytes_per_logit or found.dtype not in _ELEMENT:
         return []
     devices = {name: device for name, device in DEVICES.items() if device.target == found.target}
+    if build.problem is not None:
+        return [_tiles(name, device, build.problem, found) for name, device in devices.items()]
     if build.tile is None:
         return [_scan(name, device, found) for name, device in devices.items()]
     if found.per_width is None:
@@ -57,9 +59,9 @@ def predict(build: Build, found: Figures) -> list[Prediction]:
     return [_product(name, device, build, found) for name, device in devices.items()]
 
 
-def _pipes(device: Device, rows: int, counts: Mapping[str, float]) -> dict[str, float]:
+def _pipes(device: Device, logits: int, counts: Mapping[str, float]) -> dict[str, float]:
     """Seconds of each resource for a number of instructions per logit."""
-    per_clock = device.multiprocessors * device.clock / (rows * VOCAB)
+    per_clock = device.multiprocessors * device.clock / logits
     return {
         name: sum(counts[pipe] / lanes for pipe, lanes in units.items()) / per_clock
         for name, units in device.pipes.items()
@@ -70,9 +72,23 @@ def _scan(name: str, device: Device, found: Figures) -> Prediction:
     assert found.per_logit is not None
     assert found.bytes_per_logit is not None
     floor = ROWS * VOCAB * found.bytes_per_logit / device.bandwidth
-    resources = {"memory": floor, **_pipes(device, ROWS, found.per_logit)}
+    resources = {"memory": floor, **_pipes(device, ROWS * VOCAB, found.per_logit)}
     bound = max(resources, key=lambda key: resources[key])
     return Prediction(name, ROWS, floor, resources[bound], bound, resources)
+
+
+def _tiles(name: str, device: Device, problem: Problem, found: Figures) -> Prediction:
+    assert found.per_logit is not None
+    floor = problem.least / device.bandwidth
+    memory, pipes = problem.memory / device.bandwidth, _pipes(device, problem.rows * problem.vocab, found.per_logit)
+    resources = {
+        "memory": memory, "cache": (problem.memory + problem.cached) / device.cache_bandwidth, **pipes
+    }  # fmt: skip
+    if programs(found) < 2:
+        # Nothing loads while a program computes.
+        resources["memory, then instructions"] = memory + max(pipes.values())
+    bound = max(resources, key=lambda key: resources[key])
+    return Prediction(name, problem.rows, floor, resources[bound], bound, resources)
 
 
 def _product(name: str, device: Device, build: Build, found: Figures) -> Prediction:
@@ -86,11 +102,11 @@ def _product(name: str, device: Device, build: Build, found: Figures) -> Predict
     # Per tile BM rows of hidden and a row of the head per column; between tiles they come from the cache.
     cache = rows * VOCAB * WIDTH * size * (1 / build.tile.BM + 1 / build.tile.columns) / device.cache_bandwidth
     width = {pipe: found.per_width[pipe] * WIDTH for pipe in PIPES}
-    together = _pipes(device, rows, {pipe: found.per_logit[pipe] + width[pipe] for pipe in PIPES})
+    together = _pipes(device, rows * VOCAB, {pipe: found.per_logit[pipe] + width[pipe] for pipe in PIPES})
     resources = {"memory": memory, "cache": cache, "product": operations, **together}
     if programs(found) < 2:
         # Nothing runs beside a program's epilogue, so that adds to its product.
-        after = max(_pipes(device, rows, found.per_logit).values())
-        resources["product, then epilogue"] = max(operations, *_pipes(device, rows, width).values()) + after
+        after = max(_pipes(device, rows * VOCAB, found.per_logit).values())
+        resources["product, then epilogue"] = max(operations, *_pipes(device, rows * VOCAB, width).values()) + after
     bound = max(resources, key=lambda key: resources[key])
     return Prediction(name, rows, max(memory, operations), resources[bound], bound, resources)

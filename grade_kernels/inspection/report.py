@@ -34,7 +34,7 @@ def table(results: Sequence[tuple[Build, Figures]], target: str) -> Table:
             continue
         numbers = [found.registers, found.stack, found.spills, found.shared, programs(found)]
         pipes = ["" if found.per_logit is None else f"{found.per_logit[pipe]:.1f}" for pipe in PIPES]
-        predictions = {p.device: _prediction(p) for p in predict(build, found)}
+        predictions = {p.device: _prediction(p, build) for p in predict(build, found)}
         shown.add_row(
             found.kernel, found.dtype, found.configuration, *map(str, numbers),
             "" if found.total is None else f"{found.total:.1f}", *pipes, _bytes(build, found),
@@ -43,16 +43,16 @@ def table(results: Sequence[tuple[Build, Figures]], target: str) -> Table:
         )  # fmt: skip
     widths = f"N = {ROWS}, V = {VOCAB}, H = {WIDTH}"
     shown.caption = (
-        f"Predictions, nothing measured on a device: time at {widths} (at another N where a tile is for few rows), over the "
-        f"floor, and what bounds it. Programs: on a multiprocessor at a time. Bytes: per logit, for a head from the cache at "
-        f"H = {WIDTH}."
+        f"Predictions, nothing measured on a device: time at {widths} (at another N where a tile is for few rows, and for "
+        f"the rows that a configuration names), over the floor, and what bounds it. Programs: on a multiprocessor at a time. "
+        f"Bytes: per logit, for a head from the cache at H = {WIDTH}."
     )
     return shown
 
 
-def _prediction(p: Prediction) -> str:
-    at = "" if p.rows == ROWS else f", N = {p.rows}"
-    return f"{1e3 * p.seconds:.2f} ms, {p.ratio:.2f}x ({p.bound}{at})"
+def _prediction(p: Prediction, build: Build) -> str:
+    at = "" if p.rows == ROWS or build.problem is not None else f", N = {p.rows}"
+    return f"{1e3 * p.seconds:.3g} ms, {p.ratio:.2f}x ({p.bound}{at})"
 
 
 def _bytes(build: Build, found: Figures) -> str:

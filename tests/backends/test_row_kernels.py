@@ -284,8 +284,9 @@ def test_rows_in_three_dimensions(every_backend, shape, layout, poison):
     backend, rule = every_backend, GradientRule("ste", needs_dtau=True)
 
     found = backend.sample(logits, noise, False)
-    weights, total = softmax(backend, logits, tau, noise, found.score_max, normalize=True, dtype=torch.float32)
-    dlogits = torch.empty_like(logits)
+    _, total = softmax(backend, logits, tau, noise, found.score_max, normalize=True, dtype=torch.float32)
+    weights, dlogits = torch.empty_like(logits), torch.empty_like(logits)
+    backend.gumbel_softmax(Rows.of(logits, tau, noise), False, weights.unsqueeze(2))
     dtau = softmax_backward(backend, dy, logits, tau, noise, found, rule, dlogits)
 
     def planes(x):

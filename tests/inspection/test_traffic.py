@@ -11,7 +11,7 @@ if not torch.cuda.is_available():
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from grade_kernels.backends import GradientRule, Head, Noise, Rows, get
+from grade_kernels.backends import GradientRule, Head, Noise, Rows, Sample, get
 from grade_kernels.backends.triton.sizes import HeadTile
 from grade_kernels.backends.triton.targets import INTERPRETED
 from grade_kernels.inspection import traffic
@@ -79,6 +79,42 @@ def test_softmax_backward(estimator, small_tiles):
     for kernel, tensors in (("softmax_backward_sums_kernel", 2), ("softmax_backward_apply_kernel", 3)):
         assert tensors * logits.nbytes <= moved.of(kernel) <= 1.1 * tensors * logits.nbytes
         assert moved.least(kernel) <= moved.of(kernel) <= 1.1 * moved.least(kernel)
+
+
+@pytest.mark.parametrize("shape", [(40, 6, 1), (3, 6, 14), (1, 64, 40)])
+@pytest.mark.parametrize("hard", [False, True])
+def test_a_row_that_is_one_tile_is_read_once(shape, hard):
+    logits, dy = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
+    out, tau = torch.empty(shape), torch.ones(shape[0] * shape[2])
+    rows = Rows(logits, tau, NOISE)
+    with traffic.counted() as moved:
+        score_max = fused.gumbel_softmax(rows, hard, out)
+        fused.softmax_backward(dy, rows, Sample(tau[:0], score_max, tau, tau), GradientRule("ste"), out)
+    forward, backward = "row_tile_kernel", "row_tile_backward_kernel"
+    assert moved.loaded[forward, "logits"] == moved.stored[forward, "out"] == logits.nbytes
+    assert moved.loaded[backward, "logits"] == moved.loaded[backward, "dy"] == logits.nbytes
+    assert moved.stored[backward, "out"] == logits.nbytes
+    seed_reads = 8 * 64  # by each program
+    assert moved.of(forward) <= 2 * logits.nbytes + (tau.nbytes if hard else 2 * tau.nbytes) + seed_reads
+    assert moved.of(backward) <= 3 * logits.nbytes + 2 * tau.nbytes + seed_reads
+
+
+@pytest.mark.parametrize("hard", [False, True])
+def test_a_row_of_several_tiles_is_read_twice_at_most(hard, monkeypatch):
+    """And a hard sample is written without another look at the logits."""
+    resize(monkeypatch, tile_groups=256, tile_tokens=64, row_split=1024)
+    logits, dy, out = torch.randn(3, 2, 600, 20, generator=torch.Generator().manual_seed(0))
+    tau = torch.ones(40)
+    rows = Rows(logits, tau, NOISE)
+    with traffic.counted() as moved:
+        score_max = fused.gumbel_softmax(rows, hard, out)
+        fused.softmax_backward(dy, rows, Sample(tau[:0], score_max, tau, tau), GradientRule("ste"), out)
+    size = logits.nbytes
+    assert moved.loaded["row_scan_kernel", "logits"] == moved.stored["row_write_kernel", "out"] == size
+    assert moved.loaded["row_write_kernel", "logits"] == (0 if hard else size)
+    least = {"row_scan_kernel": 1, "row_write_kernel": 1 if hard else 2, "row_sums_kernel": 2, "row_apply_kernel": 3}
+    for kernel, tensors in least.items():
+        assert tensors * size <= moved.of(kernel) <= 1.1 * tensors * size
 
 
 @pytest.mark.parametrize("name", ["sample", "scores", "softmax"])

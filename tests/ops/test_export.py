@@ -78,6 +78,7 @@ def check(run: Callable[..., dict[str, Tensor]]) -> None:
 @pytest.mark.uncollect_if(
     lambda backend, device: device != "cpu" or backend == "triton", "the host's kernels decide here"
 )
+@pytest.mark.takes_long("the program has the backend's name alone", lambda backend: backend in ("reference", "torch"))
 def test_exported(backend: str, device: str) -> None:
     program = torch.export.export(Everything(), arguments())
     check(program.module())

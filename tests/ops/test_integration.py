@@ -171,6 +171,9 @@ def test_compile_follows_the_backend() -> None:
     assert seen
 
 
+@pytest.mark.takes_long(
+    "inductor calls the C++ compiler; a table asks more of it", lambda name: "embedding" not in name
+)
 @pytest.mark.parametrize("name", ["gumbel_softmax hard", "gumbel_ste_embedding ste"])
 def test_compile_by_default(name: str) -> None:
     """As a user calls it: no backend chosen, inductor, parameters and a loss around it."""

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import grade_kernels as gk
+from tests.support.covering import Case, covering
 from tests.support.helpers import DTYPES, ESTIMATORS, assert_same_ids, leaf, noise_of, randn, top_two_gap
 from tests.support.problems import (
     GRADIENTS,
@@ -55,11 +56,11 @@ def check(p: Problem, wanted: tuple[str, ...] | None = None, what: str = "", sli
     return ours
 
 
-def combinations(estimator: str, dtype: torch.dtype) -> list[dict[str, Any]]:
-    """Every combination of the other arguments; leading shapes take turns."""
+def combinations(estimator: str, dtype: torch.dtype, every: bool) -> list[dict[str, Any]]:
+    """Every combination of the other arguments, or those in which each pair of values occurs; leading shapes take turns."""
     shapes = itertools.cycle(((4,), (2, 1, 2), (), (1, 3)))
     choices = itertools.product((None, "bias", "mask"), (None, 2.5), TABLES, (False, True), ("float", "0-d", "row"))
-    found = []
+    found, cases = [], []
     for (bias, softcap, tables, given, tau), shape in zip(choices, shapes, strict=False):
         if bias == "mask" and softcap is not None:
             continue  # see test_softcap_leaves_masked_tokens_masked
@@ -69,7 +70,9 @@ def combinations(estimator: str, dtype: torch.dtype) -> list[dict[str, Any]]:
             "bias": bias is not None, "mask": bias == "mask", "softcap": softcap, "table_dtypes": table_dtypes,
             "given": given, "tau": temperature, "shape": shape, "estimator": estimator, "dtype": dtype,
         })  # fmt: skip
-    return found
+        values = {"bias": bias, "softcap": softcap, "tables": tables, "given": given, "tau": tau, "shape": shape}
+        cases.append(Case(str(values), values))
+    return found if every else [found[i] for i in sorted(covering(cases))]
 
 
 @pytest.mark.uncollect_if(
@@ -77,11 +80,16 @@ def combinations(estimator: str, dtype: torch.dtype) -> list[dict[str, Any]]:
 )
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_every_combination_in_float64(
-    backend: str, device: str, interpreted: bool, estimator: str, monkeypatch: pytest.MonkeyPatch
+    backend: str,
+    device: str,
+    interpreted: bool,
+    estimator: str,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
 ) -> None:
     """Float64 is served by `torch` and `reference`; all gradients, with one table's dtype narrower or the same."""
     small_chunks(monkeypatch, gather=2**20)
-    for i, kwargs in enumerate(combinations(estimator, torch.float64)):
+    for i, kwargs in enumerate(combinations(estimator, torch.float64, request.config.getoption("every_combination"))):
         p = problem(vocab=301, features=5, device=device, **kwargs)
         if isinstance(p.tau, torch.Tensor):
             p = p._replace(tau=p.tau.to(device))
@@ -92,9 +100,11 @@ def test_every_combination_in_float64(
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
-def test_every_combination_in_float32(backend: str, device: str, interpreted: bool, estimator: str) -> None:
-    cases = combinations(estimator, torch.float32)
-    for kwargs in cases[:: 13 if interpreted else 1]:
+def test_every_combination_in_float32(
+    backend: str, device: str, interpreted: bool, estimator: str, request: pytest.FixtureRequest
+) -> None:
+    cases = combinations(estimator, torch.float32, request.config.getoption("every_combination"))
+    for kwargs in cases[:: 5 if interpreted else 1]:
         p = problem(vocab=37, features=7, device=device, **kwargs)
         if isinstance(p.tau, torch.Tensor):
             p = p._replace(tau=p.tau.to(device))

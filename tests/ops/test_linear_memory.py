@@ -24,14 +24,14 @@ pytestmark = [
     ),
 ]
 
-N, V, H = 64, 16411, 3
+N, V, H = 32, 8209, 3
 EPSES = pytest.mark.parametrize("eps", [0.0, 2**-5])
 
 
 @pytest.fixture
 def small(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks far below N * V."""
-    small_chunks(monkeypatch, gather=2**14)
+    small_chunks(monkeypatch, gather=2**13)
     resize(monkeypatch, tile_buffer=2**14)
 
 

@@ -1,9 +1,16 @@
-"""Two gloo processes: `torchrun --nproc-per-node 2 -m tests.support.distributed_training MODE PATH`."""
+"""Two gloo processes: `python -m tests.support.distributed_training MODE PATH`.
+
+They are forked, with the environment that torchrun would give them, from one process that has imported everything,
+which takes longer than all they do.
+"""
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import traceback
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -176,18 +183,56 @@ def adapter_run(path: Path) -> None:
         torch.save({"weights": weights(trainer), "kls": kls}, path / "result.pt")
 
 
+MODES: dict[str, Callable[[Path], None]] = {
+    "ddp": trainer_run,
+    "ddp-stream": partial(trainer_run, streaming=True),
+    "fsdp": fsdp_step,
+    "fsdp-reference": fsdp_reference,
+    "adapter": adapter_run,
+    "fsdp-trainer": sharded_trainer_run,
+}
+
+
+def run(mode: str, path: Path, rank: int) -> None:
+    """What one of the processes does; it does not return."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    status = 1
+    try:
+        MODES[mode](path)
+        dist.barrier()  # whoever leaves first closes connections that the other may still be reading
+        dist.destroy_process_group()
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # A thread of gloo may still hold a tensor of the last collective; letting go of it while Python ends aborts.
+        os._exit(status)
+
+
+def main(mode: str, path: Path) -> int:
+    """Run both; the first that fails ends the other, which would wait for it."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    os.environ |= {
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
+    }  # fmt: skip
+    running = set()
+    for rank in range(2):
+        child = os.fork()
+        if child == 0:
+            run(mode, path, rank)
+        running.add(child)
+    while running:
+        child, status = os.wait()
+        running.remove(child)
+        if status != 0:
+            for other in running:
+                os.kill(other, signal.SIGKILL)
+            return 1
+    return 0
+
+
 if __name__ == "__main__":
-    modes = {
-        "ddp": trainer_run,
-        "ddp-stream": partial(trainer_run, streaming=True),
-        "fsdp": fsdp_step,
-        "fsdp-reference": fsdp_reference,
-        "adapter": adapter_run,
-        "fsdp-trainer": sharded_trainer_run,
-    }
-    modes[sys.argv[1]](Path(sys.argv[2]))
-    dist.barrier()  # whoever leaves first closes connections that the other may still be reading
-    dist.destroy_process_group()
-    # A thread of gloo may still hold a tensor of the last collective; letting go of it while Python shuts down aborts.
-    sys.stdout.flush()
-    os._exit(0)
+    sys.exit(main(sys.argv[1], Path(sys.argv[2])))

@@ -1,4 +1,7 @@
-"""Triton's interpreter without most of what it repeats, and with products that are the same on every machine."""
+"""Triton's interpreter without most of what it repeats, and with products that are the same on every machine.
+
+Each function here replaces a part of it. A Triton in which that part is written in another way is left alone.
+"""
 
 from __future__ import annotations
 
@@ -69,6 +72,86 @@ def quicken() -> None:
     interpreter._get_np_dtype = cached_dtype
 
 
+def reduce_by_blocks() -> None:
+    """Have a reduction combine halves of a block, as a GPU does, and not one element after the other.
+
+    Neighbours are combined, so the order of the elements is kept for a function that does not commute.
+    """
+    from triton.runtime import interpreter
+
+    reductions = interpreter.ReduceOps
+    if not all(hasattr(reductions, name) for name in ("generic_reduce", "to_tensor")):
+        return
+
+    def generic_reduce(self: Any, blocks: tuple[Any, ...]) -> list[Any]:
+        arrays = [block.handle.data for block in blocks]
+        rank = arrays[0].ndim
+        axis = 0 if self.axis is None else self.axis
+        if self.axis is None:
+            arrays = [array.reshape(-1) for array in arrays]
+        while arrays[0].shape[axis] > 1:  # a power of two, as every extent of a block
+            halves = [
+                self.to_tensor(np.take(array, range(first, array.shape[axis], 2), axis), block.dtype)
+                for first in (0, 1)
+                for array, block in zip(arrays, blocks, strict=True)
+            ]
+            combined = self.combine_fn.fn(*halves)
+            arrays = [x.handle.data for x in (combined if isinstance(combined, tuple) else (combined,))]
+        if self.axis is None:
+            arrays = [array.reshape((1,) * rank) if self.keep_dims else array.item() for array in arrays]
+        elif not self.keep_dims:
+            arrays = [array.squeeze(axis) for array in arrays]
+        return [self.to_tensor(array, block.dtype) for array, block in zip(arrays, blocks, strict=True)]
+
+    reductions.generic_reduce = generic_reduce
+
+
+def skip_promotion() -> None:
+    """Have operands of one type and one shape pass without the search for a type and a shape that hold both."""
+    from triton.language import core, semantic
+    from triton.runtime import interpreter
+
+    meet: Callable[..., Any] = semantic.TritonSemantic.binary_op_type_checking_impl
+    spread: Callable[..., Any] = semantic.TritonSemantic.broadcast_impl_value
+    unwrap: Callable[[Any], Any] = core._unwrap_if_constexpr
+    compare: Callable[[Any, Any], bool] = core.dtype.__eq__
+    kinds = (core.float32, core.float64, core.int32, core.int64, core.uint32, core.uint64)
+    settled = {kind.name for kind in kinds}
+    plain = {bool, int, float, str, type(None), core.tensor, core.dtype, core.block_type, core.pointer_type}
+
+    def binary(self: Any, lhs: Any, rhs: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        if type(lhs) is core.tensor and lhs.dtype.name in settled:
+            if type(rhs) is core.tensor and rhs.dtype is lhs.dtype:
+                return broadcast(self, lhs, rhs)
+            if type(rhs) is int or (type(rhs) is float and lhs.dtype.is_floating()):  # follows the tensor's type
+                return broadcast(self, lhs, self._cast_to_computation_type(rhs, lhs.dtype))
+        return meet(self, lhs, rhs, *args, **kwargs)
+
+    def broadcast(self: Any, lhs: Any, rhs: Any) -> tuple[Any, Any]:
+        shape = getattr(lhs.type, "like", None)  # of share_shapes: one object for each shape
+        other = getattr(rhs.type, "like", None)
+        if shape is other:
+            return lhs, rhs
+        if other is None:
+            return lhs, splat(self, rhs, lhs.type)
+        if shape is None:
+            return splat(self, lhs, rhs.type), rhs
+        return spread(self, lhs, rhs)
+
+    def splat(self: Any, scalar: Any, like: Any) -> Any:
+        data = scalar.handle.data
+        block = interpreter.TensorHandle(np.full(like.like.extents, data, data.dtype), scalar.dtype)
+        return self.make_tensor(block, like.with_element_ty(scalar.dtype))
+
+    def unwrap_value(x: Any) -> Any:
+        return x if type(x) in plain else unwrap(x)
+
+    semantic.TritonSemantic.binary_op_type_checking_impl = binary
+    semantic.TritonSemantic.broadcast_impl_value = broadcast
+    core._unwrap_if_constexpr = unwrap_value
+    core.dtype.__eq__ = lambda self, other: self is other or compare(self, other)
+
+
 def share_shapes() -> None:
     """Have blocks of one shape share what Triton's language derives from it, anew for each result of each operation.
 
@@ -90,19 +173,47 @@ def share_shapes() -> None:
             make_type(block, core.float32, list(extents))
             tensor = object.__new__(core.tensor)
             make_tensor(tensor, None, block)
+            block.names, tensor.extents = {}, extents
             examples[extents] = block, tensor
         return examples[extents]
 
     def init_type(self: Any, element_ty: Any, shape: Any) -> None:
         like, self.like = example(tuple([s.value if isinstance(s, core.constexpr) else s for s in shape]))
         self.element_ty, self.shape, self.numel = element_ty, like.shape, like.numel
-        self.name = f"<{self.shape}, {element_ty}>"
+        if element_ty.name not in like.names:
+            like.names[element_ty.name] = f"<{self.shape}, {element_ty}>"
+        self.name = like.names[element_ty.name]
 
     def init_tensor(self: Any, handle: Any, type: Any) -> None:
         like = type.like if type.is_block() else scalar
         self.handle, self.type, self.dtype, self.shape, self.numel = handle, type, type.scalar, like.shape, like.numel
 
     core.block_type.__init__, core.tensor.__init__ = init_type, init_tensor
+
+
+def compute_words() -> None:
+    """Have NumPy compute the random words that kernels draw, which is a third of what they do.
+
+    The function as it is written stays in the attribute `written`, for its own test.
+    """
+    from triton.language import core
+    from triton.runtime import interpreter
+
+    from grade_kernels.backends.triton import philox as device
+
+    def philox(*arguments: Any) -> tuple[Any, ...]:
+        c0, c1, c2, c3, k0, k1 = (x.handle.data.astype(np.uint64) for x in arguments[:6])
+        low, shift = np.uint64(0xFFFFFFFF), np.uint64(32)
+        for _ in range(10):
+            p0, p1 = c0 * np.uint64(0xD2511F53), c2 * np.uint64(0xCD9E8D57)
+            c0, c1, c2, c3 = (p1 >> shift) ^ c1 ^ k0, p1 & low, (p0 >> shift) ^ c3 ^ k1, p0 & low
+            k0, k1 = (k0 + np.uint64(0x9E3779B9)) & low, (k1 + np.uint64(0xBB67AE85)) & low
+        words = np.broadcast_arrays(*(c.astype(np.uint32) for c in (c0, c1, c2, c3)))
+        kind = core.block_type(core.uint32, list(words[0].shape))
+        return tuple(core.tensor(interpreter.TensorHandle(word.copy(), core.uint32), kind) for word in words)
+
+    vars(philox)["written"] = device.philox
+    device.philox = philox
 
 
 def settle() -> None:

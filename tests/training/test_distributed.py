@@ -25,15 +25,12 @@ def launch(mode: str, path: Path) -> None:
     environment = os.environ | {
         "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}", "OMP_NUM_THREADS": "1",
     }  # fmt: skip
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-        "-m", "tests.support.distributed_training", mode, str(path),
-    ]  # fmt: skip
+    command = [sys.executable, "-m", "tests.support.distributed_training", mode, str(path)]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
     assert run.returncode == 0, run.stderr
 
 
-takes_long = pytest.mark.takes_long("three processes import everything; the other test of its kind decides nearly all")
+takes_long = pytest.mark.takes_long("a process imports everything; the other test of its kind decides nearly all")
 
 
 @pytest.mark.parametrize("mode", ["ddp", pytest.param("ddp-stream", marks=takes_long)])

@@ -24,6 +24,7 @@ constexpr int64_t kLanes = 8;
 constexpr int kTall = 6;
 constexpr int64_t kLine = 2 * kLanes;      // numbers of a line
 constexpr int64_t kRound = 4;              // lines that share what is in the first-level cache
+constexpr int64_t kNearby = 256;           // numbers from one row of sums to the next, at most, if they grow in place
 constexpr int64_t kTokens = 4 * kTall;     // rows of the table at a time
 constexpr int64_t kSegment = 64;           // steps whose sum is taken in registers, so that rounding stays small
 constexpr int64_t kStrip = 16;             // rounds of the table's columns that a panel has at most
@@ -205,6 +206,9 @@ void multiply_blocks(const Product& args, int64_t begin, int64_t end) {
   static_assert(kTokens % kLanes == 0);
   alignas(64) float sums[kTokens * kRound * kLine], wider[kDtype == Dtype::kFloat ? 1 : kTokens * kSegment];
   const int64_t stride = args.stride * bytes_of(kDtype), lines = lines_of(args.rows);
+  // Sums that are wanted as they are grow where they belong, unless their rows lie so far apart that these would
+  // compete for the same places of the first-level cache.
+  const bool in_place = args.out_dtype == Dtype::kFloat && !args.by_row && args.out_stride <= kNearby;
   for (int64_t block = begin; block < end; ++block) {
     const int64_t token = block * kTokens, tokens = std::min(kTokens, args.tokens - token);
     const char* table = static_cast<const char*>(args.table) + token * stride;
@@ -214,6 +218,8 @@ void multiply_blocks(const Product& args, int64_t begin, int64_t end) {
     for (int64_t first = 0; first < lines; first += kRound) {
       const int64_t now_lines = std::min(kRound, lines - first);
       const float* packed = reinterpret_cast<const float*>(args.packed) + first * kLine * args.width;
+      float* const to = in_place ? static_cast<float*>(args.out) + token * args.out_stride + first * kLine : sums;
+      const int64_t to_stride = in_place ? args.out_stride : kRound * kLine;
       for (int64_t step = 0; step < args.width; step += kSegment) {
         const int64_t now = std::min(kSegment, args.width - step);
         BroadcastRows rows{table + 4 * step, stride, false};
@@ -225,10 +231,10 @@ void multiply_blocks(const Product& args, int64_t begin, int64_t end) {
             }
           }
         }
-        multiply_rows(rows, tokens, packed + step * kLine, now_lines, kLine * args.width, now, step == 0, sums,
-                      kRound * kLine, ahead);
+        multiply_rows(rows, tokens, packed + step * kLine, now_lines, kLine * args.width, now, step == 0, to, to_stride,
+                      ahead);
       }
-      put(args, sums, token, tokens, first * kLine, now_lines);
+      if (!in_place) put(args, sums, token, tokens, first * kLine, now_lines);
     }
   }
 }

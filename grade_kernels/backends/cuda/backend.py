@@ -8,6 +8,7 @@ import torch
 from typing_extensions import override
 
 from grade_kernels import _build
+from grade_kernels.backends.interface import Backend
 from grade_kernels.backends.layouts import flat, written_flat
 from grade_kernels.backends.native import ESTIMATOR, contiguous, cuda_kernels, unit_stride
 from grade_kernels.backends.records import GradientRule, Noise, Rows, Sample
@@ -83,6 +84,10 @@ class CudaBackend(TritonBackend):
             total, *found,
         )  # fmt: skip
         return found
+
+    @override
+    def gumbel_softmax(self, rows: Rows, hard: bool, out: torch.Tensor) -> torch.Tensor:
+        return Backend.gumbel_softmax(self, rows, hard, out)
 
     @override
     def one_hot(self, sample: Sample, vocab: int, dtype: torch.dtype, out: torch.Tensor | None = None) -> torch.Tensor:

@@ -10,7 +10,9 @@ from grade_kernels.backends.interface import softcapped
 from grade_kernels.backends.records import GradientRule, Head, Noise, Rows, Sample, Softmax, Support
 from grade_kernels.backends.torch.backend import TorchBackend
 from grade_kernels.backends.triton import availability
+from grade_kernels.backends.triton.parts import parts
 from grade_kernels.backends.triton.sizes import TritonSizes
+from grade_kernels.estimators import is_noisy
 
 __all__ = ["TritonBackend"]
 
@@ -48,6 +50,24 @@ class TritonBackend(TorchBackend):
         return sample(logits, noise, logsumexp, self.sizes)
 
     @override
+    def gumbel_softmax(self, rows: Rows, hard: bool, out: torch.Tensor) -> torch.Tensor:
+        from grade_kernels.backends.triton import relaxation, row_relaxation, row_tiles
+
+        how = row_tiles.way(self.sizes, rows.noise.vocab_start, rows.logits, out)
+        if how == "strips" and hard:
+            return super().gumbel_softmax(rows, hard, out)
+        if how == "tile" or hard:
+            return row_relaxation.gumbel_softmax(rows, hard, out, self.sizes)
+        score_max = torch.empty_like(rows.tau, memory_format=torch.contiguous_format)
+        for part in parts([rows.logits], self.sizes.reread_bytes):
+            few, place = part.given(rows), part.of(out)
+            if how == "strips":
+                score_max[part.rows] = relaxation.relax(few, place, self.sizes)
+            else:
+                score_max[part.rows] = row_relaxation.gumbel_softmax(few, hard, place, self.sizes)
+        return score_max
+
+    @override
     def one_hot(self, sample: Sample, vocab: int, dtype: torch.dtype, out: torch.Tensor | None = None) -> torch.Tensor:
         from grade_kernels.backends.triton.onehot import one_hot
 
@@ -71,9 +91,26 @@ class TritonBackend(TorchBackend):
     def softmax_backward(
         self, dy: torch.Tensor, rows: Rows, sample: Sample, rule: GradientRule, out: torch.Tensor
     ) -> torch.Tensor:
+        from grade_kernels.backends.triton import row_gradient, row_tiles
         from grade_kernels.backends.triton.gradient import softmax_backward
 
-        return softmax_backward(dy, rows, sample, rule, out, self.sizes)
+        how = row_tiles.way(self.sizes, rows.noise.vocab_start, rows.logits, dy, out)
+        if rule.dlogprobs is not None or not is_noisy(rule.estimator):
+            how = "strips"
+        if how == "tile":
+            return row_gradient.softmax_backward(dy, rows, sample.score_max, rule.needs_dtau, out, self.sizes)
+        dtau = torch.empty_like(rows.tau, memory_format=torch.contiguous_format)
+        for part in parts([rows.logits, dy], self.sizes.reread_bytes):
+            few, upstream, place = part.given(rows), part.of(dy), part.of(out)
+            if how == "strips":
+                sampled, asked = part.sampled(sample), part.rule(rule)
+                dtau[part.rows] = softmax_backward(upstream, few, sampled, asked, place, self.sizes)
+            else:
+                score_max = part.numbers(sample.score_max)
+                dtau[part.rows] = row_gradient.softmax_backward(
+                    upstream, few, score_max, rule.needs_dtau, place, self.sizes
+                )
+        return dtau
 
     # Through a head
 

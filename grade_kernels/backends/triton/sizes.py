@@ -77,6 +77,10 @@ class TritonSizes(Sizes):
         lanes: neighbouring tokens of a strip (see `strips`); None for four in each thread of a program.
         most_strips: strips that a tile of a row has at most.
         row_split: tokens of a row that one program scans, rounded up to whole tiles.
+        reread_bytes: of rows that are read twice, taken at a time, so that the second time comes from the cache. It is less
+            than half of what any GPU's cache holds that predictions are made for.
+        tile_groups: groups of four tokens of a tile of rows (see `row_tiles`) at least.
+        tile_tokens: tokens of a row, times its rows where they are neighbours in memory, up to which a row is one tile.
         head_split: tokens that one program multiplies with; a multiple of every tile's columns.
         tile_float32: the tile of float32.
         tiles: by products per tile.
@@ -90,6 +94,9 @@ class TritonSizes(Sizes):
     lanes: int | None = None
     most_strips: int = 4
     row_split: int = 8192
+    reread_bytes: int = 2**24
+    tile_groups: int = 512
+    tile_tokens: int = 4096
     head_split: int = 640
     tile_float32: HeadTile = _TILE_FLOAT32
     tiles: Mapping[int, HeadTile] = field(default_factory=lambda: _TILES)

@@ -104,7 +104,8 @@ def load_strip(
 
 
 @triton.jit
-def _round_to(b_x, DTYPE: tl.constexpr):
+def round_to(b_x, DTYPE: tl.constexpr):
+    """A block in a dtype, rounded to nearest even."""
     if INTERPRETED and DTYPE == tl.bfloat16:
         # The interpreter truncates where hardware rounds to nearest even.
         b_bits = b_x.to(tl.float32).to(tl.uint32, bitcast=True)
@@ -117,7 +118,7 @@ def store_strip(p_row, s_v, first, V, b_x, MASKED: tl.constexpr):
     """Write a strip to a row from column `first`, in the row's dtype."""
     o_v = first + tl.arange(0, b_x.shape[0])
     p_v = p_row + o_v.to(tl.int64) * s_v
-    b_x = _round_to(b_x, p_row.dtype.element_ty)
+    b_x = round_to(b_x, p_row.dtype.element_ty)
     if MASKED:
         tl.store(p_v, b_x, mask=(o_v >= 0) & (o_v < V))
     else:
