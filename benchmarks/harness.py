@@ -113,17 +113,13 @@ def _cost(name: str, work: Callable[[], Any], device: str, budget: float) -> flo
     return min(again, *(seconds(work, device) for _ in range(5))) if again < budget / 100 else again
 
 
-def _turn(work: Callable[[], Any], device: str, calls: int) -> float:
-    """Mean seconds of some calls in a row."""
-    return statistics.fmean(seconds(work, device) for _ in range(calls))
-
-
 def run_race(benchmark: Any, case: Case, contestants: Contestants, budget: float, rounds: tuple[int, int]) -> Race:
     """Time the contestants in turns, A B C A B C, so that a drift of the machine meets all of them alike.
 
     A call of a few microseconds is shorter than what the machine does besides. So in a turn every contestant is called
     until it has taken TURN seconds. Where ours is much the shortest, its turn has up to ten calls, or as many as take a
-    fifth of a round. The mean over a turn counts: a turn then has its share of whatever else the machine does.
+    fifth of a round. The mean over a turn counts: a turn then has its share of whatever else the machine does. Where a call
+    of every contestant is shorter than a turn, that share is all or nothing, and the median of the turn's calls counts.
 
     Args:
         benchmark: pytest-benchmark's fixture. It times our turns; the others' run as its untimed set-up.
@@ -138,8 +134,10 @@ def run_race(benchmark: Any, case: Case, contestants: Contestants, budget: float
     count = max(rounds[0], min(rounds[1], int(budget / sum(costs[name] * calls[name] for name in costs))))
     times: dict[str, list[float]] = {name: [] for name in contestants}
 
+    average = statistics.median if max(costs.values()) < TURN else statistics.fmean
+
     def take_turn(name: str) -> None:
-        times[name].append(_turn(contestants[name], case.device, calls[name]))
+        times[name].append(average([seconds(contestants[name], case.device) for _ in range(calls[name])]))
 
     def others() -> None:
         for name in list(contestants)[1:]:

@@ -11,11 +11,18 @@ from benchmarks.harness import OURS, Case
 
 QUICK = ("token pruning: [128, 196, 2]", "routers: [8192, 64]", "tabular GANs: [500, 10]")
 SHARE = 0.1  # of the budget of a case, since there are hundreds
-LARGE = 2**24  # of so many logits, only the program's own kind of sample is drawn, since it takes seconds
+LARGE = (
+    2**24
+)  # a case of so many logits takes many seconds, so that only float32 and the program's own sample are measured
 
 
 def _threads(option: Any) -> list[int | None]:
     return [*sorted({1, torch.get_num_threads()})] if option.device == "cpu" else [None]
+
+
+def _is_own(shape: users.Shape, hard: bool, dtype: str) -> bool:
+    """The sample that the program draws, in the usual dtype."""
+    return hard == shape.hard and dtype == "float32"
 
 
 def cases_users(option: Any) -> list[Case]:
@@ -25,8 +32,8 @@ def cases_users(option: Any) -> list[Case]:
         for shape in users.SHAPES
         if not option.quick or str(shape) in QUICK
         for hard in (shape.hard, not shape.hard)
-        if hard == shape.hard or not (option.quick or shape.rows * shape.vocab > LARGE)
         for dtype in option.users_dtypes
+        if _is_own(shape, hard, dtype) or not (option.quick or shape.rows * shape.vocab > LARGE)
         for pass_ in ("forward", "forward+backward")
         for count in _threads(option)
     ]
@@ -34,7 +41,7 @@ def cases_users(option: Any) -> list[Case]:
 
 def test_users(case, race, request):
     # It takes seconds to compile a case, more than all else.
-    own = users.hard(case) == users.shape_of(case).hard and case.dtype == "float32"
+    own = _is_own(users.shape_of(case), users.hard(case), case.dtype)
     contestants = users.build(case, with_compiled=own and not request.config.option.quick)
     race(case, contestants, lambda: users.check(case, contestants[OURS]), share=SHARE)
 

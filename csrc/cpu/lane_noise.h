@@ -80,33 +80,33 @@ GK_INLINE_IF_WIDE void lane_words(const LaneKey& key, uint32_t counter, u32 out[
 #if defined(GK_AVX512) || defined(GK_AVX2)
   constexpr int kWide = 2 * kCountersPerCall;  // lanes of `wide` counted as 32-bit ones
   const wide m0 = w_set(kPhiloxM0), m1 = w_set(kPhiloxM1), zero = w_set(0);
-  wide parity[2][kTokensPerPhilox];
 #pragma GCC unroll 2
   for (int part = 0; part < kLanes / kWide; ++part) {
+    // A round waits for the one before, so those of even and of odd rows are interleaved.
+    wide c0[2], c1[2], c2[2], c3[2];
 #pragma GCC unroll 2
     for (int odd = 0; odd < 2; ++odd) {
       const int place = odd * (kLanes / 2) + part * kCountersPerCall;
-      wide c0 = w_xor3(*(const wide*)(key.round1_c1 + place), w_set(c0_scalar), zero);
-      wide c2 = w_xor3(*(const wide*)(key.round1_high + place), w_set(c2_scalar), zero);
-      wide p0 = w_mul(c0, m0), p1 = w_mul(c2, m1);  // round 2
-      c0 = w_xor3(w_high(p1), w_set(c0_round2), zero);
-      wide c1 = p1, c3 = p0;
-      c2 = w_xor3(w_high(p0), *(const wide*)(key.round1_low + place), zero);
-#pragma GCC unroll 7
-      for (int round = 3; round < kPhiloxRounds; ++round) {
-        p0 = w_mul(c0, m0);
-        p1 = w_mul(c2, m1);
-        c0 = w_xor3(w_high(p1), c1, w_set(key.k0[round]));
-        c1 = p1;
-        c2 = w_xor3(w_high(p0), c3, w_set(key.k1[round]));
-        c3 = p0;
-      }
-      parity[odd][0] = c0;
-      parity[odd][1] = c1;
-      parity[odd][2] = c2;
-      parity[odd][3] = c3;
+      const wide p0 = w_mul(w_xor3(*(const wide*)(key.round1_c1 + place), w_set(c0_scalar), zero), m0);  // round 2
+      const wide p1 = w_mul(w_xor3(*(const wide*)(key.round1_high + place), w_set(c2_scalar), zero), m1);
+      c0[odd] = w_xor3(w_high(p1), w_set(c0_round2), zero);
+      c1[odd] = p1;
+      c2[odd] = w_xor3(w_high(p0), *(const wide*)(key.round1_low + place), zero);
+      c3[odd] = p0;
     }
-    for (int j = 0; j < kTokensPerPhilox; ++j) ((wide*)(out + j))[part] = w_pair(parity[0][j], parity[1][j]);
+#pragma GCC unroll 7
+    for (int round = 3; round < kPhiloxRounds; ++round) {
+#pragma GCC unroll 2
+      for (int odd = 0; odd < 2; ++odd) {
+        const wide p0 = w_mul(c0[odd], m0), p1 = w_mul(c2[odd], m1);
+        c0[odd] = w_xor3(w_high(p1), c1[odd], w_set(key.k0[round]));
+        c1[odd] = p1;
+        c2[odd] = w_xor3(w_high(p0), c3[odd], w_set(key.k1[round]));
+        c3[odd] = p0;
+      }
+    }
+    const wide words[2][kTokensPerPhilox] = {{c0[0], c1[0], c2[0], c3[0]}, {c0[1], c1[1], c2[1], c3[1]}};
+    for (int j = 0; j < kTokensPerPhilox; ++j) ((wide*)(out + j))[part] = w_pair(words[0][j], words[1][j]);
   }
 #else
   uint32_t c0[kLanes], c1[kLanes], c2[kLanes], c3[kLanes];

@@ -50,7 +50,7 @@ constexpr int kCountersPerCall = 8, kTogether = 2;
 using wide = __m256i;
 GK_INLINE wide w_set(uint32_t x) { return _mm256_set1_epi32(int32_t(x)); }
 GK_INLINE wide w_mul(wide a, wide b) { return _mm256_mul_epu32(a, b); }
-GK_INLINE wide w_high(wide a) { return _mm256_shuffle_epi32(a, 0xF5); }
+GK_INLINE wide w_high(wide a) { return _mm256_shuffle_epi32(a, 0xF5); }  // as above
 GK_INLINE wide w_xor3(wide a, wide b, wide c) { return _mm256_xor_si256(_mm256_xor_si256(a, b), c); }
 GK_INLINE wide w_pair(wide a, wide b) { return _mm256_blend_epi32(a, _mm256_shuffle_epi32(b, 0xA0), 0xAA); }
 GK_INLINE wide w_low(wide a, wide b) { return _mm256_unpacklo_epi64(a, b); }

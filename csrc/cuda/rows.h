@@ -78,4 +78,41 @@ struct BackwardArgs {
 };
 void softmax_backward(const BackwardArgs& args, void* stream);
 
+// Rows of any layout: row a * beside + b is [a, :, b] of a tensor, whose strides are in elements.
+struct Place {
+  int64_t a, v, b;
+};
+
+struct PlacedRows {
+  const void* logits;
+  Place place;
+  Dtype dtype;  // not kDouble
+  int64_t planes, vocab, beside, rows;
+  const int64_t* seed;  // null: it is seed_value
+  int64_t seed_value;
+  const int64_t* row_ids;  // null: the row index
+  int64_t vocab_start;
+};
+
+struct RelaxArgs {
+  PlacedRows in;
+  const float* tau;
+  bool hard;
+  void* out;  // of the logits' dtype
+  Place out_place;
+  float* score_max;
+};
+void relax(const RelaxArgs& args, void* stream);
+
+struct RelaxBackwardArgs {
+  PlacedRows in;
+  const float *tau, *score_max;
+  const void* dy;  // of the logits' dtype, as is out
+  Place dy_place;
+  void* out;  // may be dy
+  Place out_place;
+  float* dtau;  // null: not wanted
+};
+void relax_backward(const RelaxBackwardArgs& args, void* stream);
+
 }  // namespace gk::cuda

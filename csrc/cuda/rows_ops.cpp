@@ -121,6 +121,55 @@ void softmax_backward_rows(Tensor dy, Tensor logits, Tensor tau, Tensor seed, st
   softmax_backward(args, Launching(logits).stream());
 }
 
+Place place_of(const Tensor& x, const Tensor& logits) {
+  STD_TORCH_CHECK(x.dim() == 3 && x.size(0) == logits.size(0) && x.size(1) == logits.size(1) &&
+                      x.size(2) == logits.size(2) && dtype_of(x) == dtype_of(logits),
+                  "grade_kernels: the cuda kernels take tensors [A, V, B] of one shape and dtype");
+  return {x.stride(0), x.stride(1), x.stride(2)};
+}
+
+PlacedRows placed_rows_of(const Tensor& logits, const Tensor& seed, const std::optional<Tensor>& row_ids,
+                          int64_t vocab_start) {
+  const Place place = place_of(logits, logits);
+  STD_TORCH_CHECK(dtype_of(logits) != Dtype::kDouble, "grade_kernels: the cuda kernels compute in float32");
+  const bool on_device = seed.is_cuda() == logits.is_cuda();
+  return {logits.const_data_ptr(),
+          place,
+          dtype_of(logits),
+          logits.size(0),
+          logits.size(1),
+          logits.size(2),
+          logits.size(0) * logits.size(2),
+          on_device ? seed.const_data_ptr<int64_t>() : nullptr,
+          on_device ? 0 : *seed.const_data_ptr<int64_t>(),
+          data<int64_t>(row_ids),
+          vocab_start};
+}
+
+void relax_rows(Tensor logits, Tensor tau, Tensor seed, std::optional<Tensor> row_ids, int64_t vocab_start, bool hard,
+                Tensor out, Tensor score_max) {
+  const RelaxArgs args{placed_rows_of(logits, seed, row_ids, vocab_start),
+                       data<float>(tau),
+                       hard,
+                       out.mutable_data_ptr(),
+                       place_of(out, logits),
+                       mutable_data<float>(score_max)};
+  relax(args, Launching(logits).stream());
+}
+
+void relax_backward_rows(Tensor dy, Tensor logits, Tensor tau, Tensor seed, std::optional<Tensor> row_ids,
+                         int64_t vocab_start, Tensor score_max, Tensor out, std::optional<Tensor> dtau) {
+  const RelaxBackwardArgs args{placed_rows_of(logits, seed, row_ids, vocab_start),
+                               data<float>(tau),
+                               data<float>(score_max),
+                               dy.const_data_ptr(),
+                               place_of(dy, logits),
+                               out.mutable_data_ptr(),
+                               place_of(out, logits),
+                               dtau ? mutable_data<float>(*dtau) : nullptr};
+  relax_backward(args, Launching(logits).stream());
+}
+
 }  // namespace
 }  // namespace gk::cuda
 
@@ -138,6 +187,12 @@ STABLE_TORCH_LIBRARY(grade_kernels_cuda, m) {
       "softmax_backward(Tensor dy, Tensor logits, Tensor tau, Tensor seed, Tensor? row_ids, int vocab_start, "
       "int estimator, Tensor ids, Tensor score_max, Tensor logit_max, Tensor logit_sum, Tensor? dlogprobs, "
       "Tensor(a!) partial, Tensor(b!) chosen, Tensor(c!)? partial_dtau, Tensor(d!) out, Tensor(e!) dtau) -> ()");
+  m.def(
+      "relax(Tensor logits, Tensor tau, Tensor seed, Tensor? row_ids, int vocab_start, bool hard, Tensor(a!) out, "
+      "Tensor(b!) score_max) -> ()");
+  m.def(
+      "relax_backward(Tensor dy, Tensor logits, Tensor tau, Tensor seed, Tensor? row_ids, int vocab_start, "
+      "Tensor score_max, Tensor(a!) out, Tensor(b!)? dtau) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(grade_kernels_cuda, CompositeExplicitAutograd, m) {
@@ -146,4 +201,6 @@ STABLE_TORCH_LIBRARY_IMPL(grade_kernels_cuda, CompositeExplicitAutograd, m) {
   m.impl("one_hot", TORCH_BOX(&gk::cuda::one_hot_rows));
   m.impl("softmax", TORCH_BOX(&gk::cuda::softmax_rows));
   m.impl("softmax_backward", TORCH_BOX(&gk::cuda::softmax_backward_rows));
+  m.impl("relax", TORCH_BOX(&gk::cuda::relax_rows));
+  m.impl("relax_backward", TORCH_BOX(&gk::cuda::relax_backward_rows));
 }

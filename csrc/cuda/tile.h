@@ -170,7 +170,9 @@ GK_KERNEL float element(const void* row, int64_t column, Dtype dtype) {
 struct RowNoise {
   uint32_t key0, key1, row0, row1;
 
-  GK_KERNEL RowNoise(const Rows& in, int64_t row) {
+  // Of one row of Rows or PlacedRows.
+  template <typename AnyRows>
+  GK_KERNEL RowNoise(const AnyRows& in, int64_t row) {
     const uint64_t seed = uint64_t(in.seed ? *in.seed : in.seed_value);
     const uint64_t id = uint64_t(in.row_ids ? in.row_ids[row] : row);
     key0 = uint32_t(seed);

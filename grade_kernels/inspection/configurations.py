@@ -207,6 +207,8 @@ def _tiles(name: str, given: tuple[torch.Tensor, bool], target: str) -> list[Bui
     backward, _, _ = row_tiles.tile_constants(_SIZES, device, 0, l=logits, dy=plain, out=plain)
     rows, vocab = logits.shape[0] * logits.shape[2], logits.shape[1]
     size, row = 4 * rows * vocab, 4 * rows  # bytes of a tensor, and of a number for each row
+    # Memory is read in sectors of eight numbers. Where no two of the logits are neighbours, others come along.
+    read = size * min(8, *(step for step, n in zip(logits.stride(), logits.shape, strict=True) if n > 1))
     stats = ("tau", "score_max", "best", "totals", "dots", "dtau")
     arguments = {
         **dict.fromkeys(("logits", "dy", "out", *stats), "*fp32"), "seed": "*i64", "row_ids": None, "s_tau": 1,
@@ -225,17 +227,17 @@ def _tiles(name: str, given: tuple[torch.Tensor, bool], target: str) -> list[Bui
         )  # fmt: skip
 
     if not tile.splits:
-        read = row if hard else 2 * row  # a hard sample does not depend on tau
+        taus = 0 if hard else row  # a hard sample does not depend on them
         return [
-            build("row_tile", "row_relaxation", forward, 2 * size, 2 * size + read),
-            build("row_tile_backward", "row_gradient", backward, 3 * size, 3 * size + 2 * row),
+            build("row_tile", "row_relaxation", forward, read + size, read + size + row + taus),
+            build("row_tile_backward", "row_gradient", backward, read + 2 * size, read + 2 * size + 2 * row),
         ]
     shares = 2 * tile.splits * row
     return [
-        build("row_scan", "row_relaxation", forward, size, size + shares),
-        build("row_write", "row_relaxation", forward, size, size + shares, 0 if hard else size),
-        build("row_sums", "row_gradient", backward, 2 * size, 2 * size + shares),
-        build("row_apply", "row_gradient", backward, size, size + shares, 2 * size),
+        build("row_scan", "row_relaxation", forward, read, read + shares),
+        build("row_write", "row_relaxation", forward, size, size + shares, 0 if hard else read),
+        build("row_sums", "row_gradient", backward, read + size, read + size + shares),
+        build("row_apply", "row_gradient", backward, size, size + shares, read + size),
     ]
 
 

@@ -13,11 +13,9 @@ import torch
 
 from grade_kernels import backends
 from grade_kernels.backends import Backend, GradientRule, Noise, Rows, Sample
-from tests.support import cuda_host
 from tests.support.helpers import resize
-from tests.support.interpreter import INTERPRETED
-from tests.support.needs import needs_backend, needs_cuda_on_the_host
-from tests.support.rows import DEVICE, REFINED, ROWS, SEED, logits_of, on, seed_tensor
+from tests.support.needs import needs_backend
+from tests.support.rows import DEVICE, GPU_BACKENDS, REFINED, ROWS, SEED, loaded, logits_of, on, seed_tensor
 
 pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 
@@ -25,27 +23,14 @@ torch_backend = backends.get("torch")
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 1e-5, torch.float16: 1e-5}
 
 
-TRITON = [needs_backend("triton"), *([INTERPRETED] if DEVICE == "cpu" else [])]
-CUDA = needs_backend("cuda") if DEVICE == "cuda" else needs_cuda_on_the_host()
-
-
-GPU_BACKENDS = [pytest.param("triton", marks=TRITON), pytest.param("cuda", marks=CUDA)]
-
-
-def _loaded(name: str) -> Backend:
-    if name == "cuda" and DEVICE == "cpu":
-        cuda_host.load()
-    return backends.get(name)
-
-
 @pytest.fixture(params=GPU_BACKENDS)
 def rows_backend(request: pytest.FixtureRequest) -> Backend:
-    return _loaded(request.param)
+    return loaded(request.param)
 
 
 @pytest.fixture(params=["torch", pytest.param("cpu", marks=needs_backend("cpu")), *GPU_BACKENDS])
 def every_backend(request: pytest.FixtureRequest) -> Backend:
-    return _loaded(request.param)
+    return loaded(request.param)
 
 
 @pytest.fixture
@@ -270,9 +255,9 @@ def _laid_out(x, layout):
 @pytest.mark.parametrize("layout", ["contiguous", "V last", "V first", "reversed", "part"])
 @pytest.mark.parametrize("shape", [(2, 37, 3), (1, 5, 4), (3, 70, 1)])
 def test_rows_in_three_dimensions(every_backend, shape, layout, poison):
-    """Row `a * B + b` is `x[a, :, b]`, wherever its elements lie: the bits of the rows in plain layout.
+    """Row `a * B + b` is `x[a, :, b]`, wherever its elements lie: the tokens, and but for rounding the rest, of plain rows.
 
-    PyTorch itself sums in an order that depends on the layout, and so do C++ kernels, by which of them takes it.
+    Sums are added in an order that depends on the layout, on every backend.
     """
     device = "cpu" if every_backend.name in ("torch", "cpu") else DEVICE
     a, vocab, b = shape
@@ -293,7 +278,7 @@ def test_rows_in_three_dimensions(every_backend, shape, layout, poison):
         return _laid_out(x.view(a, b, vocab).movedim(2, 1), layout)
 
     def same(x, y):
-        return torch.allclose(x, y, rtol=1e-5, atol=1e-6) if backend.name in ("torch", "cpu") else torch.equal(x, y)
+        return torch.allclose(x, y, rtol=1e-5, atol=1e-6)
 
     rows = Rows(planes(logits), tau, noise)
     out = planes(torch.zeros_like(logits))

@@ -73,6 +73,13 @@ def test_contestants_take_turns_of_a_length(monkeypatch):
     assert race.ratio("eager") == pytest.approx(2)
 
 
+def test_an_interruption_of_a_short_call_does_not_count(monkeypatch):
+    monkeypatch.setattr(harness, "seconds", lambda work, device: work())
+    case, calls = users.SHAPES[0].case(True, "forward", "float32", 1), iter(range(1000))
+    contestants = {OURS: lambda: 1e-4, "eager": lambda: 0.1 if next(calls) % 5 == 4 else 2e-4}
+    assert harness.run_race(Benchmark(), case, contestants, 2.0, (3, 15)).ratio("eager") == pytest.approx(2)
+
+
 def test_a_case_has_its_threads():
     before = torch.get_num_threads()
     for count, expected in ((before + 1, before + 1), (None, before)):

@@ -180,7 +180,7 @@ def test_strides(backend: str, device: str, rows: int, layout: str, dtype: torch
 
 @pytest.mark.cover(1)
 @pytest.mark.parametrize("hard", [False, True])
-@pytest.mark.parametrize("layout", ["plain", "channels last", "transposed", "every second"])
+@pytest.mark.parametrize("layout", ["plain", "channels last", "transposed", "every second", "part", "repeated"])
 @pytest.mark.parametrize("dim", [0, 1, 2, 3, -1, -2])
 def test_layout_of_the_result(backend: str, device: str, dim: int, layout: str, hard: bool) -> None:
     """Strides are PyTorch's, of the result and of the gradient, so that the same views are possible."""
@@ -190,13 +190,17 @@ def test_layout_of_the_result(backend: str, device: str, dim: int, layout: str, 
         "channels last": lambda x: x.contiguous(memory_format=torch.channels_last),
         "transposed": lambda x: x.transpose(0, 2).contiguous().transpose(0, 2),
         "every second": lambda x: x.repeat_interleave(2, 2)[:, :, ::2],
+        "part": lambda x: F.pad(x, (1, 2, 0, 0, 3, 0))[:, 3:, :, 1:-2],
+        "repeated": lambda x: x[:, :, :1].expand(x.shape),
     }[layout](x)
     results = []
     for where in (F, gk):
         leaf_x = x.detach().requires_grad_()
         y = where.gumbel_softmax(leaf_x, 0.5, hard, dim=dim)
-        results.append((y, torch.autograd.grad(y.square().sum(), leaf_x)[0]))
-    for theirs, ours in list(zip(*results, strict=True))[: 1 if backend == "reference" else 2]:
+        (gradient,) = torch.autograd.grad(y.square().sum(), leaf_x, retain_graph=True)
+        y.square().sum().backward()
+        results.append((y, gradient, leaf_x.grad))
+    for theirs, ours in list(zip(*results, strict=True))[: 1 if backend == "reference" else None]:
         assert ours.stride() == theirs.stride()
     assert results[1][0].view(2, -1).shape == (2, x[0].numel())
 

@@ -13,8 +13,13 @@ from grade_kernels.backends.layouts import flat, written_flat
 from grade_kernels.backends.native import ESTIMATOR, contiguous, cuda_kernels, unit_stride
 from grade_kernels.backends.records import GradientRule, Noise, Rows, Sample
 from grade_kernels.backends.triton.backend import TritonBackend
+from grade_kernels.estimators import is_noisy
 
 __all__ = ["CudaBackend"]
+
+
+# Tokens of a row that a warp reads, if it must a second time from the cache that is next to it.
+_TEAM_TOKENS = 1024
 
 
 @functools.cache
@@ -42,8 +47,19 @@ def _partial(logits: torch.Tensor, vocab_start: int, *planes: int) -> torch.Tens
     return torch.empty(*planes, logits.shape[0], pieces, dtype=torch.float32, device=logits.device)
 
 
+def _are_pieces(*tensors: torch.Tensor) -> bool:
+    """Whether rows `[A, V, B]` are long, and lie as the kernels that cut them into pieces read them: as `[N, V]`."""
+    return all(t.shape[1] > _TEAM_TOKENS and t.shape[2] == 1 and t.stride(1) == 1 for t in tensors)
+
+
+def _given(rows: Rows) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, int]:
+    """Rows as the kernels for rows of any layout take them."""
+    logits, tau, noise = rows
+    return logits, tau.contiguous(), _seed(noise.seed, logits), contiguous(noise.row_ids), noise.vocab_start
+
+
 class CudaBackend(TritonBackend):
-    """Kernels of csrc/cuda for rows of given logits.
+    """Kernels of csrc/cuda for rows of given logits; those of the sample and of the rule `ste` take rows of any layout.
 
     What goes through a head is the triton backend's, or the torch backend's where Triton cannot run.
     """
@@ -87,7 +103,11 @@ class CudaBackend(TritonBackend):
 
     @override
     def gumbel_softmax(self, rows: Rows, hard: bool, out: torch.Tensor) -> torch.Tensor:
-        return Backend.gumbel_softmax(self, rows, hard, out)
+        if _are_pieces(rows.logits, out):
+            return Backend.gumbel_softmax(self, rows, hard, out)
+        score_max = torch.empty(rows.tau.shape, dtype=torch.float32, device=out.device)
+        cuda_kernels().relax(*_given(rows), hard, out, score_max)
+        return score_max
 
     @override
     def one_hot(self, sample: Sample, vocab: int, dtype: torch.dtype, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -126,6 +146,13 @@ class CudaBackend(TritonBackend):
     def softmax_backward(
         self, dy: torch.Tensor, rows: Rows, sample: Sample, rule: GradientRule, out: torch.Tensor
     ) -> torch.Tensor:
+        if rule.dlogprobs is None and is_noisy(rule.estimator) and not _are_pieces(rows.logits, dy, out):
+            dtau = (torch.empty if rule.needs_dtau else torch.zeros)(
+                rows.tau.shape, dtype=torch.float32, device=out.device
+            )
+            score_max = sample.score_max.contiguous()
+            cuda_kernels().relax_backward(dy, *_given(rows), score_max, out, dtau if rule.needs_dtau else None)
+            return dtau
         logits, noise = flat(rows.logits), rows.noise
         needs_dtau = rule.needs_dtau and rule.estimator != "reinmax"  # which defines none
         dtau = (torch.empty if needs_dtau else torch.zeros)(logits.shape[0], dtype=torch.float32, device=logits.device)
