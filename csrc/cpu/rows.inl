@@ -242,9 +242,9 @@ constexpr int kMostChunks = 64;   // of a row; longer rows have longer chunks
 constexpr float kLowest = -3.402823466e38f;  // stands for -inf where that would make NaN of -inf - -inf
 
 struct Chunk {
-  int64_t begin, end, length;   // length: of whole chunks
-  float pivot, score_max, sum;  // sum of exp((l + g - pivot) / tau)
-  bool bad;                     // a logit is NaN or +inf
+  int64_t begin, end, length;        // length: of whole chunks
+  float pivot, score_max, top, sum;  // top: the largest weight; sum of exp((l + g - pivot) / tau)
+  bool bad;                          // a logit is NaN or +inf
 };
 
 // The largest of many numbers, and whether one of them is NaN or +inf.
@@ -307,8 +307,8 @@ GK_INLINE void weigh_chunk_at_one(const Rows& in, const RowKey& key, const T* l_
     out.finish(weights, block);
   });
   chunk.sum = sum.total();
-  const float largest = reduce_max(top);
-  chunk.score_max = largest > 0.0f ? chunk.pivot + __builtin_logf(largest) : -__builtin_inff();
+  chunk.top = reduce_max(top);
+  chunk.score_max = chunk.top > 0.0f ? chunk.pivot + __builtin_logf(chunk.top) : -__builtin_inff();
 }
 
 // At other temperatures, where noise is multiplied, the pivot is the largest score.
@@ -343,6 +343,7 @@ GK_INLINE void weigh_chunk(const Rows& in, const RowKey& key, const T* l_row, fl
     out.finish(weights, block);
   });
   chunk.sum = sum.total();
+  chunk.top = chunk.sum > 0.0f ? 1.0f : 0.0f;
   chunk.score_max = chunk.sum > 0.0f ? chunk.pivot : -__builtin_inff();
 }
 
@@ -380,14 +381,23 @@ static void relax_row(const RelaxArgs<float>& args, int64_t row, float* scratch)
   double total = 0.0;
   for (int i = 0; i < count; ++i) total += chunks[i].sum * factor(chunks[i]);
   for (int i = 0; i < count; ++i) {
-    const float f = bad ? __builtin_nanf("") : float(factor(chunks[i]) / total);
-    for_each_block(in.noise.vocab_start, chunks[i].begin, chunks[i].end,
+    const Chunk& chunk = chunks[i];
+    const double scaled = factor(chunk) / total;
+    const float f = bad ? __builtin_nanf("") : float(scaled);
+    // A token that has more than half of the row is divided exactly: where it is alone, 1 must come out.
+    int64_t dominant = -1;
+    if (!bad && chunk.top * scaled > 0.5) {
+      dominant = chunk.begin;
+      while (weights[dominant] != chunk.top) ++dominant;
+    }
+    for_each_block(in.noise.vocab_start, chunk.begin, chunk.end,
                    [&](const Block& block) __attribute__((always_inline)) {
                      const BlockIn<float> e(weights, block, 0.0f);
                      const BlockOut<T> out(out_row, block);
                      for (int j = 0; j < kVectors; j += kPack) out.put(j, e.pack(j) * f);
                      out.finish(out_row, block);
                    });
+    if (dominant >= 0) out_row[dominant] = T(float(chunk.top * scaled));
   }
 }
 
