@@ -201,8 +201,8 @@ def compute_words() -> None:
 
     from grade_kernels.backends.triton import philox as device
 
-    def philox(*arguments: Any) -> tuple[Any, ...]:
-        c0, c1, c2, c3, k0, k1 = (x.handle.data.astype(np.uint64) for x in arguments[:6])
+    def philox(*words_and_key: Any, **how: bool) -> tuple[Any, ...]:
+        c0, c1, c2, c3, k0, k1 = (x.handle.data.astype(np.uint64) for x in words_and_key[:6])
         low, shift = np.uint64(0xFFFFFFFF), np.uint64(32)
         for _ in range(10):
             p0, p1 = c0 * np.uint64(0xD2511F53), c2 * np.uint64(0xCD9E8D57)
