@@ -144,8 +144,9 @@ def test_weights_of_two_tokens_follow_their_distribution(
     assert scipy.stats.chisquare(counts).pvalue > CHANCE
 
 
-@pytest.mark.uncollect_if(lambda interpreted, vocab: interpreted and vocab != 3, "a narrow row is one tile")
-@pytest.mark.parametrize("vocab", [2, 3, 8, 65])
+@pytest.mark.cover(3)  # kernels are chosen by dtype and width
+@pytest.mark.uncollect_if(lambda interpreted, vocab: interpreted and vocab != 8, "a narrow row is one tile")
+@pytest.mark.parametrize("vocab", [2, 8, 65])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("value", ["max", "min", "tiny", "subnormal"])
 def test_logits_at_the_ends_of_a_dtype(
