@@ -2,7 +2,8 @@
 //
 // They serve vocabularies too small to fill vectors, and rows whose tokens do not lie side by side. kLanes consecutive
 // rows are a group. What a group's rows hold of one token is one vector, and a tile is up to kTile of them, in the
-// first-level cache: all tokens of several groups, or where a vocabulary is larger than a tile, some tokens of one.
+// first-level cache: all tokens of several groups, or where a vocabulary is larger than a tile, some tokens of a few.
+// What a tile holds at a time is a patch.
 // Work goes tile by tile in steps (words, exponential numbers, scores, weights), each a loop over independent vectors.
 // So no vector is filled up with tokens that are not there, and chains of dependent instructions overlap.
 //
@@ -195,11 +196,11 @@ GK_INLINE void store_full_rows(float* x, const int64_t offset[kLanes], int count
 }
 
 // Rows of a narrower type pass through rows of float32 in the first-level cache.
-struct Wide {
+struct Widened {
   alignas(64) float x[kLanes * kTile];
   int64_t offset[kLanes];
 
-  [[gnu::always_inline]] explicit Wide(int tokens) {
+  [[gnu::always_inline]] explicit Widened(int tokens) {
     for (int i = 0; i < kLanes; ++i) offset[i] = i * tokens;
   }
 };
@@ -240,7 +241,7 @@ template <typename T>
     if constexpr (sizeof(T) == sizeof(float)) {
       load_rows(x, at.offset, tokens, out);
     } else {
-      Wide rows(tokens);
+      Widened rows(tokens);
       if (dense(at, tokens)) {
         widen(x + at.offset[0], kLanes * tokens, rows.x);
       } else {
@@ -272,7 +273,7 @@ template <typename T>
     if constexpr (sizeof(T) == sizeof(float)) {
       store_rows(x, at.offset, at.count, tokens, in);
     } else {
-      Wide rows(tokens);
+      Widened rows(tokens);
       store_rows(rows.x, rows.offset, kLanes, tokens, in);
       if (dense(at, tokens)) {
         narrow(rows.x, kLanes * tokens, x + at.offset[0]);
@@ -379,7 +380,7 @@ GK_INLINE int groups_in_tile(int64_t vocab, int64_t first, int64_t end) {
 
 // ---- Forward --------------------------------------------------------------------------------------------------------
 
-// The greatest score of each lane, its token, and whether the lane's numbers are to be looked at.
+// The greatest score of each lane, and its token.
 struct Best {
   f32 score;
   i32 id;
@@ -390,12 +391,6 @@ struct Best {
     const i32 better = s > score;
     score = select(better, s, score);
     id = better ? splat_i(token) : id;
-  }
-  // A tie goes to the smaller token.
-  [[gnu::always_inline]] void take_any(f32 s, i32 token) {
-    const i32 better = (s > score) | ((s == score) & (token < id));
-    score = select(better, s, score);
-    id = better ? token : id;
   }
 };
 
@@ -588,7 +583,8 @@ static void relax_backward(const BackwardArgs<float>& args, int64_t begin, int64
         }
         exp2_of(w, at.vectors());
       }
-      // At tau = 1, exp(l + g - pivot) is exp(l - pivot) / E, one logarithm less. Whoever the row's neighbours are.
+      // At tau = 1, exp(l + g - pivot) is exp(l - pivot) / E, one logarithm less. It must be so beside rows of any tau,
+      // or a row's last bits would depend on its neighbours.
       if (some_at_one) {
         for (int g = 0; g < groups; ++g) {
           for (int i = g * at.tokens; i < (g + 1) * at.tokens; ++i) logits[i] = (logits[i] - pivot[g]) * kLog2E;

@@ -181,8 +181,7 @@ GK_INLINE float reduce_max(f32 x) {
   return m;
 }
 
-// ---- Loads and stores, with conversion from and to narrower types
-// ----------------------------------------------------
+// ---- Loads and stores, with conversion from and to narrower types ---------------------------------------------------
 //
 // A vector of numbers at any address. A load is exact. A store rounds to nearest, ties to even; what is too large for
 // the narrower type becomes an infinity, and NaN stays NaN.

@@ -17,7 +17,7 @@ using Four = float[4];
 struct Teams {
   int threads, member_stride, row_stride;
   int groups;         // of a row, whose tokens an int can count
-  double reciprocal;  // of the rows that lie beside one another
+  double reciprocal;  // 1 / beside
 
   explicit Teams(const PlacedRows& in) {
     reciprocal = 1.0 / double(in.beside);
@@ -340,7 +340,7 @@ struct BackwardTeams {
         merged_by_team(block, teams, block.each([](int, const State& s) { return s.total; }, sums), Plus{});
     const auto dot = merged_by_team(block, teams, block.each([](int, const State& s) { return s.dot; }, sums), Plus{});
     const auto moments = block.each(
-        [&](int thread, const State& s, float all, float mean) { return apply<Block>(at(thread), s, all, mean / all); },
+        [&](int thread, const State& s, float all, float sum) { return apply<Block>(at(thread), s, all, sum / all); },
         sums, total, dot);
     if (args.dtau) {
       const auto moment = merged_by_team(block, teams, moments, Plus{});

@@ -1,7 +1,8 @@
 // Operations on rows of given logits: arguments, and the functions that launch them. Pointers are the device's.
 //
-// Each row is cut into pieces of kPiece columns, one block each, so that few rows fill a device too. Pieces depend on
-// the vocabulary alone: results depend on neither the batch nor the device, and there are no atomics.
+// Rows [rows, vocab] are cut into pieces of kPiece columns, one block each, so that few rows fill a device too. Rows of
+// any layout have a team of threads each. Pieces and teams depend on the vocabulary and the strides alone: results
+// depend on neither the batch nor the device, and there are no atomics.
 #pragma once
 
 #include <cstdint>

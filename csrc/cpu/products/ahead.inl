@@ -8,8 +8,7 @@ struct BroadcastRows {
   bool half;       // the last step is a single number of bfloat16, and beyond it nothing may be read
 };
 
-// BroadcastRows of memory that will be wanted next. They are asked for a few lines at a time, while there is work to
-// do.
+// Rows of memory that will be wanted next. They are asked for a few lines at a time, while there is work to do.
 class Ahead {
  public:
   // All of them within `calls` calls of ask().

@@ -31,7 +31,7 @@ constexpr int64_t kRowsAhead = 16;           // of the table, that are asked for
 constexpr int64_t kStrip = 8;                // lines of the table's columns that a panel has at most
 constexpr int64_t kSumsAtATime = 1 << 17;    // numbers that stay in the second-level cache
 
-// BroadcastRows of sums that fill the registers beside so many vectors.
+// Rows of sums that fill the registers beside so many vectors.
 constexpr int tall(int wide) { return wide == 4 ? 6 : wide == 3 ? 8 : 12; }
 
 // What numbers are multiplied as.
