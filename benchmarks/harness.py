@@ -33,7 +33,7 @@ COLUMNS = (
     "median_seconds", "ratio_to_ours", "ratio_low", "ratio_high", "peak_bytes", "torch", "machine", "date",
 )  # fmt: skip
 
-TURN = 1e-3  # seconds
+TURN = 1e-3  # seconds that a contestant is called for, at least, before the next one is
 Contestants = dict[str, Callable[[], Any]]
 
 

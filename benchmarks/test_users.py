@@ -11,9 +11,8 @@ from benchmarks.harness import OURS, Case
 
 QUICK = ("token pruning: [128, 196, 2]", "routers: [8192, 64]", "tabular GANs: [500, 10]")
 SHARE = 0.1  # of the budget of a case, since there are hundreds
-LARGE = (
-    2**24
-)  # a case of so many logits takes many seconds, so that only float32 and the program's own sample are measured
+# A case of more logits takes many seconds. So only the program's own sample is measured then, and only in float32.
+LARGE = 2**24
 
 
 def _threads(option: Any) -> list[int | None]:

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 
 from grade_kernels.backends.chunks import Scratch, Sizes, column_chunks, support_capacity
-from grade_kernels.backends.layouts import contiguous_view, copy_flat, flat
+from grade_kernels.backends.layouts import flat, written_flat
 from grade_kernels.backends.records import GradientRule, Head, Noise, Rows, Sample, Softmax, Support
 from grade_kernels.dtypes import compute_dtype
 
@@ -69,14 +69,14 @@ class Backend(ABC):
     def one_hot(self, sample: Sample, vocab: int, dtype: torch.dtype, out: torch.Tensor | None = None) -> torch.Tensor:
         """`[N, V]`: one_hot(ids), exactly; on GPUs NaN throughout a row whose score_max is NaN.
 
-        It is written to `out` where that is given: contiguous, and holding zeros or as `blank` made it.
+        It is written to `out` where that is given, which is contiguous.
         """
 
     def blank(self, like: torch.Tensor, vocab: int, hard: bool) -> torch.Tensor:
         """Contiguous memory for the result of `gumbel_softmax`, with the shape, dtype and device of `like`.
 
-        `vocab` says how many of its numbers are a row. Its values are of no account. A backend that writes only the ones of
-        a hard sample overrides this, and gives zeros.
+        `vocab` says how many of its numbers are a row. What it holds is of no account. A backend that writes only the ones
+        of a hard sample overrides this, and gives zeros.
         """
         return torch.empty_like(like, memory_format=torch.contiguous_format)
 
@@ -88,10 +88,8 @@ class Backend(ABC):
         """
         found = self.sample(flat(rows.logits), rows.noise, False)
         if hard:
-            place = contiguous_view(out)
-            y = self.one_hot(found, out.shape[1], out.dtype, place)
-            if place is None:
-                copy_flat(y, out)
+            with written_flat(out) as y:
+                self.one_hot(found, out.shape[1], out.dtype, y)
         else:
             self.softmax(rows, found.score_max, normalize=True, dtype=out.dtype, out=out)
         score_max = found.score_max

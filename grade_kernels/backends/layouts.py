@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-__all__ = ["contiguous_view", "copy_flat", "flat", "written_flat"]
+__all__ = ["flat", "written_flat"]
 
 
 def flat(x: torch.Tensor) -> torch.Tensor:
@@ -16,25 +16,13 @@ def flat(x: torch.Tensor) -> torch.Tensor:
     return x.squeeze(2) if b == 1 else x.movedim(1, 2).reshape(a * b, vocab)
 
 
-def contiguous_view(x: torch.Tensor) -> torch.Tensor | None:
-    """`[N, V]` of `[A, V, B]` in the same memory and contiguous, where it is that."""
-    return x.squeeze(2) if x.shape[2] == 1 and x.is_contiguous() else None
-
-
-def copy_flat(rows: torch.Tensor, out: torch.Tensor) -> None:
-    """Copy `[N, V]` to `[A, V, B]`."""
-    a, vocab, b = out.shape
-    out.copy_(rows.view(a, b, vocab).movedim(2, 1))
-
-
 @contextmanager
 def written_flat(out: torch.Tensor) -> Iterator[torch.Tensor]:
     """Contiguous memory `[N, V]`; what is written there lies in `out` `[A, V, B]` when the context ends."""
-    place = contiguous_view(out)
-    if place is not None:
-        yield place
-        return
     a, vocab, b = out.shape
+    if b == 1 and out.is_contiguous():
+        yield out.squeeze(2)
+        return
     rows = torch.empty(a * b, vocab, dtype=out.dtype, device=out.device)
     yield rows
-    copy_flat(rows, out)
+    out.copy_(rows.view(a, b, vocab).movedim(2, 1))

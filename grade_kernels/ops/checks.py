@@ -170,7 +170,7 @@ def check_ids_values(ids: torch.Tensor, vocab_size: int) -> None:
 
 
 def holds_nan(x: torch.Tensor) -> bool:
-    """Whether any value is NaN, of numbers that are finite else."""
+    """Whether any value is NaN. The others are finite, so a sum is NaN for no other reason."""
     few = x.numel() <= _FEW
     return math.isnan(sum(x.tolist()) if few else x.max().item())
 

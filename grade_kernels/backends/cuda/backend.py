@@ -17,8 +17,7 @@ from grade_kernels.estimators import is_noisy
 
 __all__ = ["CudaBackend"]
 
-
-# Tokens of a row that a warp reads, if it must a second time from the cache that is next to it.
+# Up to so many tokens of a row are a warp's. What it reads twice comes from the multiprocessor's cache the second time.
 _TEAM_TOKENS = 1024
 
 

@@ -75,10 +75,9 @@ def row_tile_backward_kernel(
     dy, logits, tau, seed, row_ids, score_max, out, dtau, s_dya, s_dyv, s_dyb, s_la, s_lv, s_lb, s_outa, s_outv, s_outb,
     s_tau, A, B, V, group_start,
     FLAT: tl.constexpr, BA: tl.constexpr, BB: tl.constexpr, RUN: tl.constexpr, GROUPS: tl.constexpr,
-    SLOTS: tl.constexpr,
-    SKEW: tl.constexpr, EVEN: tl.constexpr, DTYPE: tl.constexpr, FAST: tl.constexpr, NEAR_L: tl.constexpr,
-    UNIT_L: tl.constexpr,
-    NEAR_DY: tl.constexpr, UNIT_DY: tl.constexpr, NEAR_OUT: tl.constexpr, UNIT_OUT: tl.constexpr,
+    SLOTS: tl.constexpr, SKEW: tl.constexpr, EVEN: tl.constexpr, DTYPE: tl.constexpr, FAST: tl.constexpr,
+    NEAR_L: tl.constexpr, UNIT_L: tl.constexpr, NEAR_DY: tl.constexpr, UNIT_DY: tl.constexpr, NEAR_OUT: tl.constexpr,
+    UNIT_OUT: tl.constexpr,
 ):  # fmt: skip
     """Rows that are one tile; `dtau` is None where it is not wanted."""
     DTAU: tl.constexpr = dtau is not None
@@ -105,10 +104,7 @@ def row_tile_backward_kernel(
     b_moment = tl.zeros((BA * BB, GROUPS), DTYPE)
     b_dl, b_moment = _gradient(b_l, b_dy, b_d, b_w, r_pivot, 1.0 / r_total / r_tau, r_mean, b_moment, SLOTS, DTAU)
     o_out = row_offsets(o_a, o_b, s_outa, s_outb, FLAT, NEAR_OUT, UNIT_OUT)
-    store_slots(
-        out, o_out, s_outv, 0, V, m_n, b_dl, GROUPS, SLOTS,
-        SKEW, EVEN, NEAR_OUT, UNIT_OUT
-    )  # fmt: skip
+    store_slots(out, o_out, s_outv, 0, V, m_n, b_dl, GROUPS, SLOTS, SKEW, EVEN, NEAR_OUT, UNIT_OUT)
     if DTAU:
         tl.store(dtau + o_n, -tl.sum(b_moment, 1) / r_tau, mask=m_n)
 
@@ -118,8 +114,7 @@ def row_sums_kernel(
     dy, logits, tau, seed, row_ids, score_max, totals, dots, s_dya, s_dyv, s_dyb, s_la, s_lv, s_lb, s_tau, A, B, V,
     group_start,
     FLAT: tl.constexpr, BA: tl.constexpr, BB: tl.constexpr, RUN: tl.constexpr, GROUPS: tl.constexpr,
-    SLOTS: tl.constexpr,
-    SKEW: tl.constexpr, EVEN: tl.constexpr, DTYPE: tl.constexpr, FAST: tl.constexpr, STEPS: tl.constexpr,
+    SLOTS: tl.constexpr, SKEW: tl.constexpr, EVEN: tl.constexpr, DTYPE: tl.constexpr, FAST: tl.constexpr, STEPS: tl.constexpr,
     SPLITS: tl.constexpr, NEAR_L: tl.constexpr, UNIT_L: tl.constexpr, NEAR_DY: tl.constexpr, UNIT_DY: tl.constexpr,
 ):  # fmt: skip
     """One split of rows: its sums of w and of w * dy, each `[N, SPLITS]`."""
@@ -154,11 +149,9 @@ def row_apply_kernel(
     dy, logits, tau, seed, row_ids, score_max, totals, dots, out, partial_dtau, s_dya, s_dyv, s_dyb, s_la, s_lv, s_lb,
     s_outa, s_outv, s_outb, s_tau, A, B, V, group_start,
     FLAT: tl.constexpr, BA: tl.constexpr, BB: tl.constexpr, RUN: tl.constexpr, GROUPS: tl.constexpr,
-    SLOTS: tl.constexpr,
-    SKEW: tl.constexpr, EVEN: tl.constexpr, DTYPE: tl.constexpr, FAST: tl.constexpr, STEPS: tl.constexpr,
+    SLOTS: tl.constexpr, SKEW: tl.constexpr, EVEN: tl.constexpr, DTYPE: tl.constexpr, FAST: tl.constexpr, STEPS: tl.constexpr,
     SPLITS: tl.constexpr, BLOCK_S: tl.constexpr, NEAR_L: tl.constexpr, UNIT_L: tl.constexpr, NEAR_DY: tl.constexpr,
-    UNIT_DY: tl.constexpr,
-    NEAR_OUT: tl.constexpr, UNIT_OUT: tl.constexpr,
+    UNIT_DY: tl.constexpr, NEAR_OUT: tl.constexpr, UNIT_OUT: tl.constexpr,
 ):  # fmt: skip
     """One split of rows of the gradient, and of dtau (`partial_dtau` `[N, SPLITS]`) unless that is None."""
     DTAU: tl.constexpr = partial_dtau is not None

@@ -86,9 +86,7 @@ def row_tile_kernel(
     stream = row_streams(seed, row_ids, o_n, m_n)
     o_row = row_offsets(o_a, o_b, s_la, s_lb, FLAT, NEAR_L, UNIT_L)
     b_l = load_slots(
-        logits, o_row, s_lv, 0, V, m_n, float("-inf"), GROUPS, SLOTS,
-        SKEW, EVEN,
-        NEAR_L, UNIT_L, DTYPE,
+        logits, o_row, s_lv, 0, V, m_n, float("-inf"), GROUPS, SLOTS, SKEW, EVEN, NEAR_L, UNIT_L, DTYPE
     )  # fmt: skip
     b_s = score_slots(b_l, 0, group_start, stream, GROUPS, SLOTS, DTYPE, FAST)
     r_best = tl.max(_peak(b_s, SLOTS), 1)
@@ -112,10 +110,7 @@ def row_tile_kernel(
         for i_j in tl.static_range(SLOTS):
             b_y = b_y + (b_w[i_j] * r_factor,)
     o_out = row_offsets(o_a, o_b, s_outa, s_outb, FLAT, NEAR_OUT, UNIT_OUT)
-    store_slots(
-        out, o_out, s_outv, 0, V, m_n, b_y, GROUPS, SLOTS,
-        SKEW, EVEN, NEAR_OUT, UNIT_OUT
-    )  # fmt: skip
+    store_slots(out, o_out, s_outv, 0, V, m_n, b_y, GROUPS, SLOTS, SKEW, EVEN, NEAR_OUT, UNIT_OUT)
     tl.store(score_max + o_n, tl.where(r_bad, float("nan"), r_best + SHIFT), mask=m_n)
 
 
@@ -174,8 +169,7 @@ def row_write_kernel(
     HARD: tl.constexpr, FLAT: tl.constexpr, BA: tl.constexpr, BB: tl.constexpr, RUN: tl.constexpr, GROUPS: tl.constexpr,
     SLOTS: tl.constexpr, SKEW: tl.constexpr, EVEN: tl.constexpr, DTYPE: tl.constexpr, FAST: tl.constexpr,
     STEPS: tl.constexpr, SPLITS: tl.constexpr, BLOCK_S: tl.constexpr, LOWEST: tl.constexpr, NEAR_L: tl.constexpr,
-    UNIT_L: tl.constexpr,
-    NEAR_OUT: tl.constexpr, UNIT_OUT: tl.constexpr,
+    UNIT_L: tl.constexpr, NEAR_OUT: tl.constexpr, UNIT_OUT: tl.constexpr,
 ):  # fmt: skip
     """One split of rows, from what `row_scan_kernel` left of all splits."""
     i_s = tl.program_id(0) % SPLITS
