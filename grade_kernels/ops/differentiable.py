@@ -9,7 +9,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 
-from grade_kernels.ops.eager import are_plain, undisturbed
+from grade_kernels.ops.eager import undisturbed
 from grade_kernels.ops.records import Layout
 from grade_kernels.ops.registry import WAY_ROUND, calling, library, register
 from grade_kernels.ops.transforms import differentiable_gradients, records_gradients
@@ -193,10 +193,8 @@ class _Differentiable(Generic[C, R, K]):
         return found
 
     def _have_data(self, leaves: Sequence[Any]) -> bool:
-        """Whether a kernel may read the arguments: tensors of no subclass, and not on the device `meta`."""
-        if leaves[self._tensors[0]].is_meta or not are_plain([leaves[i] for i in self._tensors]):
-            return False
-        return not self._lists or all(are_plain(leaves[i]) for i in self._lists)
+        """Whether a kernel may read the arguments as they are: see `Layout.are_plain`, and none is on the device `meta`."""
+        return self._arguments.are_plain(leaves) and not leaves[self._tensors[0]].is_meta
 
     def _with_graph(self, keyset: torch._C.DispatchKeySet, *leaves: Any) -> Any:
         """What the dispatcher calls where tensors may require gradients."""
@@ -210,8 +208,11 @@ class _Differentiable(Generic[C, R, K]):
         return self._node.apply(self, run, leaves, flags, *inputs) if inputs else run()[0]
 
     def _requiring(self, leaves: Sequence[Any]) -> tuple[list[torch.Tensor], list[bool]]:
-        """The tensors that require gradients, and which they are of those that may."""
-        if not torch.is_grad_enabled():
+        """The tensors that require gradients, and which they are of those that may.
+
+        Inference mode makes no graph, even where gradients are enabled inside it.
+        """
+        if not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
             return [], []
         candidates = self._candidates(leaves)
         if not torch._C._any_requires_grad(*candidates):
@@ -314,7 +315,12 @@ class _Differentiable(Generic[C, R, K]):
         found: Iterator[torch.Tensor | None]
         if self._reference is not None and records_gradients():
             found = iter(self._again(self._reference, given, arrived, flags))
-        elif not torch.is_grad_enabled() and undisturbed() and are_plain(arrived) and self._have_data(given):
+        elif (
+            not torch.is_grad_enabled()
+            and undisturbed()
+            and self._results.are_plain(arrived)
+            and self._have_data(given)
+        ):
             found = iter(self._gradients_of(arrived, given, tuple(tensors), flags))
         else:
             found = iter(self._backward_op(*arrived, *given, *tensors, flags))

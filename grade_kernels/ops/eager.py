@@ -8,19 +8,11 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Sequence
 
 import torch
 from torch.autograd import forward_ad
 
-__all__ = ["are_plain", "undisturbed"]
-
-_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, type(None)))
-
-
-def are_plain(tensors: Sequence[torch.Tensor | None]) -> bool:
-    """Whether none of them is of a subclass."""
-    return _PLAIN.issuperset(map(type, tensors))
+__all__ = ["undisturbed"]
 
 
 def undisturbed() -> bool:

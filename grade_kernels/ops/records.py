@@ -25,6 +25,14 @@ _SCHEMA_TYPES: dict[Any, str] = {
     bool: "bool",
     str: "str",
 }
+_PLAIN_TYPES: dict[str, tuple[type, ...]] = {
+    "Tensor": (torch.Tensor, torch.nn.Parameter),
+    "Tensor[]": (list, tuple),
+    "SymInt": (int,),
+    "float": (float,),
+    "bool": (bool,),
+    "str": (str,),
+}
 
 
 class Leaf(NamedTuple):
@@ -50,6 +58,11 @@ class Leaf(NamedTuple):
         """Whether it is a tensor, or None in the place of one."""
         return self.kind in ("Tensor", "Tensor?")
 
+    @property
+    def plain_types(self) -> frozenset[type]:
+        """The types of what kernels take as it is. The dispatcher converts others, such as an int where a float belongs."""
+        return frozenset((type(None), *_PLAIN_TYPES[self.kind.removesuffix("?")]))
+
 
 class Layout(Generic[Record]):
     """The leaves of a record type, in order.
@@ -73,6 +86,8 @@ class Layout(Generic[Record]):
         self.leaves: list[Leaf] = []
         self.build: Callable[[Sequence[Any]], Record] = self._read(record, "", optional=False)
         self._paths = [leaf.path.split(".") for leaf in self.leaves]
+        self._plain_types = [leaf.plain_types for leaf in self.leaves]
+        self._lists = [i for i, leaf in enumerate(self.leaves) if leaf.is_list]
         optional = any(leaf.absent for leaf in self.leaves)
         self._get = None if optional or len(self.leaves) < 2 else operator.attrgetter(*(x.path for x in self.leaves))
 
@@ -82,6 +97,13 @@ class Layout(Generic[Record]):
             return tuple([_at(record, path) for path in self._paths])
         found: tuple[Any, ...] = self._get(record)
         return found
+
+    def are_plain(self, leaves: Sequence[Any]) -> bool:
+        """Whether kernels may take the leaves as they are: no tensor of a subclass, no number of another type."""
+        for leaf, plain in zip(leaves, self._plain_types, strict=True):
+            if type(leaf) not in plain:
+                return False
+        return all(type(x) in _PLAIN_TYPES["Tensor"] for i in self._lists for x in leaves[i])
 
     def _read(self, record: type[Any], prefix: str, *, optional: bool) -> Callable[[Sequence[Any]], Any]:
         """Collect the leaves of a record; returns what builds it of all leaves."""

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch.autograd import forward_ad
 
-from grade_kernels.ops.eager import are_plain, undisturbed
+from grade_kernels.ops.eager import undisturbed
 from grade_kernels.ops.records import Layout
 from grade_kernels.ops.transforms import has_tangent, reference_serves
 
@@ -71,12 +71,12 @@ def operation(
 
     op, _ = register(name, f"({inputs.schema()}) -> ({outputs.kinds()})", run(kernel), run(fake))
     dispatched = calling(op, inputs, outputs, len(outputs.leaves))
-    tensors = [i for i, leaf in enumerate(inputs.leaves) if leaf.is_tensor]
+    first = next(i for i, leaf in enumerate(inputs.leaves) if leaf.is_tensor)
 
     def call(given: C) -> R:
         if undisturbed():
             leaves = inputs.flatten(given)
-            if are_plain([leaves[i] for i in tensors]) and not leaves[tensors[0]].is_meta:
+            if inputs.are_plain(leaves) and not leaves[first].is_meta:
                 with torch.no_grad():
                     return kernel(given)
         return dispatched(given)

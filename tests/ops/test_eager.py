@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.overrides import TorchFunctionMode
@@ -167,3 +168,26 @@ def test_a_tensor_that_was_saved_and_changed_is_noticed() -> None:
     given.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
+
+
+@pytest.mark.parametrize("softcap", [3, np.float32(3.0), np.int64(3)], ids=["int", "float32", "int64"])
+def test_numbers_of_other_types_are_converted(softcap: Any) -> None:
+    """A kernel would otherwise get the number as it is, which Triton refuses and C++ may read as another type."""
+    hidden, lm_head = randn(3, 4, seed=1), randn(7, 4, seed=2)
+
+    def run(number: Any) -> torch.Tensor:
+        return gk.linear_logprobs(hidden, lm_head, torch.tensor([1, 2, 3]), logit_softcap=number)
+
+    with Seen() as seen:
+        expected = run(3.0)
+    assert seen.names
+    assert torch.equal(run(softcap), expected)
+    assert torch.equal(run(3.0), expected)
+
+
+@every_call
+def test_inference_mode_makes_no_graph_where_gradients_are_enabled_inside(call: Callable[..., Any]) -> None:
+    logits, table, tau = (torch.nn.Parameter(x) for x in (randn(4, 9, seed=1), randn(9, 2, seed=2), torch.ones(4, 1)))
+    with torch.inference_mode(), torch.enable_grad():
+        found = call(logits * 1, table, tau)
+    assert all(x.is_inference() for x in found if x.is_floating_point())
