@@ -295,9 +295,9 @@ class _Differentiable(Generic[C, R, K]):
         constants = [found[i] for i in self._constants]
         ctx.values = values
         ctx.save_for_backward(*tensors, *constants, *kept)
+        ctx.set_materialize_grads(False)
         if len(found) > 1:
             ctx.mark_non_differentiable(*constants, *found[len(self._results.leaves) :])
-            ctx.set_materialize_grads(False)
 
     def gradient(self, ctx: _Context, *upstream: torch.Tensor | None) -> list[torch.Tensor | None]:
         """A gradient or None for each tensor that the node was given."""

@@ -87,6 +87,7 @@ class Layout(Generic[Record]):
         self.build: Callable[[Sequence[Any]], Record] = self._read(record, "", optional=False)
         self._paths = [leaf.path.split(".") for leaf in self.leaves]
         self._plain_types = [leaf.plain_types for leaf in self.leaves]
+        self._tensors = [i for i, leaf in enumerate(self.leaves) if leaf.is_tensor]
         self._lists = [i for i, leaf in enumerate(self.leaves) if leaf.is_list]
         optional = any(leaf.absent for leaf in self.leaves)
         self._get = None if optional or len(self.leaves) < 2 else operator.attrgetter(*(x.path for x in self.leaves))
@@ -99,11 +100,17 @@ class Layout(Generic[Record]):
         return found
 
     def are_plain(self, leaves: Sequence[Any]) -> bool:
-        """Whether kernels may take the leaves as they are: no tensor of a subclass, no number of another type."""
+        """Whether kernels may take the leaves as they are: no tensor of a subclass, no number of another type.
+
+        Nor a view that negates its memory, or zeros without memory, which the dispatcher writes out for a kernel.
+        """
         for leaf, plain in zip(leaves, self._plain_types, strict=True):
             if type(leaf) not in plain:
                 return False
-        return all(type(x) in _PLAIN_TYPES["Tensor"] for i in self._lists for x in leaves[i])
+        for i in self._tensors:
+            if leaves[i] is not None and not _is_written_out(leaves[i]):
+                return False
+        return all(type(x) in _PLAIN_TYPES["Tensor"] and _is_written_out(x) for i in self._lists for x in leaves[i])
 
     def _read(self, record: type[Any], prefix: str, *, optional: bool) -> Callable[[Sequence[Any]], Any]:
         """Collect the leaves of a record; returns what builds it of all leaves."""
@@ -139,6 +146,11 @@ class Layout(Generic[Record]):
 def _hints(record: Any) -> dict[str, Any]:
     """The types of a record's fields. Several operations share a record, and reading its annotations takes its time."""
     return get_type_hints(record)
+
+
+def _is_written_out(x: torch.Tensor) -> bool:
+    """Whether its values are those in its memory."""
+    return not (x.is_neg() or x._is_zerotensor())
 
 
 def _at(record: Any, path: Sequence[str]) -> Any:

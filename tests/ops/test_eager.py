@@ -156,6 +156,39 @@ def test_subclasses_are_dispatched() -> None:
     assert any("grade_kernels.gumbel_softmax" in name for name in names)
 
 
+@pytest.mark.uncollect_if(lambda backend: backend == "reference", "the reference is no operation")
+def test_tensors_that_are_not_what_their_memory_says(backend: str, device: str) -> None:
+    """A negated view, as complex numbers leave behind, and zeros without memory: as logits, and as a gradient."""
+    z = torch.complex(randn(4, 9, device=device, seed=0), randn(4, 9, device=device, seed=1))
+    negated = z.conj().imag
+    assert negated.is_neg()
+    zeros = torch._efficientzerotensor((4, 9), device=device)
+    logits = leaf(randn(4, 9, device=device, seed=2))
+    y = gk.gumbel_softmax(logits, 0.7, noise=NOISE)
+    for odd, plain in ((negated, negated.resolve_neg()), (zeros, torch.zeros(4, 9, device=device))):
+        assert torch.equal(gk.gumbel_softmax(odd, 0.7, noise=NOISE), gk.gumbel_softmax(plain, 0.7, noise=NOISE))
+        assert torch.equal(gk.gumbel_sample(odd, noise=NOISE)[0], gk.gumbel_sample(plain, noise=NOISE)[0])
+        (expected,) = torch.autograd.grad(y, logits, plain, retain_graph=True)
+        assert torch.equal(torch.autograd.grad(y, logits, odd, retain_graph=True)[0], expected)
+
+
+def test_no_gradient_arrives() -> None:
+    """None from above is None below, as in PyTorch, and no tensor of zeros."""
+
+    class Stop(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, dy: torch.Tensor) -> None:  # type: ignore[override]
+            return None
+
+    logits = leaf(randn(2, 5))
+    Stop.apply(gk.gumbel_softmax(logits, noise=NOISE)).sum().backward()
+    assert logits.grad is None
+
+
 def test_no_graph_where_autograd_is_left_out() -> None:
     with torch._C._AutoDispatchBelowAutograd():
         assert not gk.gumbel_softmax(leaf(randn(2, 5)), noise=NOISE).requires_grad
