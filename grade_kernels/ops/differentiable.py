@@ -149,8 +149,6 @@ class _Differentiable(Generic[C, R, K]):
         paths = [leaf.path for leaf in given.leaves]
         # Which arguments may have gradients, in the order of `gradients`.
         self._places = [paths.index(leaf.path) for leaf in self._gradients.leaves]
-        self._tensors = [i for i, leaf in enumerate(given.leaves) if leaf.is_tensor]
-        self._lists = [i for i, leaf in enumerate(given.leaves) if leaf.is_list]
         self._unsaved = {i for i, path in enumerate(paths) if path in unsaved}
         self._constants = [i for i, leaf in enumerate(found.leaves) if not leaf.varies]
         upstream = ", ".join(
@@ -179,7 +177,7 @@ class _Differentiable(Generic[C, R, K]):
         if not undisturbed():
             return self._dispatched(given)
         leaves = self._arguments.flatten(given)
-        if not self._have_data(leaves):
+        if not self._arguments.are_plain(leaves):
             return self._dispatched(given)
         inputs, flags = self._requiring(leaves)
         if not inputs:
@@ -191,10 +189,6 @@ class _Differentiable(Generic[C, R, K]):
 
         found: R = self._results.build(self._node.apply_plainly(self, run, leaves, flags, *inputs))
         return found
-
-    def _have_data(self, leaves: Sequence[Any]) -> bool:
-        """Whether a kernel may read the arguments as they are: see `Layout.are_plain`, and none is on the device `meta`."""
-        return self._arguments.are_plain(leaves) and not leaves[self._tensors[0]].is_meta
 
     def _with_graph(self, keyset: torch._C.DispatchKeySet, *leaves: Any) -> Any:
         """What the dispatcher calls where tensors may require gradients."""
@@ -244,16 +238,16 @@ class _Differentiable(Generic[C, R, K]):
 
     def _candidates(self, given: Sequence[Any]) -> list[Any]:
         """The tensors that may have a gradient, in the order of `gradients`; None where there is none."""
-        if not self._lists:
+        if not self._arguments.lists:
             return [given[i] for i in self._places]
-        return [x for i in self._places for x in (given[i] if i in self._lists else (given[i],))]
+        return [x for i in self._places for x in (given[i] if i in self._arguments.lists else (given[i],))]
 
     def _nested(self, flat: Sequence[Any], given: Sequence[Any]) -> Sequence[Any]:
         """One of `flat` for each of them, in lists where these tensors are."""
-        if not self._lists:
+        if not self._arguments.lists:
             return flat
         rest = iter(flat)
-        return [[next(rest) for _ in given[i]] if i in self._lists else next(rest) for i in self._places]
+        return [[next(rest) for _ in given[i]] if i in self._arguments.lists else next(rest) for i in self._places]
 
     def _run_backward(self, *leaves: Any) -> list[torch.Tensor]:
         first = len(self._results.leaves)
@@ -286,10 +280,10 @@ class _Differentiable(Generic[C, R, K]):
     ) -> None:
         """Keep in a node what backward needs of the arguments, of the results, and of what was kept beside them."""
         values, tensors = list(leaves), []
-        for i in self._tensors:
+        for i in self._arguments.tensors:
             tensors.append(None if i in self._unsaved else leaves[i])
             values[i] = None
-        for i in self._lists:
+        for i in self._arguments.lists:
             tensors += leaves[i]
             values[i] = len(leaves[i])
         constants = [found[i] for i in self._constants]
@@ -302,9 +296,9 @@ class _Differentiable(Generic[C, R, K]):
     def gradient(self, ctx: _Context, *upstream: torch.Tensor | None) -> list[torch.Tensor | None]:
         """A gradient or None for each tensor that the node was given."""
         results, given, tensors = self._results.leaves, list(ctx.values), iter(ctx.saved_tensors)
-        for i in self._tensors:
+        for i in self._arguments.tensors:
             given[i] = next(tensors)
-        for i in self._lists:
+        for i in self._arguments.lists:
             given[i] = [next(tensors) for _ in range(given[i])]
         arrived = [x if leaf.varies else next(tensors) for leaf, x in zip(results, upstream, strict=False)]
         running = _running(ctx)
@@ -319,7 +313,7 @@ class _Differentiable(Generic[C, R, K]):
             not torch.is_grad_enabled()
             and undisturbed()
             and self._results.are_plain(arrived)
-            and self._have_data(given)
+            and self._arguments.are_plain(given)
         ):
             found = iter(self._gradients_of(arrived, given, tuple(tensors), flags))
         else:

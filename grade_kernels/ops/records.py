@@ -79,6 +79,8 @@ class Layout(Generic[Record]):
 
     Attributes:
         leaves: all of them.
+        tensors: which of them are tensors, by their places.
+        lists: which are lists of tensors.
         build: the record of a sequence of leaves.
     """
 
@@ -87,8 +89,8 @@ class Layout(Generic[Record]):
         self.build: Callable[[Sequence[Any]], Record] = self._read(record, "", optional=False)
         self._paths = [leaf.path.split(".") for leaf in self.leaves]
         self._plain_types = [leaf.plain_types for leaf in self.leaves]
-        self._tensors = [i for i, leaf in enumerate(self.leaves) if leaf.is_tensor]
-        self._lists = [i for i, leaf in enumerate(self.leaves) if leaf.is_list]
+        self.tensors = [i for i, leaf in enumerate(self.leaves) if leaf.is_tensor]
+        self.lists = [i for i, leaf in enumerate(self.leaves) if leaf.is_list]
         optional = any(leaf.absent for leaf in self.leaves)
         self._get = None if optional or len(self.leaves) < 2 else operator.attrgetter(*(x.path for x in self.leaves))
 
@@ -102,15 +104,16 @@ class Layout(Generic[Record]):
     def are_plain(self, leaves: Sequence[Any]) -> bool:
         """Whether kernels may take the leaves as they are: no tensor of a subclass, no number of another type.
 
-        Nor a view that negates its memory, or zeros without memory, which the dispatcher writes out for a kernel.
+        Three more kinds of tensors do not count as plain. The dispatcher writes out a view that negates its memory, and
+        zeros without memory, before a kernel sees them. A tensor on the device `meta` has no values.
         """
         for leaf, plain in zip(leaves, self._plain_types, strict=True):
             if type(leaf) not in plain:
                 return False
-        for i in self._tensors:
+        for i in self.tensors:
             if leaves[i] is not None and not _is_written_out(leaves[i]):
                 return False
-        return all(type(x) in _PLAIN_TYPES["Tensor"] and _is_written_out(x) for i in self._lists for x in leaves[i])
+        return all(type(x) in _PLAIN_TYPES["Tensor"] and _is_written_out(x) for i in self.lists for x in leaves[i])
 
     def _read(self, record: type[Any], prefix: str, *, optional: bool) -> Callable[[Sequence[Any]], Any]:
         """Collect the leaves of a record; returns what builds it of all leaves."""
@@ -150,7 +153,7 @@ def _hints(record: Any) -> dict[str, Any]:
 
 def _is_written_out(x: torch.Tensor) -> bool:
     """Whether its values are those in its memory."""
-    return not (x.is_neg() or x._is_zerotensor())
+    return not (x.is_neg() or x.is_meta or x._is_zerotensor())
 
 
 def _at(record: Any, path: Sequence[str]) -> Any:

@@ -71,12 +71,11 @@ def operation(
 
     op, _ = register(name, f"({inputs.schema()}) -> ({outputs.kinds()})", run(kernel), run(fake))
     dispatched = calling(op, inputs, outputs, len(outputs.leaves))
-    first = next(i for i, leaf in enumerate(inputs.leaves) if leaf.is_tensor)
 
     def call(given: C) -> R:
         if undisturbed():
             leaves = inputs.flatten(given)
-            if inputs.are_plain(leaves) and not leaves[first].is_meta:
+            if inputs.are_plain(leaves):
                 with torch.no_grad():
                     return kernel(given)
         return dispatched(given)

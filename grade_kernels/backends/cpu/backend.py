@@ -105,7 +105,7 @@ class CpuBackend(TorchBackend):
         tau = rows.tau.contiguous()
         score_max = torch.empty_like(tau)
         seed, row_ids, vocab_start = rows.noise
-        zeroed = hard and _stays_empty(out, out.shape[1])
+        zeroed = hard and _stays_empty(out, out.shape[1])  # then `blank` gave zeros
         cpu_kernels().gumbel_softmax(
             rows.logits, tau, seed, contiguous(row_ids), vocab_start, hard, zeroed, out, score_max
         )

@@ -58,11 +58,10 @@ def _gather(
     b_best, b_sum, b_low = state
     o_group = (group_start + tl.arange(0, LANES // 4).to(tl.uint32)).to(tl.int32, bitcast=True)
     for i_t in range(strip_lo, strip_hi, STRIPS):
-        b_s = ()
+        b_l = ()
         for i_r in tl.static_range(STRIPS):
             first = (i_t + i_r) * LANES - SKEW
-            b_s = b_s + (load_strip(p_l, s_lv, first, V, float("-inf"), LANES, DTYPE, ALIGNED, MASKED),)  # [LANES]
-        b_l = b_s
+            b_l = b_l + (load_strip(p_l, s_lv, first, V, float("-inf"), LANES, DTYPE, ALIGNED, MASKED),)  # [LANES]
         b_s = ()
         b_top = b_best
         for i_r in tl.static_range(STRIPS):
