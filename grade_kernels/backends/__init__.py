@@ -18,7 +18,7 @@ import torch
 
 from grade_kernels.backends.chunks import Sizes
 from grade_kernels.backends.interface import Backend
-from grade_kernels.backends.records import GradientRule, Head, Noise, Rows, Sample, Softmax, Support
+from grade_kernels.backends.records import GradientRule, Head, Noise, Posterior, Rows, Sample, Softmax, Support
 
 __all__ = [
     "BACKENDS",
@@ -26,6 +26,7 @@ __all__ = [
     "GradientRule",
     "Head",
     "Noise",
+    "Posterior",
     "Rows",
     "Sample",
     "Sizes",

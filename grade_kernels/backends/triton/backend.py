@@ -51,6 +51,8 @@ class TritonBackend(TorchBackend):
 
     @override
     def gumbel_softmax(self, rows: Rows, hard: bool, out: torch.Tensor) -> torch.Tensor:
+        if rows.noise.posterior is not None:
+            return super().gumbel_softmax(rows, hard, out)
         from grade_kernels.backends.triton import relaxation, row_relaxation, row_tiles
 
         how = row_tiles.way(self.sizes, rows.noise.vocab_start, rows.logits, out)
@@ -83,6 +85,8 @@ class TritonBackend(TorchBackend):
         dtype: torch.dtype,
         out: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        if rows.noise.posterior is not None:
+            return super().softmax(rows, score_max, normalize=normalize, dtype=dtype, out=out)
         from grade_kernels.backends.triton.relaxation import softmax
 
         return softmax(rows, score_max, normalize=normalize, dtype=dtype, out=out, sizes=self.sizes)
@@ -91,6 +95,9 @@ class TritonBackend(TorchBackend):
     def softmax_backward(
         self, dy: torch.Tensor, rows: Rows, sample: Sample, rule: GradientRule, out: torch.Tensor
     ) -> torch.Tensor:
+        if rows.noise.posterior is not None and is_noisy(rule.estimator):
+            return super().softmax_backward(dy, rows, sample, rule, out)
+        rows = rows._replace(noise=rows.noise.prior())  # which other rules do not read
         from grade_kernels.backends.triton import row_gradient, row_tiles
         from grade_kernels.backends.triton.gradient import softmax_backward
 
@@ -126,7 +133,7 @@ class TritonBackend(TorchBackend):
     def head_scores(
         self, head: Head, tau: torch.Tensor, noise: Noise, eps: float
     ) -> tuple[Sample, torch.Tensor, Support]:
-        if not self._fused(head):
+        if noise.posterior is not None or not self._fused(head):
             return super().head_scores(head, tau, noise, eps)
         from grade_kernels.backends.triton.head_sampling import head_scores
 
