@@ -201,6 +201,22 @@ def test_far_apart_logits(backend: str, device: str, dtype: torch.dtype) -> None
             assert grads(out.embedding.sum(), x)[0].isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rounding_does_not_decide(backend: str, device: str, interpreted: bool, dtype: torch.dtype) -> None:
+    """Next to logits of a million the differences of scores vanish, and the largest stands at several places."""
+    logits = torch.full((4 if interpreted else 200, 3), 1e6, dtype=dtype, device=device)
+    ids = torch.arange(len(logits), device=device) % 3
+    noise = gk.GumbelNoise(3).given(ids)
+    assert torch.equal(gk.gumbel_ste(logits, noise=noise).argmax(-1), ids)
+    table = randn(3, 2, dtype=dtype, device=device)
+    for out in (
+        gk.gumbel_ste_embedding(logits, table, noise=noise),
+        gk.linear_gumbel_ste(logits, torch.eye(3, dtype=dtype, device=device), table, noise=noise),
+    ):
+        assert torch.equal(out.ids, ids)
+        assert torch.equal(out.embedding, table[ids])
+
+
 def test_ids_beside_the_noise(backend: str, device: str) -> None:
     logits, table, ids = randn(3, 7, device=device), randn(7, 2, device=device), torch.tensor([1, 2, 3], device=device)
     noise = gk.GumbelNoise(1).given(ids)
