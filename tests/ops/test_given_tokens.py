@@ -203,8 +203,8 @@ def test_far_apart_logits(backend: str, device: str, dtype: torch.dtype) -> None
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rounding_does_not_decide(backend: str, device: str, interpreted: bool, dtype: torch.dtype) -> None:
-    """Next to logits of a million the differences of scores vanish, and the largest stands at several places."""
-    logits = torch.full((4 if interpreted else 200, 3), 1e6, dtype=dtype, device=device)
+    """Next to logits of 10^8 the differences of scores vanish, and the largest stands at several places."""
+    logits = torch.full((4 if interpreted else 200, 3), 1e8, dtype=dtype, device=device)
     ids = torch.arange(len(logits), device=device) % 3
     noise = gk.GumbelNoise(3).given(ids)
     assert torch.equal(gk.gumbel_ste(logits, noise=noise).argmax(-1), ids)
