@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -71,6 +72,14 @@ _TILES_MANY_ROWS = {
 _TILE_CHUNK = HeadTile(64, 64, 0, 4, 2)
 
 
+def _chunk_bytes() -> int:
+    """The default of `TritonSizes.chunk_bytes`."""
+    given = os.environ.get("GRADE_KERNELS_CHUNK_MIB") or "256"
+    if not given.isdecimal() or int(given) == 0:
+        raise ValueError(f"GRADE_KERNELS_CHUNK_MIB must be a positive whole number of MiB, got {given!r}")
+    return int(given) * 2**20
+
+
 @dataclass(frozen=True)
 class TritonSizes(Sizes):
     """`Sizes`, and those of the Triton kernels. None depends on the batch or on how large a device is.
@@ -88,10 +97,10 @@ class TritonSizes(Sizes):
         tiles: by products per tile.
         tiles_few_rows, tiles_many_rows: by (capability // 10, products), where others than `tiles` serve.
         chunk_tile: the tile of kernels that read logits from a chunk (see `head_chunks`).
-        chunk_bytes: of the logits that one chunk after another uses, at most.
+        chunk_bytes: of the logits that one chunk after another uses, at most: 256 MiB, or as many MiB as the environment
+            variable GRADE_KERNELS_CHUNK_MIB says when a backend is first used.
         chunk_least: columns that a chunk has at least where rows can be taken apart instead.
-        dense_elements: logits (rows times tokens) that the exact backward takes at a time; its terms take several times
-            their memory.
+        head_chunk: see `Sizes`. A GPU is idle in a small product. The terms of the exact backward take several times as much.
         split_slots: candidates that a split has room for; None for what it may collect.
         slot_bytes: of all rows' candidates that are held at a time.
         batch_rows: rows that are held at a time at least. A batch's first launches have few programs, and would leave most of
@@ -110,9 +119,9 @@ class TritonSizes(Sizes):
     tiles_few_rows: Mapping[tuple[int, int], HeadTile] = field(default_factory=lambda: _TILES_FEW_ROWS)
     tiles_many_rows: Mapping[tuple[int, int], HeadTile] = field(default_factory=lambda: _TILES_MANY_ROWS)
     chunk_tile: HeadTile = _TILE_CHUNK
-    chunk_bytes: int = 2**28
+    chunk_bytes: int = field(default_factory=_chunk_bytes)
     chunk_least: int = 3840
-    dense_elements: int = 2**23
+    head_chunk: int = 2**23
     split_slots: int | None = None
     slot_bytes: int = 2**27
     batch_rows: int = 128
