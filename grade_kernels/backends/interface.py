@@ -224,11 +224,11 @@ class Backend(ABC):
     def head_chunks(self, head: Head) -> Iterator[tuple[slice, torch.Tensor]]:
         """Columns and logits `[N, columns]` in compute precision, chunk by chunk, by `product`.
 
-        Logits last until the next chunk is asked for.
+        Logits last until the next chunk is asked for. Heads of one vocabulary and as many rows have the same chunks.
         """
         dtype = compute_dtype(head.hidden.dtype)
         scratch = Scratch(head.hidden.shape[0], dtype, head.hidden.device)
-        for columns in self.column_chunks(head.hidden.shape[0], head.weight.shape[0]):
+        for columns in column_chunks(head.hidden.shape[0], head.weight.shape[0], self.sizes.head_chunk):
             logits = self.product(head.hidden, head.weight[columns])
             if logits.dtype != dtype:
                 logits = scratch(logits.shape[1]).copy_(logits)

@@ -61,7 +61,7 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 def resize(monkeypatch: pytest.MonkeyPatch, **sizes: Any) -> None:
     """Have every backend that has such sizes (`grade_kernels.backends.Sizes`) use these, for the rest of the test."""
     unknown = set(sizes)
-    for name in gk.backends.BACKENDS[1:]:
+    for name in (*gk.backends.BACKENDS[1:], "triton:tiles", "triton:chunks"):
         backend = gk.backends.get(name)
         known = sizes.keys() & {field.name for field in dataclasses.fields(backend.sizes)}
         monkeypatch.setattr(backend, "sizes", dataclasses.replace(backend.sizes, **{key: sizes[key] for key in known}))

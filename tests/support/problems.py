@@ -234,7 +234,7 @@ def assert_answer(ours: Answer, theirs: Answer, truth: Answer, wanted: tuple[str
 
 def small_chunks(monkeypatch: pytest.MonkeyPatch, elements: int = 1, gather: int = 64) -> None:
     """Chunks of the least width, and gathers in many pieces."""
-    resize(monkeypatch, chunk=elements, gather=gather)
+    resize(monkeypatch, chunk=elements, head_chunk=elements, gather=gather)
 
 
 def tiny_capacity(monkeypatch: pytest.MonkeyPatch, capacity: int) -> None:
