@@ -97,6 +97,8 @@ def chunked(monkeypatch: pytest.MonkeyPatch) -> None:
 def on_rounding_backends(test: Callable[..., None]) -> Callable[..., None]:
     """Marks a test for backends that round at all, and are fast enough for statistics."""
     slow = "thousands of rows in Triton's interpreter; test_support compares its supports one by one instead"
+    # Eighty calls a case. What values of parameters do together, test_gradient_on_a_support sees in a single call.
+    test = pytest.mark.cover(1, on_each_backend=True)(test)
     test = pytest.mark.uncollect_if(lambda backend: backend == "reference", "the reference is exact at every eps")(test)
     return pytest.mark.uncollect_if(lambda interpreted: interpreted, slow)(test)
 
@@ -207,6 +209,7 @@ def wrong_uniform(patch: pytest.MonkeyPatch) -> None:
 MUTATIONS = (without_leave_one_out, dropped, own_probability, wrong_uniform)
 
 
+@pytest.mark.cover(1)
 @pytest.mark.uncollect_if(
     lambda mutation, estimator: mutation is wrong_uniform and estimator == "st",
     "a word that is not the noise's needs no mixing",
@@ -221,6 +224,7 @@ def test_biased_rules_are_noticed(mutation: Callable[..., None], estimator: str)
             assert_unbiased(gumbel_draw(estimator, "peaked", 1.0, "embedding"))
 
 
+@pytest.mark.cover(1)
 @pytest.mark.parametrize("kind", ["logprobs", "kl", "entropy"])
 @pytest.mark.parametrize("mutation", [dropped, own_probability], ids=lambda f: f.__name__)
 def test_biased_statistics_are_noticed(mutation: Callable[..., None], kind: str) -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
+from unittest import mock
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._C._profiler import RecordScope
+from torch.autograd import profiler as autograd_profiler
 
 import grade_kernels as gk
 from tests.support.by_formula import by_formula
@@ -246,7 +250,12 @@ def tiny_capacity(monkeypatch: pytest.MonkeyPatch, capacity: int) -> None:
 def allocations() -> Iterator[list[tuple[int, int]]]:
     """(bytes, total bytes allocated after it) of everything the CPU allocator gives or takes, kernels' included."""
     found: list[tuple[int, int]] = []
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    # To record each operation as well would take several times as long as all operations do.
+    memory_alone = functools.partial(autograd_profiler._enable_profiler, scopes={RecordScope.USER_SCOPE})
+    with (
+        mock.patch.object(autograd_profiler, "_enable_profiler", memory_alone),
+        torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile,
+    ):
         yield found
     live = 0
     for event in profile.profiler.kineto_results.events():
