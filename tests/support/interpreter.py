@@ -106,6 +106,31 @@ def reduce_by_blocks() -> None:
     reductions.generic_reduce = generic_reduce
 
 
+def take_numbers() -> None:
+    """Have an interpreter of before NumPy 2.4 (Triton 3.6's) take an integer out of an array of one element."""
+    from triton.runtime import interpreter
+
+    if not hasattr(interpreter, "_patch_lang_tensor"):
+        return
+    patch_all: Callable[[Any, Any], None] = interpreter._patch_lang_tensor
+
+    def patch(tensor: Any, scope: Any) -> None:
+        patch_all(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patch
+
+
+def ignore_nan() -> None:
+    """Have `tl.maximum` of NaN and a number be the number, as on GPUs; up to Triton 3.7 the interpreter says NaN."""
+    from triton.runtime import interpreter
+
+    builder = interpreter.InterpreterBuilder
+    if all(hasattr(builder, name) for name in ("create_maxnumf", "create_minnumf", "binary_op")):
+        builder.create_maxnumf = lambda self, lhs, rhs: self.binary_op(lhs, rhs, np.fmax)
+        builder.create_minnumf = lambda self, lhs, rhs: self.binary_op(lhs, rhs, np.fmin)
+
+
 def skip_promotion() -> None:
     """Have operands of one type and one shape pass without the search for a type and a shape that hold both."""
     from triton.language import core, semantic
@@ -124,7 +149,7 @@ def skip_promotion() -> None:
             if type(rhs) is core.tensor and rhs.dtype is lhs.dtype:
                 return broadcast(self, lhs, rhs)
             if type(rhs) is int or (type(rhs) is float and lhs.dtype.is_floating()):  # follows the tensor's type
-                return broadcast(self, lhs, self._cast_to_computation_type(rhs, lhs.dtype))
+                return broadcast(self, lhs, self.scalar_constant(rhs, lhs.dtype))
         return meet(self, lhs, rhs, *args, **kwargs)
 
     def broadcast(self: Any, lhs: Any, rhs: Any) -> tuple[Any, Any]:
@@ -141,7 +166,7 @@ def skip_promotion() -> None:
     def splat(self: Any, scalar: Any, like: Any) -> Any:
         data = scalar.handle.data
         block = interpreter.TensorHandle(np.full(like.like.extents, data, data.dtype), scalar.dtype)
-        return self.make_tensor(block, like.with_element_ty(scalar.dtype))
+        return core.tensor(block, like.with_element_ty(scalar.dtype))
 
     def unwrap_value(x: Any) -> Any:
         return x if type(x) in plain else unwrap(x)
