@@ -71,7 +71,7 @@ def _keep(path: Path, found: machine_code.Figures) -> None:
 
 
 def _source(build: Build, target: str) -> ASTSource:
-    """A kernel as it is launched with tensors of at most 2 GiB: on AMD GPUs others are compiled without buffer instructions."""
+    """A kernel as it is launched with tensors of at most 2 GiB. For others AMD's code has no buffer instructions."""
     module, _, function = build.kernel.partition(":")
     kernel = getattr(importlib.import_module(module), function)
     signature, constants, attributes = {}, {}, {}

@@ -131,6 +131,26 @@ def ignore_nan() -> None:
         builder.create_minnumf = lambda self, lhs, rhs: self.binary_op(lhs, rhs, np.fmin)
 
 
+def fuse() -> None:
+    """Have a multiply-add of float32 round once, as on GPUs; up to Triton 3.8 the interpreter rounds the product, too."""
+    from triton.language import core
+    from triton.runtime import interpreter
+
+    one = np.array([1.0], np.float32)
+    x, z = (interpreter.TensorHandle(value, core.float32) for value in (one + 2**-13, -one - 2**-12))
+    if interpreter.interpreter_builder.create_fma(x, x, z).data[0] == 2**-26:
+        return
+    multiply_add: Callable[[Any, Any, Any, Any], Any] = interpreter.InterpreterBuilder.create_fma
+
+    def create_fma(self: Any, x: Any, y: Any, z: Any) -> Any:
+        if z.data.dtype != np.float32:
+            return multiply_add(self, x, y, z)
+        exact = np.multiply(x.data, y.data, dtype=np.float64)
+        return interpreter.TensorHandle((exact + z.data).astype(np.float32), z.dtype.scalar)
+
+    interpreter.InterpreterBuilder.create_fma = create_fma
+
+
 def skip_promotion() -> None:
     """Have operands of one type and one shape pass without the search for a type and a shape that hold both."""
     from triton.language import core, semantic
