@@ -40,16 +40,22 @@ from tests.support.helpers import poisoned_memory  # noqa: E402
 from tests.support.interpreter import (  # noqa: E402
     INTERPRETED,
     compute_words,
+    fuse,
+    ignore_nan,
     quicken,
     reduce_by_blocks,
     settle,
     share_shapes,
     skip_promotion,
+    take_numbers,
 )
 from tests.support.needs import needs_backend  # noqa: E402
 
 if not HAS_GPU and importlib.util.find_spec("triton") is not None:
     quicken()
+    take_numbers()
+    ignore_nan()
+    fuse()
     share_shapes()
     skip_promotion()
     reduce_by_blocks()

@@ -19,6 +19,7 @@ from grade_kernels.backends.triton.head_tiles import (
     in_layout_of,
     largest,
     logits,
+    lower_bound,
     nan_max,
     powers,
     row_max,
@@ -26,7 +27,8 @@ from grade_kernels.backends.triton.head_tiles import (
     warp_scalar,
     with_dependency,
 )
-from grade_kernels.backends.triton.philox import DOMAIN_SUPPORT, LN2, LOG2E, load_key, philox
+from grade_kernels.backends.triton.philox import DOMAIN_SUPPORT, LN2, load_key, philox
+from grade_kernels.backends.triton.scores import rate_of, weighted_sum
 from grade_kernels.backends.triton.sizes import TritonSizes
 from grade_kernels.backends.triton.targets import launching
 
@@ -76,7 +78,7 @@ def head_softmax_kernel(
     m_n = o_n < N
     o_n = tl.minimum(o_n, N - 1).to(tl.int64)
     p_h = hidden + o_n * s_hn
-    r_rate = LOG2E / tl.load(tau + o_n)[:, None]  # [BM, 1]
+    r_rate = rate_of(tl.load(tau + o_n))[:, None]  # [BM, 1]
 
     # By row and thread: a thread keeps the statistics of its tokens, and they meet at the end.
     b_bad = tl.full((BM, THREADS), float("-inf"), tl.float32)  # the largest logit, NaN if any is
@@ -86,7 +88,7 @@ def head_softmax_kernel(
     b_moment = b_bound
     if slots is not None:
         b_top = tl.broadcast_to(tl.load(before_max + o_n)[:, None], BM, THREADS)
-        b_bound = tl.broadcast_to((eps * tl.load(before_sum + o_n))[:, None], BM, THREADS)
+        b_bound = lower_bound(before_sum, o_n, m_n, eps, THREADS)
     if ref_hidden is not None:
         p_r = ref_hidden + o_n * s_rn
         b_ref_top = tl.full((BM, THREADS), FLOOR, tl.float32)
@@ -158,13 +160,13 @@ def head_softmax_kernel(
     r_top = tl.max(b_top, 1)
     b_shift = b_top - r_top[:, None]
     b_scale = tl.exp2(b_shift)
-    tl.store(total + o_p, tl.sum(b_total * b_scale, 1), mask=m_n)
+    tl.store(total + o_p, weighted_sum(b_total, b_scale, 1), mask=m_n)
     if ref_hidden is not None:
         r_ref_top = row_max(b_ref_top)
         b_ref_shift = b_ref_top - r_ref_top[:, None]
         b_shift -= b_ref_shift
         tl.store(ref_top + o_p, r_ref_top, mask=m_n)
-        tl.store(ref_total + o_p, tl.sum(b_ref_total * tl.exp2(b_ref_shift), 1), mask=m_n)
+        tl.store(ref_total + o_p, weighted_sum(b_ref_total, tl.exp2(b_ref_shift), 1), mask=m_n)
     tl.store(moment + o_p, tl.sum(_weighted(b_scale, b_moment + _weighted(b_total, b_shift)), 1), mask=m_n)
     # NaN, +inf and only -inf in this split show in its maximum.
     tl.store(top + o_p, tl.where(row_max(b_bad) < float("inf"), r_top, float("nan")), mask=m_n)
@@ -182,7 +184,7 @@ def softmax_combine_kernel(
     o_s = tl.arange(0, BLOCK_S)
     m_s = o_s < splits
     o_p = i_n * splits + o_s
-    r_rate = LOG2E / tl.load(tau + i_n)
+    r_rate = rate_of(tl.load(tau + i_n))
     r_max, r_sum, b_max, b_scale = combined(top, total, o_p, m_s)
     b_moment = tl.load(moment + o_p, mask=m_s, other=0.0)  # [BLOCK_S]
     b_shift = b_max - r_max

@@ -25,6 +25,7 @@ from grade_kernels.backends.triton.head_tiles import (
     in_layout_of,
     largest,
     logits,
+    lower_bound,
     nan_max,
     powers,
     row_max,
@@ -44,6 +45,7 @@ from grade_kernels.backends.triton.philox import (
     philox,
     scaled_noise,
 )
+from grade_kernels.backends.triton.scores import rate_of, score
 from grade_kernels.backends.triton.sizes import TritonSizes
 from grade_kernels.backends.triton.targets import launching
 
@@ -113,12 +115,12 @@ def head_scores_kernel(
     b_max = tl.full((BM, THREADS), FLOOR, tl.float32)
     b_sum = tl.zeros((BM, THREADS), tl.float32)
     if tau is not None:
-        r_rate = LOG2E / tl.load(tau + o_n)[:, None]  # [BM, 1]
+        r_rate = rate_of(tl.load(tau + o_n))[:, None]  # [BM, 1]
         b_top = b_max
         b_bound = b_sum
         if slots is not None:
             b_top = tl.broadcast_to(tl.load(before_max + o_n)[:, None], BM, THREADS)
-            b_bound = tl.broadcast_to((eps * tl.load(before_sum + o_n))[:, None], BM, THREADS)
+            b_bound = lower_bound(before_sum, o_n, m_n, eps, THREADS)
         b_total = tl.zeros((BM, THREADS), tl.float32)
     if slots is not None:
         b_count = tl.zeros((BM, THREADS), tl.int32)
@@ -162,10 +164,10 @@ def head_scores_kernel(
             )
             b_n = _refined(b_n, b_w, b_group, (row_lo, row_hi, k0, k1), TARGET)
             b_s = (
-                tl.fma(b_n[0], -LN2, b_l[0]),
-                tl.fma(b_n[1], -LN2, b_l[1]),
-                tl.fma(b_n[2], -LN2, b_l[2]),
-                tl.fma(b_n[3], -LN2, b_l[3]),
+                score(b_n[0], b_l[0]),
+                score(b_n[1], b_l[1]),
+                score(b_n[2], b_l[2]),
+                score(b_n[3], b_l[3]),
             )
             b_peak = largest(b_s)
             if SERIALISE:
@@ -231,7 +233,7 @@ def sample_combine_kernel(
     tl.store(out_sum + i_n, tl.where(is_bad, nan, r_sum))
     if tau is not None:
         r_max, r_sum, _, _ = combined(top, total, o_p, m_s)
-        r_sum, _ = relative_to(r_best, LOG2E / tl.load(tau + i_n), r_max, r_sum)
+        r_sum, _ = relative_to(r_best, rate_of(tl.load(tau + i_n)), r_max, r_sum)
         tl.store(out_total + i_n, r_sum)
 
 

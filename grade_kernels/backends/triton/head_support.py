@@ -24,7 +24,8 @@ import triton.language as tl
 
 from grade_kernels.backends.records import Support
 from grade_kernels.backends.triton.head_tiles import FLOOR, RowNoise, empty_aligned, nan_max, split_count
-from grade_kernels.backends.triton.philox import LOG2E, load_key, philox, split_row
+from grade_kernels.backends.triton.philox import load_key, philox, split_row
+from grade_kernels.backends.triton.scores import rate_of, weighted_sum
 from grade_kernels.backends.triton.sizes import TritonSizes
 from grade_kernels.backends.triton.targets import current_target
 
@@ -134,7 +135,7 @@ def combined(p_max, p_sum, o_p, m_s):
     r_max = tl.reduce(b_max, 0, nan_max)
     b_scale = tl.exp2(b_max - r_max)
     b_sum = tl.load(p_sum + o_p, mask=m_s, other=0.0)  # [BLOCK_S]
-    return r_max, tl.sum(b_sum * b_scale, 0), b_max, b_scale
+    return r_max, weighted_sum(b_sum, b_scale, 0), b_max, b_scale
 
 
 @triton.jit
@@ -169,7 +170,7 @@ def support_kernel(
     row_lo, row_hi = split_row(first_row + i_n if row_ids is None else tl.load(row_ids + i_n))
     r_max = tl.load(score_max + i_n) - SHIFT
     r_total = tl.load(total + i_n)
-    r_rate = LOG2E / tl.load(tau + i_n)
+    r_rate = rate_of(tl.load(tau + i_n))
     p_slots = slots + i_n * s_slots + tl.load(places + i_s)
     count = tl.minimum(tl.load(counts + i_p), tl.load(room + i_s))
     done = tl.zeros((), tl.int32)
