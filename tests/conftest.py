@@ -6,6 +6,7 @@ on; `device` is that device. Cases on a GPU are the same tests: marked `gpu`, an
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import inspect
 import os
@@ -118,6 +119,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         still = set(kept)
         config.hook.pytest_deselected(items=[item for item in items if item not in still])
         items[:] = kept
+
+
+def pytest_collection_finish() -> None:
+    """Have the garbage collector leave alone what is there before the first test.
+
+    These are millions of objects: libraries, and every case that was looked at. Accelerate collects garbage at the end of
+    each training, which would take longer than the training of a tiny model.
+    """
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # or libraries would report leaks when the process ends
 
 
 def is_no_case(item: pytest.Item) -> bool:
