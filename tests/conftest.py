@@ -25,8 +25,14 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 import pytest
 import torch
 
+from tests.support.ptx.setting import SIMULATED
+
 HAS_GPU = torch.cuda.is_available()
-if not HAS_GPU:
+if SIMULATED:
+    from tests.support.ptx import triton_driver
+
+    triton_driver.install()
+elif not HAS_GPU:
     # Has to be there before anything imports triton, which torch does lazily.
     os.environ["TRITON_INTERPRET"] = "1"
 
@@ -44,7 +50,7 @@ from tests.support.interpreter import (  # noqa: E402
 )
 from tests.support.needs import needs_backend  # noqa: E402
 
-if not HAS_GPU and importlib.util.find_spec("triton") is not None:
+if not HAS_GPU and not SIMULATED and importlib.util.find_spec("triton") is not None:
     quicken()
     share_shapes()
     skip_promotion()
