@@ -10,6 +10,7 @@ import importlib.util
 import inspect
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -74,6 +75,10 @@ def pytest_configure(config: pytest.Config) -> None:
     ):
         config.addinivalue_line("markers", line)
     config.stash[LEFT_OUT] = {}
+    if SIMULATED and (path := os.environ.get("GRADE_KERNELS_SIMULATED_RECORD")):
+        from tests.support.ptx.record import Record
+
+        config.pluginmanager.register(Record(Path(path), os.environ["GRADE_KERNELS_SIMULATED_COMPILER"]))
 
 
 LEFT_OUT = pytest.StashKey[dict[str, int]]()  # what the summary says to numbers of cases

@@ -85,7 +85,7 @@ def mulhi(a: Array, b: Array) -> Array:
     """The upper half of a product of unsigned or signed numbers."""
     width = a.dtype.itemsize
     if width < 8:
-        wide = (np.int64 if a.dtype.kind == "i" else np.uint64)
+        wide = np.int64 if a.dtype.kind == "i" else np.uint64
         return (a.astype(wide) * b.astype(wide) >> wide(8 * width)).astype(a.dtype)
     x, y = a.view(u8), b.view(u8)
     low = u8(0xFFFFFFFF)
@@ -128,8 +128,10 @@ def shift_left(a: Array, n: Array) -> Array:
 def shift_right(a: Array, n: Array) -> Array:
     """Of signed numbers with the sign."""
     bits = 8 * a.dtype.itemsize
-    return a >> np.minimum(n, u4(bits - 1)).astype(a.dtype) if a.dtype.kind == "i" else np.where(
-        n >= bits, a.dtype.type(0), a >> (n & u4(bits - 1)).astype(a.dtype)
+    return (
+        a >> np.minimum(n, u4(bits - 1)).astype(a.dtype)
+        if a.dtype.kind == "i"
+        else np.where(n >= bits, a.dtype.type(0), a >> (n & u4(bits - 1)).astype(a.dtype))
     )
 
 
@@ -137,6 +139,9 @@ def bfe(a: Array, start: Array, length: Array) -> Array:
     """`length` bits of a from `start` on; of signed numbers the uppermost is the sign."""
     bits = 8 * a.dtype.itemsize
     start, length = start & u4(255), length & u4(255)
+    asked = length
+    length = np.where(start + length > bits, bits - np.minimum(start, bits), length) if a.dtype.kind == "i" else length
+    length = length.astype(u4)
     plain = a.view(UNSIGNED[a.dtype.itemsize])
     one = plain.dtype.type(1)
     mask = np.where(length >= bits, ~plain.dtype.type(0), shift_left(np.broadcast_to(one, length.shape), length) - one)
@@ -144,7 +149,7 @@ def bfe(a: Array, start: Array, length: Array) -> Array:
     if a.dtype.kind != "i":
         return out
     last = np.minimum(start + length - u4(1), u4(bits - 1))
-    sign = (shift_right(plain, last) & one).astype(bool) & (length > 0)
+    sign = (shift_right(plain, last) & one).astype(bool) & (asked > 0)
     return np.where(sign, out | ~mask, out).view(a.dtype)
 
 
@@ -236,5 +241,7 @@ def popc(x: Array) -> Array:
 
 UNSIGNED = {2: u2, 4: u4, 8: u8}
 HELPERS = {
-    name: thing for name, thing in globals().items() if callable(thing) and not name.startswith("_") and name != "annotations"
+    name: thing
+    for name, thing in globals().items()
+    if callable(thing) and not name.startswith("_") and name != "annotations"
 } | {"np": np, "where": np.where}

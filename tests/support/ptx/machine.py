@@ -1,6 +1,7 @@
 """Executes a kernel: all threads of some blocks of the grid in step, an instruction at a time.
 
-Where threads part, those at the earliest block go first (`Translation.rank`), so that they meet again. Threads of a block wait at a barrier until all of them are there; if that cannot happen, it is a `Fault`.
+Where threads part, those at the earliest basic block go first (`Translation.rank`), so that they meet again. Threads of a
+block of the grid wait at a barrier until all of them are there; if that cannot happen, it is an `ExecutionError`.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tests.support.ptx.memory import PENDING, UNSIGNED, WRITTEN, Buffer, Fault, Global, Shared
+from tests.support.ptx.memory import PENDING, UNSIGNED, WRITTEN, Buffer, ExecutionError, Global, Shared
 from tests.support.ptx.program import PtxError, read_kernels
 from tests.support.ptx.translation import Translation
 
@@ -41,7 +42,7 @@ def execute(
     """Launch: buffers that the kernel writes are changed.
 
     Raises:
-        Fault: for what a GPU would not define.
+        ExecutionError: for what a GPU would not define.
     """
     if threads % WARP:
         raise PtxError("blocks of whole warps alone are known")
@@ -90,11 +91,14 @@ class _Machine:
             "%ntid.x": np.full(1, threads, np.uint32), "%laneid": self.lane, "%warpid": thread // np.uint32(WARP),
             "%ctaid.x": block % np.uint32(x), "%ctaid.y": block // np.uint32(x) % np.uint32(y),
             "%ctaid.z": block // np.uint32(x * y),
+            "%lanemask_lt": (np.uint32(1) << self.lane) - np.uint32(1), "%lanemask_eq": np.uint32(1) << self.lane,
             **{f"%nctaid.{axis}": np.full(1, n, np.uint32) for axis, n in zip("xyz", grid, strict=True)},
         }  # fmt: skip
         # An unusual number, so that a register that nothing was put into shows.
         self.registers: list[Array] = [
-            np.zeros(1, bool) if width == 0 else np.full(1, 0xFFF5FFF5FFF5FFF5 & ((1 << 8 * width) - 1), UNSIGNED[width])
+            np.zeros(1, bool)
+            if width == 0
+            else np.full(1, 0xFFF5FFF5FFF5FFF5 & ((1 << 8 * width) - 1), UNSIGNED[width])
             for width in translation.widths
         ]
         self.copies: list[list[Any]] = []
@@ -134,7 +138,7 @@ class _Machine:
                 _join(waiting, at + 1, goes)
             if stays is not None:
                 _join(ready, at + 1, stays)
-        raise Fault("a loop that does not end")
+        raise ExecutionError("a loop that does not end")
 
     def _pass_barrier(self, waiting: dict[int, Array]) -> dict[int, Array]:
         """All threads wait. Those of blocks that have arrived as a whole go on."""
@@ -145,7 +149,9 @@ class _Machine:
         part = by_block.any(1) & ~by_block.all(1)
         if part.any():
             where = ", ".join(self.translation.blocks[at - 1].label for at in waiting)
-            raise Fault(f"a barrier ({where}) that some threads of block {np.flatnonzero(part)[0]} never reach")
+            raise ExecutionError(
+                f"a barrier ({where}) that some threads of block {np.flatnonzero(part)[0]} never reach"
+            )
         self.epochs[arrived] += 1
         ready = dict(waiting)
         waiting.clear()
@@ -155,7 +161,7 @@ class _Machine:
         warps = mask.reshape(-1, WARP)
         part = warps.any(1) & ~warps.all(1)
         if part.any():
-            raise Fault(f"{what} that a part of warp {np.flatnonzero(part)[0]} executes alone")
+            raise ExecutionError(f"{what} that a part of warp {np.flatnonzero(part)[0]} executes alone")
 
     # What instructions ask for
 
@@ -194,7 +200,9 @@ class _Machine:
     def _lanes(self, chosen: Array | None) -> tuple[Array, Array]:
         return (self.lanes, self.epochs) if chosen is None else (self.lanes[chosen], self.epochs[chosen])
 
-    def load_global(self, address: Array, offset: int, size: int, count: int, mask: Array | None, line: int) -> list[Array]:
+    def load_global(
+        self, address: Array, offset: int, size: int, count: int, mask: Array | None, line: int
+    ) -> list[Array]:
         chosen = self._chosen(mask)
         if chosen is not None and not len(chosen):
             return self._none(size, count)
@@ -202,7 +210,9 @@ class _Machine:
             at = self._addresses(address, offset, chosen)
             return self._spread(self.memory.load(at, size, count, *self._lanes(chosen)), chosen)
 
-    def store_global(self, address: Array, offset: int, size: int, values: list[Array], mask: Array | None, line: int) -> None:
+    def store_global(
+        self, address: Array, offset: int, size: int, values: list[Array], mask: Array | None, line: int
+    ) -> None:
         chosen = self._chosen(mask)
         if chosen is not None and not len(chosen):
             return
@@ -214,7 +224,9 @@ class _Machine:
         full = [np.broadcast_to(v, (self.count,)) for v in values]
         return full if chosen is None else [v[chosen] for v in full]
 
-    def load_shared(self, address: Array, offset: int, size: int, count: int, mask: Array | None, line: int) -> list[Array]:
+    def load_shared(
+        self, address: Array, offset: int, size: int, count: int, mask: Array | None, line: int
+    ) -> list[Array]:
         chosen = self._chosen(mask)
         if chosen is not None and not len(chosen):
             return self._none(size, count)
@@ -226,7 +238,9 @@ class _Machine:
         at = self.shared.locate(addresses, size * count, lanes, "a read", self.first)
         return self.shared.load(at, addresses, size, count, lanes, epochs)
 
-    def store_shared(self, address: Array, offset: int, size: int, values: list[Array], mask: Array | None, line: int) -> None:
+    def store_shared(
+        self, address: Array, offset: int, size: int, values: list[Array], mask: Array | None, line: int
+    ) -> None:
         chosen = self._chosen(mask)
         if chosen is not None and not len(chosen):
             return
@@ -239,7 +253,15 @@ class _Machine:
     # Copies that run beside the threads
 
     def copy(
-        self, to: Array, to_offset: int, of: Array, of_offset: int, size: int, taken: Array, mask: Array | None, line: int
+        self,
+        to: Array,
+        to_offset: int,
+        of: Array,
+        of_offset: int,
+        size: int,
+        taken: Array,
+        mask: Array | None,
+        line: int,
     ) -> None:
         """`cp.async`: bytes beyond `taken` become zero. What arrives may be read once its thread has waited."""
         chosen = self._chosen(mask)
@@ -256,7 +278,7 @@ class _Machine:
             values = np.zeros((len(lanes), size // word), UNSIGNED[word])
             for bytes_taken in np.unique(count).tolist():
                 if bytes_taken % word or bytes_taken > size:
-                    raise Fault(f"a copy of {bytes_taken} of {size} bytes")
+                    raise ExecutionError(f"a copy of {bytes_taken} of {size} bytes")
                 if bytes_taken:
                     some = np.flatnonzero(count == bytes_taken)
                     found = self.memory.load(sources[some], word, bytes_taken // word, lanes[some], epochs[some])
@@ -293,13 +315,16 @@ class _Machine:
         with _At(line):
             here = np.ones(self.count, bool) if mask is None else np.broadcast_to(mask, (self.count,))
             here = here.reshape(-1, WARP)
-            said = (np.broadcast_to(members, (self.count,)).reshape(-1, WARP)[:, :, None] >> np.arange(WARP, dtype=np.uint32)) & 1
+            said = (
+                np.broadcast_to(members, (self.count,)).reshape(-1, WARP)[:, :, None]
+                >> np.arange(WARP, dtype=np.uint32)
+            ) & 1
             missing = here & (said.astype(bool) & ~here[:, None, :]).any(2)
             if missing.any():
-                raise Fault(f"warp {np.flatnonzero(missing.any(1))[0]} waits for threads that are elsewhere")
+                raise ExecutionError(f"warp {np.flatnonzero(missing.any(1))[0]} waits for threads that are elsewhere")
             alone = here & ~said[:, np.arange(WARP), np.arange(WARP)].astype(bool)
             if alone.any():
-                raise Fault("a thread executes an instruction of its warp that does not name it")
+                raise ExecutionError("a thread executes an instruction of its warp that does not name it")
             return here
 
     def _all_here(self, members: Array, mask: Array | None) -> bool:
@@ -327,7 +352,7 @@ class _Machine:
         if here is not None:
             with _At(line):
                 if (here.reshape(-1) & ~here.reshape(-1)[place]).any():
-                    raise Fault("a shuffle from a thread that does not take part")
+                    raise ExecutionError("a shuffle from a thread that does not take part")
         return np.broadcast_to(a, (self.count,))[place], np.broadcast_to(inside, (self.count,))
 
     def vote(self, mode: str, p: Array, members: Array, mask: Array | None, line: int) -> Array:
@@ -358,7 +383,9 @@ class _Machine:
         bits = here.reshape(-1, WARP).astype(np.uint64) << np.arange(WARP, dtype=np.uint64)
         return np.repeat(bits.sum(1).astype(np.uint32), WARP)
 
-    def matrices(self, address: Array, offset: int, count: int, trans: bool, mask: Array | None, line: int) -> list[Array]:
+    def matrices(
+        self, address: Array, offset: int, count: int, trans: bool, mask: Array | None, line: int
+    ) -> list[Array]:
         """`ldmatrix`: rows of 16 bytes, whose addresses threads 8 i to 8 i + 7 hold for matrix i."""
         with _At(line):
             chosen = self._chosen(mask)
@@ -367,7 +394,7 @@ class _Machine:
             rows = np.broadcast_to(address, (self.count,)).astype(np.int64).reshape(-1, WARP) + offset
             here = slice(None) if chosen is None else chosen[::WARP] // WARP
             if (rows[here, : 8 * count] % 16).any():
-                raise Fault("ldmatrix: a row that is not aligned to 16 bytes")
+                raise ExecutionError("ldmatrix: a row that is not aligned to 16 bytes")
             lane = np.arange(WARP)
             out = []
             for i in range(count):
@@ -426,7 +453,7 @@ class _At:
         pass
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
-        if isinstance(error, Fault) and "line" not in str(error):
+        if isinstance(error, ExecutionError) and "line" not in str(error):
             error.args = (f"line {self.line} of the PTX: {error.args[0]}",)
 
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["OUTSIDE", "PENDING", "UNWRITTEN", "UNSIGNED", "WRITTEN", "Buffer", "Fault", "Global", "Shared"]
+__all__ = ["OUTSIDE", "PENDING", "UNSIGNED", "UNWRITTEN", "WRITTEN", "Buffer", "ExecutionError", "Global", "Shared"]
 
 Array = npt.NDArray[np.generic]
 Lanes = npt.NDArray[np.int64]  # numbers of threads, counted through all blocks of a grid
@@ -25,7 +25,7 @@ NOBODY, SEVERAL = -1, -2  # SEVERAL: of several blocks, where there are several
 _FIRST_BLOCK = -10  # this less the number of a block: several threads of it
 
 
-class Fault(Exception):
+class ExecutionError(Exception):
     """What a GPU would do silently, or not define."""
 
 
@@ -76,7 +76,7 @@ class Watched:
     def fail(self, bad: npt.NDArray[np.bool_], addresses: Array, lanes: Lanes, what: str) -> None:
         which = np.flatnonzero(bad.any(1) if bad.ndim == 2 else bad)
         first = which[0]
-        raise Fault(
+        raise ExecutionError(
             f"{self.name} memory: {what}: {len(which)} accesses, the first by thread {lanes[first]} of the grid at "
             f"{int(addresses[first]):#x}"
         )
@@ -173,7 +173,9 @@ def put(
     view[at] = value
     differs = view[at] != value
     if differs.any():
-        memory.fail(differs, addresses, lanes, "threads disagree: one instruction stores different values to one address")
+        memory.fail(
+            differs, addresses, lanes, "threads disagree: one instruction stores different values to one address"
+        )
 
 
 class Global(Watched):

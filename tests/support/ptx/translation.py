@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import struct
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -22,8 +22,11 @@ __all__ = ["Block", "Translation"]
 _DTYPE = {"f16": "f2", "f32": "f4", "f64": "f8"}
 _ENDS = {"bra", "ret", "exit"}
 # What a load or store may say beside its type: caches, which hold nothing here, and that no other thread is in the way.
-_CACHE = re.compile(r"global|shared|param|nc|ca|cg|cs|cv|wb|wt|weak|volatile|relaxed|gpu|cta|sys|level\w*|(L1|L2)::\w+|v2|v4|cta$")
-_COMPARE = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">=", "lo": "<", "ls": "<=", "hi": ">", "hs": ">="}
+_CACHE = re.compile(
+    r"global|shared|param|nc|ca|cg|cs|cv|wb|wt|weak|volatile|relaxed|gpu|cta|sys|level\w*|(L1|L2)::\w+|v2|v4"
+)
+_COMPARE = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
+_COMPARE |= {"lo": "<", "ls": "<=", "hi": ">", "hs": ">="}
 _UNORDERED = {"equ": "==", "neu": "!=", "ltu": "<", "leu": "<=", "gtu": ">", "geu": ">="}
 _PLAIN = {"and": "&", "or": "|", "xor": "^"}
 
@@ -37,7 +40,8 @@ class Block:
         instructions: without the one that ends it.
         end: "next", "bra", "ret" or "barrier".
         guard: of its end, as a register's index and whether it is negated.
-        target: the block that a branch leads to.
+        to: the label that a branch leads to.
+        target: the block there.
         functions: (R, M, m) for all threads and for those of the mask m; made when first wanted.
     """
 
@@ -45,8 +49,9 @@ class Block:
     instructions: list[Instruction]
     end: str = "next"
     guard: tuple[int, bool] | None = None
+    to: str = ""
     target: int = -1
-    functions: list[Callable[..., None] | None] = None  # type: ignore[assignment]
+    functions: list[Callable[..., None] | None] = field(default_factory=lambda: [None, None])
 
 
 class Translation:
@@ -89,7 +94,7 @@ class Translation:
                 block.guard = None if item.guard is None else (self.index[item.guard[0]], item.guard[1])
                 block.end = "bra" if kind == "bra" else "ret" if kind in ("ret", "exit") else "barrier"
                 if kind == "bra":
-                    block.target = item.operands[0]  # type: ignore[assignment]
+                    block.to = item.operands[0]
                 if block.end == "barrier" and (
                     item.parts not in (("bar", "sync"), ("barrier", "sync"), ("barrier", "sync", "aligned"))
                     or item.operands != ("0",)
@@ -101,8 +106,7 @@ class Translation:
                 blocks[-1].instructions.append(item)
         for block in blocks:
             if block.end == "bra":
-                block.target = labels[block.target]  # type: ignore[index]
-            block.functions = [None, None]
+                block.target = labels[block.to]
         return blocks
 
     def function(self, which: int, masked: bool) -> Callable[..., None]:
@@ -240,7 +244,9 @@ class Translation:
         if of.startswith("{"):
             low, high = _vector(of)
             half = f"u{4 * WIDTH[kind]}"
-            return self._put(to, f"halves({self._value(low, half)}, {self._value(high, half)})", f"b{8 * WIDTH[kind]}", mask)
+            return self._put(
+                to, f"halves({self._value(low, half)}, {self._value(high, half)})", f"b{8 * WIDTH[kind]}", mask
+            )
         plain = kind if kind == "pred" else f"b{8 * WIDTH[kind]}"
         return self._put(to, self._value(of, plain), plain, mask)
 
@@ -306,7 +312,9 @@ class Translation:
         elif floats == (True, False):
             text = f"to_int({value}, {_dtype(to)}, {rounding[0]!r})"
         elif floats == (True, True) and rounding and to == of:
-            text = f"{ {'rzi': 'np.trunc', 'rni': 'np.rint', 'rmi': 'np.floor', 'rpi': 'np.ceil'}[rounding[0]]}({value})"
+            text = (
+                f"{ {'rzi': 'np.trunc', 'rni': 'np.rint', 'rmi': 'np.floor', 'rpi': 'np.ceil'}[rounding[0]] }({value})"
+            )
         elif rounding and floats[1]:
             raise PtxError("its rounding")
         else:
@@ -404,7 +412,9 @@ class Translation:
             raise PtxError("its kind")
         to, a, b, c = (_vector(x) for x in item.operands)
         parts = [", ".join(self._value(x, "b32") for x in v) for v in (a, b, c)]
-        lines = [f"t = M.multiply({rest[2]!r}, {rest[6]!r}, [{parts[0]}], [{parts[1]}], [{parts[2]}], {mask}, {item.line})"]
+        lines = [
+            f"t = M.multiply({rest[2]!r}, {rest[6]!r}, [{parts[0]}], [{parts[1]}], [{parts[2]}], {mask}, {item.line})"
+        ]
         for i, name in enumerate(to):
             lines += self._put(name, f"t[{i}]", "f32", mask)
         return lines

@@ -20,7 +20,7 @@ __all__ = ["CAPABILITY", "LAUNCHED", "buffers_of", "install", "poison_empty"]
 
 CAPABILITY = 80
 LAUNCHED: Counter[str] = Counter()  # kernels by name: how often each was launched
-_FORMATS = {"i1": "b", "i8": "b", "u8": "B", "i16": "h", "i32": "i", "u32": "I", "i64": "q", "u64": "Q", "fp32": "f", "fp64": "d"}
+_FORMATS = {"i1": "b", "i8": "b", "i16": "h", "i32": "i", "u32": "I", "i64": "q", "u64": "Q", "fp32": "f", "fp64": "d"}
 _UNWRITTEN = 0xFFF5FFF5FFF5FFF5  # a NaN in every floating dtype, and no likely integer
 
 
@@ -83,7 +83,7 @@ class _Utilities:
         pass
 
     def get_device_properties(self, device: int) -> dict[str, int]:
-        return {"max_shared_mem": 166912, "multiprocessor_count": 108, "warpSize": 32, "sm_clock_rate": 1, "mem_clock_rate": 1, "mem_bus_width": 1, "max_num_regs": 65536}
+        return {"max_shared_mem": 166912, "multiprocessor_count": 108, "warpSize": 32, "max_num_regs": 65536}
 
 
 class _Launcher:
