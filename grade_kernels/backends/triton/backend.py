@@ -162,7 +162,21 @@ class TritonBackend(TorchBackend):
 
     def _chunked(self, *heads: Head) -> bool:
         """Whether the library multiplies, chunk by chunk, or the kernels do, tile by tile."""
-        return self.head_way == "chunks"
+        if self.head_way != "auto":
+            return self.head_way == "chunks"
+        from grade_kernels.backends.triton import head_relaxation, head_sampling
+        from grade_kernels.backends.triton.head_choice import choose
+
+        def run(way: str) -> None:
+            """A pass without candidates, whose product and statistics every pass has."""
+            noise, rows = Noise(torch.zeros((), dtype=torch.int64), None, 0), len(heads[0].hidden)
+            if len(heads) == 1:
+                head_sampling.head_sample(heads[0], noise, self.sizes, way == "chunks")
+            else:
+                tau = torch.ones(rows, device=heads[0].hidden.device)
+                head_relaxation.head_softmax(heads[0], tau, noise, 0.0, heads[1], 0, self.sizes, way == "chunks")
+
+        return choose(heads, self.sizes.chunk_bytes, run) == "chunks"
 
     # Products with rows of a table
 
