@@ -21,9 +21,9 @@ import triton
 import triton.language as tl
 
 from grade_kernels.backends.records import Head
+from grade_kernels.backends.torch.products import product
 from grade_kernels.backends.triton.head_support import Launch, Plan, Product
 from grade_kernels.backends.triton.head_tiles import head_options, is_even, softcapped
-from grade_kernels.backends.triton.products import float32_product
 from grade_kernels.backends.triton.sizes import TritonSizes
 from grade_kernels.backends.triton.targets import Target, compiler_options, current_target
 
@@ -153,7 +153,7 @@ class Chunks:
         tokens = slice(max(0, first), min(first + self.buffers[0].shape[1], vocab))
         columns = slice(tokens.start - first, tokens.stop - first)
         for buffer, head in zip(self.buffers, self.heads, strict=True):
-            float32_product(head.hidden, head.weight[tokens], buffer[:, columns], self.sizes.product)
+            product(head.hidden, head.weight[tokens], buffer[:, columns], self.sizes.product)
             buffer[:, : columns.start].fill_(-torch.inf)
             buffer[:, columns.stop :].fill_(-torch.inf)
         self._held = chunk
