@@ -46,6 +46,8 @@ def run(arguments: argparse.Namespace) -> int:
     results = [(build, figures) for (build, _), figures in zip(tasks, found, strict=True)]
     for target in dict.fromkeys(figures.target for figures in found):
         console.print(report.table(results, target))
+        if (both := report.ways_table(results, target)) is not None:
+            console.print(both)
     if arguments.json is not None:
         report.write_json(arguments.json, results)
     if arguments.plot is not None:

@@ -270,7 +270,7 @@ class CpuBackend(TorchBackend):
                 return whole(slice(0, len(table)))[:, : len(x)].T
             return super().product(x, table, out)
         if out is None:
-            out = x.new_empty(len(x), len(table))
+            out = x.new_empty(len(x), len(table), dtype=torch.float32)
         cpu_kernels().packed_product(packed(x), len(x), unit_stride(table), True, out)
         return out
 

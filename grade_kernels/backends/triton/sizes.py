@@ -68,8 +68,9 @@ _TILES_MANY_ROWS = {
     (9, 2): HeadTile(128, 128, 32, 8, 3, SERIALISE=True),
     (12, 2): HeadTile(128, 32, 32, 8, 4, BN2=32),
 }
-# Where logits are read from memory, four threads take a row's 64 bytes, and a program has rows enough to hide that.
-_TILE_CHUNK = HeadTile(64, 64, 0, 4, 2)
+# Where logits are read from memory, four threads take 64 bytes of a row, and a warp eight rows. Larger tiles would take
+# registers of other warps, which hide how long memory takes.
+_TILE_CHUNK = HeadTile(32, 64, 0, 4, 2)
 
 
 def _chunk_bytes() -> int:
