@@ -5,7 +5,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo test test-gpu bench lint venv
+.PHONY: help demo test test-gpu tritons bench lint venv
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile
@@ -18,6 +18,9 @@ test: venv  ## run all tests, each on the cases that cover the others; with ARGS
 
 test-gpu: venv  ## run the tests that need a GPU, on it, in the same way
 	$(BIN)/python -m pytest -m gpu $(ARGS)
+
+tritons: venv  ## run what decides about the Triton kernels with every Triton that users have; ARGS="3.6.0": with that one
+	PYTHON=$(BIN)/python tools/tritons.sh $(ARGS)
 
 bench: venv  ## check, then time every operation against plain PyTorch
 	$(BIN)/python -m pytest benchmarks $(ARGS)
