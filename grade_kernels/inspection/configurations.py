@@ -15,7 +15,7 @@ from triton.backends.compiler import GPUTarget
 from grade_kernels import noise
 from grade_kernels.backends.triton import gather, head_chunks, head_support, head_tiles, onehot, row_tiles, strips
 from grade_kernels.backends.triton.sizes import HeadTile, TritonSizes
-from grade_kernels.backends.triton.targets import Target, compiler_options
+from grade_kernels.backends.triton.targets import TRITON, Target
 from grade_kernels.dtypes import compute_dtype
 from grade_kernels.inspection import baseline
 
@@ -142,7 +142,7 @@ def _rows(dtype: str, target: str, layout: str) -> list[Build]:
     gpu = TARGETS[target]
     sizes = strips.strip_sizes(1 if tiny else VOCAB + skew, _DTYPES[dtype], gpu.warp_size, _SIZES)
     row_stride = 1 if tiny else "i64 aligned" if aligned else "i32" if strided else "i64"
-    options = {"num_warps": strips.NUM_WARPS, **compiler_options(gpu.backend)}
+    options = strips.strip_compiler_options(_DTYPES[dtype], launched_on(target))
     common = {
         "V": 1 if tiny else "i32 aligned" if aligned else "i32", "N": "i32", "group_start": "i32" if strided else "i64",
         "logits": data, "seed": "*i64", "row_ids": "*i64" if strided else None, "SKEW": skew, **sizes,
@@ -284,7 +284,7 @@ def _heads(dtype: str, target: str) -> list[Build]:
     found = []
     for name, (kernel, changes, products) in variants.items():
         capability = launched_on(target).capability
-        few, many = (_SIZES.head_tile(_DTYPES[dtype], products, capability, many) for many in (False, True))
+        few, many = (_SIZES.head_tile(_DTYPES[dtype], products, capability, many, TRITON) for many in (False, True))
         build = head_build(name, dtype, few, target, kernel, changes, products)
         if many != few:
             found.append(build if any(changes.get(key) for key in added) else build._replace(rows=few.BM))

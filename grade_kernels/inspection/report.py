@@ -13,10 +13,11 @@ from rich.table import Table
 
 from grade_kernels.inspection.configurations import VOCAB, Build
 from grade_kernels.inspection.devices import DEVICES, programs
+from grade_kernels.inspection.limits import is_baseline, violations
 from grade_kernels.inspection.machine_code import PIPES, Figures
 from grade_kernels.inspection.prediction import ROWS, WAYS_ROWS, WIDTH, Prediction, predict, ways
 
-__all__ = ["table", "ways_table", "write_json", "write_plot"]
+__all__ = ["table", "ways_table", "write_json", "write_plot", "write_status"]
 
 
 def table(results: Sequence[tuple[Build, Figures]], target: str) -> Table:
@@ -98,6 +99,21 @@ def write_json(path: Path, results: Sequence[tuple[Build, Figures]]) -> None:
         "triton": triton.__version__, "predictions_are_for": problem, "kernels": kernels,
         "ways_through_a_head": {"rows": WAYS_ROWS, "tiles_and_chunks": both},
     }  # fmt: skip
+    path.write_text(json.dumps(text, indent=2) + "\n")
+
+
+def write_status(path: Path, results: Sequence[tuple[Build, Figures]]) -> None:
+    """By kernel and target: how many builds there are, how many spill, and how many do worse than they may."""
+    kernels: dict[str, dict[str, dict[str, int]]] = {}
+    for build, found in results:
+        if is_baseline(build):
+            continue
+        targets = kernels.setdefault(build.kernel.partition(":")[2], {})
+        counts = targets.setdefault(found.target, {"builds": 0, "spilling": 0, "beyond_limits": 0})
+        counts["builds"] += 1
+        counts["spilling"] += bool(found.stack or found.spills)
+        counts["beyond_limits"] += bool(violations(build, found))
+    text = {"compiler": f"triton {triton.__version__}", "kernels": kernels}
     path.write_text(json.dumps(text, indent=2) + "\n")
 
 
