@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import triton
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, make_backend
 
 from grade_kernels.inspection import disassembly, machine_code
 from grade_kernels.inspection.configurations import TARGETS, Build
@@ -38,7 +38,7 @@ def inspect_builds(builds: Sequence[Build], target: str) -> list[machine_code.Fi
     They depend on a kernel's source with all that it calls, on its configuration and target, on Triton, and on the
     modules that read machine code.
     """
-    sources = [_source(build) for build in builds]
+    sources = [_source(build, target) for build in builds]
     paths = [_path(build, target, source) for build, source in zip(builds, sources, strict=True)]
     found = {i: kept for i, path in enumerate(paths) if (kept := _kept(path)) is not None}
     missing = [i for i in range(len(builds)) if i not in found]
@@ -70,16 +70,20 @@ def _keep(path: Path, found: machine_code.Figures) -> None:
         os.replace(temporary, path)
 
 
-def _source(build: Build) -> ASTSource:
+def _source(build: Build, target: str) -> ASTSource:
+    """A kernel as it is launched with tensors of at most 2 GiB. For others AMD's code has no buffer instructions."""
     module, _, function = build.kernel.partition(":")
     kernel = getattr(importlib.import_module(module), function)
     signature, constants, attributes = {}, {}, {}
+    attributes_of = make_backend(TARGETS[target]).parse_attr  # D: divisible by 16, S: of at most 2 GiB
     for i, name in enumerate(kernel.arg_names):
         value = build.arguments[name]
         if name == "TARGET" or not isinstance(value, str):
             signature[name], constants[(i,)] = "constexpr", value
             continue
         signature[name] = value.split()[0]
-        if value.startswith("*") or value.endswith(" aligned"):
-            attributes[(i,)] = [["tt.divisibility", 16]]
+        if value.startswith("*"):
+            attributes[(i,)] = attributes_of("DS")
+        elif value.endswith(" aligned"):
+            attributes[(i,)] = attributes_of("D")
     return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)

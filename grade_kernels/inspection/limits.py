@@ -1,4 +1,6 @@
-"""What generated code may cost: nothing spilled anywhere, and no more instructions per logit than were measured."""
+"""What generated code may cost: nothing spilled anywhere, no lanes that disagree about a sum, and no more instructions per
+logit than were measured.
+"""
 
 from __future__ import annotations
 
@@ -80,6 +82,8 @@ def violations(build: Build, found: Figures) -> list[str]:
     words = []
     if found.stack or found.spills:
         words.append(f"{label} for {found.target}: {found.stack} bytes of stack and {found.spills} spills, 0 allowed")
+    if found.unequal:
+        words.append(f"{label} for {found.target}: {found.unequal} sums in which lanes may disagree, 0 allowed")
     limit = LIMITS.get(found.target, {}).get(label)
     if limit is not None:
         most, registers = limit

@@ -60,6 +60,7 @@ class Figures:
         bytes_per_logit: of the main loop; for a head of the loop over the width, per logit and unit of the width.
         exchanges: accesses of shared memory in the main loop of a row kernel.
         opcodes: the commonest of the main loop.
+        unequal: sums across lanes of which the lanes may get unequal results; counted for NVIDIA.
     """
 
     kernel: str
@@ -77,6 +78,7 @@ class Figures:
     bytes_per_logit: float | None
     exchanges: int | None
     opcodes: dict[str, int] | None
+    unequal: int
 
     @property
     def total(self) -> float | None:
@@ -120,6 +122,7 @@ def figures(build: Build, target: str, program: Program, shared: int) -> Figures
         bytes_per_logit=moved,
         exchanges=exchanges,
         opcodes=None if body is None else dict(Counter(i.opcode for i in body).most_common(40)),
+        unequal=program.unequal,
     )
 
 
