@@ -99,9 +99,9 @@ def _write(folder: Path, machine: dict[str, str], runner: Runner, every: list[St
     (folder / "gpu-check.md").write_text(page(machine, results))
     everything: dict[str, Any] = {"machine": machine, "steps": [vars(result) for result in results]}
     (folder / "gpu-check.json").write_text(json.dumps(everything, indent=1))
-    kernels = next((r.notes["kernels"] for r in reversed(results) if "kernels" in r.notes), {})
+    tests = next((r.notes for r in reversed(results) if "kernels" in r.notes), {"kernels": {}, "backends": {}})
     record = {name: machine[name] for name in ("device", "target", "torch", "commit")}
-    record |= {"compiler": f"triton {machine['triton']}", "kernels": kernels}
+    record |= {"compiler": f"triton {machine['triton']}", "kernels": tests["kernels"], "backends": tests["backends"]}
     (folder / f"gpu-{slug(machine['device'])}.json").write_text(json.dumps(record, indent=1) + "\n")
 
 

@@ -75,7 +75,8 @@ class Runner:
         """Let a step run again from its beginning; of tests, those that did not pass."""
         shutil.rmtree(self.room(step), ignore_errors=True)
         if step.kind == "tests" and self.ledger.exists():
-            records = [r for r in ledger.read(self.ledger) if r.get("step") != step.name or r["outcome"] == "passed"]
+            ends = [record for record in ledger.read(self.ledger) if "end" in record]
+            records = [record for record in ends if record["step"] != step.name or record["outcome"] == "passed"]
             self.ledger.write_text("".join(json.dumps(record) + "\n" for record in records))
 
     def run(self, steps: Collection[Step], wrote: Callable[[], None]) -> None:
@@ -169,7 +170,7 @@ class Runner:
         count = {what: sum(record["outcome"] == what for record in mine) for what in ("passed", "failed", "skipped")}
         failed = {r["end"]: r.get("message", "") for r in mine if r["outcome"] == "failed"}
         result.tests = count | {"left": tally.left, "messages": failed}
-        result.notes["kernels"] = tally.kernels()
+        result.notes |= {"kernels": tally.kernels(), "backends": tally.backends()}
         result.why = f"{len(failed)} tests failed" if failed else ""
         if stuck:
             result.state, result.why = FAILED, f"pytest {ended(status or 0)}"

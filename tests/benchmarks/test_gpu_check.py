@@ -237,6 +237,7 @@ def test_kernels_that_tests_launch_are_noted(tmp_path: Path) -> None:
     (tmp_path / "test_some.py").write_text(textwrap.dedent(program))
     (tmp_path / "conftest.py").write_text("import os\nos.environ['TRITON_INTERPRET'] = '1'\n")
     (found,) = run(tmp_path, pytest_step(tmp_path))
+    assert found.notes["backends"] == {}
     assert found.notes["kernels"] == {"copy_kernel": {"cases": 2, "passed": 1}}
 
 
@@ -309,7 +310,7 @@ def test_on_the_cpu(everything: bool, tmp_path: Path) -> None:
     assert "triton on cpu" in text
     assert "### linear_logprobs, forward+backward" in text
     record = json.loads((tmp_path / f"gpu-{command.slug(found['machine']['device'])}.json").read_text())
-    assert record.keys() == {"device", "target", "torch", "commit", "compiler", "kernels"}
+    assert record.keys() == {"device", "target", "torch", "commit", "compiler", "kernels", "backends"}
     again = gpu_check(*given)
     assert again.returncode == 0, again.stdout + again.stderr
     assert "..." not in again.stdout
