@@ -121,7 +121,9 @@ class Runner:
             self._clean(room)
             begun_with = self.left()
             without = ("--without", ",".join(crashed)) if crashed else ()
-            status = self._process([*filled(step, room, self.ledger), *without], room / "log.txt", step.limit)
+            status = self._process(
+                [*filled(step, room, self.ledger), *without], room / "log.txt", min(step.limit, begun_with)
+            )
             trial = room / "trial"
             if status is None or status == 0 or not trial.exists():
                 break
@@ -203,7 +205,7 @@ class Runner:
             result.tail = (room / "log.txt").read_text(errors="replace").splitlines()
 
     def _process(self, arguments: list[str], log: Path, limit: float) -> int | None:
-        """The exit status of Python with these arguments, or None if its time, or all time, was up before it ended.
+        """The exit status of Python with these arguments, or None if its time was up before it ended.
 
         It has a session of its own: an interrupt reaches this process alone, which then ends the other with all its children.
         """
@@ -217,7 +219,7 @@ class Runner:
                 stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
             try:
-                return process.wait(max(0.0, min(limit, self.left() + GRACE)))
+                return process.wait(max(0.0, limit))
             except subprocess.TimeoutExpired:
                 return None
             finally:
