@@ -6,10 +6,12 @@ on; `device` is that device. Cases on a GPU are the same tests: marked `gpu`, an
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import inspect
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -29,8 +31,14 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 import pytest
 import torch
 
+from tests.support.ptx.setting import SIMULATED
+
 HAS_GPU = torch.cuda.is_available()
-if not HAS_GPU:
+if SIMULATED:
+    from tests.support.ptx import triton_driver
+
+    triton_driver.install()
+elif not HAS_GPU:
     # Has to be there before anything imports triton, which torch does lazily.
     os.environ["TRITON_INTERPRET"] = "1"
 
@@ -51,7 +59,7 @@ from tests.support.interpreter import (  # noqa: E402
 )
 from tests.support.needs import needs_backend  # noqa: E402
 
-if not HAS_GPU and importlib.util.find_spec("triton") is not None:
+if not HAS_GPU and not SIMULATED and importlib.util.find_spec("triton") is not None:
     quicken()
     take_numbers()
     ignore_nan()
@@ -79,6 +87,10 @@ def pytest_configure(config: pytest.Config) -> None:
     ):
         config.addinivalue_line("markers", line)
     config.stash[LEFT_OUT] = {}
+    if SIMULATED and (path := os.environ.get("GRADE_KERNELS_SIMULATED_RECORD")):
+        from tests.support.ptx.record import Record
+
+        config.pluginmanager.register(Record(Path(path), os.environ["GRADE_KERNELS_SIMULATED_COMPILER"]))
 
 
 LEFT_OUT = pytest.StashKey[dict[str, int]]()  # what the summary says to numbers of cases
@@ -118,6 +130,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         still = set(kept)
         config.hook.pytest_deselected(items=[item for item in items if item not in still])
         items[:] = kept
+
+
+def pytest_collection_finish() -> None:
+    """Have the garbage collector leave alone what is there before the first test.
+
+    These are millions of objects: libraries, and every case that was looked at. Accelerate collects garbage at the end of
+    each training, which would take longer than the training of a tiny model.
+    """
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # or libraries would report leaks when the process ends
 
 
 def is_no_case(item: pytest.Item) -> bool:

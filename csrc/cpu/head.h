@@ -63,8 +63,16 @@ struct SoftmaxPiece : Piece {
       moment[kHeadLanes];  // sum of exp((l - max) / tau) * x, x = (l - max) / tau or, with a reference, that minus r's
 };
 
+// Posterior noise: the tokens that won, and draw number m's domain.
+struct Given {
+  const int64_t* ids;   // [rows]; null: the noise is prior
+  const float* scores;  // [rows], T
+  uint32_t domain;
+};
+
 struct HeadArgs {
   HeadChunk in;
+  Given given;      // read by scores only
   const void* ref;  // softmax: logits of a reference, laid out alike, or null
   const float* ref_bias;
   const float* tau;  // [rows]
@@ -76,7 +84,8 @@ struct HeadArgs {
 struct HeadKernels {
   // argmax of the scores and the logits' log-sum-exp. Finds no candidates.
   void (*sample)(const HeadArgs& args, const Span& span, SamplePiece& out);
-  // The same, and normaliser and candidates of softmax(score / tau).
+  // The same, and normaliser and candidates of softmax(score / tau). With posterior noise scores count from T: the
+  // maximum is 0, and no token is searched for.
   void (*scores)(const HeadArgs& args, const Span& span, ScoresPiece& out, Hit* hits);
   // Normaliser, moment and candidates of softmax(l / tau).
   void (*softmax)(const HeadArgs& args, const Span& span, SoftmaxPiece& out, Hit* hits);

@@ -136,7 +136,8 @@ GK_INLINE_IF_WIDE void noise_words(const RowKey& key, uint32_t q, u32 out[kVecto
   for (int i = 0; i < kPack * kLanes; ++i) {
     const uint32_t w = ((const uint32_t*)words)[i];
     if (w < kRefineBelow) {
-      ((float*)e)[i] = exponential_from_word<float>(w, token_word(key.seed, key.row, token + i, kDomainRefine));
+      ((float*)e)[i] =
+          exponential_from_word<float>(w, token_word(key.seed, key.row, token + i, refinement_of(key.domain)));
     }
   }
 }

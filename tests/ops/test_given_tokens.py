@@ -12,7 +12,22 @@ import pytest
 import torch
 
 import grade_kernels as gk
-from tests.support.helpers import ESTIMATORS, grads, leaf, noise_of, raises, randn
+from grade_kernels.backends import Noise, Posterior
+from grade_kernels.noise import uniform_from_words
+from tests.support.helpers import (
+    ESTIMATORS,
+    grads,
+    leaf,
+    masked,
+    noise_given,
+    noise_of,
+    on_cpu,
+    raises,
+    randn,
+    resize,
+    truth_noise,
+)
+from tests.support.problems import small_chunks
 
 Tensor = torch.Tensor
 
@@ -215,6 +230,53 @@ def test_rounding_does_not_decide(backend: str, device: str, interpreted: bool, 
     ):
         assert torch.equal(out.ids, ids)
         assert torch.equal(out.embedding, table[ids])
+
+
+@pytest.mark.uncollect_if(lambda backend: backend == "reference", "the reference has no passes")
+@pytest.mark.parametrize("tau", [1.0, 0.3, 8.0])
+@pytest.mark.parametrize("scale", [1.0, 40.0], ids=["", "logits far below"])
+@pytest.mark.parametrize("vocab", [1, 17, 1031])
+def test_pass_over_a_head(
+    backend: str,
+    device: str,
+    interpreted: bool,
+    vocab: int,
+    scale: float,
+    tau: float,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """`head_scores` number by number: normalisers, and exactly the tokens with p > u * eps, in chunks and in pieces."""
+    small_chunks(monkeypatch)
+    resize(monkeypatch, tile_buffer=2**12)
+    n, eps = (3 if interpreted else 35), 2**-6
+    hidden, weight = randn(n, 7, device=device), randn(vocab, 7, device=device, seed=1) * scale
+    bias = masked(torch.zeros(vocab, device=device))
+    logits = hidden.cpu().double() @ weight.cpu().double().T + bias.cpu()
+    prior = noise_of(4, n, device, vocab_start=6)
+    ids, row_tau = noise_given(on_cpu(prior), logits, known=False).ids, torch.full((n,), tau, device=device)
+    g = truth_noise(prior.given(ids), n, vocab, logits)
+    score_max = (logits + g).gather(1, ids[:, None]).squeeze(1)
+    given = Posterior(ids.to(device), None, 0, score_max.float().to(device))
+    noise = Noise(prior.seed.to(device), prior.row_ids, 6, given)
+    backend_of = gk.backends.get(backend)
+    sample, total, support = backend_of.head_scores(gk.backends.Head(hidden, weight, bias, None), row_tau, noise, eps)
+
+    z = (logits + g - score_max[:, None]) / tau
+    assert torch.equal(sample.ids.cpu(), ids)
+    assert torch.equal(sample.score_max, given.score_max)
+    found = {"normaliser": (total, z.exp().sum(1)),
+             "log-sum-exp": (sample.logit_max + sample.logit_sum.log(), logits.logsumexp(1))}  # fmt: skip
+    for what, (ours, truth) in found.items():
+        torch.testing.assert_close(ours.cpu().double(), truth, rtol=3e-5, atol=1e-4, msg=lambda m, w=what: f"{w}: {m}")
+    p, u = z.softmax(1), uniform_from_words(on_cpu(prior).words(n, vocab, domain=3), torch.float64)
+    kept = torch.zeros(n, vocab, dtype=torch.bool)
+    rows = torch.arange(n).repeat_interleave(support.offsets.cpu().diff())
+    kept[rows, support.tokens.cpu()] = True
+    assert not support.overflow.any()
+    assert kept.sum() == len(support.tokens)
+    clear = (p - u * eps).abs() > 1e-3 * p
+    assert torch.equal(kept[clear], (p > u * eps)[clear])
+    torch.testing.assert_close(support.p.cpu().double(), p[kept], rtol=2e-4, atol=0)
 
 
 def test_ids_beside_the_noise(backend: str, device: str) -> None:

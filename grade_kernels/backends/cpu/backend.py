@@ -171,8 +171,6 @@ class CpuBackend(TorchBackend):
     def head_scores(
         self, head: Head, tau: torch.Tensor, noise: Noise, eps: float
     ) -> tuple[Sample, torch.Tensor, Support]:
-        if noise.posterior is not None:
-            return super().head_scores(head, tau, noise, eps)
         found = self._head_pass(SCORES, head, tau, eps).run(noise)
         return found.sample(), found.state[1], found.support()
 
