@@ -76,8 +76,8 @@ def ways(device: str) -> dict[str, Callable[[], AbstractContextManager[Any]]]:
     """Ours by its ways through a head on a device: what a call takes by itself, then each by name, as a context."""
     backend = gk.backends.select(torch.device(device), torch.bfloat16)
     found: dict[str, Callable[[], AbstractContextManager[Any]]] = {OURS: nullcontext}
-    for way in getattr(gk.backends, "HEAD_WAYS", ()):
-        if backend == "triton" and way != "auto":
+    for way in gk.backends.HEAD_WAYS:
+        if backend in ("triton", "cuda") and way != "auto":
             found[f"{OURS} {way}"] = partial(gk.use_backend, f"{backend}:{way}")
     return found
 

@@ -79,7 +79,7 @@ def _part(module: str, name: str) -> Any:
 
 
 def _torch_loss(**options: Any) -> Callable[[str], Work]:
-    """PyTorch's own; without options all logits at once. In chunks it has no value per row before torch 2.15."""
+    """PyTorch's own; without options all logits at once. In chunks of rows a sum has its gradient ready before backward."""
 
     def load(_: str) -> Work:
         loss = F.linear_cross_entropy

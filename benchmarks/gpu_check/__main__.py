@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 from benchmarks.gpu_check.machine import NO_GPU
 from benchmarks.gpu_check.page import page, summary
-from benchmarks.gpu_check.runner import PASSED, WAITING, Runner
+from benchmarks.gpu_check.runner import FAILED, Runner
 from benchmarks.gpu_check.steps import Plan, Step, steps
 from benchmarks.harness import ROOT
 
@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run what has not run yet.
 
     Returns:
-        0 if every step has passed, 1 if one has failed or waits for another call, 2 without a GPU or with results of other
+        0 if no step has failed (some may wait for another call), 1 if one has, 2 without a GPU or with results of other
         versions in the folder, 130 after an interrupt.
     """
     parser = argparse.ArgumentParser(prog="gpu-check", description="Is it right on this GPU, and how fast?")
@@ -75,9 +75,7 @@ def main(argv: list[str] | None = None) -> int:
         return INTERRUPTED
     results = [runner.result(step) for step in every]
     print("", *summary(results), f"{folder / 'gpu-check.md'} can be pasted into an issue.", sep="\n")
-    if any(result.state == WAITING for result in results if result.name in [step.name for step in chosen]):
-        return 1
-    return 0 if all(result.state in (PASSED, WAITING) for result in results) else 1
+    return 1 if any(result.state == FAILED for result in results) else 0
 
 
 def slug(name: str) -> str:
@@ -99,9 +97,9 @@ def _write(folder: Path, machine: dict[str, str], runner: Runner, every: list[St
     (folder / "gpu-check.md").write_text(page(machine, results))
     everything: dict[str, Any] = {"machine": machine, "steps": [vars(result) for result in results]}
     (folder / "gpu-check.json").write_text(json.dumps(everything, indent=1))
-    kernels = next((r.notes["kernels"] for r in reversed(results) if "kernels" in r.notes), {})
+    tests = next((r.notes for r in reversed(results) if "kernels" in r.notes), {"kernels": {}, "backends": {}})
     record = {name: machine[name] for name in ("device", "target", "torch", "commit")}
-    record |= {"compiler": f"triton {machine['triton']}", "kernels": kernels}
+    record |= {"compiler": f"triton {machine['triton']}", "kernels": tests["kernels"], "backends": tests["backends"]}
     (folder / f"gpu-{slug(machine['device'])}.json").write_text(json.dumps(record, indent=1) + "\n")
 
 

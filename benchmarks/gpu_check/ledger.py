@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -56,9 +56,16 @@ class Tally:
 
     def kernels(self) -> dict[str, dict[str, int]]:
         """By Triton kernel, how many tests launched it, and how many of these passed."""
+        return self._count(lambda record: record.get("kernels", ()))
+
+    def backends(self) -> dict[str, dict[str, int]]:
+        """By backend, how many tests ran on it, and how many of these passed."""
+        return self._count(lambda record: filter(None, [record.get("backend")]))
+
+    def _count(self, names: Callable[[Record], Iterable[str]]) -> dict[str, dict[str, int]]:
         counts: dict[str, dict[str, int]] = {}
         for record in self.outcomes.values():
-            for name in record.get("kernels", ()):
+            for name in names(record) if record["outcome"] != "skipped" else ():
                 count = counts.setdefault(name, {"cases": 0, "passed": 0})
                 count["cases"] += 1
                 count["passed"] += record["outcome"] == "passed"
@@ -86,6 +93,7 @@ class Ledger:
         self.file: IO[str] = path.open("a")
         self.deadline = time.monotonic() + seconds
         self.launched: set[str] = set()
+        self.backends: dict[str, str | None] = {}
         self.outcome: Record = {}
         self.left: int | None = 0
         self.uncollected = False
@@ -106,8 +114,8 @@ class Ledger:
         order = {}
         for item in items:
             test = item.nodeid.partition("[")[0]
-            place = getattr(getattr(item, "callspec", None), "params", {}).get("place")
-            order[item] = getattr(place, "backend", "") in PLAIN, turns[test]
+            self.backends[item.nodeid] = backend = backend_of(item)
+            order[item] = backend in PLAIN, turns[test]
             turns[test] += 1
         items[:] = sorted((item for item in items if item.nodeid not in self.ended), key=order.__getitem__)
         self.left = None if self.uncollected else len(items)
@@ -122,8 +130,9 @@ class Ledger:
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         self.launched.clear()
-        self.outcome = {"end": nodeid, "step": self.step, "outcome": "passed", "seconds": 0.0}
-        self.write({"start": nodeid})
+        about = {"step": self.step, "backend": self.backends.get(nodeid)}
+        self.outcome = {"end": nodeid, **about, "outcome": "passed", "seconds": 0.0}
+        self.write({"start": nodeid, **about})
 
     def pytest_runtest_logfinish(self) -> None:
         self.write(self.outcome | {"kernels": sorted(self.launched)})
@@ -141,6 +150,13 @@ class Ledger:
     def pytest_sessionfinish(self) -> None:
         self.write({"left": self.left})
         self.file.close()
+
+
+def backend_of(item: pytest.Item) -> str | None:
+    """The backend that a test runs on, of those that run on several."""
+    parameters = getattr(getattr(item, "callspec", None), "params", {})
+    given = [parameters[name] for name in ("gpu_backend", "rows_backend", "place") if name in parameters]
+    return getattr(given[0], "backend", given[0]) if given else None
 
 
 def _last_line(report: pytest.TestReport) -> str:

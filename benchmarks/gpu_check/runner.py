@@ -75,7 +75,8 @@ class Runner:
         """Let a step run again from its beginning; of tests, those that did not pass."""
         shutil.rmtree(self.room(step), ignore_errors=True)
         if step.kind == "tests" and self.ledger.exists():
-            records = [r for r in ledger.read(self.ledger) if r.get("step") != step.name or r["outcome"] == "passed"]
+            ends = [record for record in ledger.read(self.ledger) if "end" in record]
+            records = [record for record in ends if record["step"] != step.name or record["outcome"] == "passed"]
             self.ledger.write_text("".join(json.dumps(record) + "\n" for record in records))
 
     def run(self, steps: Collection[Step], wrote: Callable[[], None]) -> None:
@@ -120,7 +121,9 @@ class Runner:
             self._clean(room)
             begun_with = self.left()
             without = ("--without", ",".join(crashed)) if crashed else ()
-            status = self._process([*filled(step, room, self.ledger), *without], room / "log.txt", step.limit)
+            status = self._process(
+                [*filled(step, room, self.ledger), *without], room / "log.txt", min(step.limit, begun_with)
+            )
             trial = room / "trial"
             if status is None or status == 0 or not trial.exists():
                 break
@@ -169,7 +172,7 @@ class Runner:
         count = {what: sum(record["outcome"] == what for record in mine) for what in ("passed", "failed", "skipped")}
         failed = {r["end"]: r.get("message", "") for r in mine if r["outcome"] == "failed"}
         result.tests = count | {"left": tally.left, "messages": failed}
-        result.notes["kernels"] = tally.kernels()
+        result.notes |= {"kernels": tally.kernels(), "backends": tally.backends()}
         result.why = f"{len(failed)} tests failed" if failed else ""
         if stuck:
             result.state, result.why = FAILED, f"pytest {ended(status or 0)}"
@@ -202,7 +205,7 @@ class Runner:
             result.tail = (room / "log.txt").read_text(errors="replace").splitlines()
 
     def _process(self, arguments: list[str], log: Path, limit: float) -> int | None:
-        """The exit status of Python with these arguments, or None if its time, or all time, was up before it ended.
+        """The exit status of Python with these arguments, or None if its time was up before it ended.
 
         It has a session of its own: an interrupt reaches this process alone, which then ends the other with all its children.
         """
@@ -216,7 +219,7 @@ class Runner:
                 stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
             try:
-                return process.wait(max(0.0, min(limit, self.left() + GRACE)))
+                return process.wait(max(0.0, limit))
             except subprocess.TimeoutExpired:
                 return None
             finally:

@@ -72,7 +72,7 @@ def test_what_has_ended_does_not_run_again_unless_asked(tmp_path: Path) -> None:
 
 
 def test_a_step_that_takes_too_long_is_ended_with_its_children(tmp_path: Path) -> None:
-    """One that used up its own time has failed; one that all time ended for waits for the next call."""
+    """It has failed, and is not tried again."""
     program = """
         import subprocess, sys, time
         child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
@@ -89,6 +89,12 @@ def test_a_step_that_takes_too_long_is_ended_with_its_children(tmp_path: Path) -
         time.sleep(0.1)
     else:
         raise AssertionError("the child of a step that was ended lives on")
+
+
+def test_a_step_for_which_the_time_of_all_steps_ends_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.gpu_check.runner.LEAST", 0.0)
+    (found,) = run(tmp_path, python("long", "import time; time.sleep(600)"), seconds=1.0)
+    assert (found.state, found.why) == (WAITING, "out of time")
 
 
 def test_without_time_nothing_begins(tmp_path: Path) -> None:
@@ -214,7 +220,7 @@ def test_tests_that_can_not_be_collected_fail(tmp_path: Path) -> None:
 def test_kernels_that_tests_launch_are_noted(tmp_path: Path) -> None:
     pytest.importorskip("triton")
     program = """
-        import torch, triton, triton.language as tl
+        import pytest, torch, triton, triton.language as tl
 
         @triton.jit
         def copy_kernel(x, y):
@@ -225,7 +231,8 @@ def test_kernels_that_tests_launch_are_noted(tmp_path: Path) -> None:
             copy_kernel[(1,)](x, y)
             return y.item()
 
-        def test_launches():
+        @pytest.mark.parametrize("gpu_backend", ["triton"])
+        def test_launches(gpu_backend):
             assert launch() == 1.0
 
         def test_fails():
@@ -237,6 +244,7 @@ def test_kernels_that_tests_launch_are_noted(tmp_path: Path) -> None:
     (tmp_path / "test_some.py").write_text(textwrap.dedent(program))
     (tmp_path / "conftest.py").write_text("import os\nos.environ['TRITON_INTERPRET'] = '1'\n")
     (found,) = run(tmp_path, pytest_step(tmp_path))
+    assert found.notes["backends"] == {"triton": {"cases": 1, "passed": 1}}
     assert found.notes["kernels"] == {"copy_kernel": {"cases": 2, "passed": 1}}
 
 
@@ -309,7 +317,7 @@ def test_on_the_cpu(everything: bool, tmp_path: Path) -> None:
     assert "triton on cpu" in text
     assert "### linear_logprobs, forward+backward" in text
     record = json.loads((tmp_path / f"gpu-{command.slug(found['machine']['device'])}.json").read_text())
-    assert record.keys() == {"device", "target", "torch", "commit", "compiler", "kernels"}
+    assert record.keys() == {"device", "target", "torch", "commit", "compiler", "kernels", "backends"}
     again = gpu_check(*given)
     assert again.returncode == 0, again.stdout + again.stderr
     assert "..." not in again.stdout

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
 pytest.importorskip("pytest_benchmark")
 
+import grade_kernels as gk
 from benchmarks import linear, rivals
 from benchmarks.harness import OURS, Case, Results, why_not
 from benchmarks.rivals import ACCELERATORS, HeadInputs, Rival, Work
+from tests.support.needs import needs_backend
 
 LOGPROBS = Case("linear_logprobs", "forward+backward", "float32", 7, 101, H=16)
+STE = Case("linear_gumbel_ste", "forward+backward", "float32", 7, 101, H=16, D=8)
 KL = Case("linear_kl", "forward+backward", "float32", 7, 101, H=16)
 
 
@@ -115,6 +119,29 @@ def test_the_report_names_them(monkeypatch: pytest.MonkeyPatch) -> None:
     lines = results.tables()
     assert "  quack (linear_logprobs): quack-kernels not installed" in lines
     assert f"  {LOGPROBS}, liger: out of memory" in lines
+
+
+@pytest.mark.parametrize("case", [LOGPROBS, KL, STE], ids=lambda case: case.op)
+@needs_backend("triton")
+def test_both_ways_through_a_head_are_checked_and_raced(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In Triton's interpreter; what a call takes by itself comes first, and a way that is wrong gets no number."""
+    with gk.use_backend("triton"):
+        assert list(linear.ways("cpu")) == [OURS, f"{OURS} tiles", f"{OURS} chunks"]
+        contestants = linear.build(case)
+        assert list(contestants)[:3] == list(linear.ways("cpu"))
+        linear.check(case)
+        checks = linear.checks(case, contestants)
+        name = f"{OURS} chunks"
+        assert why_not(name, contestants[name], checks[name], "cpu") is None
+        right = linear._ours
+
+        def wrong(op: str, x: linear.Inputs, library: Any = gk, **options: Any) -> torch.Tensor:
+            return (1.01 if library is gk else 1.0) * right(op, x, library, **options)
+
+        monkeypatch.setattr(linear, "_ours", wrong)
+        reason = why_not(name, contestants[name], checks[name], "cpu")
+        assert reason is not None
+        assert "relative error of the output" in reason
 
 
 @pytest.mark.parametrize("found", rivals.RIVALS, ids=lambda rival: f"{rival.name}-{rival.op}")
