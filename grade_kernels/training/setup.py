@@ -19,8 +19,9 @@ from transformers import (
     ProcessorMixin,
 )
 
-from grade_kernels.training.allowed_tokens import AllowedTokens, ids_without_token, read_generation_config
+from grade_kernels.training.allowed_tokens import AllowedTokens, ids_without_token
 from grade_kernels.training.config import GRADEConfig
+from grade_kernels.training.generation_config import read_generation_config
 from grade_kernels.training.model import LanguageModel, check_checkpointing, check_training_mode, read_language_model
 from grade_kernels.training.prompt_tokens import Example, tokenizer_of
 from grade_kernels.training.prompts import check_prompt_dataset

@@ -90,7 +90,7 @@ class GRADETrainer(Trainer):
 
     Args:
         model: a causal language model, plain or PEFT's, or the name of one. Tokens that its `generation_config` suppresses
-            are never sampled; what training does not follow of that is warned of.
+            are never sampled. Of its settings of sampling a warning says that they are not followed; others are refused.
         reward_funcs: one or several of: a sequence classifier of transformers or the name of one (see
             `SequenceClassificationReward` for its label and output), any differentiable
             `reward(inputs_embeds, attention_mask, **columns) -> [B]` with its table as `reward.embedding` (a module is
@@ -127,8 +127,8 @@ class GRADETrainer(Trainer):
     Raises:
         TypeError: an argument of a wrong type.
         ValueError: settings that contradict each other, vocabularies that differ, a reward without gradient, a model
-            that can not be replayed exactly, or an argument of another trainer that would be ignored. All of them before
-            the first step.
+            that can not be replayed exactly, a `generation_config` that can not be followed, or an argument of another
+            trainer that would be ignored. All of them before the first step.
     """
 
     # The library's, with the types that they have here
