@@ -18,6 +18,8 @@ os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
 # With threads, each process of tests that compiles something starts others, which import torch first.
 os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
 os.environ.pop("GRADE_KERNELS_BACKEND", None)
+os.environ.pop("GRADE_KERNELS_HEAD", None)
+os.environ.pop("GRADE_KERNELS_CHUNK_MIB", None)
 os.environ.pop("GRADE_KERNELS_CHECK", None)
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # there is a worker for every core

@@ -65,7 +65,7 @@ _GIVEN: dict[str, tuple[torch.Tensor, bool]] = {
     )
 }
 # No launcher passes these as anything but 32-bit integers, or float32 arrays.
-_HEAD_INTEGERS = ("N", "group_start", "first_row", "first_split", "splits", "step", "s_slots")
+_HEAD_INTEGERS = ("N", "group_start", "first_row", "first_split", "start", "splits", "step", "s_slots")
 _HEAD_FLOATS = (
     *("best", "plain_max", "plain_sum", "top", "total", "before_max", "before_sum", "tau", "score_max"),
     *("moment", "ref_top", "ref_total"),

@@ -12,9 +12,10 @@ from grade_kernels import backends, reference
 from grade_kernels.backends import Backend, GradientRule, Noise, Rows, Sample
 from grade_kernels.backends.chunks import Scratch, column_chunks
 from grade_kernels.dtypes import compute_dtype
-from grade_kernels.noise import GumbelNoise
+from grade_kernels.noise import GumbelNoise, PosteriorNoise
 from grade_kernels.ops import checks, tables
 from grade_kernels.ops.differentiable import differentiable
+from grade_kernels.ops.posterior import sampled_rows
 from grade_kernels.ops.registry import answered_by, public
 from grade_kernels.ops.tables import Embedded
 from grade_kernels.ops.transforms import FIRST_ORDER, check_order
@@ -32,7 +33,7 @@ def gumbel_ste_embedding(
     tau: float | torch.Tensor = 1.0,
     *,
     estimator: str = "ste",
-    noise: GumbelNoise | None = None,
+    noise: GumbelNoise | PosteriorNoise | None = None,
     ids: torch.Tensor | None = None,
     ignore_index: int | None = None,
 ) -> GumbelSTEEmbedding[Embedding]:
@@ -58,8 +59,10 @@ def gumbel_ste_embedding(
         tau: temperature: a positive number, or a tensor with one value for all rows or one per row, as in
             `gumbel_softmax`. A tensor receives its gradient (`reinmax` defines none, so there it is zero).
         estimator: a name of the table above.
-        noise: which noise to use. None draws a fresh seed from torch's default generator.
-        ids: int64 `[...]`: return these tokens instead of sampled ones, with the same noise in the relaxation.
+        noise: which noise to use. None draws a fresh seed from torch's default generator. Noise of given tokens
+            (`GumbelNoise.given`) returns these.
+        ids: int64 `[...]`: return these tokens instead of sampled ones, with the same noise in the relaxation. Tokens that
+            other noise sampled belong into `GumbelNoise.given`, and need not be repeated here.
         ignore_index: rows of this id are ignored, as `torch.nn.functional.cross_entropy` does: embedding and logprobs
             are 0, no gradient comes of them, and the logits may be anything. None: every id must be a token's.
 
@@ -72,8 +75,9 @@ def gumbel_ste_embedding(
             int.
         IndexError: 0-d logits.
         ValueError: an unknown estimator; an empty vocabulary; a table that is not `[V, D]`; ids of a wrong shape or out
-            of range; ignore_index without ids; tau not positive and finite or of a wrong shape; row_ids of the wrong
-            length; tensors on different devices; on CPU a row of NaN, +inf or only -inf.
+            of range; given tokens that are masked, or log-probabilities of them that are none; ignore_index without ids;
+            tau not positive and finite or of a wrong shape; row_ids of the wrong length; tensors on different devices; on
+            CPU a row of NaN, +inf or only -inf.
     """
     checks.check_logits(logits)
     checks.check_estimator(estimator)
@@ -82,13 +86,16 @@ def gumbel_ste_embedding(
     rows = logits.reshape(-1, vocab)
     if ids is not None:
         checks.check_ids(ids, batch, logits)
+    ids = checks.ids_once(ids, noise)
     ignored, safe_ids, open_logits = ignored_rows(ids, checks.canonical_ignore_index(ignore_index, ids), logits)
     if ignored is not None and ids is not None:
+        if isinstance(noise, PosteriorNoise):
+            noise, safe_ids = noise.ignoring(ignored), None
         out = gumbel_ste_embedding(open_logits, embedding, tau, estimator=estimator, noise=noise, ids=safe_ids)
         return tables.without_ignored(out, ignored, ids)
-    drawn = checks.canonical_noise(noise, rows.shape[0], logits.device)
+    drawn = checks.canonical_noise(noise, rows.shape[0], logits.device, batch)
     row_tau = checks.canonical_tau(tau, logits.shape, logits.device, compute_dtype(logits.dtype))
-    flat_ids = None if ids is None else ids.reshape(-1)
+    flat_ids = None if ids is None or drawn.posterior is not None else ids.reshape(-1)
     backend = backends.select(logits.device, logits.dtype)
     found = _draw_and_embed(_Draw(rows, list(given), row_tau, drawn, flat_ids, estimator, backend))
     return tables.shaped(found, batch, embedding)
@@ -123,9 +130,7 @@ def _kernel(draw: _Draw) -> tuple[Embedded[torch.Tensor], _Kept]:
         checks.check_tau_values(tau)
     if ids is not None and checks.reads_values(ids):
         checks.check_ids_values(ids, logits.shape[1])
-    sample = backend.sample(logits, draw.noise, True)
-    if checks.reads_values(logits):
-        checks.check_rows(logits, (sample.ids < 0) | sample.score_max.isnan())
+    sample = sampled_rows(backend, Rows.of(logits, tau, draw.noise))
     ids = sample.ids if ids is None else ids.clone()
     chosen = logits.gather(1, ids[:, None]).squeeze(1).to(tau.dtype)
     # NaN in score_max marks a row without a distribution (GPU backends): all that is read off it is NaN.
@@ -142,7 +147,7 @@ def _kernel(draw: _Draw) -> tuple[Embedded[torch.Tensor], _Kept]:
 def _soft_lookup(draw: _Draw, sample: Sample) -> tuple[torch.Tensor, torch.Tensor]:
     """`softmax((l + g) / tau) @ [E_1 E_2 ...]` without a dense softmax, and the softmax's denominators."""
     backend, tau = backends.get(draw.backend), draw.tau
-    logits, rows = draw.logits, Rows.of(draw.logits, tau, draw.noise)
+    logits, rows = draw.logits, Rows.of(draw.logits, tau, draw.noise.won_with(sample.score_max))
     total = torch.zeros_like(tau)
     sums = [torch.zeros(logits.shape[0], table.shape[1], dtype=tau.dtype, device=tau.device) for table in draw.tables]
     dtype = tables.weights_dtype(draw.tables, tau.dtype)
@@ -171,14 +176,14 @@ def _fake(draw: _Draw) -> tuple[Embedded[torch.Tensor], _Kept]:
 
 def _by_reference(draw: _Draw) -> GumbelSTEEmbedding[tuple[torch.Tensor, ...]]:
     check_order(draw.estimator)
-    checks.check_for_reference(draw.logits.detach(), draw.tau, draw.ids, draw.logits.shape[1])
+    checks.check_for_reference(draw.logits.detach(), draw.tau, draw.ids, draw.logits.shape[1], noise=draw.noise)
     return _reference_of(draw)
 
 
 def _reference_of(draw: _Draw) -> GumbelSTEEmbedding[tuple[torch.Tensor, ...]]:
     return reference.gumbel_ste_embedding(
         draw.logits, tuple(draw.tables), draw.tau.unsqueeze(-1),
-        estimator=draw.estimator, noise=draw.noise.public(), ids=draw.ids,
+        estimator=draw.estimator, noise=draw.noise.public_of(draw.tau.shape), ids=draw.ids,
     )  # fmt: skip
 
 
@@ -195,7 +200,7 @@ def _backward(
     draw: _Draw, kept: _Kept, arrived: Embedded[torch.Tensor | None], wanted: _Gradients[bool]
 ) -> _Gradients[torch.Tensor | None]:
     backend, logits, tau = backends.get(draw.backend), draw.logits, draw.tau
-    rows = Rows.of(logits, tau, draw.noise)
+    rows = Rows.of(logits, tau, draw.noise.won_with(kept.score_max))
     upstream = tables.upstream(arrived.embedded, len(logits), draw.tables)
     dlogits = dtau = None
     if wanted.logits or wanted.tau:

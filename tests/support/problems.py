@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 import grade_kernels as gk
 from tests.support.by_formula import by_formula
-from tests.support.helpers import compute_dtype, randn, resize, truth_noise
+from tests.support.helpers import compute_dtype, flat_on_cpu, randn, resize, truth_noise
 
 Tensor = torch.Tensor
 
@@ -28,7 +28,7 @@ class Problem(NamedTuple):
     tau: float | Tensor
     softcap: float | None
     estimator: str
-    noise: gk.GumbelNoise
+    noise: gk.GumbelNoise | gk.PosteriorNoise
     ids: Tensor | None
     upstream: tuple[Tensor, ...]  # [..., D], like the embeddings
     dlogprobs: Tensor  # [...]
@@ -137,11 +137,10 @@ def flat(p: Problem) -> Problem:
     rows = p.dlogprobs.numel()
     tau = p.tau if isinstance(p.tau, Tensor) else torch.tensor(p.tau, dtype=torch.float64)
     tau = (tau.expand(rows) if tau.dim() == 0 else tau.reshape(rows)).cpu()
-    row_ids = None if p.noise.row_ids is None else p.noise.row_ids.cpu()
     return Problem(
         p.hidden.cpu().reshape(rows, p.hidden.shape[-1]), p.lm_head.cpu(), None if p.bias is None else p.bias.cpu(),
         tuple(t.cpu() for t in p.tables), tau, p.softcap, p.estimator,
-        gk.GumbelNoise(p.noise.seed.cpu(), row_ids, vocab_start=p.noise.vocab_start),
+        flat_on_cpu(p.noise),
         None if p.ids is None else p.ids.cpu().reshape(rows),
         tuple(d.cpu().reshape(rows, d.shape[-1]) for d in p.upstream), p.dlogprobs.cpu().reshape(rows),
     )  # fmt: skip
@@ -168,7 +167,7 @@ def by_hand(p: Problem, ids: Tensor) -> Answer:
     ids = ids.cpu().reshape(-1)
     logits = logits_of(p)
     rows, vocab = logits.shape
-    g = truth_noise(p.noise, rows, vocab)
+    g = truth_noise(p.noise, rows, vocab, logits)
     if rows == 0:
         g = g.reshape(0, vocab)
     out = by_formula(logits, p.tables, p.tau, g, ids, p.estimator, p.upstream, p.dlogprobs)
@@ -186,7 +185,7 @@ def scores_of(p: Problem) -> Tensor:
     """`l + g` `[N, V]` in float64 on the CPU."""
     p = widened(flat(p))
     logits = logits_of(p)
-    return logits + truth_noise(p.noise, *logits.shape)
+    return logits + truth_noise(p.noise, *logits.shape, logits)
 
 
 def close(
@@ -235,7 +234,7 @@ def assert_answer(ours: Answer, theirs: Answer, truth: Answer, wanted: tuple[str
 
 def small_chunks(monkeypatch: pytest.MonkeyPatch, elements: int = 1, gather: int = 64) -> None:
     """Chunks of the least width, and gathers in many pieces."""
-    resize(monkeypatch, chunk=elements, gather=gather)
+    resize(monkeypatch, chunk=elements, head_chunk=elements, gather=gather)
 
 
 def tiny_capacity(monkeypatch: pytest.MonkeyPatch, capacity: int) -> None:

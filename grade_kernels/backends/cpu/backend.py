@@ -88,7 +88,7 @@ class CpuBackend(TorchBackend):
         rows = logits.shape[0]
         ids, score_max = logits.new_empty(rows, dtype=torch.int64), logits.new_empty(rows, dtype=compute)
         logit_max, logit_sum = (logits.new_empty(rows if logsumexp else 0, dtype=compute) for _ in range(2))
-        seed, row_ids, vocab_start = noise
+        seed, row_ids, vocab_start, _ = noise
         cpu_kernels().sample(
             unit_stride(logits), seed, contiguous(row_ids), vocab_start, logsumexp, ids, score_max, logit_max, logit_sum
         )
@@ -102,9 +102,11 @@ class CpuBackend(TorchBackend):
 
     @override
     def gumbel_softmax(self, rows: Rows, hard: bool, out: torch.Tensor) -> torch.Tensor:
+        if rows.noise.posterior is not None:
+            return super().gumbel_softmax(rows, hard, out)
         tau = rows.tau.contiguous()
         score_max = torch.empty_like(tau)
-        seed, row_ids, vocab_start = rows.noise
+        seed, row_ids, vocab_start, _ = rows.noise
         zeroed = hard and _stays_empty(out, out.shape[1])  # then `blank` gave zeros
         cpu_kernels().gumbel_softmax(
             rows.logits, tau, seed, contiguous(row_ids), vocab_start, hard, zeroed, out, score_max
@@ -121,9 +123,11 @@ class CpuBackend(TorchBackend):
         dtype: torch.dtype,
         out: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        if rows.noise.posterior is not None:
+            return super().softmax(rows, score_max, normalize=normalize, dtype=dtype, out=out)
         out = rows.logits.new_empty(rows.logits.shape, dtype=dtype) if out is None else out
         total = torch.empty_like(score_max)
-        seed, row_ids, vocab_start = rows.noise
+        seed, row_ids, vocab_start, _ = rows.noise
         with written_flat(out) as weights:
             cpu_kernels().softmax(
                 unit_stride(flat(rows.logits)), rows.tau.contiguous(), seed, contiguous(row_ids), vocab_start, score_max,
@@ -135,9 +139,11 @@ class CpuBackend(TorchBackend):
     def softmax_backward(
         self, dy: torch.Tensor, rows: Rows, sample: Sample, rule: GradientRule, out: torch.Tensor
     ) -> torch.Tensor:
+        if rows.noise.posterior is not None and is_noisy(rule.estimator):
+            return super().softmax_backward(dy, rows, sample, rule, out)
         tau = rows.tau.contiguous()
         dtau = torch.zeros_like(tau) if rule.needs_dtau else tau
-        seed, row_ids, vocab_start = rows.noise
+        seed, row_ids, vocab_start, _ = rows.noise
 
         def run(dy: torch.Tensor, logits: torch.Tensor, out: torch.Tensor) -> None:
             cpu_kernels().softmax_backward(
@@ -165,6 +171,8 @@ class CpuBackend(TorchBackend):
     def head_scores(
         self, head: Head, tau: torch.Tensor, noise: Noise, eps: float
     ) -> tuple[Sample, torch.Tensor, Support]:
+        if noise.posterior is not None:
+            return super().head_scores(head, tau, noise, eps)
         found = self._head_pass(SCORES, head, tau, eps).run(noise)
         return found.sample(), found.state[1], found.support()
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from typing_extensions import override
 
-from grade_kernels.backends.chunks import column_chunks
 from grade_kernels.backends.interface import softcapped
 from grade_kernels.backends.records import GradientRule, Head, Noise, Rows, Sample, Softmax, Support
 from grade_kernels.backends.torch.backend import TorchBackend
 from grade_kernels.backends.triton import availability
 from grade_kernels.backends.triton.parts import parts
+from grade_kernels.backends.triton.products import float32_product
 from grade_kernels.backends.triton.sizes import TritonSizes
 from grade_kernels.estimators import is_noisy
 
@@ -23,8 +23,9 @@ class TritonBackend(TorchBackend):
     name = "triton"
     sizes: TritonSizes
 
-    def __init__(self, sizes: TritonSizes | None = None) -> None:
+    def __init__(self, sizes: TritonSizes | None = None, head_way: str = "auto") -> None:
         super().__init__(TritonSizes() if sizes is None else sizes)
+        self.head_way = head_way
 
     @override
     def why_unavailable(self) -> str | None:
@@ -51,6 +52,8 @@ class TritonBackend(TorchBackend):
 
     @override
     def gumbel_softmax(self, rows: Rows, hard: bool, out: torch.Tensor) -> torch.Tensor:
+        if rows.noise.posterior is not None:
+            return super().gumbel_softmax(rows, hard, out)
         from grade_kernels.backends.triton import relaxation, row_relaxation, row_tiles
 
         how = row_tiles.way(self.sizes, rows.noise.vocab_start, rows.logits, out)
@@ -83,6 +86,8 @@ class TritonBackend(TorchBackend):
         dtype: torch.dtype,
         out: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        if rows.noise.posterior is not None:
+            return super().softmax(rows, score_max, normalize=normalize, dtype=dtype, out=out)
         from grade_kernels.backends.triton.relaxation import softmax
 
         return softmax(rows, score_max, normalize=normalize, dtype=dtype, out=out, sizes=self.sizes)
@@ -91,6 +96,9 @@ class TritonBackend(TorchBackend):
     def softmax_backward(
         self, dy: torch.Tensor, rows: Rows, sample: Sample, rule: GradientRule, out: torch.Tensor
     ) -> torch.Tensor:
+        if rows.noise.posterior is not None and is_noisy(rule.estimator):
+            return super().softmax_backward(dy, rows, sample, rule, out)
+        rows = rows._replace(noise=rows.noise.prior())  # which other rules do not read
         from grade_kernels.backends.triton import row_gradient, row_tiles
         from grade_kernels.backends.triton.gradient import softmax_backward
 
@@ -120,27 +128,30 @@ class TritonBackend(TorchBackend):
             return super().head_sample(head, noise)
         from grade_kernels.backends.triton.head_sampling import head_sample
 
-        return head_sample(head, noise, self.sizes)
+        return head_sample(head, noise, self.sizes, self._chunked(head))
 
     @override
     def head_scores(
         self, head: Head, tau: torch.Tensor, noise: Noise, eps: float
     ) -> tuple[Sample, torch.Tensor, Support]:
-        if not self._fused(head):
+        if noise.posterior is not None or not self._fused(head):
             return super().head_scores(head, tau, noise, eps)
         from grade_kernels.backends.triton.head_sampling import head_scores
 
-        return head_scores(head, tau, noise, eps, self.support_capacity(eps, len(head.weight)), self.sizes)
+        capacity = self.support_capacity(eps, len(head.weight))
+        return head_scores(head, tau, noise, eps, capacity, self.sizes, self._chunked(head))
 
     @override
     def head_softmax(
         self, head: Head, tau: torch.Tensor, noise: Noise, eps: float, ref: Head | None = None
     ) -> tuple[Softmax, Support]:
-        if not self._fused(*((head,) if ref is None else (head, ref))):
+        heads = (head,) if ref is None else (head, ref)
+        if not self._fused(*heads):
             return super().head_softmax(head, tau, noise, eps, ref)
         from grade_kernels.backends.triton.head_relaxation import head_softmax
 
-        return head_softmax(head, tau, noise, eps, ref, self.support_capacity(eps, len(head.weight)), self.sizes)
+        capacity = self.support_capacity(eps, len(head.weight))
+        return head_softmax(head, tau, noise, eps, ref, capacity, self.sizes, self._chunked(*heads))
 
     @override
     def head_logits_at(self, head: Head, rows: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
@@ -155,6 +166,10 @@ class TritonBackend(TorchBackend):
     def _fused(self, *heads: Head) -> bool:
         """Whether kernels take these heads: they have none for an empty grid."""
         return len(heads[0].hidden) > 0 and self.serves(*(h.hidden.dtype for h in heads), head=True)
+
+    def _chunked(self, *heads: Head) -> bool:
+        """Whether the library multiplies, chunk by chunk, or the kernels do, tile by tile."""
+        return self.head_way == "chunks"
 
     # Products with rows of a table
 
@@ -184,10 +199,5 @@ class TritonBackend(TorchBackend):
         narrow = x.dtype in (torch.bfloat16, torch.float16) and self.serves(x.dtype, head=True)
         if not narrow or (out is not None and out.dtype != torch.float32):
             return super().product(x, table, out)
-        if out is not None:
-            for columns in column_chunks(len(x), len(table), self.sizes.product):
-                out[:, columns] = self.product(x, table[columns])
-            return out
-        if x.is_cuda and torch.version.hip is None:
-            return torch.mm(x, table.T, out_dtype=torch.float32)
-        return x.float() @ table.float().T
+        out = x.new_empty(len(x), len(table), dtype=torch.float32) if out is None else out
+        return float32_product(x, table, out, self.sizes.product)

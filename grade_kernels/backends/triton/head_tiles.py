@@ -237,7 +237,7 @@ def pieces(b_acc, BM: tl.constexpr, BN: tl.constexpr, THREADS: tl.constexpr, PER
 
 
 @triton.jit
-def _softcapped(b_l, softcap):
+def softcapped(b_l, softcap):
     """softcap * tanh(l / softcap) of logits."""
     # tanh(y) = 1 - 2 / (1 + exp(2 y)). Its rounding error is one of the cap's. Near zero that is more than a logit's own, so
     # there a series takes its place.
@@ -268,7 +268,7 @@ def logits(
         if bias is not None:
             b_l += tl.load(bias + o_v[i])[None, :]
         if softcap is not None:
-            b_l = _softcapped(b_l, softcap)
+            b_l = softcapped(b_l, softcap)
         if (first < 0) | (first + (BN + BN2) > V):
             b_l = tl.where(((o_c[i] >= 0) & (o_c[i] < V))[None, :], b_l, float("-inf"))
         b_pieces += pieces(b_l, BM, b_l.shape[1], THREADS, PERMUTED)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -67,6 +68,16 @@ _TILES_MANY_ROWS = {
     (9, 2): HeadTile(128, 128, 32, 8, 3, SERIALISE=True),
     (12, 2): HeadTile(128, 32, 32, 8, 4, BN2=32),
 }
+# Where logits are read from memory, four threads take a row's 64 bytes, and a program has rows enough to hide that.
+_TILE_CHUNK = HeadTile(64, 64, 0, 4, 2)
+
+
+def _chunk_bytes() -> int:
+    """The default of `TritonSizes.chunk_bytes`."""
+    given = os.environ.get("GRADE_KERNELS_CHUNK_MIB") or "256"
+    if not given.isdecimal() or int(given) == 0:
+        raise ValueError(f"GRADE_KERNELS_CHUNK_MIB must be a positive whole number of MiB, got {given!r}")
+    return int(given) * 2**20
 
 
 @dataclass(frozen=True)
@@ -85,6 +96,11 @@ class TritonSizes(Sizes):
         tile_float32: the tile of float32.
         tiles: by products per tile.
         tiles_few_rows, tiles_many_rows: by (capability // 10, products), where others than `tiles` serve.
+        chunk_tile: the tile of kernels that read logits from a chunk (see `head_chunks`).
+        chunk_bytes: of the logits that one chunk after another uses, at most: 256 MiB, or as many MiB as the environment
+            variable GRADE_KERNELS_CHUNK_MIB says when a backend is first used.
+        chunk_least: columns that a chunk has at least where rows can be taken apart instead.
+        head_chunk: see `Sizes`. A GPU is idle in a small product. The terms of the exact backward take several times as much.
         split_slots: candidates that a split has room for; None for what it may collect.
         slot_bytes: of all rows' candidates that are held at a time.
         batch_rows: rows that are held at a time at least. A batch's first launches have few programs, and would leave most of
@@ -102,6 +118,10 @@ class TritonSizes(Sizes):
     tiles: Mapping[int, HeadTile] = field(default_factory=lambda: _TILES)
     tiles_few_rows: Mapping[tuple[int, int], HeadTile] = field(default_factory=lambda: _TILES_FEW_ROWS)
     tiles_many_rows: Mapping[tuple[int, int], HeadTile] = field(default_factory=lambda: _TILES_MANY_ROWS)
+    chunk_tile: HeadTile = _TILE_CHUNK
+    chunk_bytes: int = field(default_factory=_chunk_bytes)
+    chunk_least: int = 3840
+    head_chunk: int = 2**23
     split_slots: int | None = None
     slot_bytes: int = 2**27
     batch_rows: int = 128

@@ -25,6 +25,7 @@ def backward(
     gradients, dtau = HeadGradients(backend, head, wanted.head), torch.zeros_like(tau)
     upstream = Upstream(backend, tables.upstream(arrived.embedded, len(tau), draw.tables), draw.tables, tau.dtype)
     statistics = Statistics(*kept.statistics.unbind())
+    draw = draw._replace(noise=draw.noise.won_with(statistics.score_max))
     support, untempered = kept.support, kept.untempered
     through_logits = any(wanted.head) or wanted.tau
     if eps > 0 and soft and (through_logits or any(wanted.tables)):
