@@ -19,7 +19,7 @@ from torch import nn
 
 from grade_kernels.backends import Head
 from grade_kernels.estimators import is_noisy
-from grade_kernels.noise import GumbelNoise
+from grade_kernels.noise import GumbelNoise, PosteriorNoise
 from grade_kernels.ops import linear_gumbel_ste, linear_kl, linear_logprobs
 from grade_kernels.training.allowed_tokens import with_rows
 from grade_kernels.training.importance import ImportanceSampling, Mismatch
@@ -177,18 +177,31 @@ def _relaxed(
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
     """Relaxed samples in the place of the sampled tokens: their rows `[B, T, D]` of each table, and `[B, T]` logprobs."""
     embeddings, logprobs = [], []
-    if sample.given and is_noisy(relaxation.estimator):
-        # What goes in here is the noise given these tokens: `GumbelNoise.given`.
-        raise ValueError(f"estimator must be st or reinmax for given completions, got {relaxation.estimator!r}")
+    # The noise of the rows of given tokens may have another winner, so it is drawn given these. It needs a winner that may
+    # be sampled behind an end, too, and the padding may not. There it is the end itself, and nothing comes of it.
+    given = sample.given and is_noisy(relaxation.estimator)
+    last = sample.ids.gather(1, sample.mask.sum(dim=1, keepdim=True) - 1)
+    won = torch.where(sample.mask.bool(), sample.ids, last)
     for span, head in policy.heads(hidden):
+        ids = sample.ids[:, span].contiguous()
+        own = _noise_of(sample, noise, span)
+        drawn: GumbelNoise | PosteriorNoise = own
+        if given:
+            ids = won[:, span].contiguous()
+            drawn = own.given(ids)
         part = linear_gumbel_ste(
-            head.hidden, head.weight, tuple(tables), relaxation.tau, estimator=relaxation.estimator,
-            noise=_noise_of(sample, noise, span), ids=sample.ids[:, span].contiguous(), eps=relaxation.eps,
-            bias=head.bias, logit_softcap=head.softcap,
+            head.hidden, head.weight, tuple(tables), relaxation.tau, estimator=relaxation.estimator, noise=drawn, ids=ids,
+            eps=relaxation.eps, bias=head.bias, logit_softcap=head.softcap,
         )  # fmt: skip
         embeddings.append(part.embedding)
         logprobs.append(part.logprobs.detach())
-    return [_joined([part[i] for part in embeddings]) for i in range(len(tables))], _joined(logprobs)
+    looked_up = [_joined([part[i] for part in embeddings]) for i in range(len(tables))]
+    if given:  # rewards read the padding behind an end
+        real = sample.mask[..., None].bool()
+        looked_up = [
+            torch.where(real, e, table[sample.ids].detach()) for e, table in zip(looked_up, tables, strict=True)
+        ]
+    return looked_up, _joined(logprobs)
 
 
 def _noise_of(sample: Rollout, noise: GumbelNoise, span: slice) -> GumbelNoise:
