@@ -28,6 +28,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 import pytest
 import torch
 
+gc.disable()  # while libraries and cases come into being, of which nothing is garbage
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     # Has to be there before anything imports triton, which torch does lazily.
@@ -94,6 +95,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         else:
             kept.append(item)
     if not config.getoption("every_combination"):
+        short = [item for item in kept if not takes_long(item)]
+        if 0 < len(short) < len(kept):  # who asks for such cases alone has them
+            left_out["cases that take long, not run without --all"] = len(kept) - len(short)
+            kept = short
         tests: dict[tuple[str, str], list[pytest.Item]] = {}
         for item in kept:
             tests.setdefault((item.parent.nodeid, getattr(item, "originalname", item.name)), []).append(item)
@@ -101,10 +106,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if len(chosen) < len(kept):
             left_out["cases that others cover, not run without --all"] = len(kept) - len(chosen)
         kept = [item for item in kept if item in chosen]
-        short = [item for item in kept if not takes_long(item)]
-        if 0 < len(short) < len(kept):  # who asks for such cases alone has them
-            left_out["cases that take long, not run without --all"] = len(kept) - len(short)
-            kept = short
     if hasattr(config, "workeroutput"):
         config.workeroutput["left_out"] = left_out
     if len(kept) < len(items):
@@ -121,6 +122,7 @@ def pytest_collection_finish() -> None:
     """
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 def pytest_unconfigure() -> None:
