@@ -33,6 +33,7 @@ import torch
 
 from tests.support.ptx.setting import SIMULATED
 
+gc.disable()  # while libraries and cases come into being, of which nothing is garbage
 HAS_GPU = torch.cuda.is_available()
 if SIMULATED:
     from tests.support.ptx import triton_driver
@@ -113,6 +114,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         else:
             kept.append(item)
     if not config.getoption("every_combination"):
+        short = [item for item in kept if not takes_long(item)]
+        if 0 < len(short) < len(kept):  # who asks for such cases alone has them
+            left_out["cases that take long, not run without --all"] = len(kept) - len(short)
+            kept = short
         tests: dict[tuple[str, str], list[pytest.Item]] = {}
         for item in kept:
             tests.setdefault((item.parent.nodeid, getattr(item, "originalname", item.name)), []).append(item)
@@ -120,10 +125,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if len(chosen) < len(kept):
             left_out["cases that others cover, not run without --all"] = len(kept) - len(chosen)
         kept = [item for item in kept if item in chosen]
-        short = [item for item in kept if not takes_long(item)]
-        if 0 < len(short) < len(kept):  # who asks for such cases alone has them
-            left_out["cases that take long, not run without --all"] = len(kept) - len(short)
-            kept = short
     if hasattr(config, "workeroutput"):
         config.workeroutput["left_out"] = left_out
     if len(kept) < len(items):
@@ -140,6 +141,7 @@ def pytest_collection_finish() -> None:
     """
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 def pytest_unconfigure() -> None:

@@ -62,6 +62,7 @@ def run_demo(
         report.print_report(finished, config.samples, console)
         return finished
 
+    (output / "cache").mkdir(parents=True, exist_ok=True)  # whoever may not write there hears it before the training
     with _one_thread():
         corpus = build_corpus(config.corpus)
         tokenizer = build_tokenizer(corpus.words())

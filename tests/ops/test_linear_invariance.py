@@ -26,6 +26,10 @@ from tests.support.problems import (
 pytestmark = pytest.mark.usefixtures("poison")
 EPSES = pytest.mark.parametrize("eps", [0.0, 2**-4])
 every_estimator = pytest.mark.parametrize("estimator", ESTIMATORS)
+few_interpreted = pytest.mark.takes_long(
+    "a second in the interpreter; soft and reinmax together make every pass that ste and st do",
+    lambda interpreted, estimator: interpreted and estimator in ("ste", "st"),
+)
 
 
 def pairs(a: Answer, b: Answer) -> Any:
@@ -73,6 +77,7 @@ def both(p: Problem, eps: float) -> list[torch.Tensor]:
 
 
 @EPSES
+@few_interpreted
 @every_estimator
 def test_chunks(backend: str, device: str, estimator: str, eps: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """One chunk, or many with ragged ends and gathers in pieces: the same to rounding; in float64 to 1e-12."""
@@ -91,6 +96,7 @@ def test_chunks(backend: str, device: str, estimator: str, eps: float, monkeypat
 
 
 @EPSES
+@few_interpreted
 @every_estimator
 def test_batch_split_and_row_order(backend: str, device: str, interpreted: bool, estimator: str, eps: float) -> None:
     """With row identities a row's results do not depend on its neighbours, and summed gradients add up."""
@@ -165,6 +171,7 @@ def test_sizes(backend: str, device: str, interpreted: bool, estimator: str, voc
 
 
 @EPSES
+@few_interpreted
 @every_estimator
 def test_two_runs_are_equal(backend: str, device: str, interpreted: bool, estimator: str, eps: float) -> None:
     """Bit for bit, forward and backward, on every thread; many rows hit the same tokens."""
@@ -197,6 +204,7 @@ def test_seed_decides(backend: str, device: str) -> None:
 
 @pytest.mark.uncollect_if(lambda backend: backend == "reference", "the reference collects no support")
 @pytest.mark.parametrize("capacity", [0, 1, 3])
+@few_interpreted
 @every_estimator
 def test_overflow_takes_the_dense_path(
     backend: str, device: str, estimator: str, capacity: int, monkeypatch: pytest.MonkeyPatch
@@ -226,6 +234,7 @@ def test_overflow_takes_the_dense_path(
 
 
 @pytest.mark.uncollect_if(lambda backend: backend == "reference", "the reference collects no support")
+@few_interpreted
 @every_estimator
 def test_rows_with_and_without_overflow(
     backend: str, device: str, estimator: str, monkeypatch: pytest.MonkeyPatch

@@ -283,6 +283,7 @@ def check_a_large_one_hot() -> None:
 CHECKS = [check for name, check in sorted(globals().items()) if name.startswith("check_")]
 
 
+@pytest.mark.takes_long("seconds in a process; the others run the same templates", lambda isa: isa == "generic")
 @pytest.mark.parametrize("isa", simd_host.ISAS)
 def test_every_instruction_set(isa: str) -> None:
     reason = simd_host.why_not(isa)

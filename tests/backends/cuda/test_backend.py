@@ -276,6 +276,9 @@ compiles = needs("a C++ compiler", shutil.which("c++"))
 
 
 @compiles
+@pytest.mark.takes_long(
+    "a build; make's own, of a torch without CUDA, is one", lambda cuda_version: cuda_version is None
+)
 @pytest.mark.parametrize(
     ("cuda_version", "reason"), [(None, "is no CUDA build"), ("1.0", "built for CUDA 1.0|nvcc was")]
 )
