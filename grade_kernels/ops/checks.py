@@ -107,7 +107,9 @@ def canonical_noise(
                 "noise must be a GumbelNoise or None here, where no noise is added to logits or the token is to be "
                 "sampled; got a PosteriorNoise, made by `given`"
             )
-        check_ids(noise.ids, batch_shape, torch.empty(0, device=device), name="noise.ids")
+        _check_ids("noise.ids", noise.ids, batch_shape)
+        if noise.ids.device != device:
+            raise ValueError(f"noise.ids is on device {str(noise.ids.device)!r}, but the logits on {str(device)!r}")
         if noise.logprobs is not None:
             check_layout("noise.logprobs", noise.logprobs)
         ids, logprobs = (None if x is None else x.reshape(-1) for x in (noise.ids, noise.logprobs))
@@ -306,10 +308,15 @@ def check_tables(
     return tables
 
 
-def check_ids(
-    ids: object, batch_shape: Sequence[int], other: torch.Tensor, other_name: str = "logits", name: str = "ids"
-) -> None:
+def check_ids(ids: object, batch_shape: Sequence[int], other: torch.Tensor, other_name: str = "logits") -> None:
     """Given ids: int64 of the batch shape (values are checked where they may be read)."""
+    _check_ids("ids", ids, batch_shape)
+    assert isinstance(ids, torch.Tensor)
+    check_same_device("ids", ids, other_name, other)
+
+
+def _check_ids(name: str, ids: object, batch_shape: Sequence[int]) -> None:
+    """Ids wherever they are."""
     if not isinstance(ids, torch.Tensor):
         raise TypeError(f"{name} must be an int64 tensor, got {type(ids).__name__}")
     check_layout(name, ids)
@@ -317,14 +324,19 @@ def check_ids(
         raise TypeError(f"{name} must be int64, got {ids.dtype}")
     if tuple(ids.shape) != tuple(batch_shape):
         raise ValueError(f"{name} must have shape {tuple(batch_shape)}, got {tuple(ids.shape)}")
-    check_same_device(name, ids, other_name, other)
+
+
+def _are_equal(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors are seen to hold the same values; where these are not read, they are not."""
+    readable = a.device == b.device and may_read(a) and may_read(b)
+    return readable and torch.equal(without_wrappers(a), without_wrappers(b))
 
 
 def ids_once(ids: torch.Tensor | None, noise: object) -> torch.Tensor | None:
     """The tokens that are given, by `ids` or by the noise; ValueError where both give some that may differ."""
     if not isinstance(noise, PosteriorNoise) or ids is noise.ids:
         return ids
-    if ids is not None and not (may_read(ids) and may_read(noise.ids) and torch.equal(ids, noise.ids)):
+    if ids is not None and not _are_equal(ids, noise.ids):
         raise ValueError("ids must be left out where the noise is that of given tokens, or be these; got other ids")
     return noise.ids
 

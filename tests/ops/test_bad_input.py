@@ -594,6 +594,14 @@ def test_log_probabilities_of_another_shape() -> None:
 
 
 @every_op_with_given
+def test_given_tokens_on_another_device(backend: str, device: str, op: Op) -> None:
+    with raises(ValueError, "ids", "'meta'", device):
+        op(logits_on(device), noise=gk.GumbelNoise(1).given(IDS.to("meta")))
+    with raises(ValueError, "logprobs", "'meta'", device):
+        gk.GumbelNoise(1).given(IDS.to(device), torch.zeros(3, device="meta"))
+
+
+@every_op_with_given
 @pytest.mark.parametrize("shape", [(), (2,), (4,), (3, 1), (1, 3), (0,)])
 def test_given_tokens_of_a_wrong_shape(backend: str, device: str, op: Op, shape: tuple[int, ...]) -> None:
     with raises(ValueError, "ids", (3,), shape):
