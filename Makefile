@@ -5,7 +5,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo test test-gpu gpu-check bench lint venv
+.PHONY: help demo test test-gpu gpu-check tritons bench lint venv
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile
@@ -21,6 +21,9 @@ test-gpu: venv  ## run the tests that need a GPU, on it, in the same way
 
 gpu-check: venv  ## a quarter of an hour on a GPU: is it right there, and how fast? Goes on where it stopped; makes a page
 	$(BIN)/python -m benchmarks.gpu_check $(ARGS)
+
+tritons: venv  ## run what decides about the Triton kernels with every Triton that users have; ARGS="3.6.0": with that one
+	PYTHON=$(BIN)/python tools/tritons.sh $(ARGS)
 
 bench: venv  ## check, then time every operation against plain PyTorch
 	$(BIN)/python -m pytest benchmarks $(ARGS)

@@ -208,11 +208,13 @@ def gumbel_ste_embedding(
     tau: float | torch.Tensor = 1.0,
     *,
     estimator: str = "ste",
+    draws: int = 1,
     noise: GumbelNoise | PosteriorNoise | None = None,
     ids: torch.Tensor | None = None,
     ignore_index: int | None = None,
 ) -> GumbelSTEEmbedding[Embedding]:
-    """Embedding of a sampled token, `y @ E`, with one of four relaxations (see `ops.gumbel_ste_embedding`)."""
+    """Embedding of a sampled token, `y @ E`, with one of five relaxations (see `ops.gumbel_ste_embedding`)."""
+    noise = GumbelNoise.from_generator() if noise is None else noise
     if isinstance(noise, PosteriorNoise):
         ids = noise.ids
     given = ids
@@ -235,8 +237,13 @@ def gumbel_ste_embedding(
         step = step + 0.0 * tau  # a tensor tau has a gradient, which is zero
         middle = (one_hot + _temper(wide, tau).softmax(-1)) / 2
         y = one_hot + 2 * _jacobian(middle.detach(), step) - _jacobian(wide.softmax(-1).detach(), step) / 2
+    elif estimator == "gumbel_rao":
+        y, prior = one_hot, noise.noise if isinstance(noise, PosteriorNoise) else noise
+        for m in range(draws):
+            soft = _temper(wide + PosteriorNoise(prior, ids, None, m).dense(wide), tau).softmax(-1)
+            y = y + (soft - soft.detach()) / draws
     else:
-        raise ValueError(f"estimator must be 'ste', 'soft', 'st' or 'reinmax', got {estimator!r}")
+        raise ValueError(f"estimator must be 'ste', 'soft', 'st', 'reinmax' or 'gumbel_rao', got {estimator!r}")
     tables: tuple[torch.Tensor, ...] = (embedding,) if isinstance(embedding, torch.Tensor) else tuple(embedding)
     embedded = []
     for table in tables:
@@ -289,6 +296,7 @@ def linear_gumbel_ste(
     bias: torch.Tensor | None = None,
     logit_softcap: float | None = None,
     estimator: str = "ste",
+    draws: int = 1,
     noise: GumbelNoise | PosteriorNoise | None = None,
     ids: torch.Tensor | None = None,
     ignore_index: int | None = None,
@@ -298,7 +306,7 @@ def linear_gumbel_ste(
     _, _, hidden = ignored_rows(noise.ids if isinstance(noise, PosteriorNoise) else ids, ignore_index, hidden)
     logits = head_logits(hidden, lm_head, bias, logit_softcap)
     return gumbel_ste_embedding(
-        logits, embedding, tau, estimator=estimator, noise=noise, ids=ids, ignore_index=ignore_index
+        logits, embedding, tau, estimator=estimator, draws=draws, noise=noise, ids=ids, ignore_index=ignore_index
     )
 
 

@@ -63,17 +63,11 @@ struct SoftmaxPiece : Piece {
       moment[kHeadLanes];  // sum of exp((l - max) / tau) * x, x = (l - max) / tau or, with a reference, that minus r's
 };
 
-// Posterior noise: the tokens that won, and draw number m's domain.
-struct Given {
-  const int64_t* ids;   // [rows]; null: the noise is prior
-  const float* scores;  // [rows], T
-  uint32_t domain;
-};
-
 struct HeadArgs {
   HeadChunk in;
-  Given given;      // read by scores only
-  const void* ref;  // softmax: logits of a reference, laid out alike, or null
+  Given given;                // read by scores only
+  const float* given_scores;  // [rows], T
+  const void* ref;            // softmax: logits of a reference, laid out alike, or null
   const float* ref_bias;
   const float* tau;  // [rows]
   const float *max,

@@ -332,9 +332,8 @@ struct ScoresAtOnePass {
   }
 };
 
-// The same with posterior noise: exp((score - T) / tau) = (1 + E exp(T - l))^(-1 / tau), and 1 at the given token. With
-// y = exp(l - T) the base's inverse is y / (y + E), so at tau = 1 there is no logarithm but E's. One exponential serves
-// both sums.
+// The same with posterior noise: weights are base^(1 / tau) (see noise.h), and 1 at the given token. At tau = 1 there
+// is no logarithm but E's. One exponential serves both sums.
 template <bool kAtOne>
 struct PosteriorPass {
   using Result = ScoresPiece;
@@ -349,7 +348,7 @@ struct PosteriorPass {
   [[gnu::always_inline]] PosteriorPass(const HeadArgs& args, const Span& span, int64_t first_row)
       : scale(kLog2E / load_lanes(args.tau, first_row, args.in.rows, 1.0f)),
         eps(splat(args.eps)),
-        largest(load_lanes(args.given.scores, first_row, args.in.rows, 0.0f)),
+        largest(load_lanes(args.given_scores, first_row, args.in.rows, 0.0f)),
         before(load_lanes(args.sum, first_row, args.in.rows, 0.0f)) {
     for (int i = 0; i < kLanes; ++i) {
       given[i] = INT32_MIN;
@@ -361,7 +360,7 @@ struct PosteriorPass {
 
   template <typename T>
   [[gnu::always_inline]] void visit(const Quad& at, const f32 l[kTokensPerPhilox], ScoresPiece& out, Hit* hits) {
-    f32 e[kTokensPerPhilox], y[kTokensPerPhilox], base[kTokensPerPhilox], weight[kTokensPerPhilox], factor;
+    f32 e[kTokensPerPhilox], y[kTokensPerPhilox], weight[kTokensPerPhilox], factor;
     u32 w[kTokensPerPhilox];
     at.words.take(w);
     lane_exponential(at.key, at.global_token(), w, e);
@@ -371,15 +370,14 @@ struct PosteriorPass {
       reach = vexp2_one(ahead < 100.0f ? ahead : splat(100.0f));
     }
     logits.weigh(l, splat(kLog2E), y);
-    for (int j = 0; j < kTokensPerPhilox; ++j) {
-      y[j] *= reach;
-      base[j] = y[j] * reciprocal(y[j] + e[j]);
-    }
-    f32 log_base[kTokensPerPhilox];
+    for (int j = 0; j < kTokensPerPhilox; ++j) y[j] *= reach;
+    const f32p base = posterior_base(pack(y), pack(e));
+    f32p log_base;
     if constexpr (kAtOne) {
-      for (int j = 0; j < kTokensPerPhilox; ++j) weight[j] = base[j];
+      unpack(base, weight);
     } else {
-      powers(l, e, y, base, log_base, weight);
+      log_base = posterior_log(pack(l), largest, pack(y), pack(e), base);
+      unpack(vexp2(each(GK_EACH(j) { return log_base.v[j] * scale; })), weight);
     }
     for (int j = 0; j < kTokensPerPhilox; ++j) {
       const i32 won = given == splat_i(int32_t(at.token + j));
@@ -389,37 +387,9 @@ struct PosteriorPass {
     if (at.args.eps > 0.0f) {
       const auto score = [&](int j, int lane) {
         if (given[lane] == at.token + j) return 0.0f;
-        return kAtOne ? std::log(base[j][lane]) : log_base[j][lane];
+        return kAtOne ? std::log(base.v[j][lane]) : log_base.v[j][lane];
       };
       collect(weight, w, eps * (before + sum), at.token, at.first_lane(), out, hits, score);
-    }
-  }
-
-  // base^(1 / tau), and the logarithm of base, score - T.
-  [[gnu::always_inline]] void powers(const f32 l[kTokensPerPhilox], const f32 e[kTokensPerPhilox],
-                                     const f32 y[kTokensPerPhilox], const f32 base[kTokensPerPhilox],
-                                     f32 log_base[kTokensPerPhilox], f32 weight[kTokensPerPhilox]) const {
-    f32p x;
-    for (int j = 0; j < kTokensPerPhilox; ++j) x.v[j] = vmax(base[j], splat(0x1p-126f));
-    unpack(vlog(x), log_base);
-    i32 far = {};
-    for (int j = 0; j < kTokensPerPhilox; ++j) {
-      const i32 masked = l[j] == -__builtin_inff();
-      log_base[j] = select(masked, l[j], log_base[j]);
-      far |= (y[j] < 0x1p-100f) & ~masked;
-    }
-    if (__builtin_expect(any(far), 0)) far_below(l, e, y, largest, log_base);
-    for (int j = 0; j < kTokensPerPhilox; ++j) x.v[j] = log_base[j] * scale;
-    unpack(vexp2(x), weight);
-  }
-
-  // Where y is nearly 0 or underflows, the score is l - log(E).
-  [[gnu::noinline, gnu::cold]] static void far_below(const f32* l, const f32* e, const f32* y, const f32& largest,
-                                                     f32* log_base) {
-    f32 g[kTokensPerPhilox];
-    lane_gumbel(e, g);
-    for (int j = 0; j < kTokensPerPhilox; ++j) {
-      log_base[j] = select(y[j] < 0x1p-100f, (l[j] - largest) + g[j], log_base[j]);
     }
   }
 

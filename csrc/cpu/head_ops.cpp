@@ -224,23 +224,23 @@ void head_chunk(int64_t kind, Tensor logits, std::optional<Tensor> ref, std::opt
                          .count = marks + rows,
                          .overflow = marks + 2 * rows,
                          .capacity = eps > 0 ? candidates.size(1) / 3 : 0};
-  const HeadArgs args{
-      .in = {.logits = logits.const_data_ptr(),
-             .dtype = dtype_of(logits),
-             .tokens = logits.size(0),
-             .stride = logits.stride(0),
-             .rows = rows,
-             .first_token = first_token,
-             .bias = data<float>(bias),
-             .softcap = float(softcap),
-             .noise = noise_of(seed, row_ids, vocab_start)},
-      .given = {.ids = data<int64_t>(given), .scores = data<float>(given_scores), .domain = uint32_t(domain)},
-      .ref = ref ? ref->const_data_ptr() : nullptr,
-      .ref_bias = data<float>(ref_bias),
-      .tau = data<float>(tau),
-      .max = all.max(),
-      .sum = all.sum(),
-      .eps = float(eps)};
+  const HeadArgs args{.in = {.logits = logits.const_data_ptr(),
+                             .dtype = dtype_of(logits),
+                             .tokens = logits.size(0),
+                             .stride = logits.stride(0),
+                             .rows = rows,
+                             .first_token = first_token,
+                             .bias = data<float>(bias),
+                             .softcap = float(softcap),
+                             .noise = noise_of(seed, row_ids, vocab_start)},
+                      .given = {.ids = data<int64_t>(given), .domain = uint32_t(domain)},
+                      .given_scores = data<float>(given_scores),
+                      .ref = ref ? ref->const_data_ptr() : nullptr,
+                      .ref_bias = data<float>(ref_bias),
+                      .tau = data<float>(tau),
+                      .max = all.max(),
+                      .sum = all.sum(),
+                      .eps = float(eps)};
   const HeadKernels& kernels = GK_KERNELS_OF(kHead);
   Hit* hits = mutable_data<Hit>(scratch);
   const auto sample = [&](const Span& span, SamplePiece& out, Hit*) { kernels.sample(args, span, out); };

@@ -8,10 +8,9 @@ from typing import ClassVar
 
 import torch
 
-from grade_kernels.backends.chunks import Scratch, Sizes, column_chunks, support_capacity
+from grade_kernels.backends.chunks import Sizes, column_chunks, support_capacity
 from grade_kernels.backends.layouts import flat, written_flat
 from grade_kernels.backends.records import GradientRule, Head, Noise, Rows, Sample, Softmax, Support
-from grade_kernels.dtypes import compute_dtype
 
 __all__ = ["Backend", "softcapped"]
 
@@ -157,7 +156,7 @@ class Backend(ABC):
 
     @abstractmethod
     def head_logits_at(self, head: Head, rows: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        """Single logits `[K]`, rounded as those that the passes above saw."""
+        """Single logits `[K]`, in the precision of those that the passes above saw."""
 
     def repeated_sampler(self, head: Head) -> Callable[[torch.Tensor, Noise], torch.Tensor | None]:
         """A function of hidden rows and noise that gives the ids of `head_sample` through one head, step after step.
@@ -188,7 +187,7 @@ class Backend(ABC):
 
     @abstractmethod
     def product(self, x: torch.Tensor, table: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        """`x @ table.T` `[N, C]`, rounded as the logits that the passes above saw.
+        """`x @ table.T` `[N, C]` in compute precision, as the logits that the passes above saw.
 
         If `out` is given, it has unit stride along tokens. The result goes there, and its only rounding is to out's dtype.
         """
@@ -224,14 +223,10 @@ class Backend(ABC):
     def head_chunks(self, head: Head) -> Iterator[tuple[slice, torch.Tensor]]:
         """Columns and logits `[N, columns]` in compute precision, chunk by chunk, by `product`.
 
-        Logits last until the next chunk is asked for. Heads of one vocabulary and as many rows have the same chunks.
+        Heads of one vocabulary and as many rows have the same chunks.
         """
-        dtype = compute_dtype(head.hidden.dtype)
-        scratch = Scratch(head.hidden.shape[0], dtype, head.hidden.device)
         for columns in column_chunks(head.hidden.shape[0], head.weight.shape[0], self.sizes.head_chunk):
             logits = self.product(head.hidden, head.weight[columns])
-            if logits.dtype != dtype:
-                logits = scratch(logits.shape[1]).copy_(logits)
             if head.bias is not None:
                 logits += head.bias[columns]
             yield columns, softcapped(logits, head.softcap)

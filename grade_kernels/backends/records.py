@@ -171,6 +171,15 @@ class Support(NamedTuple):
             torch.zeros(rows, dtype=torch.bool, device=device),
         )
 
+    @staticmethod
+    def joined(parts: Sequence[Support]) -> Support:
+        """The supports of several blocks of rows, one block after the other."""
+        if len(parts) == 1:
+            return parts[0]
+        counts = torch.cat([part.offsets.diff() for part in parts])
+        tokens, p, overflow = (torch.cat([part[i] for part in parts]) for i in range(1, 4))
+        return Support(offsets_of(counts), tokens, p, overflow)
+
     def rows(self) -> torch.Tensor:
         """The row `[K]` that each entry belongs to."""
         counts = self.offsets.diff()

@@ -17,7 +17,7 @@ import torch
 
 from grade_kernels.arguments import canonical_int, check_local
 from grade_kernels.backends.records import Noise, Posterior
-from grade_kernels.estimators import ESTIMATORS
+from grade_kernels.estimators import ESTIMATORS, RAO
 from grade_kernels.noise import GumbelNoise, PosteriorNoise, fresh_seed
 from grade_kernels.ops.transforms import without_wrappers
 from grade_kernels.reference import tau_of_rows
@@ -26,6 +26,7 @@ FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _ORDINARY = (torch.Tensor, torch.nn.Parameter)
 _LIMITS = {dtype: (torch.finfo(dtype).tiny, torch.finfo(dtype).max) for dtype in FLOATING}
 _ROUNDING = 0.25  # of a log-probability near 0: a unit in the last place of logits of 32 and more in bfloat16
+_MOST_DRAWS = 2**16
 _FEW = 64  # values that Python's sum adds up sooner than PyTorch finds their maximum
 
 
@@ -208,12 +209,12 @@ def check_posterior_values(noise: Noise, vocab_size: int) -> None:
             )
 
 
-def check_given_logits(chosen: torch.Tensor) -> None:
+def check_given_logits(chosen: torch.Tensor, name: str = "noise.ids") -> None:
     """Logits `[N]` of given tokens that are not masked; ValueError with the first that is."""
     masked = chosen == -torch.inf
     if masked.any():
         row = int(masked.nonzero()[0])
-        raise ValueError(f"noise.ids must be tokens whose logits are not -inf, which that of row {row} is")
+        raise ValueError(f"{name} must be tokens whose logits are not -inf, which that of row {row} is")
 
 
 def holds_nan(x: torch.Tensor) -> bool:
@@ -337,7 +338,17 @@ def canonical_ignore_index(ignore_index: object, ids: object) -> int | None:
     return canonical_int("ignore_index", ignore_index, "an int or None")
 
 
-def check_estimator(estimator: object) -> None:
-    """One of the four names."""
-    if estimator not in ESTIMATORS:
-        raise ValueError(f"estimator must be one of {', '.join(map(repr, ESTIMATORS))}, got {estimator!r}")
+def check_estimator(estimator: object, *more: str) -> None:
+    """One of the four names, or one more."""
+    names = (*ESTIMATORS, *more)
+    if estimator not in names:
+        raise ValueError(f"estimator must be one of {', '.join(map(repr, names))}, got {estimator!r}")
+
+
+def canonical_draws(draws: object, estimator: str) -> int:
+    """How many draws of posterior noise an estimator takes the mean of."""
+    number = canonical_int("draws", draws)
+    most = _MOST_DRAWS if estimator == RAO else 1
+    if not 1 <= number <= most:
+        raise ValueError(f"draws must lie in [1, {most}] for estimator {estimator!r}, got {draws}")
+    return number

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from grade_kernels.backends import Backend, Noise, Rows, Sample
+from grade_kernels.backends import Backend, Noise, Posterior, Rows, Sample
 from grade_kernels.backends.layouts import flat
+from grade_kernels.estimators import RAO
 from grade_kernels.ops import checks
 
-__all__ = ["relaxed_rows", "sampled_rows", "winning_scores"]
+__all__ = ["looked_at", "posterior_draw", "relaxed_rows", "sampled_rows", "winning_scores"]
 
 
 def winning_scores(noise: Noise, chosen: torch.Tensor, normaliser: torch.Tensor | None) -> torch.Tensor:
@@ -25,6 +26,17 @@ def winning_scores(noise: Noise, chosen: torch.Tensor, normaliser: torch.Tensor 
         normaliser = chosen - given.logprobs.to(chosen.dtype)
     assert normaliser is not None
     return (normaliser - noise.log_exponential_at_ids(chosen.dtype)) + (chosen - chosen)
+
+
+def posterior_draw(noise: Noise, ids: torch.Tensor, draw: int, normaliser: torch.Tensor) -> Noise:
+    """A draw of posterior noise given these tokens `[N]`, for logits with this log-sum-exp `[N]`."""
+    noise = noise._replace(posterior=Posterior(ids, None, draw))
+    return noise.won_with(normaliser - noise.log_exponential_at_ids(normaliser.dtype))
+
+
+def looked_at(noise: Noise, ids: torch.Tensor | None, estimator: str) -> Noise:
+    """The noise whose tokens must not be masked: with `gumbel_rao` given ids are such tokens, too."""
+    return noise if ids is None or estimator != RAO else noise._replace(posterior=Posterior(ids, None, 0))
 
 
 def _chosen(rows: Rows) -> torch.Tensor:

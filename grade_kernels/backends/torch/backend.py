@@ -254,7 +254,6 @@ class TorchBackend(Backend):
     @override
     def head_logits_at(self, head: Head, rows: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         logits = self.gather_dot(head.hidden, head.weight, rows, tokens)
-        logits = logits.to(head.hidden.dtype).to(logits.dtype)  # what a matrix product in that dtype returns
         if head.bias is not None:
             logits = logits + head.bias[tokens]
         return softcapped(logits, head.softcap)

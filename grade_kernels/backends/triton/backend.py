@@ -5,12 +5,10 @@ from __future__ import annotations
 import torch
 from typing_extensions import override
 
-from grade_kernels.backends.interface import softcapped
 from grade_kernels.backends.records import GradientRule, Head, Noise, Rows, Sample, Softmax, Support
 from grade_kernels.backends.torch.backend import TorchBackend
 from grade_kernels.backends.triton import availability
 from grade_kernels.backends.triton.parts import parts
-from grade_kernels.backends.triton.products import float32_product
 from grade_kernels.backends.triton.sizes import TritonSizes
 from grade_kernels.estimators import is_noisy
 
@@ -153,23 +151,27 @@ class TritonBackend(TorchBackend):
         capacity = self.support_capacity(eps, len(head.weight))
         return head_softmax(head, tau, noise, eps, ref, capacity, self.sizes, self._chunked(*heads))
 
-    @override
-    def head_logits_at(self, head: Head, rows: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        """See `Backend.head_logits_at`. The passes keep logits in float32, so nothing is rounded here."""
-        if not self.serves(head.hidden.dtype, head=True):
-            return super().head_logits_at(head, rows, tokens)
-        logits = self.gather_dot(head.hidden, head.weight, rows, tokens)
-        if head.bias is not None:
-            logits = logits + head.bias[tokens]
-        return softcapped(logits, head.softcap)
-
     def _fused(self, *heads: Head) -> bool:
         """Whether kernels take these heads: they have none for an empty grid."""
         return len(heads[0].hidden) > 0 and self.serves(*(h.hidden.dtype for h in heads), head=True)
 
     def _chunked(self, *heads: Head) -> bool:
         """Whether the library multiplies, chunk by chunk, or the kernels do, tile by tile."""
-        return self.head_way == "chunks"
+        if self.head_way != "auto":
+            return self.head_way == "chunks"
+        from grade_kernels.backends.triton import head_relaxation, head_sampling
+        from grade_kernels.backends.triton.head_choice import choose
+
+        def run(way: str) -> None:
+            """A pass without candidates, whose product and statistics every pass has."""
+            noise, rows = Noise(torch.zeros((), dtype=torch.int64), None, 0), len(heads[0].hidden)
+            if len(heads) == 1:
+                head_sampling.head_sample(heads[0], noise, self.sizes, way == "chunks")
+            else:
+                tau = torch.ones(rows, device=heads[0].hidden.device)
+                head_relaxation.head_softmax(heads[0], tau, noise, 0.0, heads[1], 0, self.sizes, way == "chunks")
+
+        return choose(heads, self.sizes.chunk_bytes, run) == "chunks"
 
     # Products with rows of a table
 
@@ -192,12 +194,3 @@ class TritonBackend(TorchBackend):
         from grade_kernels.backends.triton.gather import gather_sum
 
         return gather_sum(values, table, offsets, tokens)
-
-    @override
-    def product(self, x: torch.Tensor, table: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        """See `Backend.product`. In 16 bits it is kept in float32, as the passes keep their logits."""
-        narrow = x.dtype in (torch.bfloat16, torch.float16) and self.serves(x.dtype, head=True)
-        if not narrow or (out is not None and out.dtype != torch.float32):
-            return super().product(x, table, out)
-        out = x.new_empty(len(x), len(table), dtype=torch.float32) if out is None else out
-        return float32_product(x, table, out, self.sizes.product)

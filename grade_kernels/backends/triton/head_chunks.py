@@ -21,11 +21,11 @@ import triton
 import triton.language as tl
 
 from grade_kernels.backends.records import Head
+from grade_kernels.backends.torch.products import product
 from grade_kernels.backends.triton.head_support import Launch, Plan, Product
 from grade_kernels.backends.triton.head_tiles import head_options, is_even, softcapped
-from grade_kernels.backends.triton.products import float32_product
 from grade_kernels.backends.triton.sizes import TritonSizes
-from grade_kernels.backends.triton.targets import compiler_options, current_target
+from grade_kernels.backends.triton.targets import Target, compiler_options, current_target
 
 __all__ = ["Chunks", "Tiles", "buffered_logits", "chunk_splits", "chunk_tile_options", "product_of"]
 
@@ -54,9 +54,12 @@ def buffered_logits(p_row, column, bias, softcap, V, first, WIDTH: tl.constexpr,
     return b_pieces
 
 
-def chunk_tile_options(sizes: TritonSizes) -> dict[str, Any]:
+def chunk_tile_options(sizes: TritonSizes, target: Target) -> dict[str, Any]:
     """Arguments that describe tiles of a chunk, and compiler options."""
-    tile, target = sizes.chunk_tile, current_target()
+    tile = sizes.chunk_tile
+    if target.backend == "hip":
+        # With several warps Triton's AMD compiler lays words out otherwise than logits, and each is drawn twice.
+        tile = tile._replace(num_warps=1)
     return {
         **tile._asdict(),
         "TILES": sizes.head_split // tile.columns,
@@ -122,7 +125,8 @@ class Chunks:
         self.buffers = [torch.empty(shape, dtype=torch.float32, device=device) for _ in heads]
         self._held = -1
         self.options = {
-            **chunk_tile_options(sizes), "weight": None, "s_hk": 1, "s_wv": 0, "s_wk": 0, "H": 0, "EVEN_K": True,
+            **chunk_tile_options(sizes, current_target()),
+            "weight": None, "s_hk": 1, "s_wv": 0, "s_wk": 0, "H": 0, "EVEN_K": True,
             "hidden": self.buffers[0], "s_hn": shape[1], "bias": heads[0].bias, "softcap": heads[0].softcap,
             "N": rows, "V": len(heads[0].weight), "group_start": (vocab_start >> 2) & 0xFFFFFFFF, "SKEW": self.skew,
         }  # fmt: skip
@@ -149,7 +153,7 @@ class Chunks:
         tokens = slice(max(0, first), min(first + self.buffers[0].shape[1], vocab))
         columns = slice(tokens.start - first, tokens.stop - first)
         for buffer, head in zip(self.buffers, self.heads, strict=True):
-            float32_product(head.hidden, head.weight[tokens], buffer[:, columns], self.sizes.product)
+            product(head.hidden, head.weight[tokens], buffer[:, columns], self.sizes.product)
             buffer[:, : columns.start].fill_(-torch.inf)
             buffer[:, columns.stop :].fill_(-torch.inf)
         self._held = chunk

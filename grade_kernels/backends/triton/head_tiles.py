@@ -30,7 +30,7 @@ from grade_kernels.backends.triton.head_ptx import COLLECT, COLLECT_OPERANDS
 from grade_kernels.backends.triton.philox import LOG2E, split_row
 from grade_kernels.backends.triton.scores import weighted_sum
 from grade_kernels.backends.triton.sizes import HeadTile, TritonSizes
-from grade_kernels.backends.triton.targets import INTERPRETED, Target, compiler_options, current_target
+from grade_kernels.backends.triton.targets import INTERPRETED, TRITON, Target, compiler_options, current_target
 from grade_kernels.noise import seed_on
 
 # Stands for a maximum of nothing, in units of log2. With -inf, inf - inf would be NaN. Much lower is no good either: weights
@@ -73,7 +73,7 @@ def head_options(sizes: TritonSizes, vocab_start: int, *heads: Head) -> dict[str
     head = heads[0]
     rows, width = head.hidden.shape
     target = current_target()
-    tile = sizes.head_tile(head.hidden.dtype, len(heads), target.capability, many_rows(heads, sizes))
+    tile = sizes.head_tile(head.hidden.dtype, len(heads), target.capability, many_rows(heads, sizes), TRITON)
     return {
         "hidden": head.hidden,
         "s_hn": head.hidden.stride(0),

@@ -8,11 +8,12 @@ from grade_kernels import backends, reference
 from grade_kernels.backends import Backend, Head, Noise, Rows, Sample, Support
 from grade_kernels.backends.chunks import Scratch
 from grade_kernels.backends.log_sum_exp import LogSumExp
+from grade_kernels.estimators import RAO
 from grade_kernels.ops import checks, tables
 from grade_kernels.ops.head import check_reference_rows, fake_support
 from grade_kernels.ops.linear_gumbel_sample import chosen_logprobs
 from grade_kernels.ops.linear_gumbel_ste.records import Draw, Kept, Statistics
-from grade_kernels.ops.posterior import winning_scores
+from grade_kernels.ops.posterior import looked_at, posterior_draw, winning_scores
 from grade_kernels.ops.tables import Embedded
 from grade_kernels.ops.transforms import check_order
 from grade_kernels.reference import GumbelSTEEmbedding
@@ -38,7 +39,7 @@ def kernel(draw: Draw) -> tuple[Embedded[torch.Tensor], Kept]:
         sample, relaxed_sum, support = backend.head_scores(head, tau, noise, eps)
     else:
         sample = backend.head_sample(head, noise) if given is None else given
-        if draw.wants_support and eps > 0:
+        if draw.wants_support and eps > 0 and draw.estimator != RAO:
             sums, support = backend.head_softmax(head, tau, draw.noise, eps)
             relaxed_sum = sums.total
             if draw.estimator == "reinmax":
@@ -47,6 +48,13 @@ def kernel(draw: Draw) -> tuple[Embedded[torch.Tensor], Kept]:
         checks.check_head_rows((sample.ids < 0) | sample.score_max.isnan())
     ids = sample.ids if ids is None else ids.clone()
     chosen = backend.head_logits_at(head, torch.arange(rows, device=ids.device), ids)
+    if draw.estimator == RAO:
+        if checks.reads_values(chosen):
+            checks.check_given_logits(chosen, "ids")
+        if draw.wants_support and eps > 0:
+            normaliser = sample.logit_max + sample.logit_sum.log() + (chosen - chosen)
+            noises = (posterior_draw(noise, ids, m, normaliser) for m in range(draw.draws))
+            support = Support.joined([backend.head_scores(head, tau, given, eps)[2] for given in noises])
     if embedded is None:
         embedded = tables.look_up(draw.tables, ids, sample.score_max - sample.score_max)
     statistics = torch.stack(Statistics(sample.score_max, sample.logit_max, sample.logit_sum, relaxed_sum, chosen))
@@ -127,7 +135,7 @@ def fake(draw: Draw) -> tuple[Embedded[torch.Tensor], Kept]:
     sparse = draw.wants_support and draw.eps > 0 and draw.estimator != "soft"
     found = Embedded(tables.empty(rows, draw.tables), tau.new_empty(rows, dtype=torch.int64), tau.new_empty(rows))
     support, untempered = (
-        fake_support(rows, tau, sparse),
+        fake_support(rows * draw.draws if sparse else rows, tau, sparse),
         fake_support(rows, tau, sparse and draw.estimator == "reinmax"),
     )
     return found, Kept(tau.new_empty(len(Statistics._fields), rows), support, untempered)
@@ -138,8 +146,8 @@ def by_reference(draw: Draw) -> GumbelSTEEmbedding[tuple[torch.Tensor, ...]]:
     hidden, weight, bias, softcap = draw.head
     check_order(draw.estimator)
     checks.check_for_reference(None, draw.tau, draw.ids, weight.shape[0])
-    check_reference_rows(draw.head, noise=draw.noise)
+    check_reference_rows(draw.head, noise=looked_at(draw.noise, draw.ids, draw.estimator))
     return reference.linear_gumbel_ste(
         hidden, weight, tuple(draw.tables), draw.tau.unsqueeze(-1), bias=bias, logit_softcap=softcap,
-        estimator=draw.estimator, noise=draw.noise.public_of(draw.tau.shape), ids=draw.ids,
+        estimator=draw.estimator, noise=draw.noise.public_of(draw.tau.shape), ids=draw.ids, draws=draw.draws,
     )  # fmt: skip

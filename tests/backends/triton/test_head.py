@@ -244,9 +244,23 @@ def test_what_takes_registers_keeps_small_tiles():
         (torch.float32, 1, 90), (torch.bfloat16, 1, 80), (torch.bfloat16, 1, 0), (torch.bfloat16, 2, 100),
         (torch.bfloat16, 1, 75),
     ):  # fmt: skip
-        few, many = (sizes.head_tile(dtype, products, capability, many) for many in (False, True))
+        few, many = (sizes.head_tile(dtype, products, capability, many, (3, 9)) for many in (False, True))
         assert few == many
-    assert sizes.head_tile(torch.float16, 1, 90, True) == sizes.tiles_many_rows[9, 1]
+    assert sizes.head_tile(torch.float16, 1, 90, True, (3, 9)) == sizes.tiles_many_rows[9, 1]
+
+
+def test_a_triton_that_would_spill_keeps_small_tiles():
+    """The many rows of Hopper's 320 columns from 3.9 on, of 128 beside a reference from 3.8 on, Ampere's in all."""
+    sizes = TritonSizes()
+
+    def takes_large(products, capability, triton):
+        few, many = (sizes.head_tile(torch.bfloat16, products, capability, many, triton) for many in (False, True))
+        return many != few
+
+    versions = [(3, 6), (3, 7), (3, 8), (3, 9), (3, 10), (4, 0)]
+    assert [takes_large(1, 90, triton) for triton in versions] == [False] * 3 + [True] * 3
+    assert [takes_large(2, 90, triton) for triton in versions] == [False] * 2 + [True] * 4
+    assert all(takes_large(2, 80, triton) for triton in versions)
 
 
 @runs

@@ -16,7 +16,7 @@ if not torch.cuda.is_available():
 
 import grade_kernels as gk
 from grade_kernels.backends import Head, Noise, get
-from grade_kernels.backends.triton import products
+from grade_kernels.backends.torch import products
 from grade_kernels.backends.triton.sizes import HeadTile, TritonSizes
 from tests.support.helpers import resize
 from tests.support.interpreter import INTERPRETED
@@ -48,9 +48,9 @@ def multiplied(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
 
     def counting(x: torch.Tensor, table: torch.Tensor, out: torch.Tensor, elements: int) -> torch.Tensor:
         shapes.append((len(x), len(table)))
-        return products.float32_product(x, table, out, elements)
+        return products.product(x, table, out, elements)
 
-    monkeypatch.setattr(head_chunks, "float32_product", counting)
+    monkeypatch.setattr(head_chunks, "product", counting)
     return shapes
 
 
@@ -165,7 +165,7 @@ def test_products_are_kept_in_float32(wide: bool, dtype: torch.dtype, monkeypatc
         generator = torch.Generator().manual_seed(0)
         x, table = (torch.randn(n, 50, generator=generator).to(dtype) for n in (3, 700))
         place = torch.full((3, 710), torch.nan)
-        found = products.float32_product(x, table, place[:, 5:705], 2**10)
+        found = products.product(x, table, place[:, 5:705], 2**10)
     finally:
         products.has_wide_product.cache_clear()
     torch.testing.assert_close(found, (x.double() @ table.double().T).float(), rtol=1e-5, atol=1e-5)
