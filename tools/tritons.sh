@@ -38,6 +38,7 @@ check() {
     else
         mkdir -p docs/gpu-status
         "$python" -m grade_kernels.cli inspect --status "docs/gpu-status/compiled-triton-$1.json"
+        "$python" -m benchmarks.gpu_check.status
     fi
 }
 
