@@ -24,21 +24,23 @@ install() { # into a folder that Python finds before the environment's
 
 check() {
     export PYTHONPATH="$PWD/.tritons/$1:$PWD"
-    local found
+    local found failed=0 # `set -e` does not reach into a function that stands before ||
     found=$("$python" -c 'import triton; print(triton.__version__)')
     [[ $found == "$1" ]] || { echo "error: Python finds Triton $found, not $1" >&2; return 1; }
     say "Triton $1: tests in the interpreter"
     "$python" -m pytest -q -n logical --dist worksteal tests/backends/triton tests/backends/test_row_kernels.py \
         tests/backends/test_row_layouts.py tests/inspection/test_traffic.py tests/ops \
-        -k "triton and not (torch-cpu or cpu-cpu or reference-cpu)"
+        -k "triton and not (torch-cpu or cpu-cpu or reference-cpu)" || failed=1
     say "Triton $1: kernels compiled for GPUs"
     if $quick; then
         "$python" -m grade_kernels.cli inspect --target sm_80 sm_90 sm_120 gfx942 --kernel \
-            "head scores bf16 128*" "head softmax, ref bf16 128*" "sample+lse fp64 *"
+            "head scores bf16 128*" "head softmax, ref bf16 128*" "sample+lse fp64 *" || failed=1
     else
         mkdir -p docs/gpu-status
-        "$python" -m grade_kernels.cli inspect --status "docs/gpu-status/compiled-triton-$1.json"
+        "$python" -m grade_kernels.cli inspect --status "docs/gpu-status/compiled-triton-$1.json" || failed=1
+        "$python" -m benchmarks.gpu_check.status || failed=1
     fi
+    return $failed
 }
 
 quick=false

@@ -7,8 +7,8 @@ Checks write the files, each what it saw of which kernel:
 * `simulated-*.json`: `simulator`, `compiler`, `target`, and `kernels`: by name, {"cases": 9, "passed": 9};
 * `gpu-*.json`, of `make gpu-check`: `device`, `target`, `compiler`, `kernels` in the same way, and so `backends`.
 
-A Triton kernel's name is that of its function, or one that `grade-kernels inspect` gives it. CUDA C++ kernels are called as
-the file calls them. The text between the tables is written by hand.
+A Triton kernel's name is that of its function; CUDA C++ kernels are called as the file calls them. The text between the
+tables is written by hand.
 """
 
 from __future__ import annotations
@@ -92,8 +92,10 @@ def page(text: str, seen: Sequence[Seen]) -> str:
 
 
 def _triton(seen: Sequence[Seen]) -> Iterator[str]:
-    names = kernels()
-    yield from _table(names, [one for one in seen if one.by(TRITON)], _functions(seen, names))
+    names, mine = kernels(), [one for one in seen if one.by(TRITON)]
+    if unknown := sorted({name for one in mine for name in one.content["kernels"]} - set(names)):
+        raise ValueError(f"no Triton kernel is called {unknown[0]!r}; there are {', '.join(names)}")
+    yield from _table(names, mine)
 
 
 def _cuda(seen: Sequence[Seen]) -> Iterator[str]:
@@ -102,59 +104,35 @@ def _cuda(seen: Sequence[Seen]) -> Iterator[str]:
     if not names:
         yield "No file speaks of them."
         return
-    yield from _table(names, mine, {name: name for name in names})
+    yield from _table(names, mine)
 
 
-def _functions(seen: Sequence[Seen], names: Sequence[str]) -> dict[str, str | None]:
-    """The function behind each name that files give to Triton kernels; None for those that the package does not launch."""
-    given = {name for one in seen if one.by(TRITON) for name in one.content["kernels"]}
-    functions: dict[str, str | None] = {name: name for name in names}
-    if not given <= functions.keys():
-        from grade_kernels.inspection.configurations import TARGETS, builds
-
-        for target in TARGETS:
-            for build in builds(target):
-                function = build.kernel.partition(":")[2]
-                functions[build.name] = function if function in names else None
-    if unknown := sorted(given - functions.keys()):
-        raise ValueError(f"no Triton kernel is called {unknown[0]!r}; there are {', '.join(functions)}")
-    return functions
-
-
-def _table(names: Sequence[str], seen: Sequence[Seen], functions: dict[str, Any]) -> Iterator[str]:
+def _table(names: Sequence[str], seen: Sequence[Seen]) -> Iterator[str]:
     yield "| kernel | compiled without a GPU | run in a simulator: cases that passed | run on a GPU: tests that passed |"
     yield "|---|---|---|---|"
     for name in names:
         cells = []
         for kind in _FIELDS:
-            mine = [one for one in seen if one.kind == kind]
-            cells.append("; ".join(filter(None, (_cell(one, name, functions) for one in mine))) or NOTHING[kind])
+            mine = [one for one in seen if one.kind == kind and name in one.content["kernels"]]
+            cells.append("; ".join(_cell(one, name) for one in mine) or NOTHING[kind])
         yield f"| `{name}` | {' | '.join(cells)} |"
 
 
-def _cell(one: Seen, name: str, functions: dict[str, Any]) -> str:
-    """What a file says of a kernel, or nothing."""
-    counts = [count for given, count in one.content["kernels"].items() if functions[given] == name]
-    if not counts:
-        return ""
+def _cell(one: Seen, name: str) -> str:
+    """What a file says of a kernel."""
+    compiler, counts = one.content["compiler"], one.content["kernels"][name]
     if one.kind == "compiled":
-        targets = dict.fromkeys(target for count in counts for target in count)
-        return f"{one.content['compiler']}: {', '.join(_target(target, counts) for target in targets)}"
-    cases, passed = (sum(count[what] for count in counts) for what in ("cases", "passed"))
-    compiler = one.content["compiler"]
+        return f"{compiler}: {', '.join(_target(target, count) for target, count in counts.items())}"
     where = (
         f"{one.content['target']} by {compiler}" if one.kind == "simulated" else f"{one.content['device']}, {compiler}"
     )
-    return f"{where}: {passed} of {cases}"
+    return f"{where}: {counts['passed']} of {counts['cases']}"
 
 
-def _target(target: str, counts: Sequence[dict[str, dict[str, int]]]) -> str:
+def _target(target: str, count: dict[str, int]) -> str:
     """A target, with what is wrong there."""
-    mine = [count[target] for count in counts if target in count]
-    builds, spilling, beyond = (sum(count[what] for count in mine) for what in ("builds", "spilling", "beyond_limits"))
-    wrong = [
-        f"{number} of {builds} {what}" for number, what in ((spilling, "spill"), (beyond, "beyond limits")) if number
-    ]
+    wrong = [f"{count[what]} of {count['builds']} {word}"
+             for what, word in (("spilling", "spill"), ("beyond_limits", "beyond limits")) if count[what]]  # fmt: skip
     return f"{target} ({', '.join(wrong)})" if wrong else target
 
 

@@ -26,15 +26,15 @@ MACHINE = {"device": "A GPU of 80 GiB", "target": "sm_90", "torch": "2.13.0", "t
 FIGURES = "op,pass,device,dtype,N,V,H,D,shape,competitor,median_seconds,ratio_to_ours,peak_bytes\n"
 
 
-def python(name: str, program: str, limit: float = 60.0) -> Step:
+def python(name: str, program: str, limit: float = 3600.0) -> Step:
     return Step(name, "race", ("-c", textwrap.dedent(program)), limit)
 
 
-def runner(folder: Path, seconds: float = 60.0) -> Runner:
+def runner(folder: Path, seconds: float = 3600.0) -> Runner:
     return Runner(folder, "abc", seconds, lambda line: None)
 
 
-def run(folder: Path, *given: Step, seconds: float = 60.0) -> list[Result]:
+def run(folder: Path, *given: Step, seconds: float = 3600.0) -> list[Result]:
     works = runner(folder, seconds)
     works.run(given, lambda: None)
     return [works.result(step) for step in given]
@@ -163,7 +163,7 @@ TESTS = """
 """
 
 
-def pytest_step(folder: Path, name: str = "tests", limit: float = 60.0, more: tuple[str, ...] = ()) -> Step:
+def pytest_step(folder: Path, name: str = "tests", limit: float = 3600.0, more: tuple[str, ...] = ()) -> Step:
     path = folder / "test_some.py"
     if not path.exists():
         path.write_text(textwrap.dedent(TESTS))
@@ -217,7 +217,7 @@ def test_tests_that_can_not_be_collected_fail(tmp_path: Path) -> None:
     assert any("nothing_of_this_name" in line for line in found.tail)
 
 
-def test_kernels_that_tests_launch_are_noted(tmp_path: Path) -> None:
+def test_kernels_of_the_package_that_tests_launch_are_noted(tmp_path: Path) -> None:
     pytest.importorskip("triton")
     program = """
         import pytest, torch, triton, triton.language as tl
@@ -226,8 +226,15 @@ def test_kernels_that_tests_launch_are_noted(tmp_path: Path) -> None:
         def copy_kernel(x, y):
             tl.store(y, tl.load(x))
 
+        @triton.jit
+        def other_kernel(x, y):
+            tl.store(y, tl.load(x))
+
+        copy_kernel.fn.__module__ = "grade_kernels.backends.triton"
+
         def launch():
             x, y = torch.ones(1), torch.zeros(1)
+            other_kernel[(1,)](x, y)
             copy_kernel[(1,)](x, y)
             return y.item()
 

@@ -65,16 +65,6 @@ def test_tables(tmp_path: Path) -> None:
     assert status.page(text, []) == page(tmp_path), "what a table replaces leaves nothing behind"
 
 
-def test_names_of_inspect_stand_for_their_functions(tmp_path: Path) -> None:
-    """Several builds of one function add up; a kernel that only inspection has is none of the package's."""
-    pytest.importorskip("triton")
-    some = {"sm_80": {"builds": 2, "spilling": 1, "beyond_limits": 0}}
-    given = dict.fromkeys(("head sample", "head scores", "baseline sample"), some)
-    text = page(tmp_path, compiled_triton={"compiler": "triton 3.9.0", "kernels": given})
-    assert "| `head_scores_kernel` | triton 3.9.0: sm_80 (2 of 4 spill) | never | never |" in text.splitlines()
-    assert text.count("triton 3.9.0") == 1
-
-
 def test_kernels_of_nvcc(tmp_path: Path) -> None:
     given = {
         "compiler": "nvcc 13.0",
@@ -104,7 +94,6 @@ def test_every_kernel_of_the_package_is_listed() -> None:
     ],
 )
 def test_files_that_say_something_else(name: str, content: dict[str, Any], message: str, tmp_path: Path) -> None:
-    pytest.importorskip("triton")
     with pytest.raises(ValueError, match=message):
         page(tmp_path, **{name: content})
 
