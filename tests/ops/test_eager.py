@@ -42,10 +42,17 @@ def _kl(logits: torch.Tensor, table: torch.Tensor, tau: torch.Tensor) -> tuple[t
     return (gk.linear_kl(logits, head, logits.detach() / 2, head.detach(), noise=NOISE, eps=0.1) * tau,)
 
 
+def _given(logits: torch.Tensor, table: torch.Tensor, tau: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    ids = torch.arange(len(logits)) % 2
+    found = gk.gumbel_ste_embedding(logits, table, tau, noise=NOISE.given(ids, torch.full(ids.shape, -0.5)))
+    return found.embedding, found.ids, found.logprobs
+
+
 CALLS: dict[str, Callable[..., tuple[torch.Tensor, ...]]] = {
     "gumbel_softmax": _softmax,
     "gumbel_ste": _hard,
     "gumbel_ste_embedding": _embedding,
+    "gumbel_ste_embedding given": _given,
     "linear_gumbel_ste": _head,
     "linear_kl": _kl,
 }
