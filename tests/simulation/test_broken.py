@@ -98,8 +98,5 @@ def test_without_a_mask(edited: Callable[[Callable[[str], str]], None]) -> None:
 def test_without_a_vote(edited: Callable[[Callable[[str], str]], None]) -> None:
     """Each thread asks its own words alone whether one is to be refined, and the block parts before a barrier."""
     edited(changed(r"redux\.sync\.min\.u32 (\s*%r\d+), (%r\d+), %r\d+;", r"mov.b32 \1, \2;"))
-    try:
-        found = sample()
-    except ExecutionError:
-        return
-    assert found.ids[1] != TOKEN % 4 + 40 or found.score_max[1] < 16.6
+    with pytest.raises(ExecutionError, match=r"a part of warp|elsewhere|never reach|disagree|race"):
+        sample()

@@ -64,7 +64,7 @@ def test_all_kernels_of_triton() -> None:
 @pytest.mark.takes_long("two minutes of compiling")
 def test_all_kernels_of_another_triton() -> None:
     """Such as the oldest that users have, installed by `pip install --no-deps --target`."""
-    path = f"{OTHER}{os.pathsep}{ROOT}"
+    path = f"{Path(OTHER).resolve()}{os.pathsep}{ROOT}"
     command = [sys.executable, "-c", "import triton; print(triton.__version__)"]
     environment = {**os.environ, "PYTHONPATH": path}
     version = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.strip()
