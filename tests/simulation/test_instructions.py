@@ -413,6 +413,16 @@ END:
     same(compute(body, [n], u4, ".reg .b32 %i;"), truth.astype(u4))
 
 
+def test_a_scope_has_registers_and_labels_of_its_own() -> None:
+    x = numbers(i4, 0)
+    step = (
+        "{ .reg .pred p; .reg .b32 t; setp.gt.s32 p, %d, %; mov.b32 t, 5; @!p bra.uni DONE; add.s32 %d, %d, t; DONE: }"
+    )
+    body = f"mov.b32 %d, %x0; {step.replace('%;', '0;')} {step.replace('%;', '7;')}"
+    truth = np.where(x > 0, x + i4(5), x)
+    same(compute(body, [x], i4), np.where(truth > 7, truth + i4(5), truth))
+
+
 # Memory
 
 

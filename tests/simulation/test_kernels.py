@@ -19,10 +19,14 @@ from pathlib import Path
 import pytest
 
 from tests.support import ROOT
+from tests.support.needs import needs
+from tests.support.ptx import cuda_library
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 
 ROWS = ["tests/backends/test_row_kernels.py", "tests/backends/test_row_layouts.py"]
+HEADS = ["tests/backends/triton/test_head.py", "tests/simulation/test_broken.py", "tests/simulation/test_gathers.py"]
+OTHER = os.environ.get("GRADE_KERNELS_OTHER_TRITON", "")
 FEW = [
     "tests/backends/test_row_kernels.py::test_sample[triton-2053-4-torch.float32]",
     "tests/backends/test_row_layouts.py::test_every_place[triton-shape4]",
@@ -51,6 +55,24 @@ def test_a_few_kernels_of_triton() -> None:
     simulate(FEW, "triton", triton.__version__)
 
 
-@pytest.mark.takes_long("a minute of compiling; the interpreter has the same tests")
+@pytest.mark.takes_long("two minutes of compiling; the interpreter has the same tests")
 def test_all_kernels_of_triton() -> None:
-    simulate([*ROWS, "-k", "triton"], "triton", triton.__version__)
+    simulate([*ROWS, *HEADS, "-k", "not cuda"], "triton", triton.__version__)
+
+
+@needs("another Triton: its folder in GRADE_KERNELS_OTHER_TRITON", OTHER)
+@pytest.mark.takes_long("two minutes of compiling")
+def test_all_kernels_of_another_triton() -> None:
+    """Such as the oldest that users have, installed by `pip install --no-deps --target`."""
+    path = f"{Path(OTHER).resolve()}{os.pathsep}{ROOT}"
+    command = [sys.executable, "-c", "import triton; print(triton.__version__)"]
+    environment = {**os.environ, "PYTHONPATH": path}
+    version = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.strip()
+    assert version != triton.__version__
+    simulate([*ROWS, *HEADS, "-k", "not cuda"], "triton", version, PYTHONPATH=path)
+
+
+@needs("nvcc", cuda_library.why_unavailable() is None)
+@pytest.mark.takes_long("half a minute of nvcc; on the host the same tests run")
+def test_all_kernels_of_nvcc() -> None:
+    simulate([*ROWS, "-k", "cuda"], "nvcc", cuda_library.nvcc_version())

@@ -176,6 +176,32 @@ def test_softmax(fused, name, ref, dtype):
     same_support(support, truth_support)
 
 
+@needs("the simulator of PTX, or a GPU", SIMULATED or DEVICE == "cuda")
+@runs
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_several_shipped_tiles(tiles, dtype):
+    """More rows than a tile has, three splits, ragged ends on both sides, and a bad row in the second tile."""
+    head, tau, bad = make(133, 1301, 40, dtype), torch.linspace(0.6, 1.4, 133), 129
+    ref = make(133, 1301, 24, dtype, seed=2)
+    truth, truth_total, truth_support = plain.head_scores(double(head), tau.double(), noise(None, 6), 0.02)
+    sums, sums_support = plain.head_softmax(double(head), tau.double(), noise(None, 6), 0.02, double(ref))
+    head.hidden[bad, 7] = math.nan
+    others = torch.arange(133) != bad
+    found, total, support = tiles.head_scores(on(head), on(tau), on(noise(None, 6)), 0.02)
+    both, both_support = tiles.head_softmax(on(head), on(tau), on(noise(None, 6)), 0.02, on(ref))
+    assert torch.equal(found.ids.cpu()[others], truth.ids[others])
+    assert found.score_max[bad].isnan()
+    assert both.logit_max[bad].isnan()
+    for a, b in zip((*found[1:], total, *both), (*truth[1:], truth_total, *sums), strict=True):
+        close(a[others], b[others])
+    for new, old in ((support, truth_support), (both_support, sums_support)):
+        counts = old.offsets.diff()
+        kept = others.repeat_interleave(counts)
+        assert torch.equal(new.offsets.cpu().diff(), counts * others)
+        assert torch.equal(new.tokens.cpu(), old.tokens[kept])
+        close(new.p, old.p[kept])
+
+
 LARGE_CASES = {
     "plain": {"shape": (19, 450, 40), "eps": 0.05},
     "eps 0": {"shape": (17, 211, 33), "eps": 0.0},

@@ -139,6 +139,8 @@ def _shared_of(text: str) -> tuple[dict[str, int], int]:
 def _read_body(kernel: Kernel, body: str, line: int) -> None:
     """Split into labels, declarations, scopes and instructions."""
     scopes: list[dict[str, str]] = [{}]
+    numbers = [0]  # of the scopes around, of which each may have labels of its own
+    branches: list[tuple[int, list[int]]] = []
     count, at = 0, 0
     token = re.compile(r"\s*(?:([{}])|([\w$]+):|([^;{}]*(?:\{[^{}]*\}[^;{}]*)*;))")
     body = body.rstrip()
@@ -152,10 +154,12 @@ def _read_body(kernel: Kernel, body: str, line: int) -> None:
         if found[1] == "{":
             count += 1
             scopes.append({})
+            numbers.append(count)
         elif found[1] == "}":
             scopes.pop()
+            numbers.pop()
         elif found[2]:
-            kernel.body.append(found[2])
+            kernel.body.append(_label(found[2], numbers[-1]))
         else:
             text = " ".join(found[3].rstrip(";").split())
             if text.startswith(".reg"):
@@ -169,7 +173,20 @@ def _read_body(kernel: Kernel, body: str, line: int) -> None:
             elif text.startswith(".") and not text.startswith(".shared"):
                 raise PtxError(f"line {where} is not understood: {text}")
             elif text and not text.startswith(".shared"):
-                kernel.body.append(_instruction(text, scopes, where))
+                instruction = _instruction(text, scopes, where)
+                kernel.body.append(instruction)
+                if instruction.parts[0] == "bra":
+                    branches.append((len(kernel.body) - 1, [*numbers]))
+    labels = {item for item in kernel.body if isinstance(item, str)}
+    for i, around in branches:
+        branch = kernel.body[i]
+        assert isinstance(branch, Instruction)
+        own = next(name for n in reversed(around) if (name := _label(branch.operands[0], n)) in labels)
+        kernel.body[i] = branch._replace(operands=(own,))
+
+
+def _label(name: str, scope: int) -> str:
+    return f"{name}@{scope}" if scope else name
 
 
 def _instruction(text: str, scopes: list[dict[str, str]], line: int) -> Instruction:
