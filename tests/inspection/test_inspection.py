@@ -436,6 +436,37 @@ def test_command(tmp_path, capsys):
     assert paths[1].read_bytes().startswith(b"\x89PNG")
 
 
+def test_status_counts_builds_by_kernel_and_target(tmp_path, monkeypatch):
+    worse = {("head scores", "sm_80"): {"spills": 3}, ("sample", "sm_90"): {"unequal": 1}}
+    monkeypatch.setattr(
+        command,
+        "inspect",
+        lambda tasks, done: [
+            figures(
+                kernel=b.name,
+                dtype=b.dtype,
+                configuration=b.configuration,
+                target=target,
+                per_logit=None,
+                **worse.get((b.name, target), {}),
+            )
+            for b, target in tasks
+        ],
+    )
+    arguments = ["inspect", "--target", "sm_80", "sm_90", "--status", str(tmp_path / "status.json"), "--kernel"]
+    assert cli.main([*arguments, "head sample fp32 *", "head scores fp32 *", "sample fp16 *", "baseline*"]) == 1
+    status = json.loads((tmp_path / "status.json").read_text())
+    assert status["compiler"].startswith("triton 3.")
+
+    def counts(builds, spilling, beyond_limits):
+        return {"builds": builds, "spilling": spilling, "beyond_limits": beyond_limits}
+
+    assert status["kernels"] == {
+        "sample_scan_kernel": {"sm_80": counts(1, 0, 0), "sm_90": counts(1, 0, 1)},
+        "head_scores_kernel": {"sm_80": counts(2, 1, 1), "sm_90": counts(2, 0, 0)},
+    }
+
+
 def test_command_fails_beyond_a_limit(monkeypatch, capsys):
     monkeypatch.setattr(command, "inspect", lambda tasks, done: [figures(dtype="bf16", spills=3) for _ in tasks])
     assert cli.main(["inspect", "--target", "sm_90", "--kernel", "sample bf16 aligned"]) == 1
