@@ -20,11 +20,16 @@ pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 
 from grade_kernels import cli
+from grade_kernels.backends.triton.targets import TRITON
 from grade_kernels.inspection import command, disassembly, inspect, inspector, limits, machine_code, prediction, select
 from grade_kernels.inspection.configurations import TARGETS, Build, builds
 from grade_kernels.inspection.devices import DEVICES, programs
 from grade_kernels.inspection.disassembly import Instruction, Program
 from grade_kernels.inspection.machine_code import PIPES, Figures
+from tests.support.needs import needs
+
+# Older ones have no large tiles where these would spill.
+newest = needs("the Triton that limits were measured with", TRITON >= limits.MEASURED_WITH)
 
 # What the interpreter does not see: types of scalars that are specialised, strides that are not, every flag at once.
 HOPPER = (
@@ -281,6 +286,7 @@ def test_worse_code_is_a_violation(monkeypatch):
     assert limits.violations(build(name="baseline sample"), replace(good, spills=9)) == []
 
 
+@newest
 def test_limits_are_of_kernels_that_exist():
     for target, labels in limits.LIMITS.items():
         assert set(labels) <= {f"{b.name} {b.dtype} {b.configuration}" for b in builds(target)}
@@ -320,6 +326,7 @@ def test_prediction_of_a_product():
     assert alone.resources["product, then epilogue"] == pytest.approx(product + epilogue)
 
 
+@newest
 def test_a_head_of_many_rows_is_near_its_floor():
     """Predicted for H100 with 4096 rows, 151,936 tokens and 4096 hidden units: at most 1.2 times any product's floor."""
     tasks = select(["sm_90"], ["head sample bf16 128x256*", "head scores bf16 128x256*"])
