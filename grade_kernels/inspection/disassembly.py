@@ -144,7 +144,8 @@ def _instructions(lines: Sequence[tuple[int, str]], start: int) -> list[Instruct
         target = None
         # A call comes back to what follows; on sm_80 it is also the way out of some loops.
         if opcode.startswith(("BRA", "CALL")):
-            target = places.get(int(rest.split("0x")[-1], 16) - start) if "0x" in rest else None
+            addresses = re.findall(r"0x([0-9a-f]+)", rest)  # what some versions of nvdisasm write behind them has none
+            target = places.get(int(addresses[-1], 16) - start) if addresses else None
         # A branch has its condition in front, or as an operand.
         predicated = (
             guard is not None or opcode.startswith("CALL") or (target is not None and not rest.startswith("0x"))

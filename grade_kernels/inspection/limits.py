@@ -11,7 +11,7 @@ from grade_kernels.inspection.machine_code import Figures
 __all__ = ["LIMITS", "violations"]
 
 MEASURED_WITH = (3, 9)  # the version of Triton
-OTHERS = 1.1  # what another version may take in its place
+OTHERS = 1.35  # times as much another version may take: up to 3.8, what is compiled for AMD is slower
 # By target and "name dtype configuration": instructions per logit of the main loop and registers, as measured with
 # Triton 3.9 (docs/kernels.md) and a twentieth more; at most 35 for sampling through a head on sm_90.
 LIMITS: dict[str, dict[str, tuple[float, int]]] = {
@@ -70,7 +70,7 @@ LIMITS: dict[str, dict[str, tuple[float, int]]] = {
         "ste apply fp32 aligned": (36.5, 88),
         "head sample bf16 128x64x32x4x2": (59.9, 139),
         "head scores bf16 128x64x32x4x2": (77.6, 138),
-        "head softmax bf16 128x64x32x4x2": (50.9, 156),
+        "head softmax bf16 128x64x32x4x2": (53.1, 160),
         "head softmax, ref bf16 128x32x32x4x4": (88.8, 144),
         "head softmax, ref bf16 128x64x32x4x2": (66.3, 222),
     },

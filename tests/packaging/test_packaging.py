@@ -18,7 +18,7 @@ import torch
 import grade_kernels as gk
 from grade_kernels import _build, cli, doctor
 from tests.support import ROOT
-from tests.support.needs import needs_backend
+from tests.support.needs import needs, needs_backend
 
 
 def python(*arguments, **environment):
@@ -123,6 +123,25 @@ def test_import_is_light():
 def test_build_records_what_it_did():
     info = _build.build_info()
     assert (_build.library_path() is None) == (info["reason"] is not None) == (_build.missing_reason() is not None)
+
+
+@needs("a CUDA build of torch", torch.version.cuda is not None)
+def test_a_cuda_build_of_torch_gets_the_cuda_kernels():
+    """With the nvcc that fits it, and with or without a GPU. What was built in place is what `make` builds."""
+    info, reason = _build.build_info(), _build.missing_cuda_reason()
+    done = python("-m", "grade_kernels.cli", "doctor", TRITON_INTERPRET="0")
+    assert done.returncode == 0, done.stdout + done.stderr
+    if reason is not None:
+        assert "nvcc was not found" in reason or "but nvcc is" in reason
+        assert re.search(rf"^  cuda +not available: {re.escape(reason)}", done.stdout, re.MULTILINE)
+        return
+    assert info["cuda_compiler"].startswith(f"nvcc {torch.version.cuda.partition('.')[0]}.")
+    assert f"built with {info['cuda_compiler']}" in done.stdout
+    torch.ops.load_library(str(_build.cuda_library_path()))
+    if torch.cuda.is_available():
+        assert re.search(r"^  cuda +available", done.stdout, re.MULTILINE)
+    else:
+        assert re.search(r"^  cuda +not available: there is no NVIDIA GPU", done.stdout, re.MULTILINE)
 
 
 def test_sdist_has_what_the_readme_links_to(tmp_path):
