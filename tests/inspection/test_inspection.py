@@ -21,7 +21,17 @@ pytest.importorskip("matplotlib")
 
 from grade_kernels import cli
 from grade_kernels.backends.triton.targets import TRITON
-from grade_kernels.inspection import command, disassembly, inspect, inspector, limits, machine_code, prediction, select
+from grade_kernels.inspection import (
+    command,
+    configurations,
+    disassembly,
+    inspect,
+    inspector,
+    limits,
+    machine_code,
+    prediction,
+    select,
+)
 from grade_kernels.inspection.configurations import TARGETS, Build, builds
 from grade_kernels.inspection.devices import DEVICES, programs
 from grade_kernels.inspection.disassembly import Instruction, Program
@@ -339,6 +349,46 @@ def test_a_head_of_many_rows_is_near_its_floor():
         (h100,) = [p for p in prediction.predict(tile, found) if p.device == "H100"]
         assert h100.rows == 4096
         assert h100.ratio <= 1.2, h100
+
+
+# Predicted for B200: after a chunk's product, its kernels take up to a third of the time that the product took.
+BEYOND = {("B200", "scores"): 1.37, ("B200", "scores, eps 0"): 1.33}
+
+
+@pytest.mark.takes_long("a minute of ptxas for each further target", lambda target: target != "sm_90")
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_one_of_two_ways_through_a_head_is_near_the_floor(target):
+    """Predicted, at each N: at most 1.3 times the bare product's floor, but for `BEYOND`."""
+    names = ["sample", "scores", "softmax, ref"] if target == "sm_90" else list(configurations._PASSES)
+    tasks = select([target], [pattern for name in names for pattern in (f"chunk {name}", f"head {name} bf16 *")])
+    results = [(b, figures) for (b, _), figures in zip(tasks, inspect(tasks, processes=1), strict=True)]
+    for chunk, found in results:
+        if chunk.chunks:
+            assert limits.violations(chunk, found) == []
+            assert found.bytes_per_logit >= 4 * chunk.chunks
+    both = prediction.ways(results, target)
+    assert list(both) == names
+    for name, devices in both.items():
+        assert list(devices) == [device for device, figures in DEVICES.items() if figures.target == target]
+        for device, pairs in devices.items():
+            assert len(pairs) == len(prediction.WAYS_ROWS)
+            assert max(map(min, pairs)) <= BEYOND.get((device, name), 1.3), (device, name, pairs)
+
+
+def test_prediction_of_chunks():
+    """A product at its peak, or as fast as its factors and its chunk pass memory; then the kernels that read the chunk."""
+    found = figures(bytes_per_logit=4.0)
+    chunk = build(name="chunk sample", chunks=1)
+    (many,) = [p for p in prediction.predict(chunk, found, 4096) if p.device == "H100"]
+    operations, read = 2 * 4096 * 151936 * 4096 / 989.4e12, 4 * 4096 * 151936 / 3.35e12
+    assert many.floor == pytest.approx(operations)
+    assert many.seconds == pytest.approx(
+        operations + max(read, *(many.resources[name] for name in DEVICES["H100"].pipes))
+    )
+    (few,) = [p for p in prediction.predict(chunk, found, 1) if p.device == "H100"]
+    factors = 2 * (1 + 151936) * 4096 / 3.35e12
+    assert few.floor == pytest.approx(factors)
+    assert few.resources["memory"] == pytest.approx(factors + 2 * read / 4096)
 
 
 def near_the_floor(targets: Sequence[str], kernels: Sequence[str]) -> None:

@@ -5,7 +5,8 @@ makes noise. Rows of given logits are cut into `strips`; `sampling`, `onehot`, `
 kernels. Short rows, and rows whose tokens do not lie side by side, come in `row_tiles`, several to a program;
 `row_relaxation` and `row_gradient` hold theirs. `parts` cuts what is read twice to the cache's size. Logits that a head
 makes come in `head_tiles`, which `head_sampling` and `head_relaxation` consume. `head_support` schedules their launches and
-decides what becomes of candidates. `head_ptx` holds what these kernels do rarely. `gather` serves the sparse backward.
+decides what becomes of candidates. `head_chunks` has the library make the logits instead, and `head_choice` finds out which
+is faster. `head_ptx` holds what these kernels do rarely. `gather` serves the sparse backward.
 
 Names in kernels begin with what a thing is:
 

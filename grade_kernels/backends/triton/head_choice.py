@@ -93,7 +93,9 @@ def predicted(shape: ShapeClass, backend: str, capability: int) -> str:
         return "tiles"
     if shape.dtype == "float32":
         return "chunks"  # Triton's product in true float32 is far from the library's
-    return "chunks" if 100 <= capability < 120 or ((shape.bias or shape.softcap) and shape.rows > 128) else "tiles"
+    if 100 <= capability < 120 or (90 <= capability < 100 and shape.reference):
+        return "chunks"
+    return "chunks" if (shape.bias or shape.softcap) and shape.rows > 128 else "tiles"
 
 
 def environment(device: torch.device, chunk_bytes: int) -> str:

@@ -169,11 +169,13 @@ def test_shape_classes() -> None:
 
 
 def test_predictions() -> None:
-    """What `inspect` predicts: chunks on B200, in float32, and where bias or softcap leave tiles small."""
+    """What `inspect` predicts: chunks on B200, in float32, a reference on Hopper, where bias or softcap leave tiles small."""
     assert predicted(SHAPE, "cuda", 90) == "tiles"
     assert predicted(SHAPE, "cuda", 100) == "chunks"
     assert predicted(SHAPE, "cuda", 120) == "tiles"
     assert predicted(SHAPE._replace(dtype="float32"), "cuda", 80) == "chunks"
+    assert predicted(SHAPE._replace(reference="bfloat16 4096"), "cuda", 90) == "chunks"
+    assert predicted(SHAPE._replace(reference="bfloat16 4096"), "cuda", 80) == "tiles"
     assert predicted(SHAPE._replace(softcap=True), "cuda", 90) == "chunks"
     assert predicted(SHAPE._replace(softcap=True, rows=64), "cuda", 90) == "tiles"
     for backend in ("hip", "interpreter"):
