@@ -96,6 +96,28 @@ class Backend(ABC):
         # On CPUs a bad row is marked by its id.
         return score_max.masked_fill_(found.ids < 0, torch.nan) if score_max.device.type == "cpu" else score_max
 
+    def relax_at(
+        self, logits: torch.Tensor, dim: int, tau: float, seed: torch.Tensor, hard: bool, keeps: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+        """`gumbel_softmax` in one step: logits of any shape with the vocabulary at dim, one tau, default row identities.
+
+        Returns the result, contiguous, and where `keeps` also `max(l + g)` `[N]`, for `relax_at_backward`. None: the backend
+        leaves the call to `gumbel_softmax`, as it does where a row is bad.
+        """
+        return None
+
+    def relax_at_backward(
+        self,
+        dy: torch.Tensor,
+        logits: torch.Tensor,
+        dim: int,
+        tau: float,
+        seed: torch.Tensor,
+        score_max: torch.Tensor,
+    ) -> torch.Tensor | None:
+        """The gradient of the logits, contiguous; None: the backend leaves the call to `softmax_backward`."""
+        return None
+
     @abstractmethod
     def softmax(
         self,

@@ -121,6 +121,11 @@ def positive_number(name: str, value: object, dtype: torch.dtype, expected: str 
     return number
 
 
+def tau_number(tau: object, dtype: torch.dtype) -> float:
+    """A tau that is no tensor."""
+    return positive_number("tau", tau, dtype, "a number or a tensor")
+
+
 def canonical_tau(
     tau: float | torch.Tensor, shape: Sequence[int], device: torch.device, dtype: torch.dtype, dim: int = -1
 ) -> torch.Tensor:
@@ -141,7 +146,7 @@ def canonical_tau(
         if tau.device != device:
             raise ValueError(f"tau is on device {str(tau.device)!r}, but the logits on {str(device)!r}")
         return by_row.to(dtype).reshape(rows)
-    number = positive_number("tau", tau, dtype, "a number or a tensor")
+    number = tau_number(tau, dtype)
     if torch.compiler.is_compiling():
         # A product rather than torch.full: with a number that changes, torch.compile recompiles once, not every time.
         return torch.ones(rows, dtype=dtype, device=device) * number

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from typing_extensions import NamedTuple
@@ -15,7 +15,9 @@ from grade_kernels.backends.layouts import flat
 from grade_kernels.dtypes import compute_dtype
 from grade_kernels.noise import GumbelNoise
 from grade_kernels.ops import checks
-from grade_kernels.ops.differentiable import differentiable
+from grade_kernels.ops.differentiable import differentiable, plain_apply
+from grade_kernels.ops.eager import undisturbed
+from grade_kernels.ops.records import is_plain
 from grade_kernels.ops.registry import answered_by, public
 
 __all__ = ["gumbel_softmax", "gumbel_ste"]
@@ -68,8 +70,10 @@ def gumbel_softmax(
     dim = checks.check_logits(logits, dim)
     device = logits.device
     drawn = checks.canonical_noise(noise, logits.numel() // logits.size(dim), device)
-    row_tau = checks.canonical_tau(tau, logits.shape, device, compute_dtype(logits.dtype), dim)
     backend = backends.select(device, logits.dtype)
+    if (y := _in_one_step(logits, tau, hard, dim, drawn, backend)) is not None:
+        return y
+    row_tau = checks.canonical_tau(tau, logits.shape, device, compute_dtype(logits.dtype), dim)
     return _relax(_Draw(logits, row_tau, isinstance(tau, torch.Tensor), drawn, dim, hard, backend))
 
 
@@ -174,3 +178,63 @@ _gumbel_softmax = differentiable(
 @answered_by(_by_reference)
 def _relax(draw: _Draw) -> torch.Tensor:
     return _gumbel_softmax(draw).y
+
+
+# For a few small rows all of the above takes longer than the kernels. Most calls give logits and numbers, and nothing
+# looks at them on their way. A backend may serve these in one step. Calls that it declines go through the operation.
+
+
+def _in_one_step(
+    logits: torch.Tensor, tau: float | torch.Tensor, hard: bool, dim: int, noise: Noise, backend: str
+) -> torch.Tensor | None:
+    """The result, or None where the call is not plain, or the backend declines it."""
+    if (
+        not undisturbed()
+        or backend == "reference"
+        or isinstance(tau, torch.Tensor)
+        or type(hard) is not bool
+        or noise.row_ids is not None
+        or noise.vocab_start != 0
+        or not is_plain(noise.seed)
+        or not is_plain(logits)
+    ):
+        return None
+    number = checks.tau_number(tau, compute_dtype(logits.dtype))
+    if logits.requires_grad and torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
+        y: torch.Tensor | None = _apply_step(logits, dim, number, noise.seed, hard, backend)
+        return y
+    found = backends.get(backend).relax_at(logits, dim, number, noise.seed, hard, False)
+    return None if found is None else found[0]
+
+
+class _Step(torch.autograd.Function):
+    """The same with a graph. Saved for backward: logits, seed and one number per row."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, logits: torch.Tensor, dim: int, tau: float, seed: torch.Tensor, hard: bool, backend: str
+    ) -> torch.Tensor | None:
+        found = backends.get(backend).relax_at(logits, dim, tau, seed, hard, True)
+        if found is None:
+            return None
+        y, score_max = found
+        ctx.numbers = dim, tau, hard, backend
+        ctx.save_for_backward(logits, seed, score_max)
+        ctx.set_materialize_grads(False)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor | None) -> Any:  # type: ignore[override]
+        logits, seed, score_max = ctx.saved_tensors
+        dim, tau, hard, backend = ctx.numbers
+        dlogits = None
+        if dy is not None:
+            if not torch.is_grad_enabled() and undisturbed() and is_plain(dy) and is_plain(logits) and is_plain(seed):
+                dlogits = backends.get(backend).relax_at_backward(dy, logits, dim, tau, seed, score_max)
+            if dlogits is None:
+                draw = _Draw(logits, torch.full_like(score_max, tau), False, Noise(seed, None, 0), dim, hard, backend)
+                (dlogits,) = _gumbel_softmax.gradients(draw, _Kept(score_max), _Drawn(dy), [True, False])
+        return dlogits, None, None, None, None, None
+
+
+_apply_step = plain_apply(type("gumbel_softmax", (_Step,), {}))  # the node is named after it
