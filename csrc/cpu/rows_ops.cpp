@@ -12,7 +12,9 @@
 #include <limits>
 #include <new>
 #include <optional>
+#include <tuple>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "common/online_softmax.h"
@@ -325,8 +327,8 @@ void softmax_backward(Tensor dy, Tensor logits, Tensor tau, Tensor seed, std::op
 // ---- The two above in one call each ---------------------------------------------------------------------------------
 //
 // For a few small rows the arithmetic takes less time than the views and the tensors that the operations above want. So
-// these take logits of any shape with the vocabulary at dim, and one tau for all rows. They return false where that is
-// more than they can do; then what they wrote is of no account.
+// these take tensors of any shape with the vocabulary at dim, and one tau for all rows, and make their results. They
+// return none where that is more than they can do, or an error, which the caller finds.
 
 // Joins dimensions [begin, end) of x into one of `size` numbers; returns their stride, or nothing where they have none.
 std::optional<int64_t> joined_stride(const Tensor& x, int64_t begin, int64_t end, int64_t& size) {
@@ -343,53 +345,84 @@ std::optional<int64_t> joined_stride(const Tensor& x, int64_t begin, int64_t end
   return stride;
 }
 
-// Rows of x with the vocabulary at dim, which is not negative; nothing where they are no [A, V, B] of x's own memory.
+// The rows of x, with the vocabulary at dim.
 struct Planes {
   View view;
   int64_t rows, vocab;
 };
+
+// Nothing where x is not on the CPU, not dense, of another dtype, empty, or has no such dim, or where its rows are no
+// [A, V, B] of its own memory.
 std::optional<Planes> planes_of(const Tensor& x, int64_t dim, void* data) {
+  const int64_t dims = x.dim();
+  if (dim < 0) dim += dims;
+  if (dim < 0 || dim >= dims || x.numel() == 0) return std::nullopt;
   int64_t outer = 0, inner = 0;
   const std::optional<int64_t> outer_stride = joined_stride(x, 0, dim, outer);
-  const std::optional<int64_t> inner_stride = joined_stride(x, dim + 1, x.dim(), inner);
+  const std::optional<int64_t> inner_stride = joined_stride(x, dim + 1, dims, inner);
   if (!outer_stride || !inner_stride) return std::nullopt;
   const int64_t vocab = x.size(dim);
   return Planes{view_of_rows(data, dtype_of(x), outer, vocab, inner, *outer_stride, x.stride(dim), *inner_stride),
                 outer * inner, vocab};
 }
 std::optional<Planes> planes_of(const Tensor& x, int64_t dim) {
+  if (!x.is_cpu() || x.layout() != torch::headeronly::Layout::Strided || !has_dtype(x)) return std::nullopt;
   return planes_of(x, dim, const_cast<void*>(x.const_data_ptr()));
 }
 
-bool relax_at(Tensor logits, int64_t dim, double tau, Tensor seed, bool hard, Tensor out,
-              std::optional<Tensor> score_max) {
-  if (dim < 0) dim += logits.dim();
-  if (logits.numel() == 0) return false;
-  const std::optional<Planes> x = planes_of(logits, dim), y = planes_of(out, dim, out.mutable_data_ptr());
-  if (!x || !y) return false;
-  return with_real(x->view.dtype, [&]<typename Real>(Real) {
+// A contiguous tensor of memory that holds anything. torch's own operation costs as much as all else here.
+Tensor blank(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype) {
+  constexpr size_t kUsual = 8;  // dimensions
+  int64_t few[kUsual];
+  std::vector<int64_t> many(sizes.size() > kUsual ? sizes.size() : 0);
+  int64_t* strides = many.empty() ? few : many.data();
+  int64_t next = 1;
+  for (size_t d = sizes.size(); d-- > 0; next *= std::max<int64_t>(1, sizes[d])) strides[d] = next;
+  AtenTensorHandle made = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      int64_t(sizes.size()), sizes.data(), strides,
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), aoti_torch_device_type_cpu(), 0, &made));
+  return Tensor(made);
+}
+
+// The result and, where `keeps`, max(l + g) [N].
+std::tuple<std::optional<Tensor>, std::optional<Tensor>> relax_at(Tensor logits, int64_t dim, double tau, int64_t seed,
+                                                                  bool hard, bool keeps) {
+  const std::optional<Planes> x = planes_of(logits, dim);
+  if (!x) return {};
+  return with_real(x->view.dtype, [&]<typename Real>(Real) -> std::tuple<std::optional<Tensor>, std::optional<Tensor>> {
+    const Real t = Real(tau);
+    if (!(t >= std::numeric_limits<Real>::min() && tau <= double(std::numeric_limits<Real>::max()))) return {};
+    Tensor y = blank(logits.sizes(), logits.scalar_type());
+    const std::optional<Planes> to = planes_of(y, dim, y.mutable_data_ptr());
     const size_t rows = size_t(x->rows);
-    const std::vector<Real> taus(rows, Real(tau));
-    std::vector<Real> own(score_max ? 0 : rows);
-    Real* found = score_max ? mutable_data<Real>(*score_max) : own.data();
-    relax<Real>({.in = {x->view, x->rows, x->vocab, noise_of(seed, std::nullopt, 0)},
+    const std::vector<Real> taus(rows, t);
+    std::vector<Real> own(keeps ? 0 : rows);
+    std::optional<Tensor> score_max;
+    if (keeps) {
+      score_max = blank({&x->rows, 1}, std::is_same_v<Real, double> ? ScalarType::Double : ScalarType::Float);
+    }
+    Real* found = keeps ? static_cast<Real*>(score_max->mutable_data_ptr()) : own.data();
+    relax<Real>({.in = {x->view, x->rows, x->vocab, Noise{uint64_t(seed), nullptr, 0}},
                  .tau = taus.data(),
                  .hard = hard,
                  .zeroed = false,
-                 .out = y->view,
+                 .out = to->view,
                  .score_max = found});
-    return std::none_of(found, found + rows, [](Real score) { return std::isnan(score); });
+    if (std::any_of(found, found + rows, [](Real score) { return std::isnan(score); })) return {};
+    return {std::move(y), std::move(score_max)};
   });
 }
 
-bool relax_at_backward(Tensor dy, Tensor logits, int64_t dim, double tau, Tensor seed, Tensor score_max, Tensor out) {
-  if (dim < 0) dim += logits.dim();
-  const std::optional<Planes> x = planes_of(logits, dim), from = planes_of(dy, dim),
-                              to = planes_of(out, dim, out.mutable_data_ptr());
-  if (!x || !from || !to) return false;
+// The gradient of the logits.
+std::optional<Tensor> relax_at_backward(Tensor dy, Tensor logits, int64_t dim, double tau, int64_t seed,
+                                        Tensor score_max) {
+  const std::optional<Planes> x = planes_of(logits, dim), from = planes_of(dy, dim);
+  if (!x || !from) return std::nullopt;
+  Tensor dlogits = blank(logits.sizes(), logits.scalar_type());
   with_real(x->view.dtype, [&]<typename Real>(Real) {
     const std::vector<Real> taus(size_t(x->rows), Real(tau));
-    backward_rows<Real>({.in = {x->view, x->rows, x->vocab, noise_of(seed, std::nullopt, 0)},
+    backward_rows<Real>({.in = {x->view, x->rows, x->vocab, Noise{uint64_t(seed), nullptr, 0}},
                          .estimator = Estimator::kNoisy,
                          .tau = taus.data(),
                          .score_max = data<Real>(score_max),
@@ -398,10 +431,10 @@ bool relax_at_backward(Tensor dy, Tensor logits, int64_t dim, double tau, Tensor
                          .ids = nullptr,
                          .dlogprobs = nullptr,
                          .dy = from->view,
-                         .out = to->view,
+                         .out = planes_of(dlogits, dim, dlogits.mutable_data_ptr())->view,
                          .dtau = nullptr});
   });
-  return true;
+  return dlogits;
 }
 
 }  // namespace
@@ -421,12 +454,8 @@ STABLE_TORCH_LIBRARY(grade_kernels_cpu, m) {
       "softmax_backward(Tensor dy, Tensor logits, Tensor tau, Tensor seed, Tensor? row_ids, int vocab_start, "
       "int estimator, Tensor ids, Tensor score_max, Tensor logit_max, Tensor logit_sum, Tensor? dlogprobs, "
       "Tensor(a!) out, Tensor(b!)? dtau) -> ()");
-  m.def(
-      "relax_at(Tensor logits, int dim, float tau, Tensor seed, bool hard, Tensor(a!) out, Tensor(b!)? score_max) "
-      "-> bool");
-  m.def(
-      "relax_at_backward(Tensor dy, Tensor logits, int dim, float tau, Tensor seed, Tensor score_max, "
-      "Tensor(a!) out) -> bool");
+  m.def("relax_at(Tensor logits, int dim, float tau, int seed, bool hard, bool keeps) -> (Tensor?, Tensor?)");
+  m.def("relax_at_backward(Tensor dy, Tensor logits, int dim, float tau, int seed, Tensor score_max) -> Tensor?");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(grade_kernels_cpu, CompositeExplicitAutograd, m) {

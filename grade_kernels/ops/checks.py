@@ -19,11 +19,11 @@ from grade_kernels.arguments import canonical_int, check_local
 from grade_kernels.backends.records import Noise
 from grade_kernels.estimators import ESTIMATORS
 from grade_kernels.noise import GumbelNoise, fresh_seed
+from grade_kernels.ops.eager import ORDINARY
 from grade_kernels.ops.transforms import without_wrappers
 from grade_kernels.reference import tau_of_rows
 
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_ORDINARY = (torch.Tensor, torch.nn.Parameter)
 _LIMITS = {dtype: (torch.finfo(dtype).tiny, torch.finfo(dtype).max) for dtype in FLOATING}
 _FEW = 64  # values that Python's sum adds up sooner than PyTorch finds their maximum
 
@@ -43,7 +43,7 @@ def may_read(tensor: torch.Tensor) -> bool:
 
 def _check_local(name: str, value: torch.Tensor) -> None:
     """`check_local`, without its cost for what can be seen to be an ordinary tensor."""
-    if type(value) not in _ORDINARY or torch._C._are_functorch_transforms_active():
+    if type(value) not in ORDINARY or torch._C._are_functorch_transforms_active():
         check_local(name, value)
 
 
@@ -121,11 +121,6 @@ def positive_number(name: str, value: object, dtype: torch.dtype, expected: str 
     return number
 
 
-def tau_number(tau: object, dtype: torch.dtype) -> float:
-    """A tau that is no tensor."""
-    return positive_number("tau", tau, dtype, "a number or a tensor")
-
-
 def canonical_tau(
     tau: float | torch.Tensor, shape: Sequence[int], device: torch.device, dtype: torch.dtype, dim: int = -1
 ) -> torch.Tensor:
@@ -146,7 +141,7 @@ def canonical_tau(
         if tau.device != device:
             raise ValueError(f"tau is on device {str(tau.device)!r}, but the logits on {str(device)!r}")
         return by_row.to(dtype).reshape(rows)
-    number = tau_number(tau, dtype)
+    number = positive_number("tau", tau, dtype, "a number or a tensor")
     if torch.compiler.is_compiling():
         # A product rather than torch.full: with a number that changes, torch.compile recompiles once, not every time.
         return torch.ones(rows, dtype=dtype, device=device) * number

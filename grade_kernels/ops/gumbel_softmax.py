@@ -10,14 +10,13 @@ import torch
 from typing_extensions import NamedTuple
 
 from grade_kernels import backends, reference
-from grade_kernels.backends import GradientRule, Noise, Rows, Sample
+from grade_kernels.backends import Backend, GradientRule, Noise, Rows, Sample
 from grade_kernels.backends.layouts import flat
 from grade_kernels.dtypes import compute_dtype
-from grade_kernels.noise import GumbelNoise
+from grade_kernels.noise import GumbelNoise, fresh_number
 from grade_kernels.ops import checks
 from grade_kernels.ops.differentiable import differentiable, plain_apply
-from grade_kernels.ops.eager import undisturbed
-from grade_kernels.ops.records import is_plain
+from grade_kernels.ops.eager import ORDINARY, undisturbed
 from grade_kernels.ops.registry import answered_by, public
 
 __all__ = ["gumbel_softmax", "gumbel_ste"]
@@ -68,12 +67,13 @@ def gumbel_softmax(
     if isinstance(logits, torch.Tensor) and logits.dim() == 0:
         return gumbel_softmax(logits.reshape(1), tau, hard, dim=dim, noise=noise).reshape(())
     dim = checks.check_logits(logits, dim)
+    y, noise = _one_step(logits, tau, hard, dim, noise)
+    if y is not None:
+        return y
     device = logits.device
     drawn = checks.canonical_noise(noise, logits.numel() // logits.size(dim), device)
-    backend = backends.select(device, logits.dtype)
-    if (y := _in_one_step(logits, tau, hard, dim, drawn, backend)) is not None:
-        return y
     row_tau = checks.canonical_tau(tau, logits.shape, device, compute_dtype(logits.dtype), dim)
+    backend = backends.select(device, logits.dtype)
     return _relax(_Draw(logits, row_tau, isinstance(tau, torch.Tensor), drawn, dim, hard, backend))
 
 
@@ -181,60 +181,68 @@ def _relax(draw: _Draw) -> torch.Tensor:
 
 
 # For a few small rows all of the above takes longer than the kernels. Most calls give logits and numbers, and nothing
-# looks at them on their way. A backend may serve these in one step. Calls that it declines go through the operation.
+# looks at them on their way. A backend may serve these in one step. What it declines goes through the operation.
 
 
-def _in_one_step(
-    logits: torch.Tensor, tau: float | torch.Tensor, hard: bool, dim: int, noise: Noise, backend: str
-) -> torch.Tensor | None:
-    """The result, or None where the call is not plain, or the backend declines it."""
+def _one_step(
+    logits: torch.Tensor, tau: float | torch.Tensor, hard: bool, dim: int, noise: GumbelNoise | None
+) -> tuple[torch.Tensor | None, GumbelNoise | None]:
+    """The result, or None where the call is not plain or the backend declines it; and the noise that it draws."""
     if (
         not undisturbed()
-        or backend == "reference"
-        or isinstance(tau, torch.Tensor)
+        or type(logits) not in ORDINARY
+        or not logits.is_cpu
+        or not (type(tau) is float or (type(tau) is int and 0 < tau < 2**63))
         or type(hard) is not bool
-        or noise.row_ids is not None
-        or noise.vocab_start != 0
-        or not is_plain(noise.seed)
-        or not is_plain(logits)
+        or (backend := backends.selected("cpu")) is None
     ):
-        return None
-    number = checks.tau_number(tau, compute_dtype(logits.dtype))
+        return None, noise
+    if noise is None:
+        seed = fresh_number()
+    elif (
+        type(noise) is GumbelNoise
+        and noise.row_ids is None
+        and noise.vocab_start == 0
+        and type(noise.seed) in ORDINARY
+        and noise.seed.is_cpu
+    ):
+        seed = int(noise.seed)
+    else:
+        return None, noise
     if logits.requires_grad and torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
-        y: torch.Tensor | None = _apply_step(logits, dim, number, noise.seed, hard, backend)
-        return y
-    found = backends.get(backend).relax_at(logits, dim, number, noise.seed, hard, False)
-    return None if found is None else found[0]
+        y = _apply_node(logits, (dim, tau, seed, hard, backend))
+    else:
+        y, _ = backend.relax_at(logits, dim, tau, seed, hard, False)
+    return y, noise if y is not None else noise or GumbelNoise(seed)
 
 
-class _Step(torch.autograd.Function):
-    """The same with a graph. Saved for backward: logits, seed and one number per row."""
+class _StepNode(torch.autograd.Function):
+    """What the graph holds of such a call: logits and one number per row, beside numbers."""
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, logits: torch.Tensor, dim: int, tau: float, seed: torch.Tensor, hard: bool, backend: str
+        ctx: Any, logits: torch.Tensor, step: tuple[int, float, int, bool, Backend]
     ) -> torch.Tensor | None:
-        found = backends.get(backend).relax_at(logits, dim, tau, seed, hard, True)
-        if found is None:
-            return None
-        y, score_max = found
-        ctx.numbers = dim, tau, hard, backend
-        ctx.save_for_backward(logits, seed, score_max)
+        dim, tau, seed, hard, backend = ctx.step = step
+        y, score_max = backend.relax_at(logits, dim, tau, seed, hard, True)
+        ctx.save_for_backward(logits, score_max)
         ctx.set_materialize_grads(False)
         return y
 
     @staticmethod
-    def backward(ctx: Any, dy: torch.Tensor | None) -> Any:  # type: ignore[override]
-        logits, seed, score_max = ctx.saved_tensors
-        dim, tau, hard, backend = ctx.numbers
+    def backward(ctx: Any, dy: torch.Tensor | None) -> tuple[torch.Tensor | None, None]:  # type: ignore[override]
+        if dy is None:
+            return None, None
+        logits, score_max = ctx.saved_tensors
+        dim, tau, seed, hard, backend = ctx.step
         dlogits = None
-        if dy is not None:
-            if not torch.is_grad_enabled() and undisturbed() and is_plain(dy) and is_plain(logits) and is_plain(seed):
-                dlogits = backends.get(backend).relax_at_backward(dy, logits, dim, tau, seed, score_max)
-            if dlogits is None:
-                draw = _Draw(logits, torch.full_like(score_max, tau), False, Noise(seed, None, 0), dim, hard, backend)
-                (dlogits,) = _gumbel_softmax.gradients(draw, _Kept(score_max), _Drawn(dy), [True, False])
-        return dlogits, None, None, None, None, None
+        if not torch.is_grad_enabled() and undisturbed() and type(dy) in ORDINARY and type(logits) in ORDINARY:
+            dlogits = backend.relax_at_backward(dy, logits, dim, tau, seed, score_max)
+        if dlogits is None:
+            noise = Noise(torch.tensor(seed, dtype=torch.int64, device="cpu"), None, 0)
+            draw = _Draw(logits, torch.full_like(score_max, tau), False, noise, dim, hard, backend.name)
+            (dlogits,) = _gumbel_softmax.gradients(draw, _Kept(score_max), _Drawn(dy), [True, False])
+        return dlogits, None
 
 
-_apply_step = plain_apply(type("gumbel_softmax", (_Step,), {}))  # the node is named after it
+_apply_node = plain_apply(type("gumbel_softmax", (_StepNode,), {}))  # the node is named after it

@@ -14,7 +14,9 @@ from typing import Any, Generic, NamedTuple, TypeVar, Union, get_args, get_origi
 
 import torch
 
-__all__ = ["Layout", "Leaf", "is_plain"]
+from grade_kernels.ops.eager import ORDINARY
+
+__all__ = ["Layout", "Leaf"]
 
 Record = TypeVar("Record")
 _SCHEMA_TYPES: dict[Any, str] = {
@@ -26,7 +28,7 @@ _SCHEMA_TYPES: dict[Any, str] = {
     str: "str",
 }
 _PLAIN_TYPES: dict[str, tuple[type, ...]] = {
-    "Tensor": (torch.Tensor, torch.nn.Parameter),
+    "Tensor": ORDINARY,
     "Tensor[]": (list, tuple),
     "SymInt": (int,),
     "float": (float,),
@@ -113,7 +115,7 @@ class Layout(Generic[Record]):
         for i in self.tensors:
             if leaves[i] is not None and not _is_written_out(leaves[i]):
                 return False
-        return all(is_plain(x) for i in self.lists for x in leaves[i])
+        return all(type(x) in _PLAIN_TYPES["Tensor"] and _is_written_out(x) for i in self.lists for x in leaves[i])
 
     def _read(self, record: type[Any], prefix: str, *, optional: bool) -> Callable[[Sequence[Any]], Any]:
         """Collect the leaves of a record; returns what builds it of all leaves."""
@@ -149,11 +151,6 @@ class Layout(Generic[Record]):
 def _hints(record: Any) -> dict[str, Any]:
     """The types of a record's fields. Several operations share a record, and reading its annotations takes its time."""
     return get_type_hints(record)
-
-
-def is_plain(x: torch.Tensor) -> bool:
-    """Whether kernels may take a tensor as it is, see `Layout.are_plain`."""
-    return type(x) in _PLAIN_TYPES["Tensor"] and _is_written_out(x)
 
 
 def _is_written_out(x: torch.Tensor) -> bool:

@@ -113,15 +113,14 @@ class CpuBackend(TorchBackend):
 
     @override
     def relax_at(
-        self, logits: torch.Tensor, dim: int, tau: float, seed: torch.Tensor, hard: bool, keeps: bool
-    ) -> tuple[torch.Tensor, torch.Tensor | None] | None:
-        if logits.nbytes >= _FRESH_MEMORY:  # `blank` knows more
-            return None
-        y = torch.empty_like(logits, memory_format=torch.contiguous_format)
-        score_max = None
-        if keeps:
-            score_max = torch.empty(logits.numel() // logits.size(dim), dtype=compute_dtype(logits.dtype))
-        return (y, score_max) if cpu_kernels().relax_at(logits, dim, tau, seed, hard, y, score_max) else None
+        self, logits: torch.Tensor, dim: int, tau: float, seed: int, hard: bool, keeps: bool
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        if logits.nbytes >= _FRESH_MEMORY:  # for which there is `blank`
+            return None, None
+        found: tuple[torch.Tensor | None, torch.Tensor | None] = cpu_kernels().relax_at(
+            logits, dim, tau, seed, hard, keeps
+        )
+        return found
 
     @override
     def relax_at_backward(
@@ -130,11 +129,11 @@ class CpuBackend(TorchBackend):
         logits: torch.Tensor,
         dim: int,
         tau: float,
-        seed: torch.Tensor,
+        seed: int,
         score_max: torch.Tensor,
     ) -> torch.Tensor | None:
-        out = torch.empty_like(logits, memory_format=torch.contiguous_format)
-        return out if cpu_kernels().relax_at_backward(dy, logits, dim, tau, seed, score_max, out) else None
+        found: torch.Tensor | None = cpu_kernels().relax_at_backward(dy, logits, dim, tau, seed, score_max)
+        return found
 
     @override
     def softmax(
