@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,8 @@ import pytest
 import torch
 
 import grade_kernels as gk
-from benchmarks import compare, memory, processor
-from benchmarks.harness import OURS, Case, Contestants, Race, Results, cpu_name, on_threads, run_race
+from benchmarks import compare, memory, processor, rivals
+from benchmarks.harness import OURS, Case, Contestants, Race, Results, cpu_name, is_ours, on_threads, run_race, why_not
 
 VOCABULARIES = (32000, 50257, 128256, 151936, 262144)  # Llama 2, GPT-2, Llama 3, Qwen 3, Gemma 3
 HEADLINE = 151936
@@ -44,6 +44,16 @@ def _dtypes(text: str) -> tuple[str, ...]:
     return _words(text)
 
 
+def _heads(text: str) -> tuple[tuple[int, int, int], ...]:
+    sizes = tuple(tuple(_number(number) for number in head.split("x")) for head in _words(text))
+    for size in sizes:
+        if len(size) != 3:
+            raise argparse.ArgumentTypeError(
+                f"{'x'.join(map(str, size))!r} is not NxHxV: rows, hidden size, vocabulary"
+            )
+    return sizes
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("grade-kernels benchmarks")
     group.addoption("--quick", action="store_true", help="what has a target, at one size, in few rounds")
@@ -51,6 +61,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--rows", type=_number, default=64, metavar="N", help="rows of logits (default: %(default)s)")
     group.addoption("--dtypes", type=_dtypes, metavar="NAME,NAME", help="default: float32,bfloat16; users: float16 too")
     group.addoption("--contestants", type=_words, metavar="NAME,NAME", help="whom to race against (default: all)")
+    group.addoption("--without", type=_words, default=(), metavar="NAME,NAME", help="whom not to race against")
+    group.addoption("--trial", type=Path, metavar="FILE", help="holds the name of a contestant while it is tried")
+    group.addoption(
+        "--heads", type=_heads, metavar="NxHxV,...", help="sizes of test_heads.py (default: on accelerators)"
+    )
+    group.addoption("--peaks", action="store_true", help="of what is raced, peak memory too, in the same process")
+    group.addoption("--own", action="store_true", help="users: in float32, the sample that each program draws")
     group.addoption("--device", default="cpu", help="where the tensors live (default: %(default)s)")
     group.addoption("--threads", type=_number, metavar="N", help="torch's threads (default: torch's own choice)")
     group.addoption("--budget", type=float, metavar="SECONDS", help="for the rounds of one case (default: 2)")
@@ -136,7 +153,9 @@ def results(request: pytest.FixtureRequest) -> Results:
 def race(request: pytest.FixtureRequest, benchmark: Any, results: Results) -> Iterator[Callable[..., Race]]:
     """Checks ours, then times it in turns with the others: `race(case, contestants, check, targets)`.
 
-    `check()` raises where a result is wrong, and then there is no number. `share` is how much of a case's budget it has.
+    `check()` raises where a result is wrong, and then there is no number. `others` are such checks of other contestants; one
+    that fails leaves its contestant out, and fails the test if that is ours by another way. A contestant that raises is left
+    out as well. `share` is how much of a case's budget the race has.
     """
     option = request.config.option
 
@@ -146,12 +165,24 @@ def race(request: pytest.FixtureRequest, benchmark: Any, results: Results) -> It
         check: Callable[[], None],
         targets: dict[str, float] | None = None,
         share: float = 1.0,
+        others: Mapping[str, Callable[[], None]] | None = None,
     ) -> Race:
         results.contestants |= contestants.keys()
-        if option.contestants is not None:
-            contestants = {name: work for name, work in contestants.items() if name in (OURS, *option.contestants)}
+        names = [name for name in contestants if _takes_part(option, name)]
+        failed = {}
         with on_threads(case.threads):
             check()
+            for name in names[1:]:
+                if option.trial is not None:
+                    option.trial.write_text(name)
+                if reason := why_not(name, contestants[name], (others or {}).get(name), case.device):
+                    failed[name] = results.left_out[case, name] = reason
+            if option.trial is not None:
+                option.trial.unlink(missing_ok=True)
+            contestants = {name: contestants[name] for name in names if name not in failed}
+            if option.peaks:
+                used = {name: memory.of_call(work, case.device) for name, work in contestants.items()}
+                results.add_peaks(case, used, None)
             measured = run_race(benchmark, case, contestants, share * option.budget, (3, 15))
         benchmark.group = f"{case.op} {case.pass_}"
         benchmark.extra_info |= {
@@ -160,13 +191,33 @@ def race(request: pytest.FixtureRequest, benchmark: Any, results: Results) -> It
             "ratios": {name: measured.ratio(name) for name in measured.times},
             "ratios_by_round": {name: measured.ratios(name) for name in measured.times},
             "targets": targets or {},
+            "left_out": failed,
         }
         results.add_race(case, measured, targets or {})
+        assert not any(map(is_ours, failed)), f"{case}: {failed}"
         return measured
 
     yield measure
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()  # nothing compiled for one case outlives it; inductor's cache on disk does
+
+
+def _takes_part(option: Any, name: str) -> bool:
+    """Whether the options let a contestant; ours always does."""
+    asked = option.contestants is None or name in option.contestants
+    return is_ours(name) or (asked and name not in option.without)
+
+
+@pytest.fixture
+def absent(request: pytest.FixtureRequest, results: Results) -> Callable[[str], None]:
+    """Notes for the report which other libraries have no part in the races of an operation."""
+
+    def note(op: str) -> None:
+        results.absent |= {
+            f"{name} ({op})": why for name, why in rivals.of(op, request.config.option.device)[1].items()
+        }
+
+    return note
 
 
 @pytest.fixture
@@ -184,9 +235,14 @@ def peaks(request: pytest.FixtureRequest, results: Results) -> Callable[..., dic
         limit: Callable[[dict[str, int]], float] | None = None,
     ) -> dict[str, int]:
         results.contestants |= set(names)
-        names = tuple(n for n in names if option.contestants is None or n in (OURS, *option.contestants))
-        processes = {name: memory.start(build, case, name) for name in names}
-        measured = {name: memory.finish(process) for name, process in processes.items()}
+        names = tuple(name for name in names if _takes_part(option, name))
+        if case.device == "cpu":
+            processes = {name: memory.start(build, case, name) for name in names}
+            found = {name: memory.finish(process) for name, process in processes.items()}
+        else:  # one after another: they share the device's memory
+            found = {name: memory.finish(memory.start(build, case, name)) for name in names}
+        measured = {name: peak for name, peak in found.items() if peak is not None}
+        results.left_out |= {(case, name): "out of memory" for name in names if name not in measured}
         results.add_peaks(case, measured, limit and limit(measured))
         return measured
 
@@ -218,7 +274,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Write the CSV. A contestant that no case knows fails the run.
+    """Write the CSV and the notes. A contestant that no case knows fails the run.
 
     With --compare, so does a case that has lost ground or is slower than eager PyTorch.
     """
@@ -227,6 +283,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         return
     path = option.output / "benchmarks.csv"
     results.write_csv(path)
+    results.write_notes(option.output / "notes.json")
     now = compare.read(path)
     results.slower = [str(case) for case in compare.slower(now)]
     if SAVED in session.config.stash:
@@ -236,6 +293,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         except ValueError as error:
             results.regressions = [str(error)]
     if session.exitstatus != pytest.ExitCode.INTERRUPTED:
-        results.unknown = sorted(set(option.contestants or ()) - results.contestants)
+        known = results.contestants | {rival.name for rival in rivals.RIVALS}  # one that is not installed is no mistake
+        results.unknown = sorted(set(option.contestants or ()) - known)
     if results.regressions or results.unknown or (SAVED in session.config.stash and results.slower):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED

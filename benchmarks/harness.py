@@ -12,6 +12,7 @@ import contextlib
 import csv
 import datetime
 import functools
+import json
 import math
 import platform
 import re
@@ -25,6 +26,7 @@ from typing import Any
 import torch
 
 import grade_kernels as gk
+from benchmarks import rivals
 
 OURS = "grade-kernels"
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,6 +37,11 @@ COLUMNS = (
 
 TURN = 1e-3  # seconds that a contestant is called for, at least, before the next one is
 Contestants = dict[str, Callable[[], Any]]
+
+
+def is_ours(name: str) -> bool:
+    """Whether a contestant is ours, or one of its ways, which are called "grade-kernels" and what they are."""
+    return name == OURS or name.startswith(f"{OURS} ")
 
 
 @dataclass(frozen=True)
@@ -102,6 +109,41 @@ def on_threads(count: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def why_not(name: str, work: Callable[[], Any], check: Callable[[], None] | None, device: str) -> str | None:
+    """What keeps a contestant out of a race, found by calling it once and checking its result: None if nothing does.
+
+    Another library's fault, or a device that is too small for it, must not lose the others' figures.
+
+    Raises:
+        RuntimeError: it failed in such a way that the device can not be used from this process any more.
+    """
+    try:
+        if check is None:
+            work()
+        else:
+            check()
+        synchronize(device)
+    except torch.OutOfMemoryError:
+        reason = "out of memory"
+    except Exception as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    else:
+        return None
+    try:
+        synchronize(device)
+    except Exception as error:
+        raise RuntimeError(f"{name} left the device unusable: {reason}") from error
+    if device != "cpu":
+        torch.accelerator.empty_cache()
+    return reason
+
+
+def synchronize(device: str) -> None:
+    """Wait for what was asked of an accelerator, which is when its faults show."""
+    if device != "cpu":
+        torch.accelerator.synchronize()
 
 
 def _cost(name: str, work: Callable[[], Any], device: str, budget: float) -> float:
@@ -180,6 +222,10 @@ class Results:
     races: dict[Case, tuple[Race, dict[str, float]]] = field(default_factory=dict)
     memory: dict[Case, tuple[dict[str, int], float | None]] = field(default_factory=dict)
     contestants: set[str] = field(default_factory=set)  # of all cases, whether or not they were raced against
+    absent: dict[str, str] = field(default_factory=dict)  # other libraries that take no part, and why
+    left_out: dict[tuple[Case, str], str] = field(
+        default_factory=dict
+    )  # contestants that failed or were wrong, and how
     unknown: list[str] = field(default_factory=list)  # contestants that were asked for and that no case had
     slower: list[str] = field(default_factory=list)  # than eager PyTorch
     regressions: list[str] = field(default_factory=list)  # against a saved run
@@ -203,10 +249,10 @@ class Results:
     def _row(self, case: Case, name: str) -> dict[str, Any]:
         fields = asdict(case)
         fields["pass"] = fields.pop("pass_")
-        if name == OURS:
+        if is_ours(name):
             backend = gk.backends.select(torch.device(case.device), case.torch_dtype)
         else:
-            backend = "inductor" if name.startswith("compiled") else "aten"
+            backend = rivals.library(name) or ("inductor" if name.startswith("compiled") else "aten")
         fields |= {"competitor": name, "backend": backend, "torch": torch.__version__}
         fields |= {"machine": machine(case.device), "date": datetime.date.today().isoformat()}
         return self.rows.setdefault((case, name), fields)
@@ -216,6 +262,11 @@ class Results:
             writer = csv.DictWriter(file, COLUMNS)
             writer.writeheader()
             writer.writerows(self.rows.values())
+
+    def write_notes(self, path: Path) -> None:
+        """Who took no part, and why, as JSON: other libraries, and contestants of single cases."""
+        left_out = [{"case": str(case), "name": name, "why": why} for (case, name), why in self.left_out.items()]
+        path.write_text(json.dumps({"absent": self.absent, "left_out": left_out}, indent=1))
 
     def tables(self) -> list[str]:
         """Times and memory in words, a target beside each figure that has one."""
@@ -240,6 +291,11 @@ class Results:
                     verdict = f"<= {limit / 2**20:.1f}{'' if next(iter(peaks.values())) <= limit else ' MISSED'}"
                 table.append([*_label(case), *cells, verdict])
             lines += _aligned(table)
+        if self.absent:
+            lines += ["", "Not raced against:", *(f"  {name}: {why}" for name, why in self.absent.items())]
+        if self.left_out:
+            lines += ["", "Left out of a race:"]
+            lines += [f"  {case}, {name}: {why}" for (case, name), why in self.left_out.items()]
         return lines
 
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import suppress
+import copy
+import functools
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 import grade_kernels as gk
+from benchmarks import rivals
 from benchmarks.harness import OURS, Case, Contestants, compiled
 
 TAU = 1.0
@@ -36,34 +41,61 @@ class Inputs:
 
     def __init__(self, case: Case) -> None:
         assert case.H is not None
-        generator = torch.Generator().manual_seed(1)
+        generator = torch.Generator(case.device).manual_seed(1)
 
         def normal(*shape: int, scale: float = 1.0) -> torch.Tensor:
-            return torch.randn(shape, generator=generator).mul_(scale).to(case.device, case.torch_dtype)
+            return torch.randn(shape, generator=generator, device=case.device).mul_(scale).to(case.torch_dtype)
 
         self.hidden = normal(case.N, case.H).requires_grad_()
         spread = deviation(case.V) / case.H**0.5
         self.head = normal(case.V, case.H, scale=spread)
         self.table = None if case.D is None else normal(case.V, case.D)
         self.upstream = normal(case.N, case.D or 1)
-        self.ids = torch.randint(0, case.V, (case.N,), generator=generator).to(case.device)
+        self.ids = torch.randint(0, case.V, (case.N,), generator=generator, device=case.device)
         if case.op == "linear_kl":
             self.ref_hidden, self.ref_head = normal(case.N, case.H), normal(case.V, case.H, scale=spread)
 
+    def at(self, rows: torch.Tensor) -> Inputs:
+        """Some of the rows, in float64, in which the reference then computes."""
+        some = copy.copy(self)
+        some.table = None if self.table is None else self.table.double()
+        some.hidden = self.hidden.detach()[rows].double().requires_grad_()
+        some.upstream, some.ids = self.upstream[rows].double(), self.ids[rows]
+        if hasattr(self, "ref_hidden"):
+            some.ref_hidden = self.ref_hidden[rows].double()
+        return some
 
-def _ours(op: str, x: Inputs, **options: Any) -> torch.Tensor:
+
+@functools.lru_cache(maxsize=1)
+def inputs(case: Case) -> Inputs:
+    """Those that a case and its checks share; `build` lets go of those of the case before."""
+    return Inputs(case)
+
+
+def ways(device: str) -> dict[str, Callable[[], AbstractContextManager[Any]]]:
+    """Ours by its ways through a head on a device: what a call takes by itself, then each by name, as a context."""
+    backend = gk.backends.select(torch.device(device), torch.bfloat16)
+    found: dict[str, Callable[[], AbstractContextManager[Any]]] = {OURS: nullcontext}
+    for way in gk.backends.HEAD_WAYS:
+        if backend in ("triton", "cuda") and way != "auto":
+            found[f"{OURS} {way}"] = partial(gk.use_backend, f"{backend}:{way}")
+    return found
+
+
+def _ours(op: str, x: Inputs, library: Any = gk, **options: Any) -> torch.Tensor:
+    """The operation of `grade_kernels` or of `grade_kernels.reference`."""
     if op.startswith("linear_gumbel_ste"):
         assert x.table is not None
         if op.endswith("eps=0"):
             options["eps"] = 0.0
         if op.endswith("soft"):
             options["estimator"] = "soft"
-        return gk.linear_gumbel_ste(x.hidden, x.head, x.table, TAU, **options).embedding
+        return library.linear_gumbel_ste(x.hidden, x.head, x.table, TAU, **options).embedding
     if op == "linear_gumbel_sample":
-        return gk.linear_gumbel_sample(x.hidden, x.head, **options)[0]
+        return library.linear_gumbel_sample(x.hidden, x.head, **options)[0]
     if op == "linear_kl":
-        return gk.linear_kl(x.hidden, x.head, x.ref_hidden, x.ref_head, **options)
-    return gk.linear_logprobs(x.hidden, x.head, x.ids, **options)
+        return library.linear_kl(x.hidden, x.head, x.ref_hidden, x.ref_head, **options)
+    return library.linear_logprobs(x.hidden, x.head, x.ids, **options)
 
 
 def _theirs(op: str) -> Callable[[Inputs], torch.Tensor]:
@@ -125,57 +157,42 @@ def _products(case: Case, x: Inputs) -> Contestants:
 
 
 def build(case: Case) -> Contestants:
-    """Ours, the bare product, eager and compiled PyTorch, and for log-probabilities PyTorch's fused loss."""
-    x = Inputs(case)
+    """Ours in each of its ways, the bare product, eager and compiled PyTorch, and what other libraries have."""
+    inputs.cache_clear()
+    x = inputs(case)
     if case.pass_ == "backward":
         return {OURS: _backward_alone(x)}
     theirs = _theirs(case.op)
     squeezed = compiled(theirs)
-    contestants: Contestants = {OURS: lambda: _step(case, lambda: _ours(case.op, x), x)}
+
+    def by(way: Callable[[], AbstractContextManager[Any]]) -> tuple[torch.Tensor, ...]:
+        with way():
+            return _step(case, lambda: _ours(case.op, x), x)
+
+    contestants: Contestants = {name: partial(by, way) for name, way in ways(case.device).items()}
     contestants |= _products(case, x)
     contestants["eager"] = lambda: _step(case, lambda: theirs(x), x)
     contestants["compiled"] = lambda: _step(case, lambda: squeezed(x), x)
-    if case.op == "linear_logprobs" and hasattr(F, "linear_cross_entropy"):
-        chunked = torch.nn.LinearCrossEntropyOptions()
-
-        def fused(options: Any) -> Callable[[], Any]:
-            # It has no per-row result in chunks; the sum's gradient is the same work.
-            return lambda: _step(
-                case, lambda: F.linear_cross_entropy(x.hidden, x.head, x.ids, reduction="sum", options=options), x
-            )
-
-        contestants |= {"linear_cross_entropy": fused(None), "linear_cross_entropy chunked": fused(chunked)}
-    if case.op == "linear_logprobs":
-        contestants |= {
-            name: lambda work=work: _step(case, lambda: work(x), x) for name, work in _peers(case.device).items()
-        }
-    return contestants
+    present, _ = rivals.of(case.op, case.device)
+    return contestants | {name: lambda work=work: _step(case, lambda: work(x), x) for name, work in present.items()}
 
 
-def _peers(device: str) -> dict[str, Callable[[Inputs], torch.Tensor]]:
-    """Log-probabilities of given tokens in other libraries, of those that are installed and run on the device."""
-    found: dict[str, Callable[[Inputs], torch.Tensor]] = {}
-    with suppress(ImportError):
-        from trl.trainer.utils import selective_log_softmax
-
-        found["trl"] = lambda x: selective_log_softmax(x.hidden @ x.head.T, x.ids)
-    with suppress(ImportError):
-        import cut_cross_entropy
-
-        way = "torch_compile" if device == "cpu" else "cce"
-        found["cut-cross-entropy"] = lambda x: (
-            -cut_cross_entropy.linear_cross_entropy(x.hidden, x.head, x.ids, reduction="none", impl=way)
-        )
-    if device != "cpu":
-        with suppress(ImportError):
-            from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
-
-            found["liger"] = lambda x: -liger_fused_linear_cross_entropy(x.hidden, x.head, x.ids, reduction="none")
-    return found
+def checks(case: Case, contestants: Contestants) -> dict[str, Callable[[], None]]:
+    """By contestant what must hold before it is timed, but for the first: our other ways, and other libraries."""
+    others: dict[str, Callable[[], None]] = {}
+    for name, way in ways(case.device).items():
+        if name != OURS:
+            others[name] = partial(check, case, way)
+    present, _ = rivals.of(case.op, case.device)
+    return others | {name: partial(check_rival, case, contestants[name]) for name in present}
 
 
-def check(case: Case, ours: Callable[[], tuple[torch.Tensor, ...]]) -> None:
-    """Compare what is going to be timed with the reference in float32, on the first row.
+def _some_rows(case: Case) -> torch.Tensor:
+    return torch.tensor(sorted({0, case.N // 2, case.N - 1}), device=case.device)
+
+
+def check(case: Case, way: Callable[[], AbstractContextManager[Any]] = nullcontext) -> None:
+    """Compare ours, in one of its ways, with the reference in float64, on the first row, one in the middle and the last.
 
     Narrow logits may change which token wins, so the reference is given ours, whose score must be the best but for
     their rounding. With a stochastic support the gradient is random, so it is compared at `eps=0`.
@@ -183,30 +200,51 @@ def check(case: Case, ours: Callable[[], tuple[torch.Tensor, ...]]) -> None:
     Raises:
         AssertionError: a sample, value or gradient differs.
     """
+    x, rows = inputs(case), _some_rows(case)
     if case.pass_ == "backward":
-        case = Case(case.op, "forward+backward", case.dtype, case.N, case.V, case.H, case.D, case.device)
-    x, first = Inputs(case), Inputs(case)
-    first.hidden, first.upstream = first.hidden.detach()[:1].float().requires_grad_(), first.upstream[:1].float()
-    first.head, first.ids = first.head.float(), first.ids[:1]
-    first.table = None if first.table is None else first.table.float()
+        case = replace(case, pass_="forward+backward")
+    some = x.at(rows)
     options: dict[str, Any] = {} if case.op == "linear_gumbel_sample" else {"eps": 0.0}
     given: dict[str, Any] = {}
     if "gumbel" in case.op:
-        options["noise"] = gk.GumbelNoise(SEED)
-        ids = gk.linear_gumbel_sample(x.hidden, x.head, noise=options["noise"])[0][:1]
-        logits = (first.hidden @ first.head.T).detach()
-        scores = logits + options["noise"].dense(1, case.V).to(logits.device)
-        slack = 2.0 * torch.finfo(case.torch_dtype).eps * logits.abs().max()
-        assert scores[0, ids] >= scores.max() - slack, f"{case}: another sample than the reference's"
+        options["noise"], given["noise"] = gk.GumbelNoise(SEED), gk.GumbelNoise(SEED, rows)
+        with way():
+            ids = gk.linear_gumbel_sample(x.hidden, x.head, noise=options["noise"])[0][rows]
+        logits = gk.reference.head_logits(some.hidden.detach(), x.head)
+        scores = logits + given["noise"].dense(len(rows), case.V, dtype=torch.float64).to(logits.device)
+        slack = 2.0 * torch.finfo(case.torch_dtype).eps * logits.abs().amax(-1)
+        best = scores.gather(-1, ids[:, None])[:, 0] >= scores.amax(-1) - slack
+        assert best.all(), f"{case}: another sample than the reference's"
         if case.op == "linear_gumbel_sample":
             return
         given["ids"] = ids
-    if case.op == "linear_kl":
-        first.ref_hidden, first.ref_head = first.ref_hidden[:1].float(), first.ref_head.float()
-    full = _step(case, lambda: _ours(case.op, x, **options), x)
-    with gk.use_backend("reference"):
-        truth = _step(case, lambda: _ours(case.op, first, **options, **given), first)
-    for what, mine, expected in zip(("output", "gradient"), full, truth, strict=False):
-        mine, expected = mine.detach()[:1].double(), expected.detach().double()
+    with way():
+        full = _step(case, lambda: _ours(case.op, x, **options), x)
+    truth = _step(case, lambda: _ours(case.op, some, gk.reference, **(options | given)), some)
+    _agree(case, [part.detach()[rows] for part in full], truth)
+
+
+def check_rival(case: Case, work: Callable[[], tuple[torch.Tensor, ...]]) -> None:
+    """Compare what is going to be timed with the reference in float64, on the same rows.
+
+    Of a sum, each row's gradient is compared; its value, with the sum of ours, which has been found right.
+
+    Raises:
+        AssertionError: a value or gradient differs.
+    """
+    x, rows = inputs(case), _some_rows(case)
+    some = x.at(rows)
+    value, *gradients = _step(case, lambda: _ours(case.op, some, gk.reference), some)
+    found, *slopes = work()
+    if found.dim() == 0:
+        value = _ours(case.op, x).sum()
+    else:
+        found = found[rows]
+    _agree(case, [found, *(slope[rows] for slope in slopes)], [value, *gradients])
+
+
+def _agree(case: Case, found: Sequence[torch.Tensor], truth: Sequence[torch.Tensor]) -> None:
+    for what, mine, expected in zip(("output", "gradient"), found, truth, strict=False):
+        mine, expected = mine.detach().double(), expected.detach().double()
         error = (mine - expected).norm() / expected.norm()
         assert error <= TOLERANCE[case.dtype], f"{case}: relative error of the {what} is {error:.1e}"

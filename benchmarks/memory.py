@@ -13,11 +13,13 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from benchmarks.harness import ROOT, Case, Contestants
 
+FULL = "out of memory"
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -34,12 +36,13 @@ def start(build: Callable[[Case], Contestants], case: Case, name: str) -> subpro
     )
 
 
-def finish(process: subprocess.Popen[str]) -> int:
-    """Wait for a measurement; returns bytes."""
+def finish(process: subprocess.Popen[str]) -> int | None:
+    """Wait for a measurement; returns bytes, or None where the device's memory did not suffice."""
     output, _ = process.communicate()
     if process.returncode:
         raise RuntimeError(f"measuring memory failed with status {process.returncode}: {' '.join(process.args)}")
-    return int(output.split()[-1])
+    last = output.splitlines()[-1]
+    return None if last == FULL else int(last)
 
 
 def measure(build: Callable[[Case], Contestants], case: Case, name: str) -> int:
@@ -50,20 +53,34 @@ def measure(build: Callable[[Case], Contestants], case: Case, name: str) -> int:
     """
     work = build(case)[name]
     work()
+    return of_call(work, case.device)
+
+
+def of_call(work: Callable[[], Any], device: str) -> int:
+    """The same in this process, for work that has been called before. On a CPU other work's freed memory may hide some."""
     gc.collect()
-    if case.device != "cpu":
-        torch.cuda.reset_peak_memory_stats(case.device)
-        before = torch.cuda.memory_allocated(case.device)
-        result = work()
-        return torch.cuda.max_memory_allocated(case.device) - before
+    before = mark(device)
+    result = work()
+    most = peak(device)
+    del result
+    return most - before
+
+
+def mark(device: str) -> int:
+    """Bytes in use: of the device's allocator, or of this process. The high-water mark starts again from here."""
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device)
     trim()
     before = _resident()
     if os.access(CLEAR, os.W_OK):
-        CLEAR.write_text("5")  # the high-water mark starts again from here
-    result = work()
-    peak = _high_water()
-    del result
-    return peak - before
+        CLEAR.write_text("5")
+    return before
+
+
+def peak(device: str) -> int:
+    """The most bytes that were in use since `mark`."""
+    return _high_water() if device == "cpu" else torch.cuda.max_memory_allocated(device)
 
 
 def _resident() -> int:
@@ -94,7 +111,10 @@ def main() -> None:
     request = json.loads(sys.argv[1])
     torch.set_num_threads(request["threads"])
     build = getattr(importlib.import_module(request["module"]), request["build"])
-    print(measure(build, Case(**request["case"]), request["name"]))
+    try:
+        print(measure(build, Case(**request["case"]), request["name"]))
+    except torch.OutOfMemoryError:
+        print(FULL)
 
 
 if __name__ == "__main__":

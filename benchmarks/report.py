@@ -42,6 +42,11 @@ def page(runs: dict[str, list[Row]]) -> str:
 def _section(name: str, rows: list[Row]) -> Iterator[str]:
     first = rows[0]
     yield f"## {name}\n\n{first['machine']}; torch {first['torch']}; {first['date']}; our backend: {first['backend']}.\n"
+    yield from figures(rows)
+
+
+def figures(rows: list[Row]) -> Iterator[str]:
+    """Tables of times and of peak memory, by operation."""
     yield from _shapes([row for row in rows if row.get("shape")])
     by_operation: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
@@ -104,7 +109,10 @@ def _cell(row: Row | None, measure: str) -> str:
         return ""
     if measure == "peak_bytes":
         return f"{float(row[measure]) / 2**20:.1f}"
-    return f"{1e3 * float(row[measure]):.1f} ms" if row["competitor"] == OURS else f"{float(row['ratio_to_ours']):.2f}"
+    if row["competitor"] != OURS:
+        return f"{float(row['ratio_to_ours']):.2f}"
+    seconds = float(row[measure])
+    return f"{1e3 * seconds:.1f} ms" if seconds >= 1e-3 else duration(seconds)
 
 
 def _line(cells: list[str]) -> str:

@@ -51,12 +51,13 @@ def _sweep(option: Any, vocab: int, rows: int) -> list[tuple[int, int]]:
     return [(rows, v) for v in sorted(option.vocab) if v != vocab] + [(n, vocab) for n in several if n != rows]
 
 
-def test_time(case, race):
+def test_time(case, race, absent):
     contestants = linear.build(case)
+    absent(case.op)
     targets = dict(TARGETS[case.op, case.pass_])
     if case.dtype == "bfloat16" and "eager" in targets:
         targets["eager"] = 8.0
-    race(case, contestants, lambda: linear.check(case, contestants[OURS]), targets)
+    race(case, contestants, lambda: linear.check(case), targets, others=linear.checks(case, contestants))
 
 
 def cases_vocabulary(option: Any) -> list[Case]:
@@ -70,7 +71,7 @@ def cases_vocabulary(option: Any) -> list[Case]:
 
 def test_vocabulary(case, race):
     contestants = linear.build(case)
-    race(case, contestants, lambda: linear.check(case, contestants[OURS]))
+    race(case, contestants, lambda: linear.check(case))
 
 
 def cases_memory(option: Any) -> list[Case]:

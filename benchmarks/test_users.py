@@ -30,8 +30,8 @@ def cases_users(option: Any) -> list[Case]:
         shape.case(hard, pass_, dtype, count, option.device)
         for shape in users.SHAPES
         if not option.quick or str(shape) in QUICK
-        for hard in (shape.hard, not shape.hard)
-        for dtype in option.users_dtypes
+        for hard in ((shape.hard,) if option.own else (shape.hard, not shape.hard))
+        for dtype in (("float32",) if option.own else option.users_dtypes)
         if _is_own(shape, hard, dtype) or not (option.quick or shape.rows * shape.vocab > LARGE)
         for pass_ in ("forward", "forward+backward")
         for count in _threads(option)
@@ -42,7 +42,8 @@ def test_users(case, race, request):
     # It takes seconds to compile a case, more than all else.
     own = _is_own(users.shape_of(case), users.hard(case), case.dtype)
     contestants = users.build(case, with_compiled=own and not request.config.option.quick)
-    race(case, contestants, lambda: users.check(case, contestants[OURS]), share=SHARE)
+    others = users.checks(case, contestants)
+    race(case, contestants, lambda: users.check(case, contestants[OURS]), share=SHARE, others=others)
 
 
 STEP = "training step, "

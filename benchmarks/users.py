@@ -7,6 +7,7 @@ something wider.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -103,6 +104,14 @@ def inputs(case: Case) -> tuple[torch.Tensor, torch.Tensor | None]:
     return logits.requires_grad_(), upstream
 
 
+def backends(device: str) -> dict[str, Callable[[], AbstractContextManager[object]]]:
+    """Ours as a call takes it by itself and, on an accelerator, by the CUDA C++ kernels where they are there; as contexts."""
+    found: dict[str, Callable[[], AbstractContextManager[object]]] = {OURS: nullcontext}
+    if device != "cpu" and gk.backends.status()["cuda"] is None:
+        found[f"{OURS} cuda"] = partial(gk.use_backend, "cuda")
+    return found
+
+
 def build(case: Case, with_compiled: bool) -> Contestants:
     """Ours, eager and, where it is asked for, compiled PyTorch."""
     logits, upstream = inputs(case)
@@ -111,11 +120,24 @@ def build(case: Case, with_compiled: bool) -> Contestants:
     def theirs(logits: torch.Tensor) -> torch.Tensor:
         return F.gumbel_softmax(logits, **relax)
 
-    functions: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {OURS: partial(gk.gumbel_softmax, **relax)}
-    functions["eager"] = theirs
+    def ours(logits: torch.Tensor) -> torch.Tensor:
+        return gk.gumbel_softmax(logits, **relax)
+
+    def by(backend: Callable[[], AbstractContextManager[object]]) -> tuple[torch.Tensor, ...]:
+        with backend():
+            return step(ours, logits, upstream)
+
+    contestants: Contestants = {OURS: partial(step, ours, logits, upstream)}
+    contestants |= {name: partial(by, backend) for name, backend in backends(case.device).items() if name != OURS}
+    contestants["eager"] = partial(step, theirs, logits, upstream)
     if with_compiled:
-        functions["compiled"] = compiled(theirs)
-    return {name: partial(step, function, logits, upstream) for name, function in functions.items()}
+        contestants["compiled"] = partial(step, compiled(theirs), logits, upstream)
+    return contestants
+
+
+def checks(case: Case, contestants: Contestants) -> dict[str, Callable[[], None]]:
+    """What must hold of ours by another backend before it is timed."""
+    return {name: partial(check, case, contestants[name]) for name in backends(case.device) if name != OURS}
 
 
 def check(case: Case, ours: Callable[[], tuple[torch.Tensor, ...]]) -> None:

@@ -2,7 +2,7 @@
 
 from grade_kernels import backends, reference
 from grade_kernels.backends import available_backends, set_backend, use_backend
-from grade_kernels.noise import GumbelNoise
+from grade_kernels.noise import GumbelNoise, PosteriorNoise
 from grade_kernels.ops import (
     GumbelSTEEmbedding,
     LinearGumbelSTE,
@@ -23,6 +23,7 @@ __all__ = [
     "GumbelNoise",
     "GumbelSTEEmbedding",
     "LinearGumbelSTE",
+    "PosteriorNoise",
     "available_backends",
     "backends",
     "gumbel_sample",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from itertools import product
@@ -55,6 +56,10 @@ def run() -> int:
         except ValueError as error:  # GRADE_KERNELS_BACKEND asks for what cannot be had
             _line(f"chosen for {device}", str(error))
 
+    _title("Ways through a head of the triton backend")
+    for name, text in _head_ways(devices[-1]) if status["triton"] is None else [("", "Triton cannot run here")]:
+        _line(name, text)
+
     _title(f"Self-check against the reference ({ROWS} rows, {VOCAB} tokens)")
     failures = 0
     available = [name for name, reason in status.items() if reason is None]
@@ -66,6 +71,24 @@ def run() -> int:
         failures += verdict.startswith("FAILED")
         _line(f"{name} on {device}", verdict)
     return 1 if failures else 0
+
+
+def _head_ways(device: torch.device) -> list[tuple[str, str]]:
+    """Which way is asked for, and which were measured on a device."""
+    from grade_kernels.backends.triton import head_choice
+    from grade_kernels.backends.triton.sizes import TritonSizes
+    from grade_kernels.backends.triton.targets import INTERPRETED
+
+    found = [("GRADE_KERNELS_HEAD", os.environ.get("GRADE_KERNELS_HEAD") or "not set: auto")]
+    if INTERPRETED:
+        return [*found, ("auto", "tiles: nothing is measured in Triton's interpreter")]
+    choices = head_choice.choices()
+    found.append(("measured ways", str(choices.path or "not kept: the user has no home")))
+    known = choices.known(head_choice.environment(device, TritonSizes().chunk_bytes))
+    for shape, (way, seconds) in known.items():
+        times = (f"{name} {'fails' if s is None else f'{1e3 * s:.3g} ms'}" for name, s in seconds.items())
+        found.append((way, f"{shape} ({', '.join(times)})"))
+    return found if known else [*found, ("", "none yet: each class of shapes is measured at its first call")]
 
 
 def check(backend: str, device: torch.device) -> str:

@@ -11,9 +11,12 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["ESTIMATORS", "Rule", "is_noisy"]
+__all__ = ["ESTIMATORS", "RAO", "Rule", "is_noisy"]
 
 ESTIMATORS = ("ste", "soft", "st", "reinmax")
+RAO = (
+    "gumbel_rao"  # the mean of `ste` over draws of posterior noise, made of the rule `ste` by the operations that embed
+)
 
 
 def is_noisy(estimator: str) -> bool:

@@ -20,9 +20,12 @@ __all__ = [
     "DOMAIN_REFINE",
     "DOMAIN_SUPPORT",
     "GumbelNoise",
+    "PosteriorNoise",
+    "exponential_from_words",
     "fresh_seed",
     "gumbel_from_words",
     "philox_4x32_10",
+    "posterior_domain",
     "seed_on",
     "uniform_from_words",
 ]
@@ -30,6 +33,7 @@ __all__ = [
 DOMAIN_GUMBEL = 0  # the word that becomes the noise
 DOMAIN_REFINE = 1  # 32 more bits for the decisive tail, read when the first word is below REFINE_BELOW
 DOMAIN_SUPPORT = 2  # the stochastic support of operations that draw no noise
+DOMAIN_POSTERIOR = 3  # the word of the first draw of posterior noise; see `posterior_domain`
 REFINE_BELOW = 256
 
 _MASK32 = 0xFFFFFFFF
@@ -59,11 +63,16 @@ def philox_4x32_10(
     return c0, c1, c2, c3
 
 
-def gumbel_from_words(word: torch.Tensor, refinement: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Map 32-bit words to standard Gumbel noise `g = -log(E)`, `E = -log1p(-u)`, `u = (word + 0.5) / 2^32`.
+def posterior_domain(draw: int) -> int:
+    """The domain of the words of a draw of posterior noise; that of their refinement is the next one."""
+    return DOMAIN_POSTERIOR + 2 * draw
 
-    Large noise comes from small u, where floating point resolves best. The other half uses the complement, so neither
-    end is ever infinite. Words below 256 take 32 more bits from `refinement`, which carries the tail to about 45.
+
+def exponential_from_words(word: torch.Tensor, refinement: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Map 32-bit words to exponential numbers `E = -log1p(-u)`, `u = (word + 0.5) / 2^32`.
+
+    Small E, which becomes large noise, comes from small u, where floating point resolves best. The other half uses the
+    complement, so E is never 0 or infinite. Words below 256 take 32 more bits from `refinement`.
 
     Args:
         word: int64 tensor with values in [0, 2^32).
@@ -71,7 +80,7 @@ def gumbel_from_words(word: torch.Tensor, refinement: torch.Tensor, dtype: torch
         dtype: `torch.float32` or `torch.float64`, the arithmetic and the result.
 
     Returns:
-        Noise of `word`'s shape, finite for every word.
+        Positive numbers of `word`'s shape.
     """
     u = (word.to(dtype) + 0.5) * 2.0**-32
     fine = ((word << 32) + refinement).to(dtype)
@@ -80,10 +89,17 @@ def gumbel_from_words(word: torch.Tensor, refinement: torch.Tensor, dtype: torch
     lower = word < 2**31
     # Each branch sees harmless values where it is not taken: both are positive numbers below one half.
     half = torch.full_like(u, 0.5)
-    exponential = torch.where(
+    return torch.where(
         lower, -torch.log1p(-torch.where(lower, u, half)), -torch.log(torch.where(lower, half, complement))
     )
-    return -torch.log(exponential)
+
+
+def gumbel_from_words(word: torch.Tensor, refinement: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Map 32-bit words to standard Gumbel noise `g = -log(E)`, with E and arguments of `exponential_from_words`.
+
+    The refinement carries the tail to about 45. Noise is finite for every word.
+    """
+    return -torch.log(exponential_from_words(word, refinement, dtype))
 
 
 def uniform_from_words(word: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -182,6 +198,24 @@ class GumbelNoise:
         start = f", vocab_start={self.vocab_start}" if self.vocab_start else ""
         return f"GumbelNoise(seed={self.seed}, row_ids={rows}{start})"
 
+    def given(self, ids: torch.Tensor, logprobs: torch.Tensor | None = None) -> PosteriorNoise:
+        """Gumbel noise from its posterior: what the noise may have been, given that these tokens had the best scores.
+
+        Tokens that another program sampled from `softmax(logits)` are replayed with it as if this package had drawn them.
+
+        Args:
+            ids: int64 `[...]`, the batch shape of the logits that the noise will be used with: the tokens, as columns of
+                these logits.
+            logprobs: floating `[...]`: log softmax(logits) of these tokens, as an engine reports it. With it an operation
+                needs no pass of its own for the logits' log-sum-exp. Values up to 0.25 are taken for the rounding of 0.
+
+        Raises:
+            TypeError: ids that are no int64 tensor, logprobs that are no floating tensor.
+            ValueError: shapes or devices that differ. Values are checked where the noise is used, on the CPU: ids must
+                be tokens whose logits are not -inf, and logprobs must be finite and not positive.
+        """
+        return PosteriorNoise(self, ids, logprobs)
+
     @classmethod
     def from_generator(cls, generator: torch.Generator | None = None) -> GumbelNoise:
         """Noise with a fresh 64-bit seed drawn from a generator (default: torch's default CPU generator)."""
@@ -218,6 +252,20 @@ class GumbelNoise:
         skip = first - 4 * group
         return words.flatten(1)[:, skip : skip + vocab_size]
 
+    def words_at(self, tokens: torch.Tensor, *, domain: int = DOMAIN_GUMBEL) -> torch.Tensor:
+        """The word `[rows]` of one token of each row: `words(...)[row, tokens[row]]`, without the others."""
+        device = tokens.device
+        rows = torch.arange(len(tokens), device=device) if self.row_ids is None else self.row_ids
+        seed, token = seed_on(self.seed, device), tokens + self.vocab_start
+        counter = (
+            (token >> 2) & _MASK32,
+            rows & _MASK32,
+            (rows >> 32) & _MASK32,
+            torch.full((1,), domain, dtype=torch.int64, device=device),
+        )
+        words = torch.stack(philox_4x32_10(counter, (seed & _MASK32, (seed >> 32) & _MASK32)), dim=-1)
+        return words.gather(1, (token & 3).unsqueeze(1)).squeeze(1)
+
     def dense(
         self, num_rows: int, vocab_size: int, *, vocab_start: int = 0, dtype: torch.dtype = torch.float32
     ) -> torch.Tensor:
@@ -252,3 +300,90 @@ class GumbelNoise:
         refinement = self.words(num_rows, vocab_size, vocab_start=vocab_start, domain=DOMAIN_REFINE)
         compute = torch.float64 if dtype == torch.float64 else torch.float32
         return gumbel_from_words(word, refinement, compute).to(dtype)
+
+
+class PosteriorNoise:
+    """Gumbel noise given which token of each row won; see `GumbelNoise.given`, which makes it.
+
+    With l the logits, p = softmax(l), k the given token and E exponential numbers, the noise is
+
+        g_v = -log([v != k] E_v + p_v E_k)
+
+    so that the winner's score is `T = l_k + g_k = logsumexp(l) - log E_k`, and any other score `-log(E_v exp(-l_v) +
+    exp(-T))` is smaller. Tokens from softmax(l) and this noise together are distributed as prior noise and its argmax.
+    Noise is a constant: no gradient flows through p. Other draws for the same tokens use other words.
+
+    Operations take it as `noise`, in the place of a GumbelNoise. Their token is the given one, however scores are rounded.
+
+    Source: Maddison, Tarlow, Minka: A* sampling. NeurIPS 2014; Paulus, Maddison, Krause: Rao-Blackwellizing the
+    straight-through Gumbel-softmax gradient estimator. ICLR 2021.
+    """
+
+    __slots__ = ("draw", "ids", "logprobs", "noise")
+
+    noise: GumbelNoise  # seed, row ids and vocab_start
+    ids: torch.Tensor
+    logprobs: torch.Tensor | None
+    draw: int  # which of the draws for the same tokens
+
+    def __init__(
+        self, noise: GumbelNoise, ids: torch.Tensor, logprobs: torch.Tensor | None = None, draw: int = 0
+    ) -> None:
+        if not isinstance(ids, torch.Tensor):
+            raise TypeError(f"ids must be an int64 tensor, got {type(ids).__name__}")
+        if ids.dtype != torch.int64:
+            raise TypeError(f"ids must be an int64 tensor, got dtype {ids.dtype}")
+        if logprobs is not None:
+            if not isinstance(logprobs, torch.Tensor):
+                raise TypeError(f"logprobs must be a floating tensor or None, got {type(logprobs).__name__}")
+            if not logprobs.is_floating_point():
+                raise TypeError(f"logprobs must be a floating tensor or None, got dtype {logprobs.dtype}")
+            if logprobs.shape != ids.shape:
+                raise ValueError(
+                    f"logprobs must have the shape of ids, {tuple(ids.shape)}, got {tuple(logprobs.shape)}"
+                )
+            if logprobs.device != ids.device:
+                raise ValueError(f"logprobs is on device {str(logprobs.device)!r}, but ids on {str(ids.device)!r}")
+            logprobs = logprobs.detach()
+        self.noise, self.ids, self.logprobs, self.draw = noise, ids, logprobs, draw
+
+    def __repr__(self) -> str:
+        known = "" if self.logprobs is None else ", logprobs=..."
+        return f"{self.noise!r}.given(ids=<{tuple(self.ids.shape)}>{known})"
+
+    def ignoring(self, rows: torch.Tensor) -> PosteriorNoise:
+        """The same with some token, whichever it is, given in the marked rows (bool, of the shape of ids)."""
+        logprobs = None if self.logprobs is None else torch.where(rows, 0.0, self.logprobs)
+        return PosteriorNoise(self.noise, torch.where(rows, 0, self.ids), logprobs, self.draw)
+
+    def dense(self, logits: torch.Tensor) -> torch.Tensor:
+        """The noise for logits `[..., V]`, for inspection and for tests; the kernels never materialise it.
+
+        Returns:
+            A constant of the logits' shape on their device, float64 for float64 and float32 for narrower logits. It is
+            NaN in a row whose given token has logit -inf.
+
+        Raises:
+            ValueError: logits of another batch shape than ids, or another number of rows than row_ids.
+        """
+        if logits.shape[:-1] != self.ids.shape:
+            raise ValueError(
+                f"logits must have shape {(*self.ids.shape, 'V')} for given ids of shape {tuple(self.ids.shape)}, "
+                f"got {tuple(logits.shape)}"
+            )
+        logits = logits.detach()
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        rows, vocab = self.ids.numel(), logits.shape[-1]
+        word, refinement = (
+            self.noise.words(rows, vocab, domain=posterior_domain(self.draw) + i).view(logits.shape).to(logits.device)
+            for i in range(2)
+        )
+        log_e = exponential_from_words(word, refinement, logits.dtype).log()
+        k = self.ids.unsqueeze(-1)
+        if self.logprobs is None:
+            logp = logits.log_softmax(-1)
+        else:
+            logp = logits - (logits.gather(-1, k) - self.logprobs.to(logits.dtype).unsqueeze(-1))
+        of_others = torch.where(torch.arange(vocab, device=logits.device) == k, -torch.inf, log_e)
+        noise = -torch.logaddexp(of_others, logp + log_e.gather(-1, k))
+        return torch.where(logp.gather(-1, k) == -torch.inf, torch.nan, noise)

@@ -15,7 +15,7 @@ import torch
 from typing_extensions import NamedTuple  # typing's is generic from Python 3.11 only; torch brings this one
 
 from grade_kernels.arguments import check_local
-from grade_kernels.noise import GumbelNoise
+from grade_kernels.noise import GumbelNoise, PosteriorNoise
 
 __all__ = [
     "GumbelSTEEmbedding",
@@ -69,10 +69,12 @@ def _widen(logits: torch.Tensor) -> torch.Tensor:
     return torch.where(wide == -torch.inf, -torch.inf, wide)
 
 
-def _scores(logits: torch.Tensor, noise: GumbelNoise | None) -> torch.Tensor:
+def _scores(logits: torch.Tensor, noise: GumbelNoise | PosteriorNoise | None) -> torch.Tensor:
     """`l + g` for `[..., V]` logits in compute precision."""
     noise = GumbelNoise.from_generator() if noise is None else noise
     logits = _widen(logits)
+    if isinstance(noise, PosteriorNoise):
+        return logits + noise.dense(logits)
     rows, vocab = logits[..., 0].numel(), logits.shape[-1]
     return logits + noise.dense(rows, vocab, dtype=logits.dtype).view(logits.shape).to(logits.device)
 
@@ -132,6 +134,13 @@ def ignored_rows(
     return ignored, torch.where(ignored, 0, ids), torch.where(ignored.unsqueeze(-1), 0.0, x)
 
 
+def without_ignored(
+    noise: GumbelNoise | PosteriorNoise | None, ignored: torch.Tensor
+) -> GumbelNoise | PosteriorNoise | None:
+    """Noise of rows of which some are ignored: tokens that are given there are none."""
+    return noise.ignoring(ignored) if isinstance(noise, PosteriorNoise) else noise
+
+
 def _temper(scores: torch.Tensor, tau: float | torch.Tensor) -> torch.Tensor:
     """`scores / tau`, where a masked score (-inf, or so low that it becomes so) sends no gradient to tau (0 * inf is NaN)."""
     scores = scores - scores.detach().amax(-1, keepdim=True)  # softmax does not see it, and a quotient may overflow
@@ -165,7 +174,7 @@ def gumbel_softmax(
     eps: float = 1e-10,
     dim: int = -1,
     *,
-    noise: GumbelNoise | None = None,
+    noise: GumbelNoise | PosteriorNoise | None = None,
 ) -> torch.Tensor:
     """`softmax((l + g) / tau)`, or with `hard` its one-hot argmax with the same gradient (straight-through)."""
     if logits.dim() == 0:
@@ -174,14 +183,19 @@ def gumbel_softmax(
     scores = _scores(moved, noise)
     y = _temper(scores, _column(tau, logits, dim)).softmax(-1)
     if hard:
+        ids = noise.ids if isinstance(noise, PosteriorNoise) else scores.argmax(-1)
         # Written so that the forward value is exactly one-hot.
-        y = _one_hot(scores.argmax(-1), scores) + (y - y.detach())
+        y = _one_hot(ids, scores) + (y - y.detach())
     # In the layout of torch.softmax, where a view would do for other dimensions of size 1 as well.
     return y.to(logits.dtype).movedim(-1, dim).clone(memory_format=torch.contiguous_format)
 
 
 def gumbel_ste(
-    logits: torch.Tensor, tau: float | torch.Tensor = 1.0, dim: int = -1, *, noise: GumbelNoise | None = None
+    logits: torch.Tensor,
+    tau: float | torch.Tensor = 1.0,
+    dim: int = -1,
+    *,
+    noise: GumbelNoise | PosteriorNoise | None = None,
 ) -> torch.Tensor:
     """`gumbel_softmax(hard=True)`."""
     return gumbel_softmax(logits, tau, hard=True, dim=dim, noise=noise)
@@ -194,14 +208,18 @@ def gumbel_ste_embedding(
     tau: float | torch.Tensor = 1.0,
     *,
     estimator: str = "ste",
-    noise: GumbelNoise | None = None,
+    draws: int = 1,
+    noise: GumbelNoise | PosteriorNoise | None = None,
     ids: torch.Tensor | None = None,
     ignore_index: int | None = None,
 ) -> GumbelSTEEmbedding[Embedding]:
-    """Embedding of a sampled token, `y @ E`, with one of four relaxations (see `ops.gumbel_ste_embedding`)."""
+    """Embedding of a sampled token, `y @ E`, with one of five relaxations (see `ops.gumbel_ste_embedding`)."""
+    noise = GumbelNoise.from_generator() if noise is None else noise
+    if isinstance(noise, PosteriorNoise):
+        ids = noise.ids
     given = ids
     ignored, ids, logits = ignored_rows(ids, ignore_index, logits)
-    scores = _scores(logits, noise)
+    scores = _scores(logits, noise if ignored is None else without_ignored(noise, ignored))
     wide, tau = _widen(logits), _column(tau, logits)
     ids = scores.argmax(-1) if ids is None else ids.clone()
     one_hot = _one_hot(ids, wide)
@@ -219,8 +237,13 @@ def gumbel_ste_embedding(
         step = step + 0.0 * tau  # a tensor tau has a gradient, which is zero
         middle = (one_hot + _temper(wide, tau).softmax(-1)) / 2
         y = one_hot + 2 * _jacobian(middle.detach(), step) - _jacobian(wide.softmax(-1).detach(), step) / 2
+    elif estimator == "gumbel_rao":
+        y, prior = one_hot, noise.noise if isinstance(noise, PosteriorNoise) else noise
+        for m in range(draws):
+            soft = _temper(wide + PosteriorNoise(prior, ids, None, m).dense(wide), tau).softmax(-1)
+            y = y + (soft - soft.detach()) / draws
     else:
-        raise ValueError(f"estimator must be 'ste', 'soft', 'st' or 'reinmax', got {estimator!r}")
+        raise ValueError(f"estimator must be 'ste', 'soft', 'st', 'reinmax' or 'gumbel_rao', got {estimator!r}")
     tables: tuple[torch.Tensor, ...] = (embedding,) if isinstance(embedding, torch.Tensor) else tuple(embedding)
     embedded = []
     for table in tables:
@@ -273,16 +296,17 @@ def linear_gumbel_ste(
     bias: torch.Tensor | None = None,
     logit_softcap: float | None = None,
     estimator: str = "ste",
-    noise: GumbelNoise | None = None,
+    draws: int = 1,
+    noise: GumbelNoise | PosteriorNoise | None = None,
     ids: torch.Tensor | None = None,
     ignore_index: int | None = None,
     eps: float = 2**-11,
 ) -> GumbelSTEEmbedding[Embedding]:
     """`gumbel_ste_embedding` of the head's logits. The reference's gradient is exact at every eps."""
-    _, _, hidden = ignored_rows(ids, ignore_index, hidden)
+    _, _, hidden = ignored_rows(noise.ids if isinstance(noise, PosteriorNoise) else ids, ignore_index, hidden)
     logits = head_logits(hidden, lm_head, bias, logit_softcap)
     return gumbel_ste_embedding(
-        logits, embedding, tau, estimator=estimator, noise=noise, ids=ids, ignore_index=ignore_index
+        logits, embedding, tau, estimator=estimator, draws=draws, noise=noise, ids=ids, ignore_index=ignore_index
     )
 
 

@@ -6,10 +6,12 @@ on; `device` is that device. Cases on a GPU are the same tests: marked `gpu`, an
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import inspect
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -17,7 +19,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
 # With threads, each process of tests that compiles something starts others, which import torch first.
 os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
+# It would compile a program for each instruction set of the processor, to see that the compiler knows it: ten seconds.
+os.environ["TORCHINDUCTOR_VEC_ISA_OK"] = "1"
 os.environ.pop("GRADE_KERNELS_BACKEND", None)
+os.environ.pop("GRADE_KERNELS_HEAD", None)
+os.environ.pop("GRADE_KERNELS_CHUNK_MIB", None)
 os.environ.pop("GRADE_KERNELS_CHECK", None)
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # there is a worker for every core
@@ -25,8 +31,14 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 import pytest
 import torch
 
+from tests.support.ptx.setting import SIMULATED
+
 HAS_GPU = torch.cuda.is_available()
-if not HAS_GPU:
+if SIMULATED:
+    from tests.support.ptx import triton_driver
+
+    triton_driver.install()
+elif not HAS_GPU:
     # Has to be there before anything imports triton, which torch does lazily.
     os.environ["TRITON_INTERPRET"] = "1"
 
@@ -36,16 +48,22 @@ from tests.support.helpers import poisoned_memory  # noqa: E402
 from tests.support.interpreter import (  # noqa: E402
     INTERPRETED,
     compute_words,
+    fuse,
+    ignore_nan,
     quicken,
     reduce_by_blocks,
     settle,
     share_shapes,
     skip_promotion,
+    take_numbers,
 )
 from tests.support.needs import needs_backend  # noqa: E402
 
-if not HAS_GPU and importlib.util.find_spec("triton") is not None:
+if not HAS_GPU and not SIMULATED and importlib.util.find_spec("triton") is not None:
     quicken()
+    take_numbers()
+    ignore_nan()
+    fuse()
     share_shapes()
     skip_promotion()
     reduce_by_blocks()
@@ -61,13 +79,18 @@ def pytest_configure(config: pytest.Config) -> None:
     for line in (
         "needs(what, met): not collected unless met; the summary says how many cases need `what`",
         "uncollect_if(condition, reason): there is no case where condition, a function of parameters, is true",
-        "cover(strength): how many values together a selection of cases covers; without this mark pairs on each backend",
+        "cover(strength, on_each_backend): how many values together a selection of cases covers; without this mark pairs, "
+        "and those on each backend; of single values only if on_each_backend says so",
         "takes_long(reason, condition): a case that is run with --all only, and what else notices most of its faults; with a "
         "condition, a function of parameters, the cases where it is true",
         "costs(cost): of running a case, relative to others of the same test; the selection has fewer of dear ones",
     ):
         config.addinivalue_line("markers", line)
     config.stash[LEFT_OUT] = {}
+    if SIMULATED and (path := os.environ.get("GRADE_KERNELS_SIMULATED_RECORD")):
+        from tests.support.ptx.record import Record
+
+        config.pluginmanager.register(Record(Path(path), os.environ["GRADE_KERNELS_SIMULATED_COMPILER"]))
 
 
 LEFT_OUT = pytest.StashKey[dict[str, int]]()  # what the summary says to numbers of cases
@@ -109,6 +132,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = kept
 
 
+def pytest_collection_finish() -> None:
+    """Have the garbage collector leave alone what is there before the first test.
+
+    These are millions of objects: libraries, and every case that was looked at. Accelerate collects garbage at the end of
+    each training, which would take longer than the training of a tiny model.
+    """
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # or libraries would report leaks when the process ends
+
+
 def is_no_case(item: pytest.Item) -> bool:
     """Whether a condition says so."""
     return any(holds(mark.args[0], item) for mark in item.iter_markers("uncollect_if"))
@@ -139,12 +176,13 @@ def case_of(item: pytest.Item) -> Case:
     """Each backend is code of its own: pairs have to occur on each, or single values where that takes long."""
     cover, costs = item.get_closest_marker("cover"), item.get_closest_marker("costs")
     strength, cost = cover.args[0] if cover else 2, costs.args[0] if costs else 1.0
+    on_each_backend = strength > 1 or (cover is not None and cover.kwargs.get("on_each_backend", False))
     # Not all values can be hashed or compared; those of one list are the same objects in every case.
     values = {name: id(value) for name, value in item.callspec.params.items()}
     backend = None
-    if strength > 1:
+    if on_each_backend:
         backend = next((values.pop(name) for name in ("place", "rows_backend", "gpu_backend") if name in values), None)
-        strength -= cost > 1
+        strength -= cost > 1 and strength > 1
     return Case(item.name, values, strength, backend, cost)
 
 

@@ -16,7 +16,11 @@ constexpr uint32_t kPhiloxW0 = 0x9E3779B9u, kPhiloxW1 = 0xBB67AE85u;
 constexpr int kPhiloxRounds = 10;
 
 // What the third and fourth counter words and the purpose of a draw are called in the noise contract.
-constexpr uint32_t kDomainGumbel = 0, kDomainRefine = 1, kDomainSupport = 2;
+constexpr uint32_t kDomainGumbel = 0, kDomainRefine = 1, kDomainSupport = 2, kDomainPosterior = 3;
+
+// Domains of noise and of its refinement follow each other: 0 and 1, or 3 + 2 m and 4 + 2 m for draw m of posterior
+// noise.
+GK_HOST_DEVICE inline constexpr uint32_t refinement_of(uint32_t domain) { return domain + 1; }
 
 struct Words4 {
   uint32_t w[4];

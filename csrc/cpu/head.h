@@ -65,7 +65,9 @@ struct SoftmaxPiece : Piece {
 
 struct HeadArgs {
   HeadChunk in;
-  const void* ref;  // softmax: logits of a reference, laid out alike, or null
+  Given given;                // read by scores only
+  const float* given_scores;  // [rows], T
+  const void* ref;            // softmax: logits of a reference, laid out alike, or null
   const float* ref_bias;
   const float* tau;  // [rows]
   const float *max,
@@ -76,7 +78,8 @@ struct HeadArgs {
 struct HeadKernels {
   // argmax of the scores and the logits' log-sum-exp. Finds no candidates.
   void (*sample)(const HeadArgs& args, const Span& span, SamplePiece& out);
-  // The same, and normaliser and candidates of softmax(score / tau).
+  // The same, and normaliser and candidates of softmax(score / tau). With posterior noise scores count from T: the
+  // maximum is 0, and no token is searched for.
   void (*scores)(const HeadArgs& args, const Span& span, ScoresPiece& out, Hit* hits);
   // Normaliser, moment and candidates of softmax(l / tau).
   void (*softmax)(const HeadArgs& args, const Span& span, SoftmaxPiece& out, Hit* hits);

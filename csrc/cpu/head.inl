@@ -176,8 +176,8 @@ static void run_piece(const HeadArgs& args, const Span& span, typename Pass::Res
   for (int lane = 0; lane < kHeadLanes; lane += kLanes) {
     const int64_t first_row = span.group * kHeadLanes + lane;
     if (first_row >= in.rows) break;
-    const LaneKey key(in.noise, first_row, in.rows, Pass::kDomain);
-    Pass pass(args, first_row);
+    const LaneKey key(in.noise, first_row, in.rows, Pass::domain(args));
+    Pass pass(args, span, first_row);
     Words words(in, key, span.begin);
     for_each_quad(in, span, [&](int64_t token) __attribute__((always_inline)) {
       f32 l[kTokensPerPhilox];
@@ -192,13 +192,13 @@ static void run_piece(const HeadArgs& args, const Span& span, typename Pass::Res
 // argmax(l + g), and the sum of exp(l).
 struct SamplePass {
   using Result = SamplePiece;
-  static constexpr uint32_t kDomain = kDomainGumbel;
+  static uint32_t domain(const HeadArgs&) { return kDomainGumbel; }
 
   LaneBest best;
   f32 threshold = splat(-__builtin_inff());  // a token whose upper bound of l + g is at most this cannot win
   LaneSum logits;
 
-  [[gnu::always_inline]] SamplePass(const HeadArgs&, int64_t) {}
+  [[gnu::always_inline]] SamplePass(const HeadArgs&, const Span&, int64_t) {}
 
   template <typename T>
   [[gnu::always_inline]] void visit(const Quad& at, const f32 l[kTokensPerPhilox], SamplePiece&, Hit*) {
@@ -231,14 +231,14 @@ struct SamplePass {
 // The same, and the sum of exp((l + g) / tau) with its candidates.
 struct ScoresPass {
   using Result = ScoresPiece;
-  static constexpr uint32_t kDomain = kDomainGumbel;
+  static uint32_t domain(const HeadArgs&) { return kDomainGumbel; }
 
   const f32 scale, eps;
   LaneSum scores, logits;
   f32 before;  // the sum of all chunks before this one, relative to scores.max
   LaneBest best;
 
-  [[gnu::always_inline]] ScoresPass(const HeadArgs& args, int64_t first_row)
+  [[gnu::always_inline]] ScoresPass(const HeadArgs& args, const Span&, int64_t first_row)
       : scale(kLog2E / load_lanes(args.tau, first_row, args.in.rows, 1.0f)),
         eps(splat(args.eps)),
         before(load_lanes(args.sum, first_row, args.in.rows, 0.0f)) {
@@ -279,7 +279,7 @@ struct ScoresPass {
 // wanted only where a token may win or may be a candidate.
 struct ScoresAtOnePass {
   using Result = ScoresPiece;
-  static constexpr uint32_t kDomain = kDomainGumbel;
+  static uint32_t domain(const HeadArgs&) { return kDomainGumbel; }
 
   const f32 eps, max_before, sum_before;  // of all chunks before this one
   LaneSum logits;
@@ -287,7 +287,7 @@ struct ScoresAtOnePass {
   f32 hurdle = splat(-1.0f);    // a token with a smaller weight cannot win
   LaneBest best;
 
-  [[gnu::always_inline]] ScoresAtOnePass(const HeadArgs& args, int64_t first_row)
+  [[gnu::always_inline]] ScoresAtOnePass(const HeadArgs& args, const Span&, int64_t first_row)
       : eps(splat(args.eps)),
         max_before(load_lanes(args.max, first_row, args.in.rows, 0.0f)),
         sum_before(load_lanes(args.sum, first_row, args.in.rows, 0.0f)) {}
@@ -332,18 +332,88 @@ struct ScoresAtOnePass {
   }
 };
 
+// The same with posterior noise: weights are base^(1 / tau) (see noise.h), and 1 at the given token. At tau = 1 there
+// is no logarithm but E's. One exponential serves both sums.
+template <bool kAtOne>
+struct PosteriorPass {
+  using Result = ScoresPiece;
+  static uint32_t domain(const HeadArgs& args) { return args.given.domain; }
+
+  const f32 scale, eps, largest;  // largest: T
+  LaneSum logits;
+  f32 reach = {};        // exp(logits.max - T)
+  f32 before, sum = {};  // of weights: in the chunks before this one, and in the span
+  i32 given;             // place in the chunk, if it is in the span
+
+  [[gnu::always_inline]] PosteriorPass(const HeadArgs& args, const Span& span, int64_t first_row)
+      : scale(kLog2E / load_lanes(args.tau, first_row, args.in.rows, 1.0f)),
+        eps(splat(args.eps)),
+        largest(load_lanes(args.given_scores, first_row, args.in.rows, 0.0f)),
+        before(load_lanes(args.sum, first_row, args.in.rows, 0.0f)) {
+    for (int i = 0; i < kLanes; ++i) {
+      given[i] = INT32_MIN;
+      if (first_row + i >= args.in.rows) continue;
+      const int64_t place = args.given.ids[first_row + i] - args.in.first_token;
+      if (place >= span.begin && place < span.end) given[i] = int32_t(place);
+    }
+  }
+
+  template <typename T>
+  [[gnu::always_inline]] void visit(const Quad& at, const f32 l[kTokensPerPhilox], ScoresPiece& out, Hit* hits) {
+    f32 e[kTokensPerPhilox], y[kTokensPerPhilox], weight[kTokensPerPhilox], factor;
+    u32 w[kTokensPerPhilox];
+    at.words.take(w);
+    lane_exponential(at.key, at.global_token(), w, e);
+    if (logits.raise(l, splat(kLog2E), factor)) {
+      // Clamped at 2^100, so that it stays finite. T is that far below a logit only if it is none of these logits'.
+      const f32 ahead = (logits.max - largest) * kLog2E;
+      reach = vexp2_one(ahead < 100.0f ? ahead : splat(100.0f));
+    }
+    logits.weigh(l, splat(kLog2E), y);
+    for (int j = 0; j < kTokensPerPhilox; ++j) y[j] *= reach;
+    const f32p base = posterior_base(pack(y), pack(e));
+    f32p log_base;
+    if constexpr (kAtOne) {
+      unpack(base, weight);
+    } else {
+      log_base = posterior_log(pack(l), largest, pack(y), pack(e), base);
+      unpack(vexp2(each(GK_EACH(j) { return log_base.v[j] * scale; })), weight);
+    }
+    for (int j = 0; j < kTokensPerPhilox; ++j) {
+      const i32 won = given == splat_i(int32_t(at.token + j));
+      weight[j] = select(won, splat(1.0f), weight[j]);
+    }
+    sum += (weight[0] + weight[1]) + (weight[2] + weight[3]);
+    if (at.args.eps > 0.0f) {
+      const auto score = [&](int j, int lane) {
+        if (given[lane] == at.token + j) return 0.0f;
+        return kAtOne ? std::log(base.v[j][lane]) : log_base.v[j][lane];
+      };
+      collect(weight, w, eps * (before + sum), at.token, at.first_lane(), out, hits, score);
+    }
+  }
+
+  [[gnu::always_inline]] void store(ScoresPiece& out, int lane) const {
+    *(f32u*)(out.score_max + lane) = f32{};
+    *(f32u*)(out.score_sum + lane) = sum;
+    *(f32u*)(out.logit_max + lane) = logits.max;
+    *(f32u*)(out.logit_sum + lane) = logits.sum;
+    *(i32u*)(out.id + lane) = splat_i(-1);
+  }
+};
+
 // The sum of exp(l / tau) with its moment and candidates, and with kRef the sum of the reference's exp(r / tau).
 template <bool kRef>
 struct SoftmaxPass {
   using Result = SoftmaxPiece;
-  static constexpr uint32_t kDomain = kDomainSupport;
+  static uint32_t domain(const HeadArgs&) { return kDomainSupport; }
 
   const f32 inverse_tau, scale, eps;
   LaneSum logits, ref;
   f32 before;  // the sum of all chunks before this one, relative to logits.max
   f32 moment = {};
 
-  [[gnu::always_inline]] SoftmaxPass(const HeadArgs& args, int64_t first_row)
+  [[gnu::always_inline]] SoftmaxPass(const HeadArgs& args, const Span&, int64_t first_row)
       : inverse_tau(1.0f / load_lanes(args.tau, first_row, args.in.rows, 1.0f)),
         scale(kLog2E * inverse_tau),
         eps(splat(args.eps)),
@@ -405,7 +475,10 @@ static void head_scores(const HeadArgs& args, const Span& span, ScoresPiece& out
   bool at_one = true;
   for (int64_t row = first; row < last; ++row) at_one &= args.tau[row] == 1.0f;
   with_dtype(args.in.dtype, [&]<Dtype kDtype>() {
-    if (at_one) {
+    if (args.given.ids) {
+      if (at_one) run_piece<Element<kDtype>, PosteriorPass<true>>(args, span, out, hits);
+      else run_piece<Element<kDtype>, PosteriorPass<false>>(args, span, out, hits);
+    } else if (at_one) {
       run_piece<Element<kDtype>, ScoresAtOnePass>(args, span, out, hits);
     } else {
       run_piece<Element<kDtype>, ScoresPass>(args, span, out, hits);

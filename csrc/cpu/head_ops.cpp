@@ -205,11 +205,12 @@ void run_chunk(const HeadArgs& args, const AnyRows& state, const Candidates& can
 
 // A pass over one chunk; backends/cpu/head_pass.py says in which order chunks come. `state` is [5, rows] (see above),
 // `flags` [3, rows]: bad, number of candidates, overflow; `candidates` [rows, capacity * 3], `scratch` room for the
-// chunk's hits.
+// chunk's hits. `given` [rows] and `given_scores` [rows] make the noise posterior, with words of `domain`.
 void head_chunk(int64_t kind, Tensor logits, std::optional<Tensor> ref, std::optional<Tensor> bias,
                 std::optional<Tensor> ref_bias, double softcap, int64_t rows, Tensor tau, Tensor seed,
                 std::optional<Tensor> row_ids, int64_t vocab_start, int64_t first_token, double eps, Tensor state,
-                Tensor ids, Tensor flags, Tensor candidates, Tensor scratch) {
+                Tensor ids, Tensor flags, Tensor candidates, Tensor scratch, std::optional<Tensor> given,
+                std::optional<Tensor> given_scores, int64_t domain) {
   STD_TORCH_CHECK(logits.stride(1) == 1 && logits.size(1) >= (rows + kHeadLanes - 1) / kHeadLanes * kHeadLanes,
                   "grade_kernels: chunk layout");
   int32_t* marks = mutable_data<int32_t>(flags);
@@ -232,6 +233,8 @@ void head_chunk(int64_t kind, Tensor logits, std::optional<Tensor> ref, std::opt
                              .bias = data<float>(bias),
                              .softcap = float(softcap),
                              .noise = noise_of(seed, row_ids, vocab_start)},
+                      .given = {.ids = data<int64_t>(given), .domain = uint32_t(domain)},
+                      .given_scores = data<float>(given_scores),
                       .ref = ref ? ref->const_data_ptr() : nullptr,
                       .ref_bias = data<float>(ref_bias),
                       .tau = data<float>(tau),
@@ -449,7 +452,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(grade_kernels_cpu, m) {
   m.def(
       "head_chunk(int kind, Tensor logits, Tensor? ref, Tensor? bias, Tensor? ref_bias, float softcap, int rows, "
       "Tensor tau, Tensor seed, Tensor? row_ids, int vocab_start, int first_token, float eps, Tensor(a!) state, "
-      "Tensor(b!) ids, Tensor(c!) flags, Tensor(d!) candidates, Tensor(e!) scratch) -> ()");
+      "Tensor(b!) ids, Tensor(c!) flags, Tensor(d!) candidates, Tensor(e!) scratch, Tensor? given, "
+      "Tensor? given_scores, int domain) -> ()");
   m.def("head_finish(Tensor tau, float eps, Tensor state, Tensor(a!) flags, Tensor(b!) candidates) -> ()");
   m.def("head_support(Tensor candidates, Tensor offsets, Tensor(a!) tokens, Tensor(b!) p) -> ()");
   m.def("token_order(Tensor tokens, Tensor(a!) order, Tensor(b!) counts) -> ()");

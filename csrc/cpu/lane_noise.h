@@ -140,7 +140,7 @@ GK_INLINE_IF_WIDE void lane_words(const LaneKey& key, uint32_t counter, u32 out[
 [[gnu::noinline, gnu::cold]] static void refine_lanes(const LaneKey& key, int64_t token, u32 w, f32& e) {
   for (int i = 0; i < kLanes; ++i) {
     if (w[i] < kRefineBelow) {
-      e[i] = exponential_from_word<float>(w[i], token_word(key.seed, key.row[i], token, kDomainRefine));
+      e[i] = exponential_from_word<float>(w[i], token_word(key.seed, key.row[i], token, refinement_of(key.domain)));
     }
   }
 }

@@ -136,7 +136,8 @@ GK_INLINE_IF_WIDE void noise_words(const RowKey& key, uint32_t q, u32 out[kVecto
   for (int i = 0; i < kPack * kLanes; ++i) {
     const uint32_t w = ((const uint32_t*)words)[i];
     if (w < kRefineBelow) {
-      ((float*)e)[i] = exponential_from_word<float>(w, token_word(key.seed, key.row, token + i, kDomainRefine));
+      ((float*)e)[i] =
+          exponential_from_word<float>(w, token_word(key.seed, key.row, token + i, refinement_of(key.domain)));
     }
   }
 }
@@ -187,6 +188,42 @@ GK_INLINE_IF_WIDE f32p exponential(const RowKey& key, int64_t token, u32p w) {
 // Gumbel noise -log(E) of the tokens of a pack. Greatest error: 2.4e-7 absolute (E's) plus 1.1 ulp (the logarithm's).
 GK_INLINE_IF_WIDE f32p gumbel(const RowKey& key, int64_t token, u32p w) {
   return vlog(exponential(key, token, w)) * -1.0f;
+}
+
+// ---- Posterior noise ------------------------------------------------------------------------------------------------
+//
+// With y = exp(l - T), the weight of a token that lost is base^(1 / tau), base = y / (y + E) = 1 / (1 + E exp(T - l)).
+
+// Scores are l - log(E) where T is so far above that y is nearly 0 or underflows.
+constexpr float kFarBelow = 0x1p-100f;
+[[gnu::noinline, gnu::cold]] static void far_below(const f32p& l, const f32& largest, const f32p& y, const f32p& e,
+                                                   f32p& log_base) {
+  const f32p noise = vlog(e) * -1.0f;
+  for (int i = 0; i < kPack; ++i) {
+    log_base.v[i] = select(y.v[i] < kFarBelow, (l.v[i] - largest) + noise.v[i], log_base.v[i]);
+  }
+}
+
+// base, from y up to 2^100.
+GK_INLINE f32p posterior_base(f32p y, f32p e) {
+  return each(GK_EACH(i) { return y.v[i] * reciprocal(y.v[i] + e.v[i]); });
+}
+
+// log(base), which is the score less T; -inf for a masked token.
+GK_INLINE_IF_WIDE f32p posterior_log(f32p l, f32 largest, f32p y, f32p e, f32p base) {
+  f32p out = vlog(each(GK_EACH(i) { return vmax(base.v[i], splat(0x1p-126f)); }));
+  i32 far = {};
+  for (int i = 0; i < kPack; ++i) {
+    const i32 masked = l.v[i] == -__builtin_inff();
+    out.v[i] = select(masked, l.v[i], out.v[i]);
+    far |= (y.v[i] < kFarBelow) & ~masked;
+  }
+  if (__builtin_expect(any(far), 0)) {
+    f32p settled = out;  // its address must not escape from the usual path
+    far_below(l, largest, y, e, settled);
+    out = settled;
+  }
+  return out;
 }
 
 // An upper bound of the noise, refined or not, for five instructions: g <= -log(u), and the bits of a float read as an

@@ -15,6 +15,12 @@ struct Noise {
   int64_t row(int64_t i) const { return row_ids ? row_ids[i] : i; }
 };
 
+// The tokens that won, for posterior noise, and the domain of its words.
+struct Given {
+  const int64_t* ids = nullptr;  // [rows]; null: the noise is prior
+  uint32_t domain = 0;
+};
+
 // Where the rows of a tensor [A, V, B] lie: row a * B + b is x[a, :, b]. Strides are in elements.
 struct View {
   void* data;  // of an input, never written
@@ -32,6 +38,7 @@ struct Rows {
   View logits;
   int64_t rows, vocab;
   Noise noise;
+  Given given = {};  // read where score_max is known, which then is T
 };
 
 // One piece of a row's vocabulary, in natural units; pieces merge in order.

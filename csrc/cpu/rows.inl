@@ -187,12 +187,35 @@ GK_INLINE_IF_WIDE f32p weigh(const RowKey& key, int64_t token, f32p l, u32p w, f
 // exp((l - pivot) / tau).
 GK_INLINE_IF_WIDE f32p weigh_noiseless(f32p l, float pivot, float scale) { return vexp2((l - pivot) * scale); }
 
-template <typename T, typename Out>
+// Weights with posterior noise, relative to T. `won` is the given token's place from the pack's first on.
+GK_INLINE_IF_WIDE f32p weigh_given(const RowKey& key, int64_t token, f32p l, u32p w, float largest, float scale,
+                                   int won) {
+  const f32p e = exponential(key, token, w);
+  // Clamped at 2^100, so that it stays finite. T is that far below a logit only if it is none of these logits'.
+  const f32p y = vexp2(each(GK_EACH(i) {
+    const f32 ahead = (l.v[i] - largest) * kLog2E;
+    return ahead < 100.0f ? ahead : splat(100.0f);
+  }));
+  f32p weight = posterior_base(y, e);
+  if (scale != kLog2E) weight = vexp2(posterior_log(l, splat(largest), y, e, weight) * scale);
+  return each(GK_EACH(i) {
+    i32 place;
+    for (int lane = 0; lane < kLanes; ++lane) place[lane] = i * kLanes + lane;
+    return select(place == splat_i(won), splat(1.0f), weight.v[i]);
+  });
+}
+// The given token's place in a block, or one that is in none.
+GK_INLINE int won_in(const Rows& in, int64_t row, const Block& block) {
+  const int64_t place = in.given.ids[row] - block.column;
+  return place >= block.first && place < block.last ? int(place) : -kBlock;
+}
+
+template <typename T, typename Out, bool kGiven>
 static void softmax_row(const SoftmaxArgs<float>& args, int64_t row, float* scratch) {
   const Rows& in = args.in;
   const T* l_row = in.logits.row<const T>(row);
   Out* out_row = args.out.row<Out>(row);
-  const RowKey key(in.noise.seed, in.noise.row(row), kDomainGumbel);
+  const RowKey key(in.noise.seed, in.noise.row(row), kGiven ? in.given.domain : kDomainGumbel);
   const float scale = kLog2E / args.tau[row], pivot = args.score_max[row];
   Sum sum;
   const auto weigh_to = [&]<typename To>(To* weights) __attribute__((always_inline)) {
@@ -203,7 +226,12 @@ static void softmax_row(const SoftmaxArgs<float>& args, int64_t row, float* scra
       noise_words(key, block.counter, w);
       for (int j = 0; j < kVectors; j += kPack) {
         const int64_t token = in.noise.vocab_start + block.column + j * kLanes;
-        const f32p e = weigh(key, token, l.pack(j), pack(w + j), pivot, scale);
+        f32p e;
+        if constexpr (kGiven) {
+          e = weigh_given(key, token, l.pack(j), pack(w + j), pivot, scale, won_in(in, row, block) - j * kLanes);
+        } else {
+          e = weigh(key, token, l.pack(j), pack(w + j), pivot, scale);
+        }
         sum.add(e);
         out.put(j, e);
       }
@@ -226,7 +254,10 @@ static void softmax_row(const SoftmaxArgs<float>& args, int64_t row, float* scra
 
 static void softmax(const SoftmaxArgs<float>& args, int64_t row, float* scratch) {
   with_dtype(args.in.logits.dtype, [&]<Dtype kDtype>() {
-    with_dtype(args.out.dtype, [&]<Dtype kOut>() { softmax_row<Element<kDtype>, Element<kOut>>(args, row, scratch); });
+    with_dtype(args.out.dtype, [&]<Dtype kOut>() {
+      if (args.in.given.ids) softmax_row<Element<kDtype>, Element<kOut>, true>(args, row, scratch);
+      else softmax_row<Element<kDtype>, Element<kOut>, false>(args, row, scratch);
+    });
   });
 }
 
@@ -412,7 +443,7 @@ GK_INLINE f32p sent(f32p weight, f32p x) {
   return each(GK_EACH(i) { return select(weight.v[i] != 0.0f, weight.v[i] * x.v[i], f32{}); });
 }
 
-template <typename T, Estimator kEstimator>
+template <typename T, Estimator kEstimator, bool kGiven>
 static void backward_row(const BackwardArgs<float>& args, int64_t row, float* scratch) {
   constexpr bool kNoisy = kEstimator == Estimator::kNoisy, kReinmax = kEstimator == Estimator::kReinmax;
   const Rows& in = args.in;
@@ -423,7 +454,7 @@ static void backward_row(const BackwardArgs<float>& args, int64_t row, float* sc
   // more.
   float* weights_row = scratch;
   if constexpr (sizeof(T) == sizeof(float)) weights_row = out_row == dy_row ? scratch : out_row;
-  const RowKey key(in.noise.seed, in.noise.row(row), kDomainGumbel);
+  const RowKey key(in.noise.seed, in.noise.row(row), kGiven ? in.given.domain : kDomainGumbel);
   const int64_t vocab_start = kNoisy ? in.noise.vocab_start : 0;
   const float tau = args.tau[row], scale = kLog2E / tau;
   const float pivot = kNoisy ? args.score_max[row] : args.logit_max[row];
@@ -441,8 +472,11 @@ static void backward_row(const BackwardArgs<float>& args, int64_t row, float* sc
     if constexpr (kNoisy) noise_words(key, block.counter, w);
     for (int j = 0; j < kVectors; j += kPack) {
       f32p e;
-      if constexpr (kNoisy) {
-        e = weigh(key, vocab_start + block.column + j * kLanes, l.pack(j), pack(w + j), pivot, scale);
+      const int64_t token = vocab_start + block.column + j * kLanes;
+      if constexpr (kNoisy && kGiven) {
+        e = weigh_given(key, token, l.pack(j), pack(w + j), pivot, scale, won_in(in, row, block) - j * kLanes);
+      } else if constexpr (kNoisy) {
+        e = weigh(key, token, l.pack(j), pack(w + j), pivot, scale);
       } else {
         e = weigh_noiseless(l.pack(j), pivot, scale);
       }
@@ -511,7 +545,11 @@ static void backward_row(const BackwardArgs<float>& args, int64_t row, float* sc
 
 static void softmax_backward(const BackwardArgs<float>& args, int64_t row, float* scratch) {
   with_dtype(args.in.logits.dtype, [&]<Dtype kDtype>() {
-    with_estimator(args.estimator,
-                   [&]<Estimator kRule>() { backward_row<Element<kDtype>, kRule>(args, row, scratch); });
+    with_estimator(args.estimator, [&]<Estimator kRule>() {
+      if constexpr (kRule == Estimator::kNoisy) {
+        if (args.in.given.ids) return backward_row<Element<kDtype>, kRule, true>(args, row, scratch);
+      }
+      backward_row<Element<kDtype>, kRule, false>(args, row, scratch);
+    });
   });
 }

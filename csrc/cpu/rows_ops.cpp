@@ -73,11 +73,16 @@ View output_view(const Tensor& x) {
 
 int64_t rows_in(const Tensor& x) { return x.size(0) * (x.dim() == 3 ? x.size(2) : 1); }
 
-Rows rows_of(const Tensor& logits, const Tensor& seed, const std::optional<Tensor>& row_ids, int64_t vocab_start) {
+// `given` [rows] are the tokens that won, for posterior noise with words of `domain`. Kernels of float alone take them.
+Rows rows_of(const Tensor& logits, const Tensor& seed, const std::optional<Tensor>& row_ids, int64_t vocab_start,
+             const std::optional<Tensor>& given = std::nullopt, int64_t domain = 0) {
+  STD_TORCH_CHECK(!given || dtype_of(logits) != Dtype::kDouble,
+                  "grade_kernels: no kernels in float64 take posterior noise");
   return {.logits = input_view(logits),
           .rows = rows_in(logits),
           .vocab = logits.size(1),
-          .noise = noise_of(seed, row_ids, vocab_start)};
+          .noise = noise_of(seed, row_ids, vocab_start),
+          .given = {.ids = data<int64_t>(given), .domain = uint32_t(domain)}};
 }
 
 // Whether the tokens of a row lie side by side, and rows at one distance: what the kernels for one row at a time take.
@@ -235,8 +240,8 @@ void softmax_rows(const Rows& in, const Tensor& tau, const Tensor& score_max, bo
 }
 
 void softmax(Tensor logits, Tensor tau, Tensor seed, std::optional<Tensor> row_ids, int64_t vocab_start,
-             Tensor score_max, bool normalize, Tensor out, Tensor total) {
-  const Rows in = rows_of(logits, seed, row_ids, vocab_start);
+             Tensor score_max, bool normalize, Tensor out, Tensor total, std::optional<Tensor> given, int64_t domain) {
+  const Rows in = rows_of(logits, seed, row_ids, vocab_start, given, domain);
   if (in.logits.dtype == Dtype::kDouble) softmax_rows<double>(in, tau, score_max, normalize, out, total);
   else softmax_rows<float>(in, tau, score_max, normalize, out, total);
 }
@@ -292,7 +297,7 @@ void gumbel_softmax(Tensor logits, Tensor tau, Tensor seed, std::optional<Tensor
 template <typename Real>
 void backward_rows(const BackwardArgs<Real>& args) {
   if constexpr (std::is_same_v<Real, float>) {
-    if (args.estimator == Estimator::kNoisy && !args.dlogprobs &&
+    if (args.estimator == Estimator::kNoisy && !args.dlogprobs && !args.in.given.ids &&
         in_lanes(args.in.vocab, args.in.logits, args.dy, args.out)) {
       return each_group(GK_KERNELS_OF(kLanes).softmax_backward, args);
     }
@@ -305,8 +310,9 @@ void backward_rows(const BackwardArgs<Real>& args) {
 
 void softmax_backward(Tensor dy, Tensor logits, Tensor tau, Tensor seed, std::optional<Tensor> row_ids,
                       int64_t vocab_start, int64_t estimator, Tensor ids, Tensor score_max, Tensor logit_max,
-                      Tensor logit_sum, std::optional<Tensor> dlogprobs, Tensor out, std::optional<Tensor> dtau) {
-  const Rows in = rows_of(logits, seed, row_ids, vocab_start);
+                      Tensor logit_sum, std::optional<Tensor> dlogprobs, Tensor out, std::optional<Tensor> dtau,
+                      std::optional<Tensor> given, int64_t domain) {
+  const Rows in = rows_of(logits, seed, row_ids, vocab_start, given, domain);
   STD_TORCH_CHECK(dtype_of(dy) == in.logits.dtype && dtype_of(out) == in.logits.dtype,
                   "grade_kernels: dy and out have logits' dtype");
   with_real(in.logits.dtype, [&]<typename Real>(Real) {
@@ -446,14 +452,14 @@ STABLE_TORCH_LIBRARY(grade_kernels_cpu, m) {
       "Tensor(b!) score_max, Tensor(c!) logit_max, Tensor(d!) logit_sum) -> ()");
   m.def(
       "softmax(Tensor logits, Tensor tau, Tensor seed, Tensor? row_ids, int vocab_start, Tensor score_max, "
-      "bool normalize, Tensor(a!) out, Tensor(b!) total) -> ()");
+      "bool normalize, Tensor(a!) out, Tensor(b!) total, Tensor? given, int domain) -> ()");
   m.def(
       "gumbel_softmax(Tensor logits, Tensor tau, Tensor seed, Tensor? row_ids, int vocab_start, bool hard, bool zeroed, "
       "Tensor(a!) out, Tensor(b!) score_max) -> ()");
   m.def(
       "softmax_backward(Tensor dy, Tensor logits, Tensor tau, Tensor seed, Tensor? row_ids, int vocab_start, "
       "int estimator, Tensor ids, Tensor score_max, Tensor logit_max, Tensor logit_sum, Tensor? dlogprobs, "
-      "Tensor(a!) out, Tensor(b!)? dtau) -> ()");
+      "Tensor(a!) out, Tensor(b!)? dtau, Tensor? given, int domain) -> ()");
   m.def("relax_at(Tensor logits, int dim, float tau, int seed, bool hard, bool keeps) -> (Tensor?, Tensor?)");
   m.def("relax_at_backward(Tensor dy, Tensor logits, int dim, float tau, int seed, Tensor score_max) -> Tensor?");
 }

@@ -16,6 +16,7 @@ class Sizes:
 
     Attributes:
         chunk: logits (rows times tokens) that PyTorch operations look at together; noise takes about 50 bytes each.
+        head_chunk: the same where a head makes them.
         gather: gathered elements that are held at once.
         product: elements of a product that PyTorch computes at a time where its result goes into a given tensor.
         tile_buffer: logits that exist at a time in the CPU kernels' passes through a head.
@@ -23,6 +24,7 @@ class Sizes:
     """
 
     chunk: int = 2**20
+    head_chunk: int = 2**20
     gather: int = 2**22
     product: int = 2**18
     tile_buffer: int = 2**20

@@ -8,10 +8,9 @@ from typing import ClassVar
 
 import torch
 
-from grade_kernels.backends.chunks import Scratch, Sizes, column_chunks, support_capacity
+from grade_kernels.backends.chunks import Sizes, column_chunks, support_capacity
 from grade_kernels.backends.layouts import flat, written_flat
 from grade_kernels.backends.records import GradientRule, Head, Noise, Rows, Sample, Softmax, Support
-from grade_kernels.dtypes import compute_dtype
 
 __all__ = ["Backend", "softcapped"]
 
@@ -21,7 +20,8 @@ class Backend(ABC):
 
     `logits` are `[N, V]`, or `[A, V, B]` in `Rows`, with any strides, in float32, float64, bfloat16 or float16. "compute"
     is float64 for float64 and float32 for the rest, and all arithmetic happens in it. `tau` is `[N]` in compute. g is the
-    noise.
+    noise. Where `noise.posterior` is there, l + g are the scores given that its tokens won: T at the token, and elsewhere
+    `-log(exp(-T) + E exp(-l))`, with T its `score_max` and E from its own words. `sample` and `head_sample` never get it.
 
     A backend is called with tensors that it `serves`. A class that does better than its base at something overrides it,
     and calls `super()` for what its own kernels leave out.
@@ -83,10 +83,15 @@ class Backend(ABC):
     def gumbel_softmax(self, rows: Rows, hard: bool, out: torch.Tensor) -> torch.Tensor:
         """Write `softmax((l + g) / tau)`, or with hard `one_hot(argmax(l + g))`, to `out`; returns `max(l + g)` `[N]`.
 
-        `out` is `[A, V, B]` in the logits' dtype, with any strides; with hard it holds zeros, or is as `blank` made it. What
-        is returned is NaN for a row that holds NaN, +inf or only -inf.
+        With posterior noise these are `one_hot(ids)` and T. `out` is `[A, V, B]` in the logits' dtype, with any strides; with
+        hard it holds zeros, or is as `blank` made it. What is returned is NaN for a row that holds NaN, +inf or only -inf.
         """
-        found = self.sample(flat(rows.logits), rows.noise, False)
+        given = rows.noise.posterior
+        if given is None or given.score_max is None:
+            found = self.sample(flat(rows.logits), rows.noise, False)
+        else:
+            nothing = given.score_max.new_empty(0)
+            found = Sample(given.ids, given.score_max.clone(), nothing, nothing)
         if hard:
             with written_flat(out) as y:
                 self.one_hot(found, out.shape[1], out.dtype, y)
@@ -173,7 +178,7 @@ class Backend(ABC):
 
     @abstractmethod
     def head_logits_at(self, head: Head, rows: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        """Single logits `[K]`, rounded as those that the passes above saw."""
+        """Single logits `[K]`, in the precision of those that the passes above saw."""
 
     def repeated_sampler(self, head: Head) -> Callable[[torch.Tensor, Noise], torch.Tensor | None]:
         """A function of hidden rows and noise that gives the ids of `head_sample` through one head, step after step.
@@ -204,7 +209,7 @@ class Backend(ABC):
 
     @abstractmethod
     def product(self, x: torch.Tensor, table: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        """`x @ table.T` `[N, C]`, rounded as the logits that the passes above saw.
+        """`x @ table.T` `[N, C]` in compute precision, as the logits that the passes above saw.
 
         If `out` is given, it has unit stride along tokens. The result goes there, and its only rounding is to out's dtype.
         """
@@ -240,14 +245,10 @@ class Backend(ABC):
     def head_chunks(self, head: Head) -> Iterator[tuple[slice, torch.Tensor]]:
         """Columns and logits `[N, columns]` in compute precision, chunk by chunk, by `product`.
 
-        Logits last until the next chunk is asked for.
+        Heads of one vocabulary and as many rows have the same chunks.
         """
-        dtype = compute_dtype(head.hidden.dtype)
-        scratch = Scratch(head.hidden.shape[0], dtype, head.hidden.device)
-        for columns in self.column_chunks(head.hidden.shape[0], head.weight.shape[0]):
+        for columns in column_chunks(head.hidden.shape[0], head.weight.shape[0], self.sizes.head_chunk):
             logits = self.product(head.hidden, head.weight[columns])
-            if logits.dtype != dtype:
-                logits = scratch(logits.shape[1]).copy_(logits)
             if head.bias is not None:
                 logits += head.bias[columns]
             yield columns, softcapped(logits, head.softcap)

@@ -6,14 +6,25 @@ Shapes: N rows, a vocabulary of V tokens, hidden states of width H, K entries of
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
 from grade_kernels.dtypes import compute_dtype
-from grade_kernels.noise import GumbelNoise, seed_on
+from grade_kernels.noise import GumbelNoise, PosteriorNoise, exponential_from_words, posterior_domain, seed_on
 
-__all__ = ["GradientRule", "Head", "Noise", "Rows", "Sample", "Softmax", "Support", "offsets_of"]
+__all__ = ["GradientRule", "Head", "Noise", "Posterior", "Rows", "Sample", "Softmax", "Support", "offsets_of"]
+
+
+class Posterior(NamedTuple):
+    """That noise is from its posterior, given the best token of each row: `PosteriorNoise`, as operations take it."""
+
+    ids: torch.Tensor  # [N] int64, the given tokens; kernels that see some columns get them counted from the first
+    logprobs: torch.Tensor | None  # [N] of these tokens, if known
+    draw: int
+    # [N] compute, the given tokens' scores T. An operation that is called does not know them; backends are told.
+    score_max: torch.Tensor | None = None
 
 
 class Noise(NamedTuple):
@@ -22,21 +33,54 @@ class Noise(NamedTuple):
     seed: torch.Tensor  # 0-d int64, on the host or on the rows' device
     row_ids: torch.Tensor | None  # [N] int64; None stands for 0 .. N - 1
     vocab_start: int  # global token id of column 0
+    posterior: Posterior | None = None
 
     def at(self, columns: slice) -> Noise:
         """The noise of some columns."""
-        return self._replace(vocab_start=self.vocab_start + columns.start)
+        given = self.posterior
+        if given is not None:
+            given = given._replace(ids=given.ids - columns.start)
+        return self._replace(vocab_start=self.vocab_start + columns.start, posterior=given)
 
     def rows(self, rows: torch.Tensor) -> Noise:
         """The noise of the rows with these indices."""
-        return self._replace(row_ids=rows if self.row_ids is None else self.row_ids[rows])
+        row_ids, given = rows if self.row_ids is None else self.row_ids[rows], self.posterior
+        if given is not None:
+            logprobs, score_max = (None if x is None else x[rows] for x in (given.logprobs, given.score_max))
+            given = Posterior(given.ids[rows], logprobs, given.draw, score_max)
+        return self._replace(row_ids=row_ids, posterior=given)
+
+    def prior(self) -> Noise:
+        """The noise of the same rows where no token is given."""
+        return self._replace(posterior=None)
+
+    def won_with(self, score_max: torch.Tensor) -> Noise:
+        """The same, with the scores `[N]` of the given tokens if there are any."""
+        given = self.posterior
+        return self if given is None else self._replace(posterior=given._replace(score_max=score_max))
+
+    def log_exponential_at_ids(self, dtype: torch.dtype) -> torch.Tensor:
+        """`log E` `[N]` of the given tokens, with which `T = logsumexp(l) - log E`."""
+        given = self.posterior
+        assert given is not None
+        drawn, domain = self.on(len(given.ids), given.ids.device), posterior_domain(given.draw)
+        word, refinement = (drawn.words_at(given.ids, domain=domain + i) for i in range(2))
+        return exponential_from_words(word, refinement, dtype).log()
 
     def public(self) -> GumbelNoise:
-        """The same as a user writes it."""
+        """The same as a user writes it, without given tokens."""
         return GumbelNoise(self.seed, self.row_ids, vocab_start=self.vocab_start)
 
+    def public_of(self, shape: Sequence[int]) -> GumbelNoise | PosteriorNoise:
+        """The same as a user writes it, for rows of a batch of this shape."""
+        given = self.posterior
+        if given is None:
+            return self.public()
+        logprobs = None if given.logprobs is None else given.logprobs.view(shape)
+        return PosteriorNoise(self.public(), given.ids.view(shape), logprobs, given.draw)
+
     def on(self, rows: int, device: torch.device) -> GumbelNoise:
-        """The same with its seed and an identity for each row on a device, where `GumbelNoise` then draws."""
+        """The seed and an identity for each row on a device, where `GumbelNoise` then draws words."""
         row_ids = torch.arange(rows, device=device) if self.row_ids is None else self.row_ids
         return GumbelNoise(seed_on(self.seed, device), row_ids, vocab_start=self.vocab_start)
 
@@ -126,6 +170,15 @@ class Support(NamedTuple):
             torch.zeros(0, dtype=compute_dtype(like.dtype), device=device),
             torch.zeros(rows, dtype=torch.bool, device=device),
         )
+
+    @staticmethod
+    def joined(parts: Sequence[Support]) -> Support:
+        """The supports of several blocks of rows, one block after the other."""
+        if len(parts) == 1:
+            return parts[0]
+        counts = torch.cat([part.offsets.diff() for part in parts])
+        tokens, p, overflow = (torch.cat([part[i] for part in parts]) for i in range(1, 4))
+        return Support(offsets_of(counts), tokens, p, overflow)
 
     def rows(self) -> torch.Tensor:
         """The row `[K]` that each entry belongs to."""

@@ -25,6 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target", nargs="+", choices=TARGETS, metavar="TARGET", help=f"some of {' '.join(TARGETS)}")
     parser.add_argument("--kernel", nargs="+", metavar="NAME", help="names or patterns of 'name dtype configuration'")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there")
+    parser.add_argument(
+        "--status", type=Path, metavar="FILE", help="write there how many builds of each kernel are as they should be"
+    )
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw rooflines there (png, svg, pdf)")
 
 
@@ -46,8 +49,12 @@ def run(arguments: argparse.Namespace) -> int:
     results = [(build, figures) for (build, _), figures in zip(tasks, found, strict=True)]
     for target in dict.fromkeys(figures.target for figures in found):
         console.print(report.table(results, target))
+        if (both := report.ways_table(results, target)) is not None:
+            console.print(both)
     if arguments.json is not None:
         report.write_json(arguments.json, results)
+    if arguments.status is not None:
+        report.write_status(arguments.status, results)
     if arguments.plot is not None:
         try:
             report.write_plot(arguments.plot, results)
@@ -63,7 +70,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _check_files(arguments: argparse.Namespace) -> None:
     """Files that can be written, or ValueError now rather than after everything was compiled."""
-    for option, path in (("--json", arguments.json), ("--plot", arguments.plot)):
+    for option, path in (("--json", arguments.json), ("--status", arguments.status), ("--plot", arguments.plot)):
         if path is not None and (path.is_dir() or not os.access(path.parent, os.W_OK)):
             raise ValueError(f"{option} {path}: no file can be written there")
     if arguments.plot is not None and arguments.plot.suffix not in _PICTURES:

@@ -5,18 +5,17 @@ Runs in processes of its own: a kernel that was decorated for Triton's interpret
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import importlib
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import triton
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, make_backend
 
+from grade_kernels import cache
 from grade_kernels.inspection import disassembly, machine_code
 from grade_kernels.inspection.configurations import TARGETS, Build
 
@@ -28,8 +27,8 @@ _READER = hashlib.sha256(
 
 
 def cache_folder() -> Path:
-    """Where figures are kept: `$XDG_CACHE_HOME/grade-kernels/inspection`, by default under `~/.cache`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "grade-kernels" / "inspection"
+    """Where figures are kept."""
+    return cache.cache_folder() / "inspection"
 
 
 def inspect_builds(builds: Sequence[Build], target: str) -> list[machine_code.Figures]:
@@ -38,7 +37,7 @@ def inspect_builds(builds: Sequence[Build], target: str) -> list[machine_code.Fi
     They depend on a kernel's source with all that it calls, on its configuration and target, on Triton, and on the
     modules that read machine code.
     """
-    sources = [_source(build) for build in builds]
+    sources = [_source(build, target) for build in builds]
     paths = [_path(build, target, source) for build, source in zip(builds, sources, strict=True)]
     found = {i: kept for i, path in enumerate(paths) if (kept := _kept(path)) is not None}
     missing = [i for i in range(len(builds)) if i not in found]
@@ -46,7 +45,7 @@ def inspect_builds(builds: Sequence[Build], target: str) -> list[machine_code.Fi
     programs = disassembly.disassemble(compiled) if compiled else []
     for i, kernel, program in zip(missing, compiled, programs, strict=True):
         found[i] = machine_code.figures(builds[i], target, program, kernel.metadata.shared)
-        _keep(paths[i], found[i])
+        cache.keep(paths[i], json.dumps(dataclasses.asdict(found[i])))
     return [found[i] for i in range(len(builds))]
 
 
@@ -62,24 +61,20 @@ def _kept(path: Path) -> machine_code.Figures | None:
         return None  # not there, or cut short
 
 
-def _keep(path: Path, found: machine_code.Figures) -> None:
-    with contextlib.suppress(OSError):  # without a place to write, the next time takes as long as this one
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}")
-        temporary.write_text(json.dumps(dataclasses.asdict(found)))
-        os.replace(temporary, path)
-
-
-def _source(build: Build) -> ASTSource:
+def _source(build: Build, target: str) -> ASTSource:
+    """A kernel as it is launched with tensors of at most 2 GiB. For others AMD's code has no buffer instructions."""
     module, _, function = build.kernel.partition(":")
     kernel = getattr(importlib.import_module(module), function)
     signature, constants, attributes = {}, {}, {}
+    attributes_of = make_backend(TARGETS[target]).parse_attr  # D: divisible by 16, S: of at most 2 GiB
     for i, name in enumerate(kernel.arg_names):
         value = build.arguments[name]
         if name == "TARGET" or not isinstance(value, str):
             signature[name], constants[(i,)] = "constexpr", value
             continue
         signature[name] = value.split()[0]
-        if value.startswith("*") or value.endswith(" aligned"):
-            attributes[(i,)] = [["tt.divisibility", 16]]
+        if value.startswith("*"):
+            attributes[(i,)] = attributes_of("DS")
+        elif value.endswith(" aligned"):
+            attributes[(i,)] = attributes_of("D")
     return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)

@@ -13,9 +13,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from grade_kernels import noise
-from grade_kernels.backends.triton import gather, head_support, head_tiles, onehot, row_tiles, strips
+from grade_kernels.backends.triton import gather, head_chunks, head_support, head_tiles, onehot, row_tiles, strips
 from grade_kernels.backends.triton.sizes import HeadTile, TritonSizes
-from grade_kernels.backends.triton.targets import Target, compiler_options
+from grade_kernels.backends.triton.targets import TRITON, Target
 from grade_kernels.dtypes import compute_dtype
 from grade_kernels.inspection import baseline
 
@@ -65,7 +65,7 @@ _GIVEN: dict[str, tuple[torch.Tensor, bool]] = {
     )
 }
 # No launcher passes these as anything but 32-bit integers, or float32 arrays.
-_HEAD_INTEGERS = ("N", "group_start", "first_row", "first_split", "splits", "step", "s_slots")
+_HEAD_INTEGERS = ("N", "group_start", "first_row", "first_split", "start", "splits", "step", "s_slots")
 _HEAD_FLOATS = (
     *("best", "plain_max", "plain_sum", "top", "total", "before_max", "before_sum", "tau", "score_max"),
     *("moment", "ref_top", "ref_total"),
@@ -103,6 +103,7 @@ class Build(NamedTuple):
         rows: N that its prediction is for: a tile of few rows is not launched for many if there is one of many.
         problem: that its prediction is for, if not `rows` rows of VOCAB tokens.
         whole: whether there is no loop, and everything is counted.
+        chunks: heads whose library products it reads, chunk by chunk; its prediction is with them.
     """
 
     name: str
@@ -117,6 +118,7 @@ class Build(NamedTuple):
     rows: int = ROWS
     problem: Problem | None = None
     whole: bool = False
+    chunks: int = 0
 
 
 def builds(target: str) -> list[Build]:
@@ -126,6 +128,7 @@ def builds(target: str) -> list[Build]:
     for dtype in ("bf16", "fp16", "fp32"):
         found += _heads(dtype, target)
         found += _gathers(dtype)
+    found += _chunks(target)
     found += _combining(target)
     return found
 
@@ -139,7 +142,7 @@ def _rows(dtype: str, target: str, layout: str) -> list[Build]:
     gpu = TARGETS[target]
     sizes = strips.strip_sizes(1 if tiny else VOCAB + skew, _DTYPES[dtype], gpu.warp_size, _SIZES)
     row_stride = 1 if tiny else "i64 aligned" if aligned else "i32" if strided else "i64"
-    options = {"num_warps": strips.NUM_WARPS, **compiler_options(gpu.backend)}
+    options = strips.strip_compiler_options(_DTYPES[dtype], launched_on(target))
     common = {
         "V": 1 if tiny else "i32 aligned" if aligned else "i32", "N": "i32", "group_start": "i32" if strided else "i64",
         "logits": data, "seed": "*i64", "row_ids": "*i64" if strided else None, "SKEW": skew, **sizes,
@@ -250,32 +253,38 @@ def _specialised(name: str, value: Any) -> Any:
     return value
 
 
+# What kernels over a head lack without candidates, a temperature, or a reference.
+_NO_SLOTS = dict.fromkeys(("before_max", "before_sum", "slots", "counts", "places", "room"))
+_SAMPLE_ONLY = {**_NO_SLOTS, **dict.fromkeys(("tau", "top", "total"))}
+_NO_REF = dict.fromkeys(("ref_hidden", "ref_weight", "ref_bias", "ref_softcap", "ref_top", "ref_total"))
+# Kernels over a head: the function, changes to the arguments of most, and products.
+_SCORES, _SOFTMAX = f"{_BACKEND}.head_sampling:head_scores_kernel", f"{_BACKEND}.head_relaxation:head_softmax_kernel"
+_PASSES: dict[str, tuple[str, dict[str, Any], int]] = {
+    "sample": (_SCORES, _SAMPLE_ONLY, 1),
+    "scores": (_SCORES, {}, 1),
+    "scores, eps 0": (_SCORES, _NO_SLOTS, 1),
+    "softmax": (_SOFTMAX, _NO_REF, 1),
+    "softmax, eps 0": (_SOFTMAX, {**_NO_REF, **_NO_SLOTS}, 1),
+    "softmax, ref": (_SOFTMAX, {}, 2),
+    "softmax, ref, eps 0": (_SOFTMAX, _NO_SLOTS, 2),
+}
+
+
 def _heads(dtype: str, target: str) -> list[Build]:
     """Kernels over the product with a head of a dtype with contiguous rows."""
-    scores, softmax = f"{_BACKEND}.head_sampling:head_scores_kernel", f"{_BACKEND}.head_relaxation:head_softmax_kernel"
-    no_slots = dict.fromkeys(("before_max", "before_sum", "slots", "counts", "places", "room"))
-    sample_only = {**no_slots, **dict.fromkeys(("tau", "top", "total"))}
-    no_ref = dict.fromkeys(("ref_hidden", "ref_weight", "ref_bias", "ref_softcap", "ref_top", "ref_total"))
     every = {"bias": "*fp32", "softcap": "fp32", "row_ids": "*i64", "EVEN_K": False, "SKEW": 3}
     every_ref = {"ref_bias": "*fp32", "ref_softcap": "fp32", "EVEN_R": False}
-    variants: dict[str, tuple[str, dict[str, Any], int]] = {
-        "head sample": (scores, sample_only, 1),
-        "head sample, all flags": (scores, {**sample_only, **every}, 1),
-        "head scores": (scores, {}, 1),
-        "head scores, eps 0": (scores, no_slots, 1),
-        "head scores, all flags": (scores, every, 1),
-        "head softmax": (softmax, no_ref, 1),
-        "head softmax, eps 0": (softmax, {**no_ref, **no_slots}, 1),
-        "head softmax, all flags": (softmax, {**no_ref, **every}, 1),
-        "head softmax, ref": (softmax, {}, 2),
-        "head softmax, ref, eps 0": (softmax, no_slots, 2),
-        "head softmax, ref, all flags": (softmax, {**every, **every_ref}, 2),
+    variants = {f"head {name}": given for name, given in _PASSES.items()} | {
+        "head sample, all flags": (_SCORES, {**_SAMPLE_ONLY, **every}, 1),
+        "head scores, all flags": (_SCORES, every, 1),
+        "head softmax, all flags": (_SOFTMAX, {**_NO_REF, **every}, 1),
+        "head softmax, ref, all flags": (_SOFTMAX, {**every, **every_ref}, 2),
     }
     added = ("bias", "softcap", "ref_bias", "ref_softcap")
     found = []
     for name, (kernel, changes, products) in variants.items():
         capability = launched_on(target).capability
-        few, many = (_SIZES.head_tile(_DTYPES[dtype], products, capability, many) for many in (False, True))
+        few, many = (_SIZES.head_tile(_DTYPES[dtype], products, capability, many, TRITON) for many in (False, True))
         build = head_build(name, dtype, few, target, kernel, changes, products)
         if many != few:
             found.append(build if any(changes.get(key) for key in added) else build._replace(rows=few.BM))
@@ -284,6 +293,33 @@ def _heads(dtype: str, target: str) -> list[Build]:
     if dtype == "bf16":
         kernel = f"{baseline.__name__}:head_sample_kernel"
         found.append(head_build("baseline head sample", dtype, _SIZES.tiles[1], target, kernel, {}, 1))
+    return found
+
+
+def _chunks(target: str) -> list[Build]:
+    """The same kernels where they read a product that the library has made, whatever the head's dtype."""
+    gpu = TARGETS[target]
+    options = head_chunks.chunk_tile_options(_SIZES, launched_on(target))
+    tile = _SIZES.chunk_tile._replace(num_warps=options["num_warps"])
+    every = {"bias": "*fp32", "softcap": "fp32", "row_ids": "*i64", "SKEW": 3}
+    variants = _PASSES | {
+        "scores, all flags": (_SCORES, every, 1),
+        "softmax, ref, all flags": (_SOFTMAX, {**every, "ref_bias": "*fp32", "ref_softcap": "fp32"}, 2),
+    }
+    found = []
+    for name, (kernel, changes, products) in variants.items():
+        build = head_build(f"chunk {name}", "fp32", tile, target, kernel, changes, products)
+        buffers = {
+            "weight": None, "ref_weight": None, **dict.fromkeys(("s_hn", "s_rn", "s_wv", "s_wk"), "i32 aligned"),
+            **dict.fromkeys(("s_uv", "s_uk", "H", "R"), "i32 aligned"), "EVEN_R": False,
+        }  # fmt: skip
+        found.append(
+            build._replace(
+                configuration=f"{tile.BM}x{tile.BN}x{tile.num_warps}", arguments={**build.arguments, **buffers, **options},
+                options={key: options[key] for key in options.keys() - arguments_of_tiles()},
+                logits=tile.BM * tile.columns // (gpu.warp_size * tile.num_warps), tile=None, products=0, chunks=products,
+            )
+        )  # fmt: skip
     return found
 
 

@@ -35,12 +35,15 @@ class Instruction(NamedTuple):
 
 
 class Program(NamedTuple):
-    """A kernel's instructions, and per thread: registers, bytes of stack, and registers or accesses spilled."""
+    """A kernel's instructions, and per thread: registers, bytes of stack, and registers or accesses spilled; for NVIDIA also
+    its sums across lanes that take a product of the lane's own (see `unequal_sums`).
+    """
 
     code: list[Instruction]
     registers: int
     stack: int
     spills: int
+    unequal: int = 0
 
 
 def disassemble(compiled: Sequence[Any]) -> list[Program]:
@@ -51,8 +54,30 @@ def disassemble(compiled: Sequence[Any]) -> list[Program]:
     """
     if "cubin" in compiled[0].asm:
         arch = sm_arch_from_capability(compiled[0].metadata.target.arch)
-        return _nvidia([kernel.asm["cubin"] for kernel in compiled], arch)
+        programs = _nvidia([kernel.asm["cubin"] for kernel in compiled], arch)
+        return [
+            program._replace(unequal=unequal_sums(kernel.asm["ptx"]))
+            for kernel, program in zip(compiled, programs, strict=True)
+        ]
     return [_amd(kernel.asm["amdgcn"]) for kernel in compiled]
+
+
+def unequal_sums(ptx: str) -> int:
+    """Multiply-adds that add another lane's product to the lane's own: sums that differ between lanes in their last bit.
+
+    Each lane rounds the other's product and not its own. `grade_kernels.backends.triton.scores` says how that is avoided.
+    """
+    others: set[str] = set()  # registers that hold another lane's number; each register is written once
+    found = 0
+    for line in ptx.splitlines():
+        if shuffled := re.match(r"\s*shfl\.sync\.bfly\.b32\s+(%\w+)", line):
+            others.add(shuffled[1])
+        elif moved := re.match(r"\s*mov\.b(?:32|64)\s+(%\w+),\s*(.*);", line):
+            if others.intersection(re.findall(r"%\w+", moved[2])):
+                others.add(moved[1])
+        elif added := re.match(r"\s*fma\.rn\S*\.f(?:32|64)\s+%\w+,.*,\s*(%\w+);", line):
+            found += added[1] in others
+    return found
 
 
 @functools.cache

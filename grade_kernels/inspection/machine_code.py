@@ -55,11 +55,13 @@ class Figures:
         warps: of a program.
         instructions: in all.
         per_logit: instructions per logit by pipe of one round of the main loop, for a head without the loop over the
-            width, and of everything where rows are one tile; None where there is neither.
+            width, for a chunk with what is around the loop, and of everything where rows are one tile; None where there is
+            neither.
         per_width: the same of the loop over the width, per logit and unit of the width.
         bytes_per_logit: of the main loop; for a head of the loop over the width, per logit and unit of the width.
         exchanges: accesses of shared memory in the main loop of a row kernel.
         opcodes: the commonest of the main loop.
+        unequal: sums across lanes of which the lanes may get unequal results; counted for NVIDIA.
     """
 
     kernel: str
@@ -77,6 +79,7 @@ class Figures:
     bytes_per_logit: float | None
     exchanges: int | None
     opcodes: dict[str, int] | None
+    unequal: int
 
     @property
     def total(self) -> float | None:
@@ -88,6 +91,7 @@ def figures(build: Build, target: str, program: Program, shared: int) -> Figures
     """Count one kernel's machine code."""
     body: list[Instruction] | None = None
     per_width, moved, exchanges = None, None, None
+    outside = dict.fromkeys(PIPES, 0.0)
     if build.tile is not None:
         found = _tile_loop(program.code, build)
         if found is not None:
@@ -98,6 +102,11 @@ def figures(build: Build, target: str, program: Program, shared: int) -> Figures
     elif build.whole:
         body = _Graph(program.code).straight()
         moved = sum(_bytes(i.opcode) for i in body) / build.logits
+    elif build.chunks:
+        body, around = _chunk_loop(program.code)
+        if body is not None:
+            moved = sum(_bytes(i.opcode) for i in body) / build.logits
+            outside = _by_pipe(around, target, build.logits * build.arguments["TILES"])
     elif build.logits:
         # A kernel that draws no noise in its loop has little else there.
         body = _scan_loop(program.code, build.logits, 1 if build.kernel.endswith("row_write_kernel") else 5)
@@ -115,11 +124,12 @@ def figures(build: Build, target: str, program: Program, shared: int) -> Figures
         shared=shared,
         warps=build.options["num_warps"],
         instructions=len(program.code),
-        per_logit=None if body is None else _by_pipe(body, target, build.logits),
+        per_logit=None if body is None else _sum(_by_pipe(body, target, build.logits), outside),
         per_width=per_width,
         bytes_per_logit=moved,
         exchanges=exchanges,
         opcodes=None if body is None else dict(Counter(i.opcode for i in body).most_common(40)),
+        unequal=program.unequal,
     )
 
 
@@ -140,6 +150,10 @@ def pipe(opcode: str, target: str) -> str:
 def _by_pipe(code: Iterable[Instruction], target: str, divisor: float) -> dict[str, float]:
     counts = Counter(pipe(instruction.opcode, target) for instruction in code)
     return {name: counts[name] / divisor for name in PIPES}
+
+
+def _sum(a: dict[str, float], b: dict[str, float]) -> dict[str, float]:
+    return {name: a[name] + b[name] for name in PIPES}
 
 
 def _bytes(opcode: str) -> int:
@@ -246,6 +260,18 @@ def _scan_loop(code: list[Instruction], logits: float, least: int) -> list[Instr
     rounds = [r for r in rounds if len(r) > least * logits]
     full = [r for r in rounds if not any("saveexec" in i.opcode for i in r)]
     return min(full or rounds, key=lambda r: (-sum(_bytes(i.opcode) for i in r), len(r)), default=None)
+
+
+def _chunk_loop(code: list[Instruction]) -> tuple[list[Instruction] | None, list[Instruction]]:
+    """One round of the loop over the tiles of a chunk, which is the longest; and what is outside of it.
+
+    Refinement may be a loop in it. A split is ten tiles, so what a program does before and after them counts.
+    """
+    graph = _Graph(code)
+    if not graph.loops:
+        return None, []
+    header = max(graph.loops, key=lambda first: len(graph.instructions(graph.loops[first])))
+    return graph.round(header, []), graph.instructions(set(graph.starts) - graph.loops[header])
 
 
 def _tile_loop(code: list[Instruction], build: Build) -> tuple[list[Instruction], list[Instruction]] | None:

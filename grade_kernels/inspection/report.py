@@ -13,10 +13,11 @@ from rich.table import Table
 
 from grade_kernels.inspection.configurations import VOCAB, Build
 from grade_kernels.inspection.devices import DEVICES, programs
+from grade_kernels.inspection.limits import is_baseline, violations
 from grade_kernels.inspection.machine_code import PIPES, Figures
-from grade_kernels.inspection.prediction import ROWS, WIDTH, Prediction, predict
+from grade_kernels.inspection.prediction import ROWS, WAYS_ROWS, WIDTH, Prediction, predict, ways
 
-__all__ = ["table", "write_json", "write_plot"]
+__all__ = ["table", "ways_table", "write_json", "write_plot", "write_status"]
 
 
 def table(results: Sequence[tuple[Build, Figures]], target: str) -> Table:
@@ -50,6 +51,26 @@ def table(results: Sequence[tuple[Build, Figures]], target: str) -> Table:
     return shown
 
 
+def ways_table(results: Sequence[tuple[Build, Figures]], target: str) -> Table | None:
+    """The two ways through a head at several N, or None if no pass was inspected both ways."""
+    found = ways(results, target)
+    if not found:
+        return None
+    shown = Table(title=f"{target}: two ways through a head", title_justify="left", header_style="bold")
+    shown.add_column("pass")
+    shown.add_column("device")
+    for rows in WAYS_ROWS:
+        shown.add_column(f"N = {rows}: tiles, chunks", justify="right", no_wrap=True)
+    for name, devices in found.items():
+        for device, pairs in devices.items():
+            shown.add_row(name, device, *(f"{tiles:.2f}x, {chunks:.2f}x" for tiles, chunks in pairs))
+    shown.caption = (
+        f"Predictions, nothing measured on a device: time over the floor of the bare product in bfloat16 at V = {VOCAB} and "
+        f"H = {WIDTH}. The library is taken to multiply at that floor."
+    )
+    return shown
+
+
 def _prediction(p: Prediction, build: Build) -> str:
     at = "" if p.rows == ROWS or build.problem is not None else f", N = {p.rows}"
     return f"{1e3 * p.seconds:.3g} ms, {p.ratio:.2f}x ({p.bound}{at})"
@@ -73,7 +94,26 @@ def write_json(path: Path, results: Sequence[tuple[Build, Figures]]) -> None:
         for build, found in results
     ]
     problem = {"rows": ROWS, "vocab": VOCAB, "width": WIDTH}
-    text = {"triton": triton.__version__, "predictions_are_for": problem, "kernels": kernels}
+    both = {target: ways(results, target) for target in dict.fromkeys(found.target for _, found in results)}
+    text = {
+        "triton": triton.__version__, "predictions_are_for": problem, "kernels": kernels,
+        "ways_through_a_head": {"rows": WAYS_ROWS, "tiles_and_chunks": both},
+    }  # fmt: skip
+    path.write_text(json.dumps(text, indent=2) + "\n")
+
+
+def write_status(path: Path, results: Sequence[tuple[Build, Figures]]) -> None:
+    """By kernel and target: how many builds there are, how many spill, and how many do worse than they may."""
+    kernels: dict[str, dict[str, dict[str, int]]] = {}
+    for build, found in results:
+        if is_baseline(build):
+            continue
+        targets = kernels.setdefault(build.kernel.partition(":")[2], {})
+        counts = targets.setdefault(found.target, {"builds": 0, "spilling": 0, "beyond_limits": 0})
+        counts["builds"] += 1
+        counts["spilling"] += bool(found.stack or found.spills)
+        counts["beyond_limits"] += bool(violations(build, found))
+    text = {"compiler": f"triton {triton.__version__}", "kernels": kernels}
     path.write_text(json.dumps(text, indent=2) + "\n")
 
 

@@ -16,15 +16,17 @@ from typing import cast
 import torch
 
 from grade_kernels.arguments import canonical_int, check_local
-from grade_kernels.backends.records import Noise
-from grade_kernels.estimators import ESTIMATORS
-from grade_kernels.noise import GumbelNoise, fresh_seed
+from grade_kernels.backends.records import Noise, Posterior
+from grade_kernels.estimators import ESTIMATORS, RAO
+from grade_kernels.noise import GumbelNoise, PosteriorNoise, fresh_seed
 from grade_kernels.ops.eager import ORDINARY
 from grade_kernels.ops.transforms import without_wrappers
 from grade_kernels.reference import tau_of_rows
 
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _LIMITS = {dtype: (torch.finfo(dtype).tiny, torch.finfo(dtype).max) for dtype in FLOATING}
+_ROUNDING = 0.25  # of a log-probability near 0: a unit in the last place of logits of 32 and more in bfloat16
+_MOST_DRAWS = 2**16
 _FEW = 64  # values that Python's sum adds up sooner than PyTorch finds their maximum
 
 
@@ -86,10 +88,32 @@ def check_same_device(name: str, value: torch.Tensor, other_name: str, other: to
         raise ValueError(f"{name} is on device {str(value.device)!r}, but {other_name} on {str(other.device)!r}")
 
 
-def canonical_noise(noise: GumbelNoise | None, num_rows: int, device: torch.device) -> Noise:
-    """The noise for `num_rows` rows; None draws a seed from torch's default generator."""
+def canonical_noise(
+    noise: GumbelNoise | PosteriorNoise | None,
+    num_rows: int,
+    device: torch.device,
+    batch_shape: Sequence[int] | None = None,
+) -> Noise:
+    """The noise for `num_rows` rows; None draws a seed from torch's default generator.
+
+    With `batch_shape`, of the logits without the vocabulary, the noise may be that of given tokens. Operations without a
+    relaxation of `l + g` leave it out.
+    """
     if noise is None:
         return Noise(fresh_seed(), None, 0)
+    if isinstance(noise, PosteriorNoise):
+        if batch_shape is None:
+            raise TypeError(
+                "noise must be a GumbelNoise or None here, where no noise is added to logits or the token is to be "
+                "sampled; got a PosteriorNoise, made by `given`"
+            )
+        check_ids(noise.ids, batch_shape, torch.empty(0, device=device), name="noise.ids")
+        if noise.logprobs is not None:
+            check_layout("noise.logprobs", noise.logprobs)
+        ids, logprobs = (None if x is None else x.reshape(-1) for x in (noise.ids, noise.logprobs))
+        assert ids is not None
+        prior = canonical_noise(noise.noise, num_rows, device)
+        return prior._replace(posterior=Posterior(ids, logprobs, noise.draw))
     if not isinstance(noise, GumbelNoise):
         raise TypeError(f"noise must be a GumbelNoise or None, got {type(noise).__name__}")
     _check_local("noise.seed", noise.seed)
@@ -161,12 +185,36 @@ def check_tau_values(tau: torch.Tensor) -> None:
         raise ValueError(f"tau must be positive and finite, got {tau[row].item()} (row {row})")
 
 
-def check_ids_values(ids: torch.Tensor, vocab_size: int) -> None:
+def check_ids_values(ids: torch.Tensor, vocab_size: int, name: str = "ids") -> None:
     """Ids inside the vocabulary; ValueError with the first that is not."""
     bad = (ids < 0) | (ids >= vocab_size)
     if bad.any():
         row = int(bad.nonzero()[0])
-        raise ValueError(f"ids must lie in [0, {vocab_size}), got {int(ids[row])} (row {row})")
+        raise ValueError(f"{name} must lie in [0, {vocab_size}), got {int(ids[row])} (row {row})")
+
+
+def check_posterior_values(noise: Noise, vocab_size: int) -> None:
+    """Given tokens inside the vocabulary, and log-probabilities that may be some; ValueError with the first that is not."""
+    given = noise.posterior
+    if given is None:
+        return
+    if reads_values(given.ids):
+        check_ids_values(given.ids, vocab_size, "noise.ids")
+    if given.logprobs is not None and reads_values(given.logprobs):
+        bad = ~(given.logprobs.isfinite() & (given.logprobs <= _ROUNDING))
+        if bad.any():
+            row = int(bad.nonzero()[0])
+            raise ValueError(
+                f"noise.logprobs must be finite and not positive, got {given.logprobs[row].item()} (row {row})"
+            )
+
+
+def check_given_logits(chosen: torch.Tensor, name: str = "noise.ids") -> None:
+    """Logits `[N]` of given tokens that are not masked; ValueError with the first that is."""
+    masked = chosen == -torch.inf
+    if masked.any():
+        row = int(masked.nonzero()[0])
+        raise ValueError(f"{name} must be tokens whose logits are not -inf, which that of row {row} is")
 
 
 def holds_nan(x: torch.Tensor) -> bool:
@@ -191,7 +239,11 @@ def check_rows(logits: torch.Tensor, bad: torch.Tensor) -> None:
 
 
 def check_for_reference(
-    logits: torch.Tensor | None, tau: torch.Tensor | None = None, ids: torch.Tensor | None = None, vocab_size: int = 0
+    logits: torch.Tensor | None,
+    tau: torch.Tensor | None = None,
+    ids: torch.Tensor | None = None,
+    vocab_size: int = 0,
+    noise: Noise | None = None,
 ) -> None:
     """The errors of values that operations raise, for calls that the reference serves: it would compute with them.
 
@@ -199,6 +251,7 @@ def check_for_reference(
         logits: `[N, V]`, without graph.
         tau: `[N]`.
         ids: `[N]`, of a vocabulary of `vocab_size`.
+        noise: of the rows.
     """
     if logits is not None and may_read(logits):
         rows = without_wrappers(logits)
@@ -207,6 +260,17 @@ def check_for_reference(
         check_tau_values(without_wrappers(tau))
     if ids is not None and may_read(ids):
         check_ids_values(without_wrappers(ids), vocab_size)
+    given = None if noise is None else noise.posterior
+    if noise is None or given is None or not may_read(given.ids):
+        return
+    tokens, logprobs = (None if x is None else without_wrappers(x) for x in (given.ids, given.logprobs))
+    assert tokens is not None
+    vocab_size = vocab_size if logits is None else logits.shape[1]
+    check_posterior_values(noise._replace(posterior=Posterior(tokens, logprobs, given.draw)), vocab_size)
+    if logits is not None and may_read(logits):
+        rows = without_wrappers(logits)
+        if len(rows) == len(tokens):  # else `vmap` maps over one of the two
+            check_given_logits(rows.gather(1, tokens.unsqueeze(1)).squeeze(1))
 
 
 def check_head_rows(bad: torch.Tensor, prefix: str = "") -> None:
@@ -242,16 +306,27 @@ def check_tables(
     return tables
 
 
-def check_ids(ids: object, batch_shape: Sequence[int], other: torch.Tensor, other_name: str = "logits") -> None:
+def check_ids(
+    ids: object, batch_shape: Sequence[int], other: torch.Tensor, other_name: str = "logits", name: str = "ids"
+) -> None:
     """Given ids: int64 of the batch shape (values are checked where they may be read)."""
     if not isinstance(ids, torch.Tensor):
-        raise TypeError(f"ids must be an int64 tensor, got {type(ids).__name__}")
-    check_layout("ids", ids)
+        raise TypeError(f"{name} must be an int64 tensor, got {type(ids).__name__}")
+    check_layout(name, ids)
     if ids.dtype != torch.int64:
-        raise TypeError(f"ids must be int64, got {ids.dtype}")
+        raise TypeError(f"{name} must be int64, got {ids.dtype}")
     if tuple(ids.shape) != tuple(batch_shape):
-        raise ValueError(f"ids must have shape {tuple(batch_shape)}, got {tuple(ids.shape)}")
-    check_same_device("ids", ids, other_name, other)
+        raise ValueError(f"{name} must have shape {tuple(batch_shape)}, got {tuple(ids.shape)}")
+    check_same_device(name, ids, other_name, other)
+
+
+def ids_once(ids: torch.Tensor | None, noise: object) -> torch.Tensor | None:
+    """The tokens that are given, by `ids` or by the noise; ValueError where both give some that may differ."""
+    if not isinstance(noise, PosteriorNoise) or ids is noise.ids:
+        return ids
+    if ids is not None and not (may_read(ids) and may_read(noise.ids) and torch.equal(ids, noise.ids)):
+        raise ValueError("ids must be left out where the noise is that of given tokens, or be these; got other ids")
+    return noise.ids
 
 
 def canonical_ignore_index(ignore_index: object, ids: object) -> int | None:
@@ -263,7 +338,17 @@ def canonical_ignore_index(ignore_index: object, ids: object) -> int | None:
     return canonical_int("ignore_index", ignore_index, "an int or None")
 
 
-def check_estimator(estimator: object) -> None:
-    """One of the four names."""
-    if estimator not in ESTIMATORS:
-        raise ValueError(f"estimator must be one of {', '.join(map(repr, ESTIMATORS))}, got {estimator!r}")
+def check_estimator(estimator: object, *more: str) -> None:
+    """One of the four names, or one more."""
+    names = (*ESTIMATORS, *more)
+    if estimator not in names:
+        raise ValueError(f"estimator must be one of {', '.join(map(repr, names))}, got {estimator!r}")
+
+
+def canonical_draws(draws: object, estimator: str) -> int:
+    """How many draws of posterior noise an estimator takes the mean of."""
+    number = canonical_int("draws", draws)
+    most = _MOST_DRAWS if estimator == RAO else 1
+    if not 1 <= number <= most:
+        raise ValueError(f"draws must lie in [1, {most}] for estimator {estimator!r}, got {draws}")
+    return number

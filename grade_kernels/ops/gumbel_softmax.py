@@ -13,10 +13,11 @@ from grade_kernels import backends, reference
 from grade_kernels.backends import Backend, GradientRule, Noise, Rows, Sample
 from grade_kernels.backends.layouts import flat
 from grade_kernels.dtypes import compute_dtype
-from grade_kernels.noise import GumbelNoise, fresh_number
+from grade_kernels.noise import GumbelNoise, PosteriorNoise, fresh_number
 from grade_kernels.ops import checks
 from grade_kernels.ops.differentiable import differentiable, plain_apply
 from grade_kernels.ops.eager import ORDINARY, undisturbed
+from grade_kernels.ops.posterior import relaxed_rows
 from grade_kernels.ops.registry import answered_by, public
 
 __all__ = ["gumbel_softmax", "gumbel_ste"]
@@ -32,7 +33,7 @@ def gumbel_softmax(
     eps: float = 1e-10,
     dim: int = -1,
     *,
-    noise: GumbelNoise | None = None,
+    noise: GumbelNoise | PosteriorNoise | None = None,
 ) -> torch.Tensor:
     """Sample from the Gumbel-softmax distribution; a drop-in for `torch.nn.functional.gumbel_softmax`.
 
@@ -48,16 +49,18 @@ def gumbel_softmax(
         hard: return the one-hot sample.
         eps: without effect, as in PyTorch.
         dim: the vocabulary's dimension.
-        noise: which noise to use. None draws a fresh seed from torch's default generator.
+        noise: which noise to use. None draws a fresh seed from torch's default generator. Noise of given tokens
+            (`GumbelNoise.given`) has ids of the logits' shape without `dim`; with `hard` the result is their one-hot.
 
     Returns:
         A contiguous tensor of the logits' shape and dtype.
 
     Raises:
         TypeError: logits that are no floating tensor, tau that is no number, noise that is no GumbelNoise.
-        ValueError: an empty vocabulary; tau not positive and finite, of a wrong shape, or of one that PyTorch would
-            broadcast to a value per token (`[4]` for logits `[4, 4]`); row_ids of the wrong length;
-            tensors on different devices; on CPU a row of NaN, +inf or only -inf.
+        ValueError: an empty vocabulary; given tokens of a wrong shape, out of range or masked, or log-probabilities of
+            them that are none; tau not positive and finite, of a wrong shape, or of one that PyTorch would broadcast to a
+            value per token (`[4]` for logits `[4, 4]`); row_ids of the wrong length; tensors on different
+            devices; on CPU a row of NaN, +inf or only -inf.
         IndexError: dim out of range.
 
     Source: Jang, Gu, Poole: Categorical reparameterization with Gumbel-softmax. ICLR 2017.
@@ -71,7 +74,9 @@ def gumbel_softmax(
     if y is not None:
         return y
     device = logits.device
-    drawn = checks.canonical_noise(noise, logits.numel() // logits.size(dim), device)
+    # The batch's shape takes a microsecond, so it is computed only where it is looked at.
+    batch = logits.movedim(dim, -1).shape[:-1] if isinstance(noise, PosteriorNoise) else None
+    drawn = checks.canonical_noise(noise, logits.numel() // logits.size(dim), device, batch)
     row_tau = checks.canonical_tau(tau, logits.shape, device, compute_dtype(logits.dtype), dim)
     backend = backends.select(device, logits.dtype)
     return _relax(_Draw(logits, row_tau, isinstance(tau, torch.Tensor), drawn, dim, hard, backend))
@@ -79,7 +84,11 @@ def gumbel_softmax(
 
 @public
 def gumbel_ste(
-    logits: torch.Tensor, tau: float | torch.Tensor = 1.0, dim: int = -1, *, noise: GumbelNoise | None = None
+    logits: torch.Tensor,
+    tau: float | torch.Tensor = 1.0,
+    dim: int = -1,
+    *,
+    noise: GumbelNoise | PosteriorNoise | None = None,
 ) -> torch.Tensor:
     """One-hot sample of the logits' shape with straight-through backward: `gumbel_softmax(hard=True)`.
 
@@ -131,6 +140,7 @@ def _kernel(draw: _Draw) -> tuple[_Drawn[torch.Tensor], _Kept]:
     backend, rows = backends.get(draw.backend), _rows(draw)
     if draw.checks_tau and checks.reads_values(draw.tau):
         checks.check_tau_values(draw.tau)
+    rows = relaxed_rows(backend, rows)
     y = backend.blank(draw.logits, rows.logits.shape[1], draw.hard)
     score_max = backend.gumbel_softmax(rows, draw.hard, _planes(y, draw.dim))
     if checks.reads_values(draw.logits) and checks.holds_nan(score_max):
@@ -145,23 +155,24 @@ def _fake(draw: _Draw) -> tuple[_Drawn[torch.Tensor], _Kept]:
 
 
 def _by_reference(draw: _Draw) -> torch.Tensor:
-    checks.check_for_reference(flat(_planes(draw.logits.detach(), draw.dim)), draw.tau)
+    checks.check_for_reference(flat(_planes(draw.logits.detach(), draw.dim)), draw.tau, noise=draw.noise)
     return _reference_of(draw)
 
 
 def _reference_of(draw: _Draw) -> torch.Tensor:
-    tau = draw.tau.view(draw.logits.movedim(draw.dim, -1).shape[:-1]).unsqueeze(draw.dim)
-    return reference.gumbel_softmax(draw.logits, tau, draw.hard, dim=draw.dim, noise=draw.noise.public())
+    batch = draw.logits.movedim(draw.dim, -1).shape[:-1]
+    tau = draw.tau.view(batch).unsqueeze(draw.dim)
+    return reference.gumbel_softmax(draw.logits, tau, draw.hard, dim=draw.dim, noise=draw.noise.public_of(batch))
 
 
 def _backward(
     draw: _Draw, kept: _Kept, arrived: _Drawn[torch.Tensor], wanted: _Gradients[bool]
 ) -> _Gradients[torch.Tensor]:
-    empty = kept.score_max.new_empty(0)
+    empty, rows = kept.score_max.new_empty(0), _rows(draw)
     dlogits = torch.empty_like(draw.logits, memory_format=torch.contiguous_format)
     dtau = backends.get(draw.backend).softmax_backward(
         _planes(arrived.y, draw.dim),
-        _rows(draw),
+        rows._replace(noise=rows.noise.won_with(kept.score_max)),
         Sample(empty, kept.score_max, empty, empty),
         GradientRule("ste", needs_dtau=wanted.tau),
         _planes(dlogits, draw.dim),
@@ -185,8 +196,12 @@ def _relax(draw: _Draw) -> torch.Tensor:
 
 
 def _one_step(
-    logits: torch.Tensor, tau: float | torch.Tensor, hard: bool, dim: int, noise: GumbelNoise | None
-) -> tuple[torch.Tensor | None, GumbelNoise | None]:
+    logits: torch.Tensor,
+    tau: float | torch.Tensor,
+    hard: bool,
+    dim: int,
+    noise: GumbelNoise | PosteriorNoise | None,
+) -> tuple[torch.Tensor | None, GumbelNoise | PosteriorNoise | None]:
     """The result, or None where the call is not plain or the backend declines it; and the noise that it draws."""
     if (
         not undisturbed()

@@ -7,7 +7,7 @@ from numbers import Real
 import torch
 
 from grade_kernels import reference
-from grade_kernels.backends import Head, Support
+from grade_kernels.backends import Head, Noise, Support
 from grade_kernels.dtypes import compute_dtype
 from grade_kernels.ops import checks
 from grade_kernels.ops.transforms import without_wrappers
@@ -60,13 +60,18 @@ def check_head(
     return hidden, lm_head, bias
 
 
-def check_reference_rows(head: Head, prefix: str = "") -> None:
-    """The error of a row without a distribution, for the `reference` backend, which would compute with it."""
+def check_reference_rows(head: Head, prefix: str = "", noise: Noise | None = None) -> None:
+    """The errors of rows without a distribution, and of given tokens that are masked, for the `reference` backend.
+
+    It would compute with them.
+    """
     if not checks.may_read(head.hidden):
         return
     with torch.no_grad():
         logits = without_wrappers(reference.head_logits(*head))
         checks.check_head_rows(checks.bad_rows(logits), prefix)
+        if noise is not None:
+            checks.check_for_reference(logits, noise=noise)
 
 
 def canonical_eps(eps: object) -> float:

@@ -43,7 +43,7 @@ class Leaf(NamedTuple):
     path: str  # where it stands in the record: "head.hidden"
     kind: str  # its type in a schema: "Tensor?"
     varies: bool  # whether the record is generic in it
-    absent: bool  # whether it is part of a record that may be None
+    root: str | None  # path of the outermost record that it is part of and that may be None
 
     @property
     def name(self) -> str:
@@ -88,20 +88,34 @@ class Layout(Generic[Record]):
 
     def __init__(self, record: type[Record]) -> None:
         self.leaves: list[Leaf] = []
-        self.build: Callable[[Sequence[Any]], Record] = self._read(record, "", optional=False)
+        self.build: Callable[[Sequence[Any]], Record] = self._read(record, "", root=None)
         self._paths = [leaf.path.split(".") for leaf in self.leaves]
         self._plain_types = [leaf.plain_types for leaf in self.leaves]
         self.tensors = [i for i, leaf in enumerate(self.leaves) if leaf.is_tensor]
         self.lists = [i for i, leaf in enumerate(self.leaves) if leaf.is_list]
-        optional = any(leaf.absent for leaf in self.leaves)
-        self._get = None if optional or len(self.leaves) < 2 else operator.attrgetter(*(x.path for x in self.leaves))
+        # What is read at once: leaves, and in the place of those of a record that may be None this record.
+        roots = dict.fromkeys(leaf.root or leaf.path for leaf in self.leaves)
+        self._get = None if len(roots) < 2 else operator.attrgetter(*roots)
+        # Each such record's place there, and how many leaves it has with how they are read; the last comes first, so that
+        # to write its leaves in its place leaves the others' places as they are.
+        self._optional: list[tuple[int, tuple[None, ...], operator.attrgetter[tuple[Any, ...]]]] = []
+        for place, root in reversed(list(enumerate(roots))):
+            inner = [leaf.path.removeprefix(f"{root}.") for leaf in self.leaves if leaf.root == root]
+            if inner:
+                self._optional.append((place, (None,) * len(inner), operator.attrgetter(*inner)))
 
     def flatten(self, record: Record) -> tuple[Any, ...]:
         """The leaves of a record."""
         if self._get is None or torch.compiler.is_compiling():  # which does not look into an attrgetter
             return tuple([_at(record, path) for path in self._paths])
         found: tuple[Any, ...] = self._get(record)
-        return found
+        if not self._optional:
+            return found
+        leaves = [*found]
+        for place, nothing, get in self._optional:
+            part = found[place]
+            leaves[place : place + 1] = nothing if part is None else get(part)
+        return tuple(leaves)
 
     def are_plain(self, leaves: Sequence[Any]) -> bool:
         """Whether kernels may take the leaves as they are: no tensor of a subclass, no number of another type.
@@ -117,7 +131,7 @@ class Layout(Generic[Record]):
                 return False
         return all(type(x) in _PLAIN_TYPES["Tensor"] and _is_written_out(x) for i in self.lists for x in leaves[i])
 
-    def _read(self, record: type[Any], prefix: str, *, optional: bool) -> Callable[[Sequence[Any]], Any]:
+    def _read(self, record: type[Any], prefix: str, *, root: str | None) -> Callable[[Sequence[Any]], Any]:
         """Collect the leaves of a record; returns what builds it of all leaves."""
         kind, first = get_origin(record) or record, len(self.leaves)
         parts: list[int | Callable[[Sequence[Any]], Any]] = []
@@ -125,14 +139,14 @@ class Layout(Generic[Record]):
             path = f"{prefix}{field}"
             inner, may_be_none, varies = _read(hint)
             if _is_record(inner):
-                parts.append(self._read(inner, f"{path}.", optional=optional or may_be_none))
+                parts.append(self._read(inner, f"{path}.", root=root or (path if may_be_none else None)))
                 continue
             parts.append(len(self.leaves))
-            schema_type = _SCHEMA_TYPES[inner] + ("?" if optional or may_be_none else "")
-            self.leaves.append(Leaf(path, schema_type, varies, optional))
+            schema_type = _SCHEMA_TYPES[inner] + ("?" if root or may_be_none else "")
+            self.leaves.append(Leaf(path, schema_type, varies, root))
 
         def build(leaves: Sequence[Any]) -> Any:
-            if optional and leaves[first] is None:
+            if root and leaves[first] is None:
                 return None
             return kind(*[leaves[part] if isinstance(part, int) else part(leaves) for part in parts])
 

@@ -3,7 +3,9 @@
 try:
     from grade_kernels.training.aligner import Aligner
     from grade_kernels.training.callbacks import NonFiniteGradientError, TrainingInterrupted
+    from grade_kernels.training.completions import Completions
     from grade_kernels.training.config import GRADEConfig
+    from grade_kernels.training.importance import ImportanceSampling
     from grade_kernels.training.loss import GradeLoss, grade_loss
     from grade_kernels.training.records import Ending, Prompts, Relaxation
     from grade_kernels.training.reference import FrozenCopy, NamedAdapter, OtherModel, Reference, WithoutAdapter
@@ -23,12 +25,14 @@ except ModuleNotFoundError as error:
 
 __all__ = [
     "Aligner",
+    "Completions",
     "DifferentiableReward",
     "Ending",
     "FrozenCopy",
     "GRADEConfig",
     "GRADETrainer",
     "GradeLoss",
+    "ImportanceSampling",
     "NamedAdapter",
     "NonFiniteGradientError",
     "NonFiniteRewardError",

@@ -11,6 +11,8 @@ import torch
 
 from grade_kernels.dtypes import compute_dtype
 from grade_kernels.noise import GumbelNoise
+from grade_kernels.training.completions import Completions
+from grade_kernels.training.importance import ImportanceSampling, Mismatch
 from grade_kernels.training.model import LanguageModel, check_checkpointing, gather_root, unwrap
 from grade_kernels.training.numbers import plain
 from grade_kernels.training.positions import check_positions
@@ -24,6 +26,7 @@ from grade_kernels.training.replay import (
     refer,
     replay,
     score_completions,
+    with_hidden,
 )
 from grade_kernels.training.rewards import Columns, Objective, check_reward_device, weighted_sum
 from grade_kernels.training.rollout import Rollout, rollout
@@ -45,6 +48,8 @@ class GradeLoss:
         row_ids: int64 `[B, T]`, the noise rows that were used.
         logprobs: `[B, T]`, the policy's log-probability of each token; 0 behind the end.
         values: `[rewards, B]`, every reward by itself.
+        mismatch: how far the distribution that given completions were drawn from is from the policy's; None for the
+            policy's own, and where their log-probabilities are not known.
     """
 
     loss: torch.Tensor
@@ -55,6 +60,7 @@ class GradeLoss:
     row_ids: torch.Tensor
     logprobs: torch.Tensor
     values: torch.Tensor
+    mismatch: Mismatch | None = None
 
 
 class Aligner:
@@ -111,7 +117,13 @@ class Aligner:
         self._check_reference(longest + new_tokens)
 
     def loss(
-        self, prompts: Prompts, noise: GumbelNoise, relaxation: Relaxation, columns: Columns | None = None
+        self,
+        prompts: Prompts,
+        noise: GumbelNoise,
+        relaxation: Relaxation,
+        columns: Columns | None = None,
+        completions: Completions | None = None,
+        importance: ImportanceSampling | None = None,
     ) -> GradeLoss:
         """Sample completions, and the loss whose `backward()` is the gradient of their reward through the samples.
 
@@ -120,48 +132,78 @@ class Aligner:
             noise: its seed, and in `row_ids` which sequence each prompt is (default: its place in the batch).
             relaxation: how the gradient runs back.
             columns: keywords for the rewards.
+            completions: of the prompts, from elsewhere, in the place of samples. `noise` then is that of the relaxation
+                alone, given these tokens.
+            importance: how completions that were not drawn from the policy are weighed. None: each counts 1.
 
         Raises:
             NonFiniteRewardError: a reward is NaN or infinite somewhere.
             TypeError: noise of another type.
-            ValueError: a reward without gradient or on another device, or a model or a reference that training changed.
+            ValueError: a reward without gradient or on another device, a model or a reference that training changed,
+                completions that do not fit to prompts, vocabulary or estimator, or whose log-probabilities are missing.
         """
         policy, ending = self._ready(prompts, noise), self.ending
+        if completions is not None:
+            if relaxation.soft:
+                raise ValueError(
+                    "estimator must be ste, st or reinmax for given completions, got 'soft': the model reads mixtures of "
+                    "embeddings there, which no token stands for"
+                )
+            if importance is not None and completions.logprobs is None:
+                raise ValueError("importance needs the completions' logprobs, got None")
         if relaxation.feedback_hops != 0 and not self._can_sweep:
             check_checkpointing(policy.model)
             self._can_sweep = True
-        sample = rollout(
-            policy, prompts, ending, noise, soft_tau=relaxation.tau if relaxation.soft else None,
-            keep_hidden=relaxation.soft,
-        )  # fmt: skip
+        if completions is not None:
+            sample = self._given(completions, prompts, noise)
+        else:
+            sample = rollout(
+                policy, prompts, ending, noise, soft_tau=relaxation.tau if relaxation.soft else None,
+                keep_hidden=relaxation.soft,
+            )  # fmt: skip
         dtype, device = compute_dtype(policy.table.dtype), prompts.ids.device
         row_weights = torch.full((len(prompts),), 1.0 / len(prompts), dtype=dtype, device=device)
         if self.skip_truncated:
             row_weights = row_weights * ending.ended(sample.ids, sample.mask)
         result = replay(
-            policy, self.criterion, prompts, sample, noise, relaxation, row_weights=row_weights, columns=columns or {}
-        )
-        return self._result(sample, result.loss, result.values, result.kl, result.logprobs)
+            policy, self.criterion, prompts, sample, noise, relaxation, row_weights=row_weights, columns=columns or {},
+            importance=importance,
+        )  # fmt: skip
+        return self._result(sample, result.loss, result.values, result.kl, result.logprobs, result.mismatch)
 
     @torch.no_grad()
-    def evaluate(self, prompts: Prompts, noise: GumbelNoise, columns: Columns | None = None) -> GradeLoss:
+    def evaluate(
+        self,
+        prompts: Prompts,
+        noise: GumbelNoise,
+        columns: Columns | None = None,
+        completions: Completions | None = None,
+    ) -> GradeLoss:
         """Sample completions and judge them; the same record as of `loss`, without any graph.
 
         Arguments and errors are those of `loss`.
         """
         policy = self._ready(prompts, noise)
-        sample = rollout(policy, prompts, self.ending, noise, keep_hidden=True)
+        if completions is None:
+            sample = rollout(policy, prompts, self.ending, noise, keep_hidden=True)
+        else:
+            sample = with_hidden(policy, prompts, self._given(completions, prompts, noise))
         values = score_completions(self.criterion.objectives, prompts, sample, columns or {})
         kl = values.new_zeros(len(prompts))
         if self.reference is not None:
             with self.reference.parts(policy.whole) as reference:
                 ref_head = refer(reference, Layout.of(prompts, sample), below=policy.vocab_size)
             assert sample.hidden is not None
-            kl = completion_kl(policy, ref_head, sample.hidden, sample)
+            kl = completion_kl(policy, ref_head, sample.hidden, sample).sum(dim=1)
         logprobs = completion_logprobs(policy, sample)
         rewards = weighted_sum(self.criterion.objectives, values)
         loss = (self.criterion.beta * kl.float() - rewards.detach().float()).mean()
-        return self._result(sample, loss, values, kl, logprobs)
+        return self._result(sample, loss, values, kl, logprobs, None)
+
+    def _given(self, completions: Completions, prompts: Prompts, noise: GumbelNoise) -> Rollout:
+        """Completions from elsewhere, checked against prompts and vocabulary."""
+        completions.check(len(prompts), self.policy.vocab_size, self.policy.allowed)
+        return Rollout.of(completions.to(prompts.ids.device), self.ending, noise, self.policy.model)
 
     def _ready(self, prompts: Prompts, noise: GumbelNoise) -> LanguageModel:
         """The policy, with its parameters where the rollout reads them; makes the checks that do not wait for the device."""
@@ -178,7 +220,13 @@ class Aligner:
             self.reference.check(self.policy.whole, self.policy, length)
 
     def _result(
-        self, sample: Rollout, loss: torch.Tensor, values: torch.Tensor, kl: torch.Tensor, logprobs: torch.Tensor
+        self,
+        sample: Rollout,
+        loss: torch.Tensor,
+        values: torch.Tensor,
+        kl: torch.Tensor,
+        logprobs: torch.Tensor,
+        mismatch: Mismatch | None,
     ) -> GradeLoss:
         return GradeLoss(
             loss=loss,
@@ -189,6 +237,7 @@ class Aligner:
             row_ids=sample.row_ids,
             logprobs=logprobs,
             values=values,
+            mismatch=mismatch,
         )
 
 

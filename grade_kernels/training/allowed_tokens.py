@@ -10,56 +10,17 @@ the mask changes no other token's noise.
 from __future__ import annotations
 
 import functools
-import logging
-import reprlib
-from collections.abc import Iterable, Mapping, Sequence, Sized
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import GenerationConfig
 
-__all__ = ["AllowedTokens", "TokenIds", "ids_without_token", "read_generation_config", "with_rows"]
-
-logger = logging.getLogger(__name__)
+__all__ = ["AllowedTokens", "TokenIds", "ids_without_token", "listed", "with_rows"]
 
 TokenIds = torch.Tensor | Iterable[int] | int
 """Tokens by id, or a mask, bool `[V]` of torch or NumPy, that is True at each of them."""
-
-# Settings of a generation config that change which tokens are drawn, or where a completion ends, by the context and not
-# by the token alone, each with the values that change nothing. None never does.
-_UNFOLLOWED: dict[str, tuple[object, ...]] = {
-    "temperature": (1.0,),
-    "top_k": (),  # see `_changes_nothing`
-    "top_p": (1.0,),
-    "min_p": (0.0,),
-    "top_h": (),
-    "typical_p": (1.0,),
-    "epsilon_cutoff": (0.0, 1.0),
-    "eta_cutoff": (0.0, 1.0),
-    "repetition_penalty": (1.0,),
-    "encoder_repetition_penalty": (1.0,),
-    "no_repeat_ngram_size": (0,),
-    "encoder_no_repeat_ngram_size": (0,),
-    "min_length": (0,),
-    "min_new_tokens": (0,),
-    "forced_bos_token_id": (),
-    "forced_eos_token_id": (),
-    "exponential_decay_length_penalty": (),
-    "guidance_scale": (1.0,),
-    "watermarking_config": (),
-    "token_healing": (False,),
-    "stop_strings": (),
-    "max_time": (),
-    "num_beams": (1,),
-    "num_beam_groups": (1,),
-    "diversity_penalty": (0.0,),
-    "penalty_alpha": (0.0,),
-    "dola_layers": (),
-    "constraints": (),
-    "force_words_ids": (),
-}
 
 
 @dataclass(frozen=True)
@@ -140,7 +101,7 @@ class AllowedTokens:
             return
         if bool(self.suppressed[torch.tensor(list(ends), device=self.suppressed.device)].all()):
             raise ValueError(
-                f"eos_token_id = {_listed(ends)} must be sampled for a completion to end, but suppress_tokens masks it "
+                f"eos_token_id = {listed(ends)} must be sampled for a completion to end, but suppress_tokens masks it "
                 "(for completions of one length leave eos_token_id out)"
             )
 
@@ -184,96 +145,6 @@ def _has_text(tokenizer: Any, id: int) -> bool:
     return isinstance(text, str) and text != getattr(tokenizer, "unk_token", None)
 
 
-def read_generation_config(
-    config: GenerationConfig | None, vocab_size: int, without_token: Sequence[int] = ()
-) -> AllowedTokens:
-    """What a policy may sample by its generation config and its tokenizer; says once what is masked and what is ignored.
-
-    Masks that are the same at every position are followed: `suppress_tokens`, `bad_words_ids` and `sequence_bias` of -inf
-    as far as they are about single tokens, and `begin_suppress_tokens`. All else that would change which tokens
-    `generate()` draws is named in a warning with its value.
-
-    Args:
-        config: the policy's `generation_config`.
-        vocab_size: how many tokens its head scores.
-        without_token: ids that no token of its tokenizer has.
-
-    Raises:
-        ValueError: no token is left.
-    """
-    suppressed = _in_range(getattr(config, "suppress_tokens", None), vocab_size)
-    begin = _in_range(getattr(config, "begin_suppress_tokens", None), vocab_size)
-    words, more = _single_tokens(config)
-    suppressed += _in_range(words, vocab_size)
-    if without_token:
-        logger.warning(
-            "The policy's head scores %d tokens, of which its tokenizer has %d: the rows %s are never sampled",
-            vocab_size, vocab_size - len(without_token), _listed(without_token),
-        )  # fmt: skip
-    for ids, where in ((suppressed, ""), (begin, " at the beginning of a completion")):
-        if ids:
-            logger.warning("By the policy's generation_config, the tokens %s are never sampled%s", _listed(ids), where)
-    unfollowed = {**_unfollowed(config, vocab_size), **more}
-    if unfollowed:
-        named = ", ".join(f"{name}={_brief.repr(value)}" for name, value in unfollowed.items())
-        logger.warning(
-            "Training samples from the model's own distribution, and ignores of the policy's generation_config: %s",
-            named,
-        )
-    return AllowedTokens.without(vocab_size, [*without_token, *suppressed] or None, begin or None)
-
-
-def _unfollowed(config: GenerationConfig | None, vocab_size: int) -> dict[str, object]:
-    """The settings that change what `generate()` draws and that training does not follow."""
-    # Early releases of transformers 5 have a top_k by default, which nobody asked for. So defaults are not named.
-    default = GenerationConfig()
-    found = {}
-    for name in _UNFOLLOWED:
-        value = getattr(config, name, None)
-        if (
-            value is not None
-            and value != getattr(default, name, None)
-            and not _changes_nothing(name, value, vocab_size)
-        ):
-            found[name] = value
-    return found
-
-
-def _changes_nothing(name: str, value: object, vocab_size: int) -> bool:
-    if isinstance(value, Sized) and len(value) == 0:
-        return True
-    if name == "top_k":
-        return isinstance(value, int) and not 0 < value < vocab_size
-    return value in _UNFOLLOWED[name]
-
-
-def _single_tokens(config: GenerationConfig | None) -> tuple[list[int], dict[str, object]]:
-    """Tokens that `bad_words_ids` and `sequence_bias` forbid by themselves, and what else these say, by name."""
-    ends = getattr(config, "eos_token_id", None)
-    ends = [ends] if isinstance(ends, int) else list(ends or [])
-    more: dict[str, object] = {}
-    words = [list(word) for word in getattr(config, "bad_words_ids", None) or []]
-    longer = [word for word in words if len(word) > 1]
-    if longer:
-        more["bad_words_ids"] = longer
-    # `generate()` lets an end of sequence through that is named as a bad word.
-    single = [word[0] for word in words if len(word) == 1 and word[0] not in ends]
-    biases: Any = getattr(config, "sequence_bias", None) or []
-    pairs = [(tuple(ids), bias) for ids, bias in (biases.items() if isinstance(biases, Mapping) else biases)]
-    others = [(ids, bias) for ids, bias in pairs if len(ids) != 1 or bias != -torch.inf]
-    if others:
-        more["sequence_bias"] = dict(others)
-    return single + [ids[0] for ids, bias in pairs if len(ids) == 1 and bias == -torch.inf], more
-
-
-def _in_range(ids: TokenIds | None, vocab_size: int) -> list[int]:
-    """The ids that the head scores; a configuration's others, as `generate()` has it, mean nothing."""
-    if ids is None:
-        return []
-    ids = ids.tolist() if isinstance(ids, torch.Tensor) else [ids] if isinstance(ids, int) else ids
-    return sorted({int(id) for id in ids if 0 <= id < vocab_size})
-
-
 def _mask(name: str, ids: TokenIds | None, vocab_size: int, device: torch.device | None) -> torch.Tensor | None:
     """A mask `[V]` of ids that are given as ids or as a mask; None where it would mask nothing."""
     if ids is None:
@@ -303,7 +174,7 @@ def _mask(name: str, ids: TokenIds | None, vocab_size: int, device: torch.device
     return mask
 
 
-def _listed(ids: Sequence[int]) -> str:
+def listed(ids: Sequence[int]) -> str:
     """Ids as a human reads them: `3, 10 to 15`."""
     runs: list[list[int]] = []
     for id in sorted(set(ids)):
@@ -313,8 +184,3 @@ def _listed(ids: Sequence[int]) -> str:
             runs.append([id])
     shown = [f"{run[0]} to {run[-1]}" if len(run) > 1 else str(run[0]) for run in runs[:8]]
     return ", ".join(shown) + (f" and {len(runs) - 8} more runs" if len(runs) > 8 else "")
-
-
-_brief = reprlib.Repr()
-_brief.maxlist = _brief.maxdict = _brief.maxtuple = 8
-_brief.maxstring = _brief.maxother = 80

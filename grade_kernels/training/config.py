@@ -11,6 +11,7 @@ from transformers import SchedulerType, TrainingArguments
 
 from grade_kernels.ops.checks import ESTIMATORS
 from grade_kernels.training.foreign_names import refusing_foreign_settings
+from grade_kernels.training.importance import MODES, ImportanceSampling
 from grade_kernels.training.model import is_reentrant
 from grade_kernels.training.numbers import plain
 from grade_kernels.training.positions import LONG_PROMPTS
@@ -26,9 +27,9 @@ __all__ = ["GRADEConfig"]
 class GRADEConfig(TrainingArguments):
     """Settings of `GRADETrainer`, on top of those of `transformers.TrainingArguments`.
 
-    There is no sampling temperature: completions are drawn from the model's own distribution, and `tau` is the
-    temperature of the relaxation that the gradient runs through. `per_device_train_batch_size` counts completions, as
-    in TRL, so it must be a multiple of `num_generations`.
+    Completions are drawn from the model's own distribution, and `tau` is the temperature of the relaxation that the
+    gradient runs through. Another `temperature` is for the engine of a `rollout_func`. `per_device_train_batch_size` counts
+    completions, as in TRL, so it must be a multiple of `num_generations`.
 
     Raises:
         TypeError: a setting of a wrong type.
@@ -105,6 +106,25 @@ class GRADEConfig(TrainingArguments):
     )
     # A pathwise gradient needs no group of completions to compare: more prompts teach more than more completions.
     num_generations: int = field(default=1, metadata={"help": "Completions per prompt."})
+    # What an engine draws is told by its names in TRL. Its correction has TRL's defaults, so that runs can be compared.
+    temperature: float = field(
+        default=1.0, metadata={"help": "Temperature that the engine of a rollout_func draws completions at."}
+    )
+    vllm_importance_sampling_correction: bool = field(
+        default=True,
+        metadata={
+            "help": "Whether completions of a rollout_func are weighed by the policy's probability over the engine's."
+        },
+    )
+    vllm_importance_sampling_mode: str = field(
+        default="sequence_mask", metadata={"help": "Whose ratio, and what bounds do: one of " + ", ".join(MODES)}
+    )
+    vllm_importance_sampling_clip_max: float | None = field(
+        default=3.0, metadata={"help": "Upper bound of that ratio; None for none."}
+    )
+    vllm_importance_sampling_clip_min: float | None = field(
+        default=None, metadata={"help": "Lower bound of that ratio; None for none."}
+    )
     reward_weights: list[float] | None = field(
         default=None, metadata={"help": "A factor per reward function; text functions must have 0."}
     )
@@ -187,6 +207,18 @@ class GRADEConfig(TrainingArguments):
         early = "group_by_length" if getattr(self, "group_by_length", False) else "random"
         return getattr(self, "train_sampling_strategy", early)
 
+    @property
+    def importance(self) -> ImportanceSampling | None:
+        """How completions of an engine are weighed; None where they are not."""
+        return self._importance() if self.vllm_importance_sampling_correction else None
+
+    def _importance(self) -> ImportanceSampling:
+        return ImportanceSampling(
+            self.vllm_importance_sampling_mode,
+            self.vllm_importance_sampling_clip_max,
+            self.vllm_importance_sampling_clip_min,
+        )
+
     def _check(self) -> None:
         for name, known in (
             ("tau_schedule", TAU_SCHEDULES),
@@ -223,6 +255,13 @@ class GRADEConfig(TrainingArguments):
                 raise TypeError(f"{name} must be an int, got {value!r}")
             if value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
+        if not (_number("temperature", self.temperature) > 0.0 and math.isfinite(self.temperature)):
+            raise ValueError(f"temperature must be positive and finite, got {self.temperature}")
+        if not isinstance(self.vllm_importance_sampling_correction, bool):
+            raise TypeError(
+                f"vllm_importance_sampling_correction must be a bool, got {self.vllm_importance_sampling_correction!r}"
+            )
+        self._importance()
         for name in ("model_init_kwargs", "chat_template_kwargs"):
             value = getattr(self, name)
             if isinstance(value, str):

@@ -30,7 +30,7 @@ _NO_RATIO = (
     "advantage is scaled"
 )
 _ONE_USE = "every step draws its own completions, since the gradient runs through how they were drawn"
-_NO_ENGINE = "the trainer draws completions itself, with the noise that the gradient reads again"
+_ENGINE = "an engine is a rollout function: GRADETrainer(rollout_func=...), see grade_kernels.training.engines"
 _ENTROPY = "no bonus for entropy is added to the loss; beta holds the policy to its reference"
 _REFERENCE = "the reference stays what it is when training begins"
 _TOOLS = "a completion is one answer of the model: what a tool returns has no gradient"
@@ -56,13 +56,11 @@ ARGUMENTS: dict[str, Foreign] = {
     ),
     "tools": Foreign(_TOOLS),
     "environment_factory": Foreign(_TOOLS),
-    "rollout_func": Foreign(_NO_ENGINE),
     "tokenizer": Foreign("it is called processing_class, as in transformers 5"),
     "ref_adapter_name": Foreign("it is a setting: GRADEConfig(ref_adapter_name=...)"),
 }
 
 SETTINGS: dict[str, Foreign] = {
-    "temperature": Foreign(f"{_OWN_DISTRIBUTION}; tau is the temperature of its relaxation", (None, 1.0)),
     "top_p": Foreign(_OWN_DISTRIBUTION, (None, 1.0)),
     "top_k": Foreign(_OWN_DISTRIBUTION, (None, 0, -1)),
     "min_p": Foreign(_OWN_DISTRIBUTION, (None, 0.0)),
@@ -105,14 +103,15 @@ SETTINGS: dict[str, Foreign] = {
     "log_completions_hub_repo": Foreign("completions are shown in the terminal alone"),
     "wandb_log_unique_prompts": Foreign("it is called log_unique_prompts", (None, False)),
     "use_liger_loss": Foreign("operations through the LM head are this package's own", (None, False)),
-    "use_vllm": Foreign(_NO_ENGINE, (None, False)),
-    "use_transformers_paged": Foreign(_NO_ENGINE, (None, False)),
-    "use_transformers_continuous_batching": Foreign(_NO_ENGINE, (None, False)),
-    "transformers_continuous_batching_config": Foreign(_NO_ENGINE),
+    "use_vllm": Foreign(_ENGINE, (None, False)),
+    "use_transformers_paged": Foreign(_ENGINE, (None, False)),
+    "use_transformers_continuous_batching": Foreign(_ENGINE, (None, False)),
+    "transformers_continuous_batching_config": Foreign(_ENGINE),
+    "vllm_importance_sampling_cap": Foreign("it is called vllm_importance_sampling_clip_max"),
 }
 
 PREFIXES: dict[str, Foreign] = {
-    "vllm_": Foreign(_NO_ENGINE),
+    "vllm_": Foreign(_ENGINE),
     "sapo_": Foreign(_NO_RATIO),
     "vespo_": Foreign(_NO_RATIO),
 }

@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 
 from grade_kernels.training.text_rewards import is_async
 
-__all__ = ["check_library_arguments", "checked_metrics"]
+__all__ = ["check_library_arguments", "check_rollout_signature", "checked_metrics"]
 
 
 def check_library_arguments(*, callbacks: Any, optimizers: Any, optimizer_cls_and_kwargs: Any, model_init: Any) -> None:
@@ -54,6 +54,20 @@ def _check_optimizer(pair: Any) -> None:
             f"optimizer_cls_and_kwargs: {made_by.__name__} can not be made of {keywords!r}: {error}"
         ) from error
     except ValueError:  # a class without a signature
+        return
+
+
+def check_rollout_signature(rollout_func: Any) -> None:
+    """A plain function that can be called with prompts and a trainer, or TypeError."""
+    if not callable(rollout_func):
+        raise TypeError(f"rollout_func must be a function of prompts and trainer, got {type(rollout_func).__name__}")
+    if is_async(rollout_func):
+        raise TypeError("rollout_func must be a plain function, got an asynchronous one")
+    try:
+        inspect.signature(rollout_func).bind(None, None)
+    except TypeError as error:
+        raise TypeError(f"rollout_func must be a function of prompts and trainer, but: {error}") from error
+    except ValueError:  # a builtin without a signature
         return
 
 

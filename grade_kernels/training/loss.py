@@ -10,6 +10,8 @@ from torch import nn
 from grade_kernels.noise import GumbelNoise
 from grade_kernels.training.aligner import Aligner, GradeLoss, checked_beta
 from grade_kernels.training.allowed_tokens import AllowedTokens, TokenIds
+from grade_kernels.training.completions import Completions, LogprobRows, TokenRows
+from grade_kernels.training.importance import ImportanceSampling
 from grade_kernels.training.model import gather_root, read_language_model, unwrap
 from grade_kernels.training.records import Ending, Prompts, Relaxation
 from grade_kernels.training.reference import Reference, reference_for_loss
@@ -38,6 +40,9 @@ def grade_loss(
     columns: Columns | None = None,
     suppress_tokens: TokenIds | None = None,
     begin_suppress_tokens: TokenIds | None = None,
+    completions: TokenRows | None = None,
+    logprobs: LogprobRows | None = None,
+    importance: ImportanceSampling | None = None,
 ) -> GradeLoss:
     """Sample completions, and return a loss whose `backward()` is the gradient of their reward through the samples.
 
@@ -72,12 +77,20 @@ def grade_loss(
             rows of the head that no token has: `range(len(tokenizer), model.config.vocab_size)`. The model's
             `generation_config` is not read.
         begin_suppress_tokens: tokens that are not sampled as the first of a completion, given in the same way.
+        completions: of the prompts, from elsewhere, in the place of samples, for `ste`, `st` and `reinmax`: int64 `[B, T]`,
+            padded behind their ends, or a list of token ids for each. Each has `max_new_tokens` tokens, or ends with an
+            end of sequence. `noise` then is that of the relaxation alone, given these tokens.
+        logprobs: log-probability of each of their tokens where it was drawn, in the same form. The result's `mismatch`
+            then says how far that is from the policy.
+        importance: weighs completions by how much more likely the policy is to draw them than what they were drawn from;
+            needs `logprobs`. None takes them as the policy's own.
 
     Raises:
         NonFiniteRewardError: the reward is NaN or infinite somewhere.
         TypeError: an argument of a wrong type.
         ValueError: prompts that are not left-padded, shapes or vocabularies that do not match, numbers out of range, a
-            reward without gradient, `beta` without a reference, or a model that can not be replayed exactly.
+            reward without gradient, `beta` without a reference, a model that can not be replayed exactly, or completions
+            that the policy can not have drawn (see `Completions.of`).
     """
     gather_root(unwrap(model))
     policy = read_language_model(model)
@@ -90,4 +103,9 @@ def grade_loss(
     reference = reference_for_loss(model, ref_model, ref_adapter_name, beta := checked_beta(beta))
     aligner = Aligner(policy, [Objective(reward)], ending, reference, beta)
     aligner.check_prompts(prompts)
-    return aligner.loss(prompts, noise, relaxation, columns)
+    if completions is None:
+        if logprobs is not None or importance is not None:
+            raise ValueError("logprobs and importance are for completions from elsewhere, but completions is None")
+        return aligner.loss(prompts, noise, relaxation, columns)
+    given = Completions.of(completions, ending, logprobs)
+    return aligner.loss(prompts, noise, relaxation, columns, given, importance)

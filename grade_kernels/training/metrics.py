@@ -94,6 +94,8 @@ def completion_rows(
     }
     if with_kl:
         rows["kl"] = out.kl
+    if out.mismatch is not None:
+        rows |= out.mismatch.metrics(out.completion_mask)
     rows |= {f"rewards/{o.name}": value for o, value in zip(objectives, out.values, strict=True)}
     return {name: value.detach().float() for name, value in rows.items()}
 
@@ -146,6 +148,8 @@ def summary(rows: Rows) -> dict[str, float]:
             metrics["completions/mean_length"] = value.mean().item()
             metrics["completions/min_length"] = value.min().item()
             metrics["completions/max_length"] = value.max().item()
+        elif name.startswith("sampling/") and name.endswith(("/min", "/max")):
+            metrics[name] = (value.min() if name.endswith("/min") else value.max()).item()
         elif name != "tokens":
             metrics[name] = value.mean().item()
     if "reward" in rows:

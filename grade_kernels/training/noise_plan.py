@@ -8,7 +8,7 @@ import torch
 
 from grade_kernels.noise import GumbelNoise
 
-__all__ = ["NoisePlan"]
+__all__ = ["NoisePlan", "mixed_seed"]
 
 _MASK64 = 2**64 - 1
 
@@ -45,11 +45,11 @@ class NoisePlan:
         # may follow, whose places would otherwise begin too early.
         place = (self._calls * self.world + process) * self.batch
         # On the host, where the range of the identities is checked without waiting for a device.
-        return GumbelNoise(_mixed(self.seed, step), torch.arange(place, place + rows))
+        return GumbelNoise(mixed_seed(self.seed, step), torch.arange(place, place + rows))
 
 
-def _mixed(seed: int, step: int) -> int:
-    """A 64-bit seed for a step of a run (splitmix64 of both)."""
+def mixed_seed(seed: int, step: int) -> int:
+    """A 64-bit seed for a step of a run, or for a completion of a step (splitmix64 of both)."""
     z = (seed * 0xD1342543DE82EF95 + (step + 1) * 0x9E3779B97F4A7C15) & _MASK64
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK64

@@ -19,12 +19,20 @@ from grade_kernels.training.records import Prompts
 from grade_kernels.training.rewards import Objective, SequenceClassificationReward
 from grade_kernels.training.text_rewards import HELPERS
 
-__all__ = ["PromptBatch", "PromptCollator", "RepeatedPrompts", "check_prompt_dataset", "column_names", "room_for"]
+__all__ = [
+    "RESERVED",
+    "PromptBatch",
+    "PromptCollator",
+    "RepeatedPrompts",
+    "check_prompt_dataset",
+    "column_names",
+    "room_for",
+]
 
 logger = logging.getLogger(__name__)
 
 # Keywords that the trainer gives to rewards itself, and `self`, which a module's own call has.
-_RESERVED = (
+RESERVED = (
     "self", "inputs_embeds", "attention_mask", "prompts", "completions", "completion_ids", *HELPERS,
 )  # fmt: skip
 
@@ -70,11 +78,11 @@ def _check_columns(name: str, columns: Sequence[Any], media: Sequence[str], drop
         )
     if drops_columns:
         return
-    taken = [column for column in columns if column in _RESERVED or not isinstance(column, str)]
+    taken = [column for column in columns if column in RESERVED or not isinstance(column, str)]
     if taken:
         raise ValueError(
             f"{name} has columns {taken}, which rewards can not get by these names: the trainer gives "
-            f"{', '.join(_RESERVED[1:])} itself (rename or remove the columns, or set remove_unused_columns)"
+            f"{', '.join(RESERVED[1:])} itself (rename or remove the columns, or set remove_unused_columns)"
         )
 
 

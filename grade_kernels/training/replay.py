@@ -12,18 +12,21 @@ caller's `backward()`: the loss is a scalar whose gradient, with the G found, re
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
 from grade_kernels.backends import Head
-from grade_kernels.noise import GumbelNoise
+from grade_kernels.estimators import is_noisy
+from grade_kernels.noise import GumbelNoise, PosteriorNoise
 from grade_kernels.ops import linear_gumbel_ste, linear_kl, linear_logprobs
 from grade_kernels.training.allowed_tokens import with_rows
+from grade_kernels.training.importance import ImportanceSampling, Mismatch
 from grade_kernels.training.model import (
     Capture,
     LanguageModel,
+    evaluating,
     last_hidden_state,
     position_arguments,
     position_ids,
@@ -44,6 +47,7 @@ __all__ = [
     "refer",
     "replay",
     "score_completions",
+    "with_hidden",
 ]
 
 
@@ -70,6 +74,7 @@ class Replay:
     values: torch.Tensor  # [rewards, B], each reward as it is logged, without weight
     kl: torch.Tensor  # [B], nats per completion; 0 without a reference
     logprobs: torch.Tensor  # [B, T] of the tokens; 0 behind the end
+    mismatch: Mismatch | None  # of given tokens whose log-probabilities are known
 
 
 def replay(
@@ -82,6 +87,7 @@ def replay(
     *,
     row_weights: torch.Tensor,
     columns: Columns,
+    importance: ImportanceSampling | None = None,
 ) -> Replay:
     """Differentiate `sum_b row_weights[b] (beta KL_b - sum_i weight_i objective_i(b))` through the sampled tokens.
 
@@ -89,11 +95,13 @@ def replay(
         policy: the policy's parts; the forward pass goes through the whole model.
         criterion: rewards and KL.
         prompts: what was completed.
-        sample: completions of `rollout` under the same noise; for `soft` with their hidden states.
+        sample: completions of `rollout` under the same noise, for `soft` with their hidden states; or given ones.
         noise: seed of the rollout's noise.
         relaxation: how the gradient runs back.
         row_weights: `[B]`, what each completion counts.
         columns: keywords for the rewards.
+        importance: weighs given completions, whose log-probabilities must be known, by how likely they are here. None
+            takes them as if the policy had drawn them.
     """
     # Without a graph the value alone is wanted, which takes no sweeps.
     hops = relaxation.sweeps(sample.ids.shape[1]) if torch.is_grad_enabled() else 0
@@ -108,32 +116,55 @@ def replay(
     fed_back = (policy.table.detach(),) if hops else ()
     tables = tuple(with_rows(table, policy.vocab_size) for table in (*reward_tables, *fed_back))
     embeddings, logprobs = _relaxed(policy, hidden, tables, sample, noise, relaxation)
+    logprobs = _of_completions(logprobs, sample)
+    mismatch = _mismatch(logprobs, sample, importance)
+    token_weights = None
+    if importance is not None and mismatch is not None and mismatch.weights is not None:
+        if importance.by_token:
+            token_weights = mismatch.weights.to(row_weights.dtype)
+        else:
+            row_weights = row_weights * mismatch.weights[:, 0].to(row_weights.dtype)
     sampled = embeddings[: len(reward_tables)]
     values, d_sampled = _reward_gradients(policy, objectives, sampled, prompts, sample, row_weights, columns)
-    kl = hidden.new_zeros(len(prompts), dtype=values.dtype)
+    kl = hidden.new_zeros(*sample.ids.shape, dtype=values.dtype)
     if reference is not None:
         with reference.parts(policy.whole) as entered:
             ref_head = refer(entered, layout, mixtures, below=policy.vocab_size)
         with torch.set_grad_enabled(beta != 0.0):
             kl = completion_kl(policy, ref_head, hidden, sample, relaxation.eps, noise)
 
-    outputs, d_outputs = list(sampled), list(d_sampled)
+    outputs, d_outputs = list(sampled), [_weighted(d_sample, token_weights) for d_sample in d_sampled]
     if kl.requires_grad:
         outputs.append(kl)
-        d_outputs.append((beta * row_weights).to(kl.dtype))
+        d_kl = (beta * row_weights).to(kl.dtype)[:, None].expand_as(kl)
+        d_outputs.append(d_kl if token_weights is None else d_kl * token_weights.to(kl.dtype))
     if hops:
         fed_back_embedding = embeddings[-1]
         # What the loss itself sends into h is the same in every sweep.
         with sweeping(unwrap(policy.whole)):
             (d_hidden,) = torch.autograd.grad(outputs, hidden, d_outputs, retain_graph=True)
-            d_fed_back = _sweep(policy, layout, embedded, hidden, fed_back_embedding, d_hidden, hops)
+            d_fed_back = _sweep(policy, layout, embedded, hidden, fed_back_embedding, d_hidden, hops, token_weights)
         outputs.append(fed_back_embedding)
         d_outputs.append(d_fed_back)
+    kl = kl.sum(dim=1)
     surrogate = sum((output * d_output).sum() for output, d_output in zip(outputs, d_outputs, strict=True))
     value = ((beta * kl.detach() - weighted_sum(objectives, values)) * row_weights).sum()
     # The surrogate has the gradient of the loss and another value: its own value is taken off again.
     loss = value + (surrogate - surrogate.detach()).to(value.dtype)  # type: ignore[union-attr]
-    return Replay(loss, values, kl.detach(), _of_completions(logprobs, sample))
+    return Replay(loss, values, kl.detach(), logprobs, mismatch)
+
+
+def _mismatch(logprobs: torch.Tensor, sample: Rollout, importance: ImportanceSampling | None) -> Mismatch | None:
+    """How far given tokens are from the policy's own; None where that is not known, or where they are its own."""
+    if sample.logprobs is None:
+        return None
+    difference = _of_completions(logprobs.double() - sample.logprobs, sample)
+    return Mismatch(difference, None if importance is None else importance.weights(difference))
+
+
+def _weighted(gradient: torch.Tensor, token_weights: torch.Tensor | None) -> torch.Tensor:
+    """Gradients `[B, T, D]` on relaxed samples, each times its token's weight `[B, T]`."""
+    return gradient if token_weights is None else gradient * token_weights[..., None].to(gradient.dtype)
 
 
 def _relaxed(
@@ -146,15 +177,31 @@ def _relaxed(
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
     """Relaxed samples in the place of the sampled tokens: their rows `[B, T, D]` of each table, and `[B, T]` logprobs."""
     embeddings, logprobs = [], []
+    # The noise of the rows of given tokens may have another winner, so it is drawn given these. It needs a winner that may
+    # be sampled behind an end, too, and the padding may not. There it is the end itself, and nothing comes of it.
+    given = sample.given and is_noisy(relaxation.estimator)
+    last = sample.ids.gather(1, sample.mask.sum(dim=1, keepdim=True) - 1)
+    won = torch.where(sample.mask.bool(), sample.ids, last)
     for span, head in policy.heads(hidden):
+        ids = sample.ids[:, span].contiguous()
+        own = _noise_of(sample, noise, span)
+        drawn: GumbelNoise | PosteriorNoise = own
+        if given:
+            ids = won[:, span].contiguous()
+            drawn = own.given(ids)
         part = linear_gumbel_ste(
-            head.hidden, head.weight, tuple(tables), relaxation.tau, estimator=relaxation.estimator,
-            noise=_noise_of(sample, noise, span), ids=sample.ids[:, span].contiguous(), eps=relaxation.eps,
-            bias=head.bias, logit_softcap=head.softcap,
+            head.hidden, head.weight, tuple(tables), relaxation.tau, estimator=relaxation.estimator, noise=drawn, ids=ids,
+            eps=relaxation.eps, bias=head.bias, logit_softcap=head.softcap,
         )  # fmt: skip
         embeddings.append(part.embedding)
         logprobs.append(part.logprobs.detach())
-    return [_joined([part[i] for part in embeddings]) for i in range(len(tables))], _joined(logprobs)
+    looked_up = [_joined([part[i] for part in embeddings]) for i in range(len(tables))]
+    if given:  # rewards read the padding behind an end
+        real = sample.mask[..., None].bool()
+        looked_up = [
+            torch.where(real, e, table[sample.ids].detach()) for e, table in zip(looked_up, tables, strict=True)
+        ]
+    return looked_up, _joined(logprobs)
 
 
 def _noise_of(sample: Rollout, noise: GumbelNoise, span: slice) -> GumbelNoise:
@@ -175,6 +222,7 @@ def _sweep(
     fed_back: torch.Tensor,
     d_hidden: torch.Tensor,
     hops: int,
+    token_weights: torch.Tensor | None,
 ) -> torch.Tensor:
     """The gradient `[B, T, D]` on the fed-back samples after so many sweeps, each one backward pass to the inputs.
 
@@ -186,6 +234,7 @@ def _sweep(
         fed_back: the relaxed samples as embeddings, `[B, T, D]`.
         d_hidden: what the loss itself sends into the hidden states.
         hops: how many sweeps, at least one.
+        token_weights: `[B, T]`, what each relaxed sample counts; None for 1.
     """
     d_fed_back = torch.zeros_like(fed_back)
     total = d_hidden
@@ -196,6 +245,7 @@ def _sweep(
         (d_embedded,) = torch.autograd.grad(hidden, embedded, total, retain_graph=True)
         d_fed_back = torch.zeros_like(fed_back)
         d_fed_back[:, :-1] = (layout.at(d_embedded, layout.fed) * policy.embed_scale).to(fed_back.dtype)
+        d_fed_back = _weighted(d_fed_back, token_weights)
     return d_fed_back
 
 
@@ -351,6 +401,15 @@ def _reward_gradients(
 
 
 @torch.no_grad()
+def with_hidden(policy: LanguageModel, prompts: Prompts, sample: Rollout) -> Rollout:
+    """Completions with the hidden states that the policy would draw them from, of one parallel pass in eval mode."""
+    layout = Layout.of(prompts, sample)
+    with evaluating(policy.model):
+        output = policy.backbone(input_ids=layout.ids, use_cache=False, **layout.arguments(policy.backbone))
+    return replace(sample, hidden=layout.at(last_hidden_state(output), layout.drawn))
+
+
+@torch.no_grad()
 def score_completions(
     objectives: Sequence[Objective], prompts: Prompts, sample: Rollout, columns: Columns
 ) -> torch.Tensor:
@@ -362,7 +421,7 @@ def score_completions(
 
 
 def completion_logprobs(policy: LanguageModel, sample: Rollout) -> torch.Tensor:
-    """The policy's log-probability of each token of completions that kept their hidden states, `[B, T]`; 0 behind the end."""
+    """The policy's log-probability of each token of completions that have their hidden states, `[B, T]`; 0 behind the end."""
     assert sample.hidden is not None
     logprobs = [
         linear_logprobs(
@@ -386,7 +445,7 @@ def completion_kl(
     eps: float = 0.0,
     noise: GumbelNoise | None = None,
 ) -> torch.Tensor:
-    """KL(policy || reference) summed over each completion's tokens, `[B]`, exact in each token's distribution.
+    """KL(policy || reference) at each token of the completions, `[B, T]`, exact in its distribution; 0 behind the end.
 
     Both distributions are over the tokens that the policy allows: what is masked in one is masked in the other.
 
@@ -424,4 +483,4 @@ def completion_kl(
             bias=head.bias, logit_softcap=head.softcap,
         )  # fmt: skip
         per_token.append(part)
-    return _of_completions(_joined(per_token), sample).sum(dim=1)
+    return _of_completions(_joined(per_token), sample)

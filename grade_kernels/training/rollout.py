@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from grade_kernels.noise import GumbelNoise
 from grade_kernels.ops import linear_gumbel_ste
 from grade_kernels.ops.repeated_sampler import RepeatedSampler
+from grade_kernels.training.completions import Completions
 from grade_kernels.training.model import (
     LanguageModel,
     cache_arguments,
@@ -37,12 +39,34 @@ class Rollout:
         mask: int64 `[B, T]`, 1 up to and including the first end of sequence.
         row_ids: int64 `[B, T]`, the rows of noise the tokens were drawn with.
         hidden: `[B, T, H]`, the hidden states they were drawn from; None unless asked for.
+        given: whether the tokens came from elsewhere, so that the noise of their rows did not draw them.
+        logprobs: `[B, T]`, log-probabilities of given tokens where they were drawn, 0 behind the end; None if not told.
     """
 
     ids: torch.Tensor
     mask: torch.Tensor
     row_ids: torch.Tensor
     hidden: torch.Tensor | None
+    given: bool = False
+    logprobs: torch.Tensor | None = None
+
+    @classmethod
+    def of(cls, completions: Completions, ending: Ending, noise: GumbelNoise, model: nn.Module) -> Rollout:
+        """Completions that came from elsewhere, on the device that they are on.
+
+        Args:
+            completions: of all prompts.
+            ending: how they end.
+            noise: seed, and the sequences' identities in `row_ids` (see `noise_rows`).
+            model: the policy. Where processes hold parts of it, all of their completions become equally long.
+        """
+        if is_sharded(model):
+            longest = torch.tensor(completions.ids.shape[1], device=completions.ids.device)
+            torch.distributed.all_reduce(longest, op=torch.distributed.ReduceOp.MAX)
+            completions = completions.widened(int(longest), ending.pad)
+        batch, time = completions.ids.shape
+        rows = noise_rows(noise, batch, time, completions.ids.device)
+        return cls(completions.ids, completions.mask, rows, None, given=True, logprobs=completions.logprobs)
 
 
 def noise_rows(noise: GumbelNoise, batch: int, time: int, device: torch.device) -> torch.Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, cast
 
@@ -19,14 +20,16 @@ from transformers import (
     ProcessorMixin,
 )
 
-from grade_kernels.training.allowed_tokens import AllowedTokens, ids_without_token, read_generation_config
+from grade_kernels.training.allowed_tokens import AllowedTokens, ids_without_token
 from grade_kernels.training.config import GRADEConfig
+from grade_kernels.training.generation_config import read_generation_config
 from grade_kernels.training.model import LanguageModel, check_checkpointing, check_training_mode, read_language_model
 from grade_kernels.training.prompt_tokens import Example, tokenizer_of
 from grade_kernels.training.prompts import check_prompt_dataset
 from grade_kernels.training.records import Ending
 from grade_kernels.training.reference import Reference
 from grade_kernels.training.rewards import Objective, SequenceClassificationReward, reward_table
+from grade_kernels.training.rollout_func import RolloutFunc, check_rollout_func
 from grade_kernels.training.text_rewards import TextRewards
 
 if TYPE_CHECKING:
@@ -40,6 +43,7 @@ __all__ = [
     "RewardFunctions",
     "Vocabulary",
     "check_datasets",
+    "check_rollouts",
     "check_tokenizers",
     "each_dataset",
     "find_tokenizer",
@@ -92,6 +96,15 @@ def each_dataset(train_dataset: Any, eval_dataset: Any) -> dict[str, Any]:
     if isinstance(eval_dataset, dict):
         parts = {f"eval_dataset[{name!r}]": part for name, part in eval_dataset.items()}
     return {"train_dataset": train_dataset, **parts}
+
+
+def check_rollouts(args: GRADEConfig, rollout_func: RolloutFunc | None) -> None:
+    """A rollout function, or none, and the settings that are for one."""
+    defaults = {
+        field.name: field.default for field in fields(args) if field.name.startswith("vllm_importance_sampling_")
+    }
+    changed = [name for name, default in defaults.items() if getattr(args, name) not in (default, False)]
+    check_rollout_func(rollout_func, args.estimator, args.temperature, args.importance is not None, changed)
 
 
 def load_by_name(what: str, loader: Any, name: str, **keywords: Any) -> Any:

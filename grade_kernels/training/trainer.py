@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -26,6 +27,7 @@ from grade_kernels.training.callbacks import (
     TrainingInterrupted,
     show_completions,
 )
+from grade_kernels.training.completions import Completions
 from grade_kernels.training.config import GRADEConfig
 from grade_kernels.training.decoding import completion_texts
 from grade_kernels.training.foreign_names import refuse_arguments
@@ -33,10 +35,18 @@ from grade_kernels.training.library_arguments import check_library_arguments, ch
 from grade_kernels.training.model import LanguageModel, read_language_model
 from grade_kernels.training.noise_plan import NoisePlan
 from grade_kernels.training.prompt_tokens import TEMPLATE_COLUMNS, Prompt, PromptTokenizer, prompt_text, tokenizer_of
-from grade_kernels.training.prompts import PromptBatch, PromptCollator, RepeatedPrompts, column_names, room_for
+from grade_kernels.training.prompts import (
+    RESERVED,
+    PromptBatch,
+    PromptCollator,
+    RepeatedPrompts,
+    column_names,
+    room_for,
+)
 from grade_kernels.training.records import Ending, Prompts, Relaxation
 from grade_kernels.training.reference import FrozenCopy, OtherModel, Reference, fingerprint, reference_for_training
 from grade_kernels.training.rewards import NonFiniteRewardError, Objective, check_gradient
+from grade_kernels.training.rollout_func import RolloutFunc, RolloutRequest, read_answer
 from grade_kernels.training.schedules import tau_at
 from grade_kernels.training.text_rewards import TextRewards
 
@@ -90,7 +100,7 @@ class GRADETrainer(Trainer):
 
     Args:
         model: a causal language model, plain or PEFT's, or the name of one. Tokens that its `generation_config` suppresses
-            are never sampled; what training does not follow of that is warned of.
+            are never sampled. Of its settings of sampling a warning says that they are not followed; others are refused.
         reward_funcs: one or several of: a sequence classifier of transformers or the name of one (see
             `SequenceClassificationReward` for its label and output), any differentiable
             `reward(inputs_embeds, attention_mask, **columns) -> [B]` with its table as `reward.embedding` (a module is
@@ -122,13 +132,15 @@ class GRADETrainer(Trainer):
             ids `[N, max_completion_length]`, padded with the padding token; `label_ids` are their prompts' ids `[N, P]`,
             padded with -100, since nothing is labelled. Rows are in the order of the data set.
         optimizer_cls_and_kwargs: the optimizer's class and its keywords, in place of `args.optim`.
+        rollout_func: an engine that draws the completions, `rollout_func(prompts, trainer)` with TRL's keys (see
+            `grade_kernels.training.rollout_func`), for `ste`, `st` and `reinmax`. Default: the trainer's own rollout.
         others: arguments that transformers' or TRL's trainers have and this one can not: refused, with the reason.
 
     Raises:
         TypeError: an argument of a wrong type.
         ValueError: settings that contradict each other, vocabularies that differ, a reward without gradient, a model
-            that can not be replayed exactly, or an argument of another trainer that would be ignored. All of them before
-            the first step.
+            that can not be replayed exactly, a `generation_config` that can not be followed, or an argument of another
+            trainer that would be ignored. All of them before the first step.
     """
 
     # The library's, with the types that they have here
@@ -156,6 +168,10 @@ class GRADETrainer(Trainer):
     # What the constructor was given, for policies that `model_init` makes later
     _peft_config: PeftConfig | None
     _ref_model_given: nn.Module | Reference | None
+
+    # What draws completions, where the trainer does not
+    rollout_func: RolloutFunc | None
+    _rollout_request: RolloutRequest | None
 
     # State of a run
     _aligner: Aligner | None
@@ -188,11 +204,14 @@ class GRADETrainer(Trainer):
         model_init: Callable[..., PreTrainedModel] | None = None,
         compute_metrics: Callable[[EvalPrediction], dict[str, Any]] | None = None,
         optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
+        rollout_func: RolloutFunc | None = None,
         **others: object,
     ) -> None:
         refuse_arguments(type(self).__name__, others)
         args = setup.read_arguments(args, model)
         setup.check_datasets(args, train_dataset, eval_dataset)
+        setup.check_rollouts(args, rollout_func)
+        self.rollout_func, self._rollout_request = rollout_func, None
         check_library_arguments(
             callbacks=callbacks,
             optimizers=optimizers,
@@ -288,11 +307,42 @@ class GRADETrainer(Trainer):
         args, prompts = self.args, Prompts(inputs["input_ids"], inputs["attention_mask"])
         relaxation = Relaxation(self.tau, args.estimator, args.feedback_hops, args.eps)
         when = f"at step {self.state.global_step + 1}, before the optimizer step"
+        aligner, noise = self._aligner_of(model), self._training_noise(len(prompts))
+        batch, completions = self._drawn(aligner, inputs, prompts, noise, training=True)  # type: ignore[arg-type]
+        importance = None if completions is None else args.importance
         with _naming_prompts(inputs["prompts"], when), self.accelerator.autocast():
-            noise = self._training_noise(len(prompts))
-            out = self._aligner_of(model).loss(prompts, noise, relaxation, inputs["columns"])
-        self._note_training(inputs, out)  # type: ignore[arg-type]
+            out = aligner.loss(prompts, noise, relaxation, batch["columns"], completions, importance)
+        self._note_training(batch, out)
         return (out.loss, {"completion_ids": out.completion_ids}) if return_outputs else out.loss
+
+    @property
+    def rollout_request(self) -> RolloutRequest:
+        """What a rollout function is asked for; only while it is asked."""
+        if self._rollout_request is None:
+            raise RuntimeError("rollout_request is there only while the trainer calls its rollout_func")
+        return self._rollout_request
+
+    def _drawn(
+        self, aligner: Aligner, batch: PromptBatch, prompts: Prompts, noise: GumbelNoise, *, training: bool
+    ) -> tuple[PromptBatch, Completions | None]:
+        """The completions that the rollout function draws, and the batch with its columns; None without such a function."""
+        if self.rollout_func is None:
+            return batch, None
+        self._rollout_request = request = RolloutRequest.of(
+            prompts, noise, aligner.ending, temperature=self.args.temperature, allowed=self._allowed,
+            step=self.state.global_step, training=training, model=aligner.policy.model,
+        )  # fmt: skip
+        try:
+            answer = self.rollout_func(copy.deepcopy(batch["prompts"]), self)
+        finally:
+            self._rollout_request = None
+        needs = training and self.args.importance is not None
+        read = read_answer(
+            answer, request, aligner.policy.vocab_size, needs_logprobs=needs, taken=[*RESERVED, *batch["columns"]]
+        )
+        if self.args.remove_unused_columns:
+            return batch, read.completions
+        return {**batch, "columns": batch["columns"] | read.columns}, read.completions
 
     @property
     def tau(self) -> float:
@@ -355,9 +405,10 @@ class GRADETrainer(Trainer):
         """
         batch: PromptBatch = self._prepare_inputs(inputs)  # type: ignore[assignment]
         prompts = Prompts(batch["input_ids"], batch["attention_mask"])
+        aligner, noise = self._aligner_of(model), self._evaluation_noise(len(prompts))
+        batch, completions = self._drawn(aligner, batch, prompts, noise, training=False)
         with _naming_prompts(batch["prompts"], "in evaluation"), torch.no_grad(), self.accelerator.autocast():
-            noise = self._evaluation_noise(len(prompts))
-            out = self._aligner_of(model).evaluate(prompts, noise, batch["columns"])
+            out = aligner.evaluate(prompts, noise, batch["columns"], completions)
         rows = self._rows(batch, out, self._evaluation.averages, {})
         for name, value in rows.items():
             self._evaluation.rows[name].append(self.accelerator.gather_for_metrics(value).cpu())

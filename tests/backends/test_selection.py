@@ -13,6 +13,7 @@ from grade_kernels import backends
 from tests.support.needs import needs_backend
 
 CPU = torch.device("cpu")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def served() -> str:
@@ -21,7 +22,8 @@ def served() -> str:
 
 @pytest.fixture(autouse=True)
 def clean(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.delenv("GRADE_KERNELS_BACKEND", raising=False)
+    for variable in ("GRADE_KERNELS_BACKEND", "GRADE_KERNELS_HEAD"):
+        monkeypatch.delenv(variable, raising=False)
     yield
     gk.set_backend(None)
 
@@ -183,6 +185,42 @@ def test_backward_uses_the_forward_s_backend() -> None:
         (gk.gumbel_softmax(logits, noise=gk.GumbelNoise(1)) * torch.arange(5.0)).sum(), logits
     )
     torch.testing.assert_close(inside, outside)
+
+
+@needs_backend("triton")
+def test_ways_through_a_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An argument or an environment variable chooses one; the name that a call saves says which, for heads alone."""
+
+    def through_a_head() -> str:
+        return backends.select(DEVICE, torch.float32, head=True)
+
+    with gk.use_backend("triton"):
+        assert through_a_head() == "triton"
+        for way in ("tiles", "chunks"):
+            monkeypatch.setenv("GRADE_KERNELS_HEAD", way)
+            assert through_a_head() == f"triton:{way}"
+            with gk.use_backend("triton:auto"):
+                assert through_a_head() == "triton", "an argument wins"
+            with gk.use_backend("torch"):
+                assert through_a_head() == "torch"
+        assert backends.select(DEVICE, torch.float32) == "triton"
+        assert backends.select(DEVICE, torch.float64, head=True) == "torch"
+        monkeypatch.setenv("GRADE_KERNELS_HEAD", "")
+        assert through_a_head() == "triton"
+        monkeypatch.setenv("GRADE_KERNELS_HEAD", "rows")
+        with pytest.raises(ValueError, match="GRADE_KERNELS_HEAD must be one of auto, tiles, chunks, got 'rows'"):
+            through_a_head()
+        monkeypatch.delenv("GRADE_KERNELS_HEAD")
+    with gk.use_backend("triton:chunks"):
+        assert through_a_head() == "triton:chunks"
+        assert backends.select(DEVICE, torch.float32) == "triton"
+    monkeypatch.setenv("GRADE_KERNELS_BACKEND", "triton:chunks")
+    assert through_a_head() == "triton:chunks"
+    for unknown in ("triton:", "triton:rows", "torch:chunks", "cpu:tiles"):
+        with pytest.raises(
+            ValueError, match=rf"unknown backend '{unknown}'; triton and cuda may be followed by .*:chunks"
+        ):
+            gk.set_backend(unknown)
 
 
 def test_threads_share_a_backend(backend: str, device: str, rows: int) -> None:

@@ -94,7 +94,7 @@ def build(**changes) -> Build:
 def figures(**changes) -> Figures:
     per_logit = dict.fromkeys(PIPES, 0.0) | {"fma": 10.0, "integer": 8.0, "special": 2.0}
     found = Figures(
-        "sample", "fp32", "aligned", "sm_90", 64, 0, 0, 0, 4, 999, per_logit, None, 4.0, 0, {"FFMA": 20}
+        "sample", "fp32", "aligned", "sm_90", 64, 0, 0, 0, 4, 999, per_logit, None, 4.0, 0, {"FFMA": 20}, 0
     )  # fmt: skip
     return replace(found, **changes)
 
@@ -180,6 +180,27 @@ def test_machine_code_of_a_cubin_is_its_only_kernel():
         disassembly._text(cubin(b"kernel", b"other"))
 
 
+def test_sums_that_differ_between_lanes_are_found():
+    """As Triton compiles `tl.sum(x * y, 1)` in float32 and float64, and the sum of what is rounded already."""
+    single = """
+        mul.f32 \t%r13, %r1, %r5;
+        shfl.sync.bfly.b32 \t%r17, %r13, 2, 31, -1;
+        {}
+        shfl.sync.bfly.b32 \t%r19, %r18, 1, 31, -1;
+        add.f32 \t%r20, %r18, %r19;
+        fma.rn.f32 \t%r21, %r19, %r2, %r20;
+    """
+    assert disassembly.unequal_sums(single.format("fma.rn.f32 \t%r18, %r1, %r5, %r17;")) == 1
+    assert disassembly.unequal_sums(single.format("add.f32 \t%r18, %r13, %r17;")) == 0
+    double = """
+        shfl.sync.bfly.b32 \t%r11, %r4, 2, 31, -1;
+        shfl.sync.bfly.b32 \t%r12, %r3, 2, 31, -1;
+        mov.b64 \t%rd30, {%r12, %r11};
+        fma.rn.f64 \t%rd31, %rd1, %rd9, %rd30;
+    """
+    assert disassembly.unequal_sums(double) == 1
+
+
 def test_batches_hold_every_task_once_and_heads_first():
     tasks = select(["sm_90", "gfx942"], ["head sample", "sample", "one hot"])
     batches = inspector._batches(tasks, 2)
@@ -239,7 +260,8 @@ def test_a_missing_disassembler_is_named(monkeypatch, tool):
 # Limits and predictions
 
 
-def test_worse_code_is_a_violation():
+def test_worse_code_is_a_violation(monkeypatch):
+    monkeypatch.setattr(limits, "TRITON", limits.MEASURED_WITH)
     label, (most, registers) = next(iter(limits.LIMITS["sm_90"].items()))
     name, dtype, configuration = label.rsplit(" ", 2)
     good = figures(kernel=name, dtype=dtype, configuration=configuration, registers=registers)
@@ -248,6 +270,7 @@ def test_worse_code_is_a_violation():
     for worse, word in (
         ({"spills": 1}, "1 spills"),
         ({"stack": 8}, "8 bytes of stack"),
+        ({"unequal": 2}, "2 sums in which lanes may disagree"),
         ({"registers": registers + 1}, f"{registers} allowed"),
         ({"per_logit": dict.fromkeys(PIPES, 0.0) | {"fma": most + 1}}, f"{most} allowed"),
         ({"per_logit": None}, "no main loop"),

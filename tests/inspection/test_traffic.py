@@ -12,6 +12,7 @@ if not torch.cuda.is_available():
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from grade_kernels.backends import GradientRule, Head, Noise, Rows, Sample, get
+from grade_kernels.backends.triton.head_support import SplitPass
 from grade_kernels.backends.triton.sizes import HeadTile
 from grade_kernels.backends.triton.targets import INTERPRETED
 from grade_kernels.inspection import traffic
@@ -129,6 +130,14 @@ def test_head_moves_what_its_tiles_need(name, more, monkeypatch):
     hidden = torch.randn(rows, width, generator=generator).bfloat16()
     lm_head = Head(hidden, torch.randn(vocab, width, generator=generator).bfloat16(), torch.zeros(vocab), None)
     tau = torch.ones(rows)
+    candidates = []
+    support = SplitPass.support
+
+    def counting(self, *args, **kwargs):
+        candidates.append(torch.minimum(self._slots["counts"], self._slots["room"]).sum().item())
+        return support(self, *args, **kwargs)
+
+    monkeypatch.setattr(SplitPass, "support", counting)
     with traffic.counted() as moved:
         if name == "sample":
             fused.head_sample(lm_head, NOISE)
@@ -141,6 +150,9 @@ def test_head_moves_what_its_tiles_need(name, more, monkeypatch):
     per_step = {"hidden": tile.BM, "weight": tile.columns}
     for tensor, edge in per_step.items():
         assert moved.loaded[kernel, tensor] <= 2 * width * edge * blocks * tile_count
+    # Rows that pad the last tile write none.
+    assert moved.stored[kernel, "slots"] == 8 * sum(candidates)
+    assert (sum(candidates) > 0) == (name != "sample")
     # All else together is small beside the product: bias, statistics of a split, candidates.
     product = sum(moved.loaded[kernel, tensor] for tensor in per_step)
     others = moved.of(kernel) - product - moved.loaded[kernel, "bias"] - moved.stored[kernel, "slots"]

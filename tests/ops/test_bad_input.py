@@ -561,3 +561,92 @@ def test_an_error_leaves_no_trace(backend: str, device: str, op: Op) -> None:
     with pytest.raises(TypeError):
         op(torch.zeros(3, 2, dtype=torch.int64, device=device))
     assert torch.equal(torch.get_rng_state(), state)
+
+
+# --- noise of given tokens
+
+
+GIVEN = {name: op for name, op in OPS.items() if name != "gumbel_sample"}
+every_op_with_given = pytest.mark.parametrize("op", GIVEN.values(), ids=GIVEN)
+IDS = torch.tensor([0, 4, 2])
+
+
+def test_noise_of_given_tokens_where_a_token_is_to_be_sampled(backend: str, device: str) -> None:
+    with raises(TypeError, "noise", "GumbelNoise", "PosteriorNoise"):
+        gk.gumbel_sample(logits_on(device), noise=gk.GumbelNoise(3).given(IDS.to(device)))
+
+
+@pytest.mark.parametrize("ids", [None, [0, 1, 2], IDS.int(), IDS.double(), IDS.bool()])
+def test_given_tokens_of_a_wrong_type(ids: Any) -> None:
+    with raises(TypeError, "ids", "int64"):
+        gk.GumbelNoise(3).given(ids)
+
+
+@pytest.mark.parametrize("logprobs", [0.0, [0.0, -1.0, -1.0], torch.zeros(3, dtype=torch.int64), torch.zeros(3).bool()])
+def test_log_probabilities_of_a_wrong_type(logprobs: Any) -> None:
+    with raises(TypeError, "logprobs", "floating"):
+        gk.GumbelNoise(3).given(IDS, logprobs)
+
+
+def test_log_probabilities_of_another_shape() -> None:
+    with raises(ValueError, "logprobs", (3,), (2,)):
+        gk.GumbelNoise(3).given(IDS, torch.zeros(2))
+
+
+@every_op_with_given
+@pytest.mark.parametrize("shape", [(), (2,), (4,), (3, 1), (1, 3), (0,)])
+def test_given_tokens_of_a_wrong_shape(backend: str, device: str, op: Op, shape: tuple[int, ...]) -> None:
+    with raises(ValueError, "ids", (3,), shape):
+        op(logits_on(device), noise=gk.GumbelNoise(3).given(torch.zeros(shape, dtype=torch.int64, device=device)))
+
+
+@every_op_with_given
+@pytest.mark.parametrize("known", [False, True])
+@pytest.mark.parametrize("wrong", [-1, VOCAB, 2**40, -(2**63)])
+def test_given_tokens_out_of_range(
+    backend: str, device: str, op: Op, wrong: int, known: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GRADE_KERNELS_CHECK", "1")
+    ids = torch.tensor([0, wrong, 1], device=device)
+    with raises(ValueError, "ids", VOCAB, wrong):
+        op(logits_on(device), noise=gk.GumbelNoise(3).given(ids, torch.zeros(3, device=device) if known else None))
+
+
+@every_op_with_given
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf, 0.3, 5.0])
+def test_log_probabilities_that_are_none(
+    backend: str, device: str, op: Op, wrong: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GRADE_KERNELS_CHECK", "1")
+    logprobs = torch.tensor([-1.0, wrong, 0.2], device=device)
+    with raises(ValueError, "logprobs", "row 1"):
+        op(logits_on(device), noise=gk.GumbelNoise(3).given(IDS.to(device), logprobs))
+
+
+@every_op_with_given
+@pytest.mark.parametrize("known", [False, True])
+def test_given_tokens_that_are_masked(
+    backend: str, device: str, op: Op, known: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GRADE_KERNELS_CHECK", "1")
+    logits = logits_on(device)
+    logits[1, 4] = -math.inf
+    with raises(ValueError, "ids", "-inf", "row 1"):
+        op(
+            logits,
+            noise=gk.GumbelNoise(3).given(IDS.to(device), torch.full((3,), -1.0, device=device) if known else None),
+        )
+
+
+@every_op_with_given
+@pytest.mark.parametrize("known", [False, True])
+@pytest.mark.parametrize("kind", BAD_ROWS)
+def test_given_token_of_a_row_without_a_distribution(
+    backend: str, device: str, op: Op, kind: str, known: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GRADE_KERNELS_CHECK", "1")
+    bad = with_bad_rows(BAD_ROWS[kind], torch.float32, device, 1)
+    ids = torch.full((len(bad),), 2, device=device)
+    logprobs = torch.full(ids.shape, -1.0, device=device) if known else None
+    with raises(ValueError, "logits", "row 1"):
+        op(bad, noise=gk.GumbelNoise(3).given(ids, logprobs))

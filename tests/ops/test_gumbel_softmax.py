@@ -21,6 +21,7 @@ from tests.support.helpers import (
     injected_noise,
     leaf,
     masked,
+    noise_given,
     noise_of,
     randn,
     resize,
@@ -40,10 +41,12 @@ def plain(logits: torch.Tensor, g: torch.Tensor, tau: Any) -> torch.Tensor:
 class Case:
     """One call's results and gradients: ours, PyTorch's in the same dtype, and the float64 truth."""
 
-    def __init__(self, logits: torch.Tensor, tau: torch.Tensor, noise: gk.GumbelNoise, hard: bool = False) -> None:
+    def __init__(
+        self, logits: torch.Tensor, tau: torch.Tensor, noise: gk.GumbelNoise | gk.PosteriorNoise, hard: bool = False
+    ) -> None:
         rows, vocab = logits.shape
         dy = randn(rows, vocab, dtype=logits.dtype, device=logits.device.type, seed=8)
-        g = truth_noise(noise, rows, vocab)
+        g = truth_noise(noise, rows, vocab, logits)
         x, t = leaf(logits), leaf(tau)
         self.y = gk.gumbel_softmax(x, t[:, None], hard, noise=noise)
         self.dlogits, self.dtau = grads((self.y * dy).sum(), x, t)
@@ -67,6 +70,38 @@ class Case:
         # One number a row: the rows' errors are compared as a whole, since a single one may be nought by luck.
         theirs = self.torch_dtau.to(self.dtau.dtype)
         assert_accurate(self.dtau, theirs, self.true_dtau, "dtau", terms=self.tau_terms)
+
+
+@pytest.mark.parametrize("known", [False, True], ids=["", "known logprobs"])
+@pytest.mark.parametrize("hard", [False, True], ids=["soft", "hard"])
+@pytest.mark.parametrize("vocab", ODD_VOCABS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_noise_of_given_tokens(
+    backend: str, device: str, rows: int, dtype: torch.dtype, vocab: int, hard: bool, known: bool
+) -> None:
+    """A soft sample by the formula, and a hard one exactly the one-hot of the given token, with the soft one's gradient."""
+    logits, tau = masked(randn(rows, vocab, dtype=dtype, device=device) * 2), row_taus(rows, dtype, device)
+    noise = noise_given(noise_of(3, rows, device, vocab_start=vocab + 1), logits, known=known)
+    case = Case(logits, tau, noise, hard)
+    if hard:
+        assert torch.equal(case.y, F.one_hot(noise.ids, vocab).to(dtype))
+        case.y = gk.gumbel_softmax(logits, tau[:, None], noise=noise)
+    case.check()
+
+
+@pytest.mark.parametrize("dim", [0, 1, -2, -1])
+def test_noise_of_given_tokens_in_any_dimension(backend: str, device: str, interpreted: bool, dim: int) -> None:
+    x = leaf(randn(*((2, 1, 3) if interpreted else (3, 4, 7)), dtype=torch.float64, device=device))
+    moved = x.detach().movedim(dim, -1)
+    noise = noise_given(noise_of(), moved, known=True)
+    g = truth_noise(noise, moved[..., 0].numel(), moved.shape[-1], moved.reshape(-1, moved.shape[-1]))
+    truth = ((moved + g.view(moved.shape).to(device)) / 0.7).softmax(-1).movedim(-1, dim)
+    torch.testing.assert_close(gk.gumbel_softmax(x, 0.7, dim=dim, noise=noise), truth, rtol=1e-10, atol=1e-13)
+    hard = gk.gumbel_ste(x, 0.7, dim=dim, noise=noise)
+    assert torch.equal(hard.detach().movedim(dim, -1), F.one_hot(noise.ids, moved.shape[-1]).double())
+    dy = randn(*x.shape, dtype=torch.float64, device=device, seed=4)
+    dx = truth * (dy - (truth * dy).sum(dim, keepdim=True)) / 0.7
+    torch.testing.assert_close(grads((hard * dy).sum(), x)[0], dx, rtol=1e-10, atol=1e-13)
 
 
 @pytest.mark.parametrize("mask", [False, True], ids=["open", "masked"])

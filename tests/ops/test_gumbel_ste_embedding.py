@@ -12,6 +12,7 @@ import torch.nn.functional as F
 import grade_kernels as gk
 from tests.support.by_formula import by_formula
 from tests.support.helpers import (
+    DTYPES,
     ESTIMATORS,
     LAYOUTS,
     ODD_VOCABS,
@@ -21,6 +22,7 @@ from tests.support.helpers import (
     grads,
     leaf,
     masked,
+    noise_given,
     noise_of,
     randn,
     resize,
@@ -35,7 +37,7 @@ def check(
     logits: torch.Tensor,
     tables: tuple[torch.Tensor, ...],
     tau: torch.Tensor,
-    noise: gk.GumbelNoise,
+    noise: gk.GumbelNoise | gk.PosteriorNoise,
     estimator: str,
     ids: torch.Tensor | None = None,
 ) -> None:
@@ -53,7 +55,7 @@ def check(
         loss = loss + (e * de).sum().to(loss.dtype)
     dx, dt, *dtables = grads(loss, x, t, *tabs)
 
-    g = truth_noise(noise, rows, vocab)
+    g = truth_noise(noise, rows, vocab, logits)
     cpu = (logits.cpu(), tuple(table.cpu() for table in tables), tau.cpu())
     des = tuple(de.cpu() for de in des)
     theirs = by_formula(*cpu, g, out.ids.cpu(), estimator, des, dlogprobs.cpu())
@@ -72,6 +74,8 @@ def check(
     scores = torch.where(double[0] == -math.inf, 0.0, double[0].abs() + g.abs())
 
     wide = compute_dtype(logits.dtype)
+    if isinstance(noise, gk.PosteriorNoise):
+        ids = noise.ids
     if ids is None:
         assert_same_ids(out.ids, double[0] + g, logits.dtype)
     else:
@@ -123,6 +127,19 @@ def test_dtypes(backend: str, device: str, rows: int, pair: str, estimator: str,
     logits = masked(randn(rows, vocab, dtype=dtype, device=device) * 2)
     table = randn(vocab, 6, dtype=table_dtype, device=device, seed=1)
     check(logits, (table,), row_taus(rows, dtype, device), noise_of(3, rows, device), estimator)
+
+
+@pytest.mark.parametrize("known", [False, True], ids=["", "known logprobs"])
+@pytest.mark.parametrize("vocab", [1, 2, 17, 1031])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_noise_of_given_tokens(
+    backend: str, device: str, rows: int, estimator: str, dtype: torch.dtype, vocab: int, known: bool
+) -> None:
+    logits = masked(randn(rows, vocab, dtype=dtype, device=device) * 2)
+    table = randn(vocab, 5, dtype=dtype, device=device, seed=1)
+    noise = noise_given(noise_of(3, rows, device, vocab_start=vocab + 1), logits, known=known)
+    check(logits, (table,), row_taus(rows, dtype, device), noise, estimator)
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)

@@ -43,12 +43,31 @@ def _embedding(estimator: str) -> Callable[..., tuple[torch.Tensor, ...]]:
     return call
 
 
+def _given(
+    call: Callable[..., tuple[torch.Tensor, ...]], known: bool = False
+) -> Callable[..., tuple[torch.Tensor, ...]]:
+    """The same with noise of given tokens."""
+
+    def given(
+        logits: torch.Tensor, table: torch.Tensor, tau: Any, noise: gk.GumbelNoise | None
+    ) -> tuple[torch.Tensor, ...]:
+        noise = gk.GumbelNoise.from_generator() if noise is None else noise
+        ids = torch.arange(logits.shape[0], device=logits.device)
+        logprobs = logits.log_softmax(-1).gather(1, ids[:, None]).squeeze(1) if known else None
+        return call(logits, table, tau, noise.given(ids, logprobs))
+
+    return given
+
+
 CALLS: dict[str, Callable[..., tuple[torch.Tensor, ...]]] = {
     "gumbel_sample": lambda logits, table, tau, noise: (gk.gumbel_sample(logits, noise=noise),),
     "gumbel_softmax": _softmax(False),
     "gumbel_softmax hard": _softmax(True),
     "gumbel_ste": lambda logits, table, tau, noise: (gk.gumbel_ste(logits, tau, noise=noise),),
     **{f"gumbel_ste_embedding {name}": _embedding(name) for name in ESTIMATORS},
+    "gumbel_softmax given": _given(_softmax(False)),
+    "gumbel_ste given": _given(_softmax(True), known=True),
+    "gumbel_ste_embedding given": _given(_embedding("ste")),
 }
 every_call = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 

@@ -319,3 +319,58 @@ def test_bad_rows_are_found_for_every_estimator(backend: str, device: str, estim
         for wants in (False, True):
             with raises(ValueError, "row 1"):
                 _ste(device, **good(hidden=hidden.clone().requires_grad_(wants), estimator=estimator, eps=eps))
+
+
+# --- noise of given tokens
+
+
+def test_noise_of_given_tokens_where_none_is_added(backend: str, device: str) -> None:
+    """Samplers would have nothing to sample, and statistics draw noise for their support alone."""
+    noise = gk.GumbelNoise(1).given(torch.zeros(N, dtype=torch.int64, device=device))
+    for name, op in OPS.items():
+        if "ste" in name:
+            op(device, **good(device, noise=noise))
+            continue
+        with raises(TypeError, "noise", "GumbelNoise", "PosteriorNoise"):
+            op(device, **good(device, noise=noise))
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("graph", [False, True])
+@pytest.mark.parametrize("known", [False, True])
+def test_given_tokens_with_bad_values(
+    backend: str, device: str, estimator: str, graph: bool, known: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GRADE_KERNELS_CHECK", "1")
+    logprobs = torch.full((N,), -1.0, device=device)
+    hidden = torch.ones(N, H, device=device, requires_grad=graph)
+
+    def call(ids: list[int], logprobs: torch.Tensor | None, **changed: Any) -> None:
+        noise = gk.GumbelNoise(1).given(torch.tensor(ids, device=device), logprobs)
+        arguments: dict[str, Any] = {
+            **good(device),
+            "hidden": hidden,
+            "noise": noise,
+            "estimator": estimator,
+            **changed,
+        }
+        _ste(device, **arguments)
+
+    some = logprobs if known else None
+    call([0, 1, 2], some)
+    with raises(ValueError, "ids", V):
+        call([0, 1, V], some)
+    with raises(ValueError, "ids", (N,), (2,)):
+        call([0, 1], logprobs[:2] if known else None)
+    bias = torch.zeros(V, device=device)
+    bias[1] = -math.inf
+    with raises(ValueError, "ids", "-inf", "row 1"):
+        call([0, 1, 2], some, bias=bias)
+    for wrong in (math.nan, 0.5, -math.inf):
+        with raises(ValueError, "logprobs", "row 2"):
+            call([0, 1, 2], torch.tensor([0.0, 0.1, wrong], device=device))
+    for wrong in (math.nan, math.inf):
+        head = torch.ones(V, H, device=device)
+        head[5] = wrong
+        with raises(ValueError, "hidden", "row 0"):
+            call([0, 1, 2], some, lm_head=head)

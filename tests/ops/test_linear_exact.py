@@ -10,7 +10,16 @@ import torch
 
 import grade_kernels as gk
 from tests.support.covering import Case, covering
-from tests.support.helpers import DTYPES, ESTIMATORS, assert_same_ids, leaf, noise_of, randn, top_two_gap
+from tests.support.helpers import (
+    DTYPES,
+    ESTIMATORS,
+    assert_same_ids,
+    leaf,
+    noise_given,
+    noise_of,
+    randn,
+    top_two_gap,
+)
 from tests.support.problems import (
     GRADIENTS,
     Answer,
@@ -18,6 +27,8 @@ from tests.support.problems import (
     assert_answer,
     by_hand,
     everything,
+    flat,
+    logits_of,
     loss,
     problem,
     run,
@@ -132,6 +143,28 @@ def test_dtypes(
     assert_answer(ours, theirs, truth, everything(p), 2.0 if narrow else 48.0, unit(widest), str(pair))
     alone = run(p, 0.0, ("hidden", "tau"))
     assert_answer(alone, theirs, truth, ("hidden", "tau"), 2.0 if narrow else 48.0, unit(widest), f"{pair} alone")
+
+
+@pytest.mark.parametrize("known", [False, True], ids=["", "known logprobs"])
+@pytest.mark.parametrize("softcap", [None, 2.5])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_noise_of_given_tokens(
+    backend: str,
+    device: str,
+    interpreted: bool,
+    estimator: str,
+    dtype: torch.dtype,
+    softcap: float | None,
+    known: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Chunk by chunk, with what is known of the tokens or without: the formulas with the noise of the reference."""
+    small_chunks(monkeypatch, gather=2**20)
+    p = problem((2, 1) if interpreted else (2, 3), 301, 5, dtype=dtype, table_dtypes=(dtype,), mask=softcap is None,
+                softcap=softcap, estimator=estimator, tau="row", device=device)  # fmt: skip
+    logits = logits_of(widened(flat(p))).reshape(*p.dlogprobs.shape, -1).to(device)
+    check(p._replace(noise=noise_given(p.noise, logits, known=known)))
 
 
 @pytest.mark.parametrize("eps", [0.0, 0.05])

@@ -38,6 +38,18 @@ def _ste(estimator: str, eps: float) -> Callable[..., tuple[torch.Tensor, ...]]:
     return call
 
 
+def _given(call: Callable[..., tuple[torch.Tensor, ...]], known: bool) -> Callable[..., tuple[torch.Tensor, ...]]:
+    """The same with noise of given tokens."""
+
+    def given(hidden: Any, head: Any, bias: Any, table: Any, tau: Any, noise: Any) -> tuple[torch.Tensor, ...]:
+        noise = gk.GumbelNoise.from_generator() if noise is None else noise
+        ids = torch.arange(hidden.shape[0], device=hidden.device) % V
+        logprobs = torch.full(ids.shape, -2.0, device=hidden.device) if known else None
+        return call(hidden, head, bias, table, tau, noise.given(ids, logprobs))
+
+    return given
+
+
 def _statistics(eps: float) -> Callable[..., tuple[torch.Tensor, ...]]:
     def call(hidden: Any, head: Any, bias: Any, table: Any, tau: Any, noise: Any) -> tuple[torch.Tensor, ...]:
         ids = torch.arange(hidden.shape[0], device=hidden.device)
@@ -56,6 +68,8 @@ def _sample(hidden: Any, head: Any, bias: Any, table: Any, tau: Any, noise: Any)
 
 CALLS: dict[str, Callable[..., tuple[torch.Tensor, ...]]] = {
     **{f"{name} {eps}": _ste(name, eps) for name in ESTIMATORS for eps in (0.0, 0.05)},
+    "ste 0.05 given": _given(_ste("ste", 0.05), known=False),
+    "soft 0.05 given": _given(_ste("soft", 0.05), known=True),
     "statistics exact": _statistics(0.0),
     "sample": _sample,
 }

@@ -22,7 +22,7 @@ from grade_kernels.backends import Support
 from grade_kernels.backends.torch import backend as torch_backend
 from grade_kernels.ops.head_gradients import Entries
 from grade_kernels.ops.linear_gumbel_ste.sparse import SparseRows
-from tests.support.helpers import ESTIMATORS, leaf, randn, truth_noise
+from tests.support.helpers import ESTIMATORS, leaf, noise_given, randn, truth_noise
 from tests.support.problems import Problem, Tensor, flat, logits_of, problem, run, small_chunks, widened
 
 BATCHES, ROWS, VOCAB, FEATURES = 40, 48, 300, 5
@@ -97,6 +97,8 @@ def chunked(monkeypatch: pytest.MonkeyPatch) -> None:
 def on_rounding_backends(test: Callable[..., None]) -> Callable[..., None]:
     """Marks a test for backends that round at all, and are fast enough for statistics."""
     slow = "thousands of rows in Triton's interpreter; test_support compares its supports one by one instead"
+    # Eighty calls a case. What values of parameters do together, test_gradient_on_a_support sees in a single call.
+    test = pytest.mark.cover(1, on_each_backend=True)(test)
     test = pytest.mark.uncollect_if(lambda backend: backend == "reference", "the reference is exact at every eps")(test)
     return pytest.mark.uncollect_if(lambda interpreted: interpreted, slow)(test)
 
@@ -207,6 +209,7 @@ def wrong_uniform(patch: pytest.MonkeyPatch) -> None:
 MUTATIONS = (without_leave_one_out, dropped, own_probability, wrong_uniform)
 
 
+@pytest.mark.cover(1)
 @pytest.mark.uncollect_if(
     lambda mutation, estimator: mutation is wrong_uniform and estimator == "st",
     "a word that is not the noise's needs no mixing",
@@ -221,6 +224,7 @@ def test_biased_rules_are_noticed(mutation: Callable[..., None], estimator: str)
             assert_unbiased(gumbel_draw(estimator, "peaked", 1.0, "embedding"))
 
 
+@pytest.mark.cover(1)
 @pytest.mark.parametrize("kind", ["logprobs", "kl", "entropy"])
 @pytest.mark.parametrize("mutation", [dropped, own_probability], ids=lambda f: f.__name__)
 def test_biased_statistics_are_noticed(mutation: Callable[..., None], kind: str) -> None:
@@ -258,8 +262,9 @@ def expected_support(p: Problem, eps: float, domain: int, noisy: bool) -> tuple[
     logits = logits_of(p)
     rows, vocab = logits.shape
     if noisy:
-        logits = logits + truth_noise(p.noise, rows, vocab)
-    words = p.noise.words(rows, vocab, domain=domain)
+        logits = logits + truth_noise(p.noise, rows, vocab, logits)
+    prior = p.noise.noise if isinstance(p.noise, gk.PosteriorNoise) else p.noise
+    words = prior.words(rows, vocab, domain=domain)
     return (logits / p.tau[:, None]).softmax(-1), uniform_from_words(words, torch.float64) * eps
 
 
@@ -300,15 +305,18 @@ def test_support(
 
 
 @pytest.mark.uncollect_if(lambda backend: backend == "reference", "the reference collects no support")
+@pytest.mark.parametrize("given", [False, True], ids=["", "given tokens"])
 @pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_gradient_on_a_support(
-    backend: str, device: str, interpreted: bool, estimator: str, softcap: float | None
+    backend: str, device: str, interpreted: bool, estimator: str, softcap: float | None, given: bool
 ) -> None:
     """One draw, number by number: q = max(p, eps) on the support, and a mean without the entry's own rounding."""
     n, eps = (2 if interpreted else 9), 2**-4
     p = problem((n,), 67, 5, bias=True, tau="row", estimator=estimator, softcap=softcap, scale=0.7, device=device,
                 table_dtypes=(torch.float32, torch.float32))  # fmt: skip
+    if given:
+        p = p._replace(noise=noise_given(p.noise, logits_of(widened(flat(p))).to(device), known=True))
     ours = run(p, eps)
     w = widened(flat(p))
     dy = sum(d @ t.T for d, t in zip(w.upstream, w.tables, strict=True))
@@ -325,7 +333,7 @@ def test_gradient_on_a_support(
         return q * (dy - (mean - q * dy) - probability * dy)
 
     noisy = estimator in ("ste", "soft")
-    main = rounded(p, 0 if noisy else 2, noisy)
+    main = rounded(p, (3 if given else 0) if noisy else 2, noisy)
     plain = rounded(p._replace(tau=torch.ones_like(p.tau)), 2, False)
     if estimator == "reinmax":
         probability, q = ((x / 2) * (1 - hit) for x in main)

@@ -41,11 +41,16 @@ def _ids(x: Tensor) -> Tensor:
     return IDS.to(x.device)
 
 
-def _row(name: str) -> Function:
+def _given(x: Tensor) -> gk.PosteriorNoise:
+    """Noise of given tokens."""
+    return noise_of().given(_ids(x))
+
+
+def _row(name: str, noise: Callable[[Tensor], Any] = lambda x: noise_of()) -> Function:
     """`gumbel_ste_embedding` with one estimator, of a library (ours or the reference), as a function of logits and tau."""
 
     def call(where: Any, x: Tensor, tau: Tensor) -> Tensor:
-        out = where.gumbel_ste_embedding(x, _table(x), tau, estimator=name, noise=noise_of())
+        out = where.gumbel_ste_embedding(x, _table(x), tau, estimator=name, noise=noise(x))
         return out.embedding.square().sum() + out.logprobs.sum()
 
     return call
@@ -60,12 +65,14 @@ ROWS: dict[str, Function] = {
     "gumbel_softmax dim": lambda where, x, tau: _weigh(where.gumbel_softmax(x, tau, dim=0, noise=noise_of())),
     "gumbel_ste": lambda where, x, tau: _weigh(where.gumbel_ste(x, tau, noise=noise_of())),
     **{f"gumbel_ste_embedding {name}": _row(name) for name in ESTIMATORS},
+    "gumbel_softmax given": lambda where, x, tau: where.gumbel_softmax(x, tau, noise=_given(x)).square().sum(),
+    "gumbel_ste_embedding given": _row("ste", _given),
 }
 
 
-def _linear(name: str) -> Function:
+def _linear(name: str, noise: Callable[[Tensor], Any] = lambda x: noise_of()) -> Function:
     def call(where: Any, x: Tensor, tau: Tensor) -> Tensor:
-        out = where.linear_gumbel_ste(x, _head(x), _table(x), tau, estimator=name, noise=noise_of(), eps=0.0)
+        out = where.linear_gumbel_ste(x, _head(x), _table(x), tau, estimator=name, noise=noise(x), eps=0.0)
         return out.embedding.square().sum() + out.logprobs.sum()
 
     return call
@@ -73,6 +80,7 @@ def _linear(name: str) -> Function:
 
 HEADS: dict[str, Function] = {
     **{f"linear_gumbel_ste {name}": _linear(name) for name in ESTIMATORS},
+    "linear_gumbel_ste given": _linear("ste", _given),
     "linear_logprobs": lambda where, x, tau: _weigh(where.linear_logprobs(x, _head(x), _ids(x), eps=0.0)),
     "linear_kl": lambda where, x, tau: _weigh(where.linear_kl(x, _head(x), x.detach() + 1, _head(x), eps=0.0)),
     "linear_entropy": lambda where, x, tau: _weigh(where.linear_entropy(x, _head(x), eps=0.0)),

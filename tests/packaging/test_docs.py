@@ -35,7 +35,7 @@ def test_the_examples_of_the_training_guide_run():
     pytest.importorskip("datasets")
     names: dict[str, object] = {}
     blocks = python_blocks("docs/training.md")
-    assert len(blocks) == 3
+    assert len(blocks) == 5
     for block in blocks:
         exec(block, names)
 

@@ -61,7 +61,7 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 def resize(monkeypatch: pytest.MonkeyPatch, **sizes: Any) -> None:
     """Have every backend that has such sizes (`grade_kernels.backends.Sizes`) use these, for the rest of the test."""
     unknown = set(sizes)
-    for name in gk.backends.BACKENDS[1:]:
+    for name in (*gk.backends.BACKENDS[1:], "triton:tiles", "triton:chunks"):
         backend = gk.backends.get(name)
         known = sizes.keys() & {field.name for field in dataclasses.fields(backend.sizes)}
         monkeypatch.setattr(backend, "sizes", dataclasses.replace(backend.sizes, **{key: sizes[key] for key in known}))
@@ -186,12 +186,37 @@ def noise_of(seed: int = 1, rows: int | None = None, device: str = "cpu", **kwar
     return gk.GumbelNoise(seed, ids, **kwargs)
 
 
-def truth_noise(noise: gk.GumbelNoise, rows: int, vocab: int) -> torch.Tensor:
-    """The noise in float64 on the CPU."""
+def on_cpu(noise: gk.GumbelNoise) -> gk.GumbelNoise:
+    """The same noise with its tensors on the CPU."""
     row_ids = None if noise.row_ids is None else noise.row_ids.cpu()
-    return gk.GumbelNoise(noise.seed.cpu(), row_ids, vocab_start=noise.vocab_start).dense(
-        rows, vocab, dtype=torch.float64
-    )
+    return gk.GumbelNoise(noise.seed.cpu(), row_ids, vocab_start=noise.vocab_start)
+
+
+def flat_on_cpu(noise: gk.GumbelNoise | gk.PosteriorNoise) -> gk.GumbelNoise | gk.PosteriorNoise:
+    """The same for a batch of one dimension, also of given tokens."""
+    if isinstance(noise, gk.GumbelNoise):
+        return on_cpu(noise)
+    logprobs = None if noise.logprobs is None else noise.logprobs.cpu().reshape(-1)
+    return gk.PosteriorNoise(on_cpu(noise.noise), noise.ids.cpu().reshape(-1), logprobs, noise.draw)
+
+
+def noise_given(noise: gk.GumbelNoise, logits: torch.Tensor, *, known: bool, seed: int = 77) -> gk.PosteriorNoise:
+    """Noise given some token of each row, any that is not masked; with its log-probability if that is known."""
+    token = torch.where(logits == -math.inf, -math.inf, randn(*logits.shape, device=logits.device.type, seed=seed))
+    ids = token.argmax(-1)
+    logprobs = logits.double().log_softmax(-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+    return noise.given(ids, logprobs if known else None)
+
+
+def truth_noise(
+    noise: gk.GumbelNoise | gk.PosteriorNoise, rows: int, vocab: int, logits: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The noise in float64 on the CPU; that of given tokens needs the logits `[rows, vocab]`."""
+    noise = flat_on_cpu(noise)
+    if isinstance(noise, gk.GumbelNoise):
+        return noise.dense(rows, vocab, dtype=torch.float64)
+    assert logits is not None
+    return noise.dense(logits.cpu().double())
 
 
 def row_taus(rows: int, dtype: torch.dtype, device: str) -> torch.Tensor:

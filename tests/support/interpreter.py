@@ -106,6 +106,51 @@ def reduce_by_blocks() -> None:
     reductions.generic_reduce = generic_reduce
 
 
+def take_numbers() -> None:
+    """Have an interpreter of before NumPy 2.4 (Triton 3.6's) take an integer out of an array of one element."""
+    from triton.runtime import interpreter
+
+    if not hasattr(interpreter, "_patch_lang_tensor"):
+        return
+    patch_all: Callable[[Any, Any], None] = interpreter._patch_lang_tensor
+
+    def patch(tensor: Any, scope: Any) -> None:
+        patch_all(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patch
+
+
+def ignore_nan() -> None:
+    """Have `tl.maximum` of NaN and a number be the number, as on GPUs; up to Triton 3.7 the interpreter says NaN."""
+    from triton.runtime import interpreter
+
+    builder = interpreter.InterpreterBuilder
+    if all(hasattr(builder, name) for name in ("create_maxnumf", "create_minnumf", "binary_op")):
+        builder.create_maxnumf = lambda self, lhs, rhs: self.binary_op(lhs, rhs, np.fmax)
+        builder.create_minnumf = lambda self, lhs, rhs: self.binary_op(lhs, rhs, np.fmin)
+
+
+def fuse() -> None:
+    """Have a multiply-add of float32 round once, as on GPUs; up to Triton 3.8 the interpreter rounds the product, too."""
+    from triton.language import core
+    from triton.runtime import interpreter
+
+    one = np.array([1.0], np.float32)
+    x, z = (interpreter.TensorHandle(value, core.float32) for value in (one + 2**-13, -one - 2**-12))
+    if interpreter.interpreter_builder.create_fma(x, x, z).data[0] == 2**-26:
+        return
+    multiply_add: Callable[[Any, Any, Any, Any], Any] = interpreter.InterpreterBuilder.create_fma
+
+    def create_fma(self: Any, x: Any, y: Any, z: Any) -> Any:
+        if z.data.dtype != np.float32:
+            return multiply_add(self, x, y, z)
+        exact = np.multiply(x.data, y.data, dtype=np.float64)
+        return interpreter.TensorHandle((exact + z.data).astype(np.float32), z.dtype.scalar)
+
+    interpreter.InterpreterBuilder.create_fma = create_fma
+
+
 def skip_promotion() -> None:
     """Have operands of one type and one shape pass without the search for a type and a shape that hold both."""
     from triton.language import core, semantic
@@ -124,7 +169,7 @@ def skip_promotion() -> None:
             if type(rhs) is core.tensor and rhs.dtype is lhs.dtype:
                 return broadcast(self, lhs, rhs)
             if type(rhs) is int or (type(rhs) is float and lhs.dtype.is_floating()):  # follows the tensor's type
-                return broadcast(self, lhs, self._cast_to_computation_type(rhs, lhs.dtype))
+                return broadcast(self, lhs, self.scalar_constant(rhs, lhs.dtype))
         return meet(self, lhs, rhs, *args, **kwargs)
 
     def broadcast(self: Any, lhs: Any, rhs: Any) -> tuple[Any, Any]:
@@ -141,7 +186,7 @@ def skip_promotion() -> None:
     def splat(self: Any, scalar: Any, like: Any) -> Any:
         data = scalar.handle.data
         block = interpreter.TensorHandle(np.full(like.like.extents, data, data.dtype), scalar.dtype)
-        return self.make_tensor(block, like.with_element_ty(scalar.dtype))
+        return core.tensor(block, like.with_element_ty(scalar.dtype))
 
     def unwrap_value(x: Any) -> Any:
         return x if type(x) in plain else unwrap(x)

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
+from unittest import mock
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._C._profiler import RecordScope
+from torch.autograd import profiler as autograd_profiler
 
 import grade_kernels as gk
 from tests.support.by_formula import by_formula
-from tests.support.helpers import compute_dtype, randn, resize, truth_noise
+from tests.support.helpers import compute_dtype, flat_on_cpu, randn, resize, truth_noise
 
 Tensor = torch.Tensor
 
@@ -28,7 +32,7 @@ class Problem(NamedTuple):
     tau: float | Tensor
     softcap: float | None
     estimator: str
-    noise: gk.GumbelNoise
+    noise: gk.GumbelNoise | gk.PosteriorNoise
     ids: Tensor | None
     upstream: tuple[Tensor, ...]  # [..., D], like the embeddings
     dlogprobs: Tensor  # [...]
@@ -137,11 +141,10 @@ def flat(p: Problem) -> Problem:
     rows = p.dlogprobs.numel()
     tau = p.tau if isinstance(p.tau, Tensor) else torch.tensor(p.tau, dtype=torch.float64)
     tau = (tau.expand(rows) if tau.dim() == 0 else tau.reshape(rows)).cpu()
-    row_ids = None if p.noise.row_ids is None else p.noise.row_ids.cpu()
     return Problem(
         p.hidden.cpu().reshape(rows, p.hidden.shape[-1]), p.lm_head.cpu(), None if p.bias is None else p.bias.cpu(),
         tuple(t.cpu() for t in p.tables), tau, p.softcap, p.estimator,
-        gk.GumbelNoise(p.noise.seed.cpu(), row_ids, vocab_start=p.noise.vocab_start),
+        flat_on_cpu(p.noise),
         None if p.ids is None else p.ids.cpu().reshape(rows),
         tuple(d.cpu().reshape(rows, d.shape[-1]) for d in p.upstream), p.dlogprobs.cpu().reshape(rows),
     )  # fmt: skip
@@ -168,7 +171,7 @@ def by_hand(p: Problem, ids: Tensor) -> Answer:
     ids = ids.cpu().reshape(-1)
     logits = logits_of(p)
     rows, vocab = logits.shape
-    g = truth_noise(p.noise, rows, vocab)
+    g = truth_noise(p.noise, rows, vocab, logits)
     if rows == 0:
         g = g.reshape(0, vocab)
     out = by_formula(logits, p.tables, p.tau, g, ids, p.estimator, p.upstream, p.dlogprobs)
@@ -186,7 +189,7 @@ def scores_of(p: Problem) -> Tensor:
     """`l + g` `[N, V]` in float64 on the CPU."""
     p = widened(flat(p))
     logits = logits_of(p)
-    return logits + truth_noise(p.noise, *logits.shape)
+    return logits + truth_noise(p.noise, *logits.shape, logits)
 
 
 def close(
@@ -235,7 +238,7 @@ def assert_answer(ours: Answer, theirs: Answer, truth: Answer, wanted: tuple[str
 
 def small_chunks(monkeypatch: pytest.MonkeyPatch, elements: int = 1, gather: int = 64) -> None:
     """Chunks of the least width, and gathers in many pieces."""
-    resize(monkeypatch, chunk=elements, gather=gather)
+    resize(monkeypatch, chunk=elements, head_chunk=elements, gather=gather)
 
 
 def tiny_capacity(monkeypatch: pytest.MonkeyPatch, capacity: int) -> None:
@@ -247,7 +250,12 @@ def tiny_capacity(monkeypatch: pytest.MonkeyPatch, capacity: int) -> None:
 def allocations() -> Iterator[list[tuple[int, int]]]:
     """(bytes, total bytes allocated after it) of everything the CPU allocator gives or takes, kernels' included."""
     found: list[tuple[int, int]] = []
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    # To record each operation as well would take several times as long as all operations do.
+    memory_alone = functools.partial(autograd_profiler._enable_profiler, scopes={RecordScope.USER_SCOPE})
+    with (
+        mock.patch.object(autograd_profiler, "_enable_profiler", memory_alone),
+        torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile,
+    ):
         yield found
     live = 0
     for event in profile.profiler.kineto_results.events():

@@ -13,6 +13,10 @@ from grade_kernels.backends import Backend
 from tests.support import cuda_host
 from tests.support.interpreter import INTERPRETED
 from tests.support.needs import needs_backend, needs_cuda_on_the_host
+from tests.support.ptx.setting import SIMULATED
+
+if SIMULATED:
+    from tests.support.ptx import cuda_library
 
 DEVICE = "cuda" if torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1" else "cpu"
 SEED = -2401053089206453570
@@ -29,7 +33,7 @@ GPU_BACKENDS = [
 def loaded(name: str) -> Backend:
     """A backend that can be called where tests of kernels run."""
     if name == "cuda" and DEVICE == "cpu":
-        cuda_host.load()
+        (cuda_library if SIMULATED else cuda_host).load()
     return backends.get(name)
 
 

@@ -24,6 +24,7 @@ def build(path, model=None, reward=None, dataset=None, **changes):
     others = (
         "eval_dataset", "peft_config", "callbacks", "reward_processing_classes", "processing_class", "ref_model",
         "compute_metrics", "model_init", "optimizers", "optimizer_cls_and_kwargs",
+        "rollout_func",
     )  # fmt: skip
     arguments = {name: changes.pop(name) for name in others if name in changes}
     arguments.setdefault("processing_class", word_tokenizer())

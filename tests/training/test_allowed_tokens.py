@@ -18,12 +18,7 @@ from datasets import Dataset
 import grade_kernels as gk
 from grade_kernels import GumbelNoise
 from grade_kernels.training import GRADETrainer, SequenceClassificationReward, grade_loss
-from grade_kernels.training.allowed_tokens import (
-    _UNFOLLOWED,
-    AllowedTokens,
-    ids_without_token,
-    read_generation_config,
-)
+from grade_kernels.training.allowed_tokens import ids_without_token
 from tests.support import trainers
 from tests.support.training_models import (
     VOCAB,
@@ -489,135 +484,6 @@ def test_ends_that_are_masked_are_refused(tmp_path):
     model.generation_config.suppress_tokens = list(range(16))
     with pytest.raises(ValueError, match="must leave a token to sample"):
         build(tmp_path, model=model)
-
-
-# --------------------------------------------------------------------------------------------------- generation configs
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"suppress_tokens": [3, 9, 12]},
-        {"begin_suppress_tokens": [5, 6, 30]},
-        {"suppress_tokens": [3], "begin_suppress_tokens": [5]},
-        {"bad_words_ids": [[8], [2], [9, 3], [11]]},
-        {"sequence_bias": {(7,): float("-inf"), (9, 3): float("-inf")}},
-        {"sequence_bias": [[[7], float("-inf")], [[8], 2.0]]},
-    ],
-)
-def test_static_masks_are_those_of_generate(settings):
-    """At every position the tokens of probability 0 are those of `generate()`, if the longer sequences don't come up."""
-    model = policy("gpt2", dtype=torch.float32)
-    model.generation_config.eos_token_id = 2
-    for name, value in settings.items():
-        setattr(model.generation_config, name, value)
-    allowed = read_generation_config(model.generation_config, VOCAB)
-    ids = torch.tensor([[4, 5, 6]])
-    torch.manual_seed(0)
-    out = model.generate(
-        ids, attention_mask=torch.ones_like(ids), do_sample=True, top_k=0, max_new_tokens=4, min_new_tokens=0,
-        output_scores=True, return_dict_in_generate=True, pad_token_id=0,
-    )  # fmt: skip
-    drawn = out.sequences[0, 3:].tolist()
-    for place, scores in enumerate(out.scores):
-        if place and drawn[place - 1] == 9:
-            continue  # a longer sequence may end here
-        bias = allowed.bias(model.lm_head.weight, None, first=place == 0)
-        ours = torch.zeros(VOCAB, dtype=torch.bool) if bias is None else bias == -torch.inf
-        assert torch.equal(ours, scores[0] == -torch.inf)
-
-
-UNFOLLOWED = {
-    "temperature": 0.6, "top_k": 20, "top_p": 0.9, "min_p": 0.05, "top_h": 0.4, "typical_p": 0.9,
-    "epsilon_cutoff": 3e-4, "eta_cutoff": 3e-4, "repetition_penalty": 1.1, "encoder_repetition_penalty": 1.2,
-    "no_repeat_ngram_size": 3, "encoder_no_repeat_ngram_size": 2, "min_length": 5, "min_new_tokens": 4,
-    "forced_bos_token_id": 1, "forced_eos_token_id": 2, "exponential_decay_length_penalty": (5, 1.1),
-    "guidance_scale": 1.5, "watermarking_config": {"bias": 2.5}, "token_healing": True, "stop_strings": ["."],
-    "max_time": 3.0, "num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 0.5, "penalty_alpha": 0.6,
-    "dola_layers": "high", "constraints": ["x"], "force_words_ids": [[3]],
-}  # fmt: skip
-HALF_FOLLOWED = {"bad_words_ids": ([[5, 6], [7]], "[[5, 6]]"), "sequence_bias": ({(5,): 1.5}, "{(5,): 1.5}")}
-
-
-def config_of(**settings):
-    config = tf.GenerationConfig(do_sample=True)
-    for name, value in settings.items():
-        setattr(config, name, value)
-    return config
-
-
-@pytest.mark.parametrize("name", UNFOLLOWED)
-def test_what_is_not_followed_is_named_with_its_value(caplog, name):
-    with caplog.at_level(logging.WARNING):
-        read_generation_config(config_of(**{name: UNFOLLOWED[name]}), VOCAB)
-    (record,) = caplog.records
-    assert record.getMessage().endswith(f"generation_config: {name}={UNFOLLOWED[name]!r}")
-
-
-def test_every_setting_is_one_that_is_tried():
-    assert UNFOLLOWED.keys() == _UNFOLLOWED.keys()
-
-
-@pytest.mark.parametrize("name", HALF_FOLLOWED)
-def test_what_is_followed_in_part_is_named_for_the_rest(caplog, name):
-    value, said = HALF_FOLLOWED[name]
-    with caplog.at_level(logging.WARNING):
-        allowed = read_generation_config(config_of(**{name: value}), VOCAB)
-    assert caplog.records[-1].getMessage().endswith(f"generation_config: {name}={said}")
-    assert (allowed.suppressed is None) == (name == "sequence_bias")
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {},
-        {"do_sample": False, "temperature": None, "top_p": None, "top_k": None},
-        {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "typical_p": 1.0, "repetition_penalty": 1.0},
-        {"top_k": VOCAB, "num_beams": 1, "guidance_scale": 1, "no_repeat_ngram_size": 0, "min_length": 0},
-        {"epsilon_cutoff": 0.0, "eta_cutoff": 0.0, "bad_words_ids": [], "suppress_tokens": [], "stop_strings": []},
-        {"max_new_tokens": 7, "max_length": 20, "num_return_sequences": 3, "renormalize_logits": True},
-        {"suppress_tokens": [VOCAB, 5000], "token_healing": False, "sequence_bias": {}},
-    ],
-)
-def test_settings_that_change_nothing_are_not_named(caplog, settings):
-    with caplog.at_level(logging.WARNING):
-        allowed = read_generation_config(config_of(**settings), VOCAB)
-    assert caplog.records == []
-    assert allowed == AllowedTokens()
-
-
-def test_a_model_without_a_generation_config_masks_nothing():
-    assert read_generation_config(None, VOCAB) == AllowedTokens()
-
-
-def test_the_trainer_follows_the_generation_config_and_says_so_once(tmp_path, caplog, monkeypatch):
-    """Suppressed tokens are never drawn, begin-suppressed ones not first; temperature and the like are named once."""
-    seen = []
-    note = GRADETrainer._note_training
-    monkeypatch.setattr(
-        GRADETrainer, "_note_training", lambda self, inputs, out: seen.append(out) or note(self, inputs, out)
-    )
-    model = policy("gpt2", dtype=torch.float32)
-    config = model.generation_config
-    config.suppress_tokens, config.begin_suppress_tokens, config.bad_words_ids = [3, 4, 5], [7, 8, 9], [[10], [11, 12]]
-    config.temperature, config.top_p, config.do_sample = 0.6, 0.9, True
-    with caplog.at_level(logging.WARNING):
-        trainer = build(
-            tmp_path, model=model, reward=BagReward(dtype=torch.float32), tokenizer=word_tokenizer(), max_steps=12
-        )
-        trainer.train()
-    said = [record.getMessage() for record in caplog.records if record.name.endswith("allowed_tokens")]
-    assert said == [
-        "By the policy's generation_config, the tokens 3 to 5, 10 are never sampled",
-        "By the policy's generation_config, the tokens 7 to 9 are never sampled at the beginning of a completion",
-        "Training samples from the model's own distribution, and ignores of the policy's generation_config: "
-        "temperature=0.6, top_p=0.9, bad_words_ids=[[11, 12]]",
-    ]
-    ids = torch.cat([out.completion_ids[out.completion_mask.bool()] for out in seen])
-    assert not torch.isin(ids, torch.tensor([3, 4, 5, 10])).any()
-    first = torch.cat([out.completion_ids[:, 0] for out in seen])
-    assert not torch.isin(first, torch.tensor([3, 4, 5, 7, 8, 9, 10])).any()
-    assert torch.isin(ids, torch.tensor([7, 8, 9])).any()
 
 
 def test_a_decoder_classifier_larger_than_the_policy():

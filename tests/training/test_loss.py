@@ -173,7 +173,7 @@ def test_the_sparse_backward_is_unbiased():
         return torch.cat([g.flatten() for g in gradients(out.loss, model).values()])
 
     reference = policy("gpt2", seed=1)
-    differences = torch.stack([gradient(seed, 0.2) - gradient(seed, 0.0) for seed in range(150)])
+    differences = torch.stack([gradient(seed, 0.2) - gradient(seed, 0.0) for seed in range(50)])
     error = differences.mean(0).norm()
     floor = (differences.var(0).sum() / len(differences)).sqrt()
     assert 0 < error < 1.5 * floor

@@ -22,6 +22,7 @@ from grade_kernels.backends.records import GradientRule, Head, Noise, Rows, Samp
 from grade_kernels.backends.torch.backend import TorchBackend
 from grade_kernels.dtypes import compute_dtype
 from grade_kernels.estimators import is_noisy
+from grade_kernels.noise import posterior_domain
 
 __all__ = ["CpuBackend"]
 
@@ -61,6 +62,12 @@ def _fresh_zeros(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
+def _given(noise: Noise) -> tuple[torch.Tensor | None, int]:
+    """Tokens that won and the domain of their noise's words, as kernels for rows take them."""
+    given = noise.posterior
+    return (None, 0) if given is None else (given.ids.contiguous(), posterior_domain(given.draw))
+
+
 class CpuBackend(TorchBackend):
     """Kernels of csrc/cpu, which has none for heads in float64: those calls go to the torch backend."""
 
@@ -88,7 +95,7 @@ class CpuBackend(TorchBackend):
         rows = logits.shape[0]
         ids, score_max = logits.new_empty(rows, dtype=torch.int64), logits.new_empty(rows, dtype=compute)
         logit_max, logit_sum = (logits.new_empty(rows if logsumexp else 0, dtype=compute) for _ in range(2))
-        seed, row_ids, vocab_start = noise
+        seed, row_ids, vocab_start, _ = noise
         cpu_kernels().sample(
             unit_stride(logits), seed, contiguous(row_ids), vocab_start, logsumexp, ids, score_max, logit_max, logit_sum
         )
@@ -102,9 +109,11 @@ class CpuBackend(TorchBackend):
 
     @override
     def gumbel_softmax(self, rows: Rows, hard: bool, out: torch.Tensor) -> torch.Tensor:
+        if rows.noise.posterior is not None:
+            return super().gumbel_softmax(rows, hard, out)
         tau = rows.tau.contiguous()
         score_max = torch.empty_like(tau)
-        seed, row_ids, vocab_start = rows.noise
+        seed, row_ids, vocab_start, _ = rows.noise
         zeroed = hard and _stays_empty(out, out.shape[1])  # then `blank` gave zeros
         cpu_kernels().gumbel_softmax(
             rows.logits, tau, seed, contiguous(row_ids), vocab_start, hard, zeroed, out, score_max
@@ -145,13 +154,15 @@ class CpuBackend(TorchBackend):
         dtype: torch.dtype,
         out: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        if rows.noise.posterior is not None and rows.tau.dtype == torch.float64:
+            return super().softmax(rows, score_max, normalize=normalize, dtype=dtype, out=out)
         out = rows.logits.new_empty(rows.logits.shape, dtype=dtype) if out is None else out
         total = torch.empty_like(score_max)
-        seed, row_ids, vocab_start = rows.noise
+        seed, row_ids, vocab_start, _ = rows.noise
         with written_flat(out) as weights:
             cpu_kernels().softmax(
                 unit_stride(flat(rows.logits)), rows.tau.contiguous(), seed, contiguous(row_ids), vocab_start, score_max,
-                normalize, weights, total,
+                normalize, weights, total, *_given(rows.noise),
             )  # fmt: skip
         return out, total
 
@@ -159,17 +170,21 @@ class CpuBackend(TorchBackend):
     def softmax_backward(
         self, dy: torch.Tensor, rows: Rows, sample: Sample, rule: GradientRule, out: torch.Tensor
     ) -> torch.Tensor:
+        posterior = rows.noise.posterior is not None and is_noisy(rule.estimator)
+        if posterior and rows.tau.dtype == torch.float64:
+            return super().softmax_backward(dy, rows, sample, rule, out)
         tau = rows.tau.contiguous()
         dtau = torch.zeros_like(tau) if rule.needs_dtau else tau
-        seed, row_ids, vocab_start = rows.noise
+        given = _given(rows.noise) if posterior else (None, 0)
+        seed, row_ids, vocab_start, _ = rows.noise
 
         def run(dy: torch.Tensor, logits: torch.Tensor, out: torch.Tensor) -> None:
             cpu_kernels().softmax_backward(
                 dy, logits, tau, seed, contiguous(row_ids), vocab_start, ESTIMATOR[rule.estimator], *sample,
-                contiguous(rule.dlogprobs), out, dtau if rule.needs_dtau else None,
+                contiguous(rule.dlogprobs), out, dtau if rule.needs_dtau else None, *given,
             )  # fmt: skip
 
-        if tau.dtype == torch.float64 or (is_noisy(rule.estimator) and rule.dlogprobs is None):
+        if tau.dtype == torch.float64 or (is_noisy(rule.estimator) and rule.dlogprobs is None and not posterior):
             run(dy, rows.logits, out)
         else:  # kernels for one row at a time
             with written_flat(out) as gradient:
@@ -288,7 +303,7 @@ class CpuBackend(TorchBackend):
                 return whole(slice(0, len(table)))[:, : len(x)].T
             return super().product(x, table, out)
         if out is None:
-            out = x.new_empty(len(x), len(table))
+            out = x.new_empty(len(x), len(table), dtype=torch.float32)
         cpu_kernels().packed_product(packed(x), len(x), unit_stride(table), True, out)
         return out
 

@@ -9,7 +9,8 @@ import torch
 from grade_kernels.backends.chunks import Sizes
 from grade_kernels.backends.cpu.products import head_products, padded
 from grade_kernels.backends.native import contiguous, cpu_kernels
-from grade_kernels.backends.records import Head, Noise, Sample, Softmax, Support
+from grade_kernels.backends.records import Head, Noise, Posterior, Sample, Softmax, Support
+from grade_kernels.noise import posterior_domain
 
 __all__ = ["SAMPLE", "SCORES", "SOFTMAX", "HeadPass"]
 
@@ -52,11 +53,18 @@ class HeadPass:
         self.state[0:3:2] = torch.finfo(torch.float32).min
         self.ids = tau.new_full((rows,), -1, dtype=torch.int64)
         self.flags = tau.new_zeros(3, rows, dtype=torch.int32)  # bad, entries, overflow
+        self.given: Posterior | None = None
         self.candidates = tau.new_empty(rows, capacity * _CANDIDATE_WORDS, dtype=torch.int32)
 
     def run(self, noise: Noise, ref: Head | None = None) -> HeadPass:
         """Take the whole vocabulary; returns the pass itself."""
         head, rows = self.head, self.head.hidden.shape[0]
+        ids, scores, domain = None, None, 0
+        if self.kind == SCORES and noise.posterior is not None:
+            self.given = noise.posterior
+            ids, scores = contiguous(self.given.ids), contiguous(self.given.score_max)
+            domain = posterior_domain(self.given.draw)
+            self.state[0] = 0.0  # scores count from the given token's
         lanes, vocab = padded(rows), head.weight.shape[0]
         # The product's kernels take blocks of up to 48 tokens. 192 tokens are four of them, which two threads share evenly.
         width = max(192, self.sizes.tile_buffer // lanes // 192 * 192)
@@ -72,18 +80,22 @@ class HeadPass:
             cpu_kernels().head_chunk(
                 self.kind, out, ref_out, bias, ref_bias, head.softcap or 0.0, rows, self.tau, noise.seed, row_ids,
                 noise.vocab_start, chunk.start, self.eps, self.state, self.ids, self.flags, self.candidates, scratch,
+                ids, scores, domain,
             )  # fmt: skip
         return self
 
     def bad(self) -> torch.Tensor:
         """Rows that have no distribution."""
-        return (self.flags[0] & 1 != 0) | (self.state[0] == torch.finfo(torch.float32).min)
+        largest = self.state[0 if self.given is None else 2]
+        return (self.flags[0] & 1 != 0) | (largest == torch.finfo(torch.float32).min)
 
     def sample(self) -> Sample:
         """Of a SAMPLE or SCORES pass."""
-        bad = self.bad()
-        score_max = torch.where(bad, torch.nan, self.state[0])
-        return Sample(torch.where(bad, -1, self.ids), score_max, self.state[2], self.state[3])
+        bad, ids, score_max = self.bad(), self.ids, self.state[0]
+        if self.given is not None and self.given.score_max is not None:
+            ids, score_max = self.given.ids, self.given.score_max
+        score_max = torch.where(bad, torch.nan, score_max)
+        return Sample(torch.where(bad, -1, ids), score_max, self.state[2], self.state[3])
 
     def softmax(self, with_ref: bool) -> Softmax:
         """Of a SOFTMAX pass."""

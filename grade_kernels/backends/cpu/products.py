@@ -12,7 +12,7 @@ import torch
 
 from grade_kernels.backends.native import cpu_kernels, unit_stride
 from grade_kernels.backends.records import Head
-from grade_kernels.backends.torch import products as plain
+from grade_kernels.dtypes import compute_dtype
 
 __all__ = ["LANES", "HeadProduct", "has_product", "head_products", "packed", "padded"]
 
@@ -37,35 +37,39 @@ def padded(rows: int) -> int:
 
 
 class HeadProduct:
-    """`weight @ hidden.T`, some rows of the weight at a time, in one buffer. Its columns are padded to whole lanes.
+    """`weight @ hidden.T` in float32, some rows of the weight at a time, in one buffer. Columns are padded to whole lanes.
 
     Args:
         hidden: `[N, H]`.
-        weight: `[V, H]`.
+        weight: `[V, H]`, in hidden's dtype.
         width: rows of the weight that are taken at a time, at most.
         elements: how much PyTorch's product widens at a time where it has to.
     """
 
     def __init__(self, hidden: torch.Tensor, weight: torch.Tensor, width: int, elements: int) -> None:
         self.weight, self.rows, self.elements = weight, len(hidden), elements
-        self.buffer = hidden.new_empty(min(width, len(weight)), padded(self.rows))
+        # Sums that were rounded to 16 bits would bias what is made of them (see `torch.products.product`).
+        self.buffer = hidden.new_empty(min(width, len(weight)), padded(self.rows), dtype=compute_dtype(hidden.dtype))
         self.own = has_product(hidden)
-        self.widened = not self.own and not plain.has_kernels(hidden)
         if self.own:
             self.hidden = packed(hidden)
         else:
-            dtype = torch.float32 if self.widened else hidden.dtype
-            self.hidden = hidden.new_zeros(hidden.shape[1], padded(self.rows), dtype=dtype)
+            self.hidden = hidden.new_zeros(hidden.shape[1], padded(self.rows), dtype=self.buffer.dtype)
             self.hidden[:, : self.rows] = hidden.T
 
     def __call__(self, chunk: slice) -> torch.Tensor:
         """The product of one chunk of the weight, until the next is asked for."""
         out = self.buffer[: chunk.stop - chunk.start]
-        if self.widened:
-            plain.product(self.hidden.T, self.weight[chunk], out.T, self.elements)
-            return out
-        if not self.own:
+        if not self.own and self.weight.dtype == out.dtype:
             return torch.mm(self.weight[chunk], self.hidden, out=out)
+        if not self.own:
+            step = max(1, self.elements // max(1, self.weight.shape[1]))
+            for i in range(chunk.start, chunk.stop, step):
+                part = slice(i, min(i + step, chunk.stop))
+                torch.mm(
+                    self.weight[part].to(out.dtype), self.hidden, out=out[i - chunk.start : part.stop - chunk.start]
+                )
+            return out
         cpu_kernels().packed_product(self.hidden, self.rows, unit_stride(self.weight[chunk]), False, out)
         return out
 
@@ -73,7 +77,7 @@ class HeadProduct:
 def head_products(
     head: Head, ref: Head | None, width: int, elements: int
 ) -> Callable[[slice], tuple[torch.Tensor, torch.Tensor | None]]:
-    """A function that returns a chunk's products, and the reference's in the same dtype and layout.
+    """A function that returns a chunk's products, and the reference's in the same layout, in float32.
 
     Where both heads have one weight, it is read once.
     """
@@ -91,8 +95,7 @@ def head_products(
 
         return split
     products = [HeadProduct(h.hidden, h.weight, width, elements) for h in (head, ref)]
-    dtype = torch.float32 if head.hidden.dtype != ref.hidden.dtype else head.hidden.dtype
-    return lambda chunk: (products[0](chunk).to(dtype), products[1](chunk).to(dtype))
+    return lambda chunk: (products[0](chunk).float(), products[1](chunk).float())  # one of them may be in float64
 
 
 def _same(x: torch.Tensor, y: torch.Tensor) -> bool:

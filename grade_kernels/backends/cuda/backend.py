@@ -102,7 +102,7 @@ class CudaBackend(TritonBackend):
 
     @override
     def gumbel_softmax(self, rows: Rows, hard: bool, out: torch.Tensor) -> torch.Tensor:
-        if _are_pieces(rows.logits, out):
+        if rows.noise.posterior is not None or _are_pieces(rows.logits, out):
             return Backend.gumbel_softmax(self, rows, hard, out)
         score_max = torch.empty(rows.tau.shape, dtype=torch.float32, device=out.device)
         cuda_kernels().relax(*_given(rows), hard, out, score_max)
@@ -125,6 +125,8 @@ class CudaBackend(TritonBackend):
         dtype: torch.dtype,
         out: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        if rows.noise.posterior is not None:
+            return super().softmax(rows, score_max, normalize=normalize, dtype=dtype, out=out)
         # The kernels write float32 and the logits' dtype; what is rounded once more from float32 is rounded once.
         logits, noise = flat(rows.logits), rows.noise
         direct = dtype if dtype == logits.dtype else torch.float32
@@ -145,6 +147,8 @@ class CudaBackend(TritonBackend):
     def softmax_backward(
         self, dy: torch.Tensor, rows: Rows, sample: Sample, rule: GradientRule, out: torch.Tensor
     ) -> torch.Tensor:
+        if rows.noise.posterior is not None and is_noisy(rule.estimator):
+            return super().softmax_backward(dy, rows, sample, rule, out)
         if rule.dlogprobs is None and is_noisy(rule.estimator) and not _are_pieces(rows.logits, dy, out):
             dtau = (torch.empty if rule.needs_dtau else torch.zeros)(
                 rows.tau.shape, dtype=torch.float32, device=out.device

@@ -15,23 +15,58 @@ from grade_kernels.backends.torch.candidates import Candidates
 from grade_kernels.backends.torch.products import product, weighted_sum
 from grade_kernels.dtypes import compute_dtype
 from grade_kernels.estimators import Rule, is_noisy
-from grade_kernels.noise import DOMAIN_GUMBEL, DOMAIN_REFINE, DOMAIN_SUPPORT, gumbel_from_words, uniform_from_words
+from grade_kernels.noise import (
+    DOMAIN_GUMBEL,
+    DOMAIN_REFINE,
+    DOMAIN_SUPPORT,
+    gumbel_from_words,
+    posterior_domain,
+    uniform_from_words,
+)
 
 __all__ = ["TorchBackend"]
 
 
 class _Scores:
-    """l + g of one chunk of columns at a time."""
+    """l + g of one chunk of columns at a time, in compute precision.
+
+    Args:
+        noise: of the rows.
+        rows: how many.
+        device: of the rows.
+    """
+
+    def __init__(self, noise: Noise, rows: int, device: torch.device) -> None:
+        self.rows, self.drawn, self.given = rows, noise.on(rows, device), noise.posterior
+        self.domains = (DOMAIN_GUMBEL, DOMAIN_REFINE)
+        if self.given is not None:
+            first = posterior_domain(self.given.draw)
+            self.domains = (first, first + 1)
+
+    def chunk(self, columns: slice, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scores `[rows, columns]` of a chunk's logits, and the words that they were made of."""
+        word, refinement = (
+            self.drawn.words(self.rows, logits.shape[1], vocab_start=columns.start, domain=domain)
+            for domain in self.domains
+        )
+        scores = logits + gumbel_from_words(word, refinement, logits.dtype)
+        if self.given is not None and self.given.score_max is not None:
+            largest, ids = self.given.score_max[:, None], self.given.ids[:, None]
+            won = torch.arange(columns.start, columns.stop, device=logits.device) == ids
+            scores = torch.where(won, largest, -torch.logaddexp(-largest, -scores))
+        return scores, word
+
+
+class _RowScores(_Scores):
+    """The same of given logits."""
 
     def __init__(self, logits: torch.Tensor, noise: Noise) -> None:
-        self.logits, self.noise = logits, noise.on(len(logits), logits.device)
-        self.dtype = compute_dtype(logits.dtype)
+        super().__init__(noise, len(logits), logits.device)
+        self.logits, self.dtype = logits, compute_dtype(logits.dtype)
 
-    def chunk(self, columns: slice) -> torch.Tensor:
-        rows, width = self.logits.shape[0], columns.stop - columns.start
-        return self.logits[:, columns].to(self.dtype) + self.noise.dense(
-            rows, width, vocab_start=columns.start, dtype=self.dtype
-        )
+    def of(self, columns: slice) -> torch.Tensor:
+        """Scores of a chunk."""
+        return self.chunk(columns, self.logits[:, columns].to(self.dtype))[0]
 
 
 class TorchBackend(Backend):
@@ -56,12 +91,12 @@ class TorchBackend(Backend):
     @override
     def sample(self, logits: torch.Tensor, noise: Noise, logsumexp: bool) -> Sample:
         rows, vocab = logits.shape
-        scores = _Scores(logits, noise)
+        scores = _RowScores(logits, noise)
         score_max = torch.full((rows,), -torch.inf, dtype=scores.dtype, device=logits.device)
         ids = torch.zeros(rows, dtype=torch.int64, device=logits.device)
         sums = LogSumExp(rows, logits)
         for columns in self.column_chunks(rows, vocab):
-            best, where = scores.chunk(columns).max(dim=1)
+            best, where = scores.of(columns).max(dim=1)
             # NaN wins every later comparison, as in torch.max.
             better = ~(best <= score_max) & ~score_max.isnan()
             ids = torch.where(better, where + columns.start, ids)
@@ -96,12 +131,12 @@ class TorchBackend(Backend):
         out: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         logits, tau = flat(rows.logits), rows.tau[:, None]
-        scores = _Scores(logits, rows.noise)
+        scores = _RowScores(logits, rows.noise)
         out = torch.empty(rows.logits.shape, dtype=dtype, device=logits.device) if out is None else out
         total = torch.zeros(len(logits), dtype=scores.dtype, device=logits.device)
 
         def chunk(columns: slice) -> torch.Tensor:
-            return ((scores.chunk(columns) - score_max[:, None]) / tau).exp()
+            return ((scores.of(columns) - score_max[:, None]) / tau).exp()
 
         with written_flat(out) as weights:
             for columns in self.column_chunks(*logits.shape):
@@ -120,14 +155,14 @@ class TorchBackend(Backend):
         self, dy: torch.Tensor, rows: Rows, sample: Sample, rule: GradientRule, out: torch.Tensor
     ) -> torch.Tensor:
         logits, upstream, tau = flat(rows.logits), flat(dy), rows.tau
-        scores = _Scores(logits, rows.noise)
+        scores = _RowScores(logits, rows.noise)
         noisy, reinmax = is_noisy(rule.estimator), rule.estimator == "reinmax"
         pivot = (sample.score_max if noisy else sample.logit_max)[:, None]
         sums, dtau = Rule(rule.estimator, tau[:, None], sample.ids[:, None]), torch.zeros_like(tau)
 
         def distance(columns: slice) -> torch.Tensor:
             """Argument of the relaxation's exponential, before the division by tau; its maximum is 0."""
-            return (scores.chunk(columns) if noisy else logits[:, columns].to(scores.dtype)) - pivot
+            return (scores.of(columns) if noisy else logits[:, columns].to(scores.dtype)) - pivot
 
         def untempered(columns: slice) -> torch.Tensor:
             """softmax(l)."""
@@ -161,24 +196,23 @@ class TorchBackend(Backend):
         self, head: Head, tau: torch.Tensor, noise: Noise, eps: float
     ) -> tuple[Sample, torch.Tensor, Support]:
         rows, vocab = head.hidden.shape[0], head.weight.shape[0]
-        drawn = noise.on(rows, head.hidden.device)
+        drawn = _Scores(noise, rows, head.hidden.device)
         tempered, untempered = LogSumExp(rows, head.hidden, tau), LogSumExp(rows, head.hidden)
         ids = torch.zeros(rows, dtype=torch.int64, device=head.hidden.device)
         candidates = Candidates(tempered, tau, eps, self.support_capacity(eps, vocab)) if eps > 0 else None
         for columns, logits in self.head_chunks(head):
-            word, refinement = (
-                drawn.words(rows, logits.shape[1], vocab_start=columns.start, domain=domain)
-                for domain in (DOMAIN_GUMBEL, DOMAIN_REFINE)
-            )
-            scores = logits + gumbel_from_words(word, refinement, logits.dtype)
+            scores, word = drawn.chunk(columns, logits)
             best, where = scores.max(dim=1)
             ids = torch.where(~(best <= tempered.max), where + columns.start, ids)
             untempered.update(logits)
             weights, _ = tempered.update(scores)
             if candidates is not None:
                 candidates.take(columns, weights, scores, uniform_from_words(word, logits.dtype))
-        bad = ~tempered.max.isfinite()
+        # With posterior noise no score exceeds T, not even that of a logit of +inf.
+        bad = ~(tempered.max.isfinite() & untempered.max.isfinite())
         support = Support.empty(rows, head.hidden) if candidates is None else candidates.support()
+        if noise.posterior is not None:
+            ids = noise.posterior.ids
         if head.hidden.device.type == "cpu":
             ids = torch.where(bad, -1, ids)
         score_max = torch.where(bad, torch.nan, tempered.max)
@@ -220,7 +254,6 @@ class TorchBackend(Backend):
     @override
     def head_logits_at(self, head: Head, rows: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         logits = self.gather_dot(head.hidden, head.weight, rows, tokens)
-        logits = logits.to(head.hidden.dtype).to(logits.dtype)  # what a matrix product in that dtype returns
         if head.bias is not None:
             logits = logits + head.bias[tokens]
         return softcapped(logits, head.softcap)

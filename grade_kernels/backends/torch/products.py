@@ -1,4 +1,4 @@
-"""Products of matrices in 16 bits, by PyTorch's kernels for them where the machine has such, else in float32."""
+"""Products of matrices, whose sums are kept in compute precision, by PyTorch's kernels where they do that or need not."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from grade_kernels.backends.chunks import column_chunks
 from grade_kernels.dtypes import compute_dtype
 
-__all__ = ["has_kernels", "product", "weighted_sum"]
+__all__ = ["has_kernels", "has_wide_product", "product", "weighted_sum"]
 
 
 @functools.cache
@@ -24,16 +24,38 @@ def has_kernels(x: torch.Tensor) -> bool:
     return x.device.type != "cpu" or x.dtype.itemsize != 2 or _onednn_has(x.dtype)
 
 
+@functools.cache
+def has_wide_product(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether torch.mm multiplies matrices of a 16-bit dtype into a result in float32 on a device.
+
+    PyTorch documents neither for which devices nor from which version on. So it is tried, once.
+    """
+    x = torch.ones(16, 16, dtype=dtype, device=device)
+    try:
+        torch.mm(x, x, out_dtype=torch.float32, out=torch.empty(16, 16, device=device))
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:  # NotImplementedError is one
+        return False
+    return True
+
+
 def product(x: torch.Tensor, table: torch.Tensor, out: torch.Tensor | None, elements: int) -> torch.Tensor:
-    """`Backend.product`: PyTorch's own, or one of chunks of the table, of which the result has `elements` at most."""
+    """`Backend.product`: PyTorch's own where it keeps the sums' precision, or one of `elements` of the widened table.
+
+    If sums were rounded to 16 bits, each would be off by up to 2^-9 of itself. A log-sum-exp is convex, so that does not
+    average out over tokens: mean entropies and log-probabilities would be biased.
+    """
     if out is None:
-        if has_kernels(x):
-            return x @ table.T
-        out, x = x.new_empty(len(x), len(table)), x.float()
-    # A result in float32 of operands in 16 bits must not be rounded to 16 bits in between.
-    dtype = torch.promote_types(x.dtype, out.dtype)
-    x, width = x.to(dtype), 0 if dtype == x.dtype else x.shape[1]
-    for columns in column_chunks(max(len(x), width), len(table), elements):
+        out = x.new_empty(len(x), len(table), dtype=compute_dtype(torch.promote_types(x.dtype, table.dtype)))
+    if x.dtype == table.dtype == out.dtype:
+        return torch.mm(x, table.T, out=out)
+    wide = x.dtype == table.dtype and x.dtype.itemsize == 2 and out.dtype == torch.float32
+    if wide and has_wide_product(x.dtype, x.device):
+        return torch.mm(x, table.T, out_dtype=torch.float32, out=out)
+    dtype = torch.promote_types(compute_dtype(x.dtype), out.dtype)
+    x = x.to(dtype)
+    for columns in column_chunks(max(len(x), table.shape[1]), len(table), elements):
         part = table[columns].to(dtype).T
         if out.dtype == dtype:
             torch.mm(x, part, out=out[:, columns])

@@ -32,12 +32,31 @@ def _interpreting() -> bool:
     return bool(knobs.runtime.interpret)
 
 
+@functools.cache
+def _fault_of_interpreter() -> str | None:
+    """None, or what this Triton's interpreter does otherwise than GPUs, so that results would be wrong.
+
+    The larger of NaN and a number is the number. Up to Triton 3.7 the interpreter says NaN, and noise would be NaN.
+    """
+    import numpy as np
+    import triton
+    from triton.language import float32
+    from triton.runtime.interpreter import TensorHandle, interpreter_builder
+
+    nan, one = (TensorHandle(np.array([x], np.float32), float32) for x in (np.nan, 1.0))
+    if interpreter_builder.create_maxnumf(nan, one).data[0] == 1:
+        return None
+    return (
+        f"the interpreter of Triton {triton.__version__} takes the larger of NaN and 1 for NaN; from 3.8 on it is right"
+    )
+
+
 def why_unavailable() -> str | None:
     """None if Triton is installed and has a driver or its interpreter is on, else the reason."""
     if not _installed():
         return "Triton is not installed"
     if _interpreting():
-        return None
+        return _fault_of_interpreter()
     _, reason = _driver()
     return None if reason is None else f"Triton has no active driver and TRITON_INTERPRET is not 1 ({reason})"
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from typing_extensions import override
 
-from grade_kernels.backends.chunks import column_chunks
-from grade_kernels.backends.interface import softcapped
 from grade_kernels.backends.records import GradientRule, Head, Noise, Rows, Sample, Softmax, Support
 from grade_kernels.backends.torch.backend import TorchBackend
 from grade_kernels.backends.triton import availability
@@ -23,8 +21,9 @@ class TritonBackend(TorchBackend):
     name = "triton"
     sizes: TritonSizes
 
-    def __init__(self, sizes: TritonSizes | None = None) -> None:
+    def __init__(self, sizes: TritonSizes | None = None, head_way: str = "auto") -> None:
         super().__init__(TritonSizes() if sizes is None else sizes)
+        self.head_way = head_way
 
     @override
     def why_unavailable(self) -> str | None:
@@ -51,6 +50,8 @@ class TritonBackend(TorchBackend):
 
     @override
     def gumbel_softmax(self, rows: Rows, hard: bool, out: torch.Tensor) -> torch.Tensor:
+        if rows.noise.posterior is not None:
+            return super().gumbel_softmax(rows, hard, out)
         from grade_kernels.backends.triton import relaxation, row_relaxation, row_tiles
 
         how = row_tiles.way(self.sizes, rows.noise.vocab_start, rows.logits, out)
@@ -83,6 +84,8 @@ class TritonBackend(TorchBackend):
         dtype: torch.dtype,
         out: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        if rows.noise.posterior is not None:
+            return super().softmax(rows, score_max, normalize=normalize, dtype=dtype, out=out)
         from grade_kernels.backends.triton.relaxation import softmax
 
         return softmax(rows, score_max, normalize=normalize, dtype=dtype, out=out, sizes=self.sizes)
@@ -91,6 +94,9 @@ class TritonBackend(TorchBackend):
     def softmax_backward(
         self, dy: torch.Tensor, rows: Rows, sample: Sample, rule: GradientRule, out: torch.Tensor
     ) -> torch.Tensor:
+        if rows.noise.posterior is not None and is_noisy(rule.estimator):
+            return super().softmax_backward(dy, rows, sample, rule, out)
+        rows = rows._replace(noise=rows.noise.prior())  # which other rules do not read
         from grade_kernels.backends.triton import row_gradient, row_tiles
         from grade_kernels.backends.triton.gradient import softmax_backward
 
@@ -120,41 +126,52 @@ class TritonBackend(TorchBackend):
             return super().head_sample(head, noise)
         from grade_kernels.backends.triton.head_sampling import head_sample
 
-        return head_sample(head, noise, self.sizes)
+        return head_sample(head, noise, self.sizes, self._chunked(head))
 
     @override
     def head_scores(
         self, head: Head, tau: torch.Tensor, noise: Noise, eps: float
     ) -> tuple[Sample, torch.Tensor, Support]:
-        if not self._fused(head):
+        if noise.posterior is not None or not self._fused(head):
             return super().head_scores(head, tau, noise, eps)
         from grade_kernels.backends.triton.head_sampling import head_scores
 
-        return head_scores(head, tau, noise, eps, self.support_capacity(eps, len(head.weight)), self.sizes)
+        capacity = self.support_capacity(eps, len(head.weight))
+        return head_scores(head, tau, noise, eps, capacity, self.sizes, self._chunked(head))
 
     @override
     def head_softmax(
         self, head: Head, tau: torch.Tensor, noise: Noise, eps: float, ref: Head | None = None
     ) -> tuple[Softmax, Support]:
-        if not self._fused(*((head,) if ref is None else (head, ref))):
+        heads = (head,) if ref is None else (head, ref)
+        if not self._fused(*heads):
             return super().head_softmax(head, tau, noise, eps, ref)
         from grade_kernels.backends.triton.head_relaxation import head_softmax
 
-        return head_softmax(head, tau, noise, eps, ref, self.support_capacity(eps, len(head.weight)), self.sizes)
-
-    @override
-    def head_logits_at(self, head: Head, rows: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        """See `Backend.head_logits_at`. The passes keep logits in float32, so nothing is rounded here."""
-        if not self.serves(head.hidden.dtype, head=True):
-            return super().head_logits_at(head, rows, tokens)
-        logits = self.gather_dot(head.hidden, head.weight, rows, tokens)
-        if head.bias is not None:
-            logits = logits + head.bias[tokens]
-        return softcapped(logits, head.softcap)
+        capacity = self.support_capacity(eps, len(head.weight))
+        return head_softmax(head, tau, noise, eps, ref, capacity, self.sizes, self._chunked(*heads))
 
     def _fused(self, *heads: Head) -> bool:
         """Whether kernels take these heads: they have none for an empty grid."""
         return len(heads[0].hidden) > 0 and self.serves(*(h.hidden.dtype for h in heads), head=True)
+
+    def _chunked(self, *heads: Head) -> bool:
+        """Whether the library multiplies, chunk by chunk, or the kernels do, tile by tile."""
+        if self.head_way != "auto":
+            return self.head_way == "chunks"
+        from grade_kernels.backends.triton import head_relaxation, head_sampling
+        from grade_kernels.backends.triton.head_choice import choose
+
+        def run(way: str) -> None:
+            """A pass without candidates, whose product and statistics every pass has."""
+            noise, rows = Noise(torch.zeros((), dtype=torch.int64), None, 0), len(heads[0].hidden)
+            if len(heads) == 1:
+                head_sampling.head_sample(heads[0], noise, self.sizes, way == "chunks")
+            else:
+                tau = torch.ones(rows, device=heads[0].hidden.device)
+                head_relaxation.head_softmax(heads[0], tau, noise, 0.0, heads[1], 0, self.sizes, way == "chunks")
+
+        return choose(heads, self.sizes.chunk_bytes, run) == "chunks"
 
     # Products with rows of a table
 
@@ -177,17 +194,3 @@ class TritonBackend(TorchBackend):
         from grade_kernels.backends.triton.gather import gather_sum
 
         return gather_sum(values, table, offsets, tokens)
-
-    @override
-    def product(self, x: torch.Tensor, table: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        """See `Backend.product`. In 16 bits it is kept in float32, as the passes keep their logits."""
-        narrow = x.dtype in (torch.bfloat16, torch.float16) and self.serves(x.dtype, head=True)
-        if not narrow or (out is not None and out.dtype != torch.float32):
-            return super().product(x, table, out)
-        if out is not None:
-            for columns in column_chunks(len(x), len(table), self.sizes.product):
-                out[:, columns] = self.product(x, table[columns])
-            return out
-        if x.is_cuda and torch.version.hip is None:
-            return torch.mm(x, table.T, out_dtype=torch.float32)
-        return x.float() @ table.float().T

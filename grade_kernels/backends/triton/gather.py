@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from grade_kernels.backends.triton.scores import weighted_sum
 from grade_kernels.backends.triton.targets import launching
 
 BLOCK_COLUMNS = 512
@@ -54,7 +55,7 @@ def gather_sum_kernel(
         m_ed = m_e[:, None] & m_d[None, :]
         p_t = table + o_t[:, None] * s_tv + o_d[None, :] * s_td
         b_t = tl.load(p_t, mask=m_ed, other=0.0).to(tl.float32)  # [ENTRIES, BLOCK]
-        b_sum += tl.sum(b_value[:, None] * b_t, 0)
+        b_sum += weighted_sum(b_value[:, None], b_t, 0)
     tl.store(out + i_n * D + o_d, b_sum, mask=m_d)
 
 

@@ -14,7 +14,8 @@ import triton.language as tl
 from grade_kernels.backends.layouts import flat, written_flat
 from grade_kernels.backends.native import contiguous
 from grade_kernels.backends.records import GradientRule, Rows, Sample
-from grade_kernels.backends.triton.philox import LN2, LOG2E, REFINE_BELOW, SHIFT, row_stream, strip_noise
+from grade_kernels.backends.triton.philox import LOG2E, REFINE_BELOW, SHIFT, row_stream, strip_noise
+from grade_kernels.backends.triton.scores import rate_of, score
 from grade_kernels.backends.triton.sizes import TritonSizes
 from grade_kernels.backends.triton.strips import launch_options, load_strip, split_bounds, store_strip, sum_splits
 from grade_kernels.backends.triton.targets import launching
@@ -43,7 +44,7 @@ def _sums(
                 b_group = (o_group + (i_t + i_r) * (LANES // 4)).to(tl.uint32, bitcast=True)
                 b_n, b_least = strip_noise(b_group, stream, DTYPE, FAST, REFINE)
                 b_low = tl.minimum(b_low, b_least)
-                b_s = tl.fma(b_n, -LN2, b_l)
+                b_s = score(b_n, b_l)
             b_w = tl.exp2((b_s - r_pivot) * r_rate)
             b_total += b_w
             b_dot = tl.fma(b_w, b_dy, b_dot)
@@ -73,7 +74,7 @@ def softmax_backward_sums_kernel(
     r_pivot = tl.load(pivots + i_n)
     if NOISY:
         r_pivot -= SHIFT
-    r_rate = LOG2E / tl.load(tau + i_n * s_tau)
+    r_rate = rate_of(tl.load(tau + i_n * s_tau))
     lo, full, hi = split_bounds(i_s, V, SKEW, LANES, STRIPS, TILES)
     b_zero = tl.zeros((LANES,), DTYPE)
     fresh = (b_zero, b_zero, b_zero, tl.full((LANES // 4,), 0xFFFFFFFF, tl.uint32))
@@ -133,7 +134,7 @@ def _apply(
             if NOISY:
                 b_group = (o_group + (i_t + i_r) * (LANES // 4)).to(tl.uint32, bitcast=True)
                 b_n, _ = strip_noise(b_group, stream, DTYPE, FAST, REFINE)
-                b_s = tl.fma(b_n, -LN2, b_l[i_r])
+                b_s = score(b_n, b_l[i_r])
             b_s -= r_pivot
             b_w = tl.exp2(b_s * r_rate) * r_factor
             if REINMAX or LOGPROB:
@@ -177,7 +178,7 @@ def softmax_backward_apply_kernel(
     if NOISY:
         r_pivot -= SHIFT
     r_tau = tl.load(tau + i_n * s_tau)
-    r_rate = LOG2E / r_tau
+    r_rate = rate_of(r_tau)
 
     plane = N.to(tl.int64) * SPLITS
     o_s = tl.arange(0, BLOCK_S)

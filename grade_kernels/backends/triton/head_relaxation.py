@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from grade_kernels.backends.records import Head, Noise, Softmax, Support
+from grade_kernels.backends.triton.head_chunks import NO_REF, buffered_logits, product_of
 from grade_kernels.backends.triton.head_support import Plan, SplitPass, combined, in_batches, relative_to
 from grade_kernels.backends.triton.head_tiles import (
     FLOOR,
@@ -14,12 +15,11 @@ from grade_kernels.backends.triton.head_tiles import (
     collect,
     distances,
     empty_aligned,
-    head_options,
     identities,
     in_layout_of,
-    is_even,
     largest,
     logits,
+    lower_bound,
     nan_max,
     powers,
     row_max,
@@ -27,7 +27,8 @@ from grade_kernels.backends.triton.head_tiles import (
     warp_scalar,
     with_dependency,
 )
-from grade_kernels.backends.triton.philox import DOMAIN_SUPPORT, LN2, LOG2E, load_key, philox
+from grade_kernels.backends.triton.philox import DOMAIN_SUPPORT, LN2, load_key, philox
+from grade_kernels.backends.triton.scores import rate_of, weighted_sum
 from grade_kernels.backends.triton.sizes import TritonSizes
 from grade_kernels.backends.triton.targets import launching
 
@@ -46,6 +47,7 @@ def _weighted(b_w, b_x):
         "group_start",
         "first_row",
         "first_split",
+        "start",
         "step",
         "softcap",
         "ref_softcap",
@@ -56,7 +58,7 @@ def head_softmax_kernel(
     hidden, weight, bias, ref_hidden, ref_weight, ref_bias, seed, row_ids, tau, before_max, before_sum,
     top, total, moment, ref_top, ref_total, slots, counts, places, room,
     s_slots, s_hn, s_hk, s_wv, s_wk, s_rn, s_rk, s_uv, s_uk,
-    N, V, H, R, softcap, ref_softcap, eps, group_start, first_row, first_split, splits, step,
+    N, V, H, R, softcap, ref_softcap, eps, group_start, first_row, first_split, start, splits, step,
     SKEW: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BN2: tl.constexpr,
     SERIALISE: tl.constexpr, TILES: tl.constexpr, EVEN_K: tl.constexpr, EVEN_R: tl.constexpr,
     THREADS: tl.constexpr, PERMUTED: tl.constexpr, TARGET: tl.constexpr,
@@ -64,7 +66,8 @@ def head_softmax_kernel(
     """One split of BM rows: max, tempered sum and moment, with a reference its max and sum, with slots candidates.
 
     Maxima are of logits times rate, in units of log2, and sums relative to them. The moment is the sum of weight times
-    (l - top), less (r - ref_top) with a reference r.
+    (l - top), less (r - ref_top) with a reference r. Without a weight, `hidden` and `ref_hidden` are buffers that hold the
+    products of the splits from `start` on (see `head_chunks`).
     """
     FAST: tl.constexpr = TARGET == "cuda"
     blocks = tl.cdiv(N, BM)
@@ -75,7 +78,7 @@ def head_softmax_kernel(
     m_n = o_n < N
     o_n = tl.minimum(o_n, N - 1).to(tl.int64)
     p_h = hidden + o_n * s_hn
-    r_rate = LOG2E / tl.load(tau + o_n)[:, None]  # [BM, 1]
+    r_rate = rate_of(tl.load(tau + o_n))[:, None]  # [BM, 1]
 
     # By row and thread: a thread keeps the statistics of its tokens, and they meet at the end.
     b_bad = tl.full((BM, THREADS), float("-inf"), tl.float32)  # the largest logit, NaN if any is
@@ -85,7 +88,7 @@ def head_softmax_kernel(
     b_moment = b_bound
     if slots is not None:
         b_top = tl.broadcast_to(tl.load(before_max + o_n)[:, None], BM, THREADS)
-        b_bound = tl.broadcast_to((eps * tl.load(before_sum + o_n))[:, None], BM, THREADS)
+        b_bound = lower_bound(before_sum, o_n, m_n, eps, THREADS)
     if ref_hidden is not None:
         p_r = ref_hidden + o_n * s_rn
         b_ref_top = tl.full((BM, THREADS), FLOOR, tl.float32)
@@ -103,15 +106,21 @@ def head_softmax_kernel(
     for i_t in tl.range(i_s * TILES, tl.minimum(i_s * TILES + TILES, tl.cdiv(V + SKEW, WIDTH)), disable_licm=True):
         first = i_t * WIDTH - SKEW
         o_v = (first + 4 * tl.arange(0, THREADS))[None, :]
-        b_tile = logits(
-            p_h, s_hk, weight, s_wv, s_wk, bias, softcap, H, V, first, o_n, BM=BM, BN=BN, BK=BK, BN2=BN2, EVEN_K=EVEN_K,
-            THREADS=THREADS, PERMUTED=PERMUTED,
-        )  # fmt: skip
-        if ref_hidden is not None:
-            b_ref_tile = logits(
-                p_r, s_rk, ref_weight, s_uv, s_uk, ref_bias, ref_softcap, R, V, first, o_n, BM=BM, BN=BN, BK=BK, BN2=BN2,
-                EVEN_K=EVEN_R, THREADS=THREADS, PERMUTED=PERMUTED,
+        if weight is None:
+            column = (i_t - start * TILES) * WIDTH
+            b_tile = buffered_logits(p_h, column, bias, softcap, V, first, WIDTH=WIDTH, THREADS=THREADS)
+            if ref_hidden is not None:
+                b_ref_tile = buffered_logits(p_r, column, ref_bias, ref_softcap, V, first, WIDTH=WIDTH, THREADS=THREADS)
+        else:
+            b_tile = logits(
+                p_h, s_hk, weight, s_wv, s_wk, bias, softcap, H, V, first, o_n, BM=BM, BN=BN, BK=BK, BN2=BN2,
+                EVEN_K=EVEN_K, THREADS=THREADS, PERMUTED=PERMUTED,
             )  # fmt: skip
+            if ref_hidden is not None:
+                b_ref_tile = logits(
+                    p_r, s_rk, ref_weight, s_uv, s_uk, ref_bias, ref_softcap, R, V, first, o_n, BM=BM, BN=BN, BK=BK,
+                    BN2=BN2, EVEN_K=EVEN_R, THREADS=THREADS, PERMUTED=PERMUTED,
+                )  # fmt: skip
         for i in tl.static_range(WIDTH // (4 * THREADS)):
             b_l = b_tile[4 * i : 4 * i + 4]  # four of [BM, THREADS]
             b_peak = largest(b_l)
@@ -151,13 +160,13 @@ def head_softmax_kernel(
     r_top = tl.max(b_top, 1)
     b_shift = b_top - r_top[:, None]
     b_scale = tl.exp2(b_shift)
-    tl.store(total + o_p, tl.sum(b_total * b_scale, 1), mask=m_n)
+    tl.store(total + o_p, weighted_sum(b_total, b_scale, 1), mask=m_n)
     if ref_hidden is not None:
         r_ref_top = row_max(b_ref_top)
         b_ref_shift = b_ref_top - r_ref_top[:, None]
         b_shift -= b_ref_shift
         tl.store(ref_top + o_p, r_ref_top, mask=m_n)
-        tl.store(ref_total + o_p, tl.sum(b_ref_total * tl.exp2(b_ref_shift), 1), mask=m_n)
+        tl.store(ref_total + o_p, weighted_sum(b_ref_total, tl.exp2(b_ref_shift), 1), mask=m_n)
     tl.store(moment + o_p, tl.sum(_weighted(b_scale, b_moment + _weighted(b_total, b_shift)), 1), mask=m_n)
     # NaN, +inf and only -inf in this split show in its maximum.
     tl.store(top + o_p, tl.where(row_max(b_bad) < float("inf"), r_top, float("nan")), mask=m_n)
@@ -175,7 +184,7 @@ def softmax_combine_kernel(
     o_s = tl.arange(0, BLOCK_S)
     m_s = o_s < splits
     o_p = i_n * splits + o_s
-    r_rate = LOG2E / tl.load(tau + i_n)
+    r_rate = rate_of(tl.load(tau + i_n))
     r_max, r_sum, b_max, b_scale = combined(top, total, o_p, m_s)
     b_moment = tl.load(moment + o_p, mask=m_s, other=0.0)  # [BLOCK_S]
     b_shift = b_max - r_max
@@ -201,26 +210,13 @@ def _softmax(
     """The statistics of a batch of rows, and the pass that has collected candidates."""
     rows, device = head.hidden.shape[0], head.hidden.device
     split_pass = SplitPass(rows, plan, drawn, device)
-    options = head_options(sizes, drawn.vocab_start, head, *(() if ref is None else (ref,)))
     (moment,) = empty_aligned(1, rows, plan.splits, device=device)
     ref_top, ref_total = (None, None) if ref is None else empty_aligned(2, rows, plan.splits, device=device)
     shared = {"moment": moment, "ref_top": ref_top, "ref_total": ref_total, "tau": tau}
-    width = 0 if ref is None else ref.hidden.shape[1]
+    heads, no_ref = ((head,), NO_REF) if ref is None else ((head, ref), {})
     split_pass.launch(
-        head_softmax_kernel,
-        ref_hidden=None if ref is None else ref.hidden,
-        s_rn=0 if ref is None else ref.hidden.stride(0),
-        s_rk=0 if ref is None else ref.hidden.stride(1),
-        ref_weight=None if ref is None else ref.weight,
-        s_uv=0 if ref is None else ref.weight.stride(0),
-        s_uk=0 if ref is None else ref.weight.stride(1),
-        ref_bias=None if ref is None else ref.bias,
-        ref_softcap=None if ref is None else ref.softcap,
-        R=width,
-        EVEN_R=is_even(width, options["BK"]),
-        **shared,
-        **options,
-    )
+        head_softmax_kernel, product_of(plan, sizes, drawn.vocab_start, *heads), **shared, **no_ref
+    )  # fmt: skip
     logit_max, relaxed_total, row_moment = empty_aligned(3, rows, device=device)
     ref_max, ref_sum = empty_aligned(2, 0 if ref is None else rows, device=device)
     split_pass.combine(
@@ -231,13 +227,20 @@ def _softmax(
 
 
 def head_softmax(
-    head: Head, tau: torch.Tensor, noise: Noise, eps: float, ref: Head | None, capacity: int, sizes: TritonSizes
+    head: Head,
+    tau: torch.Tensor,
+    noise: Noise,
+    eps: float,
+    ref: Head | None,
+    capacity: int,
+    sizes: TritonSizes,
+    chunked: bool = False,
 ) -> tuple[Softmax, Support]:
-    """`Backend.head_softmax`, for at least one row; a row's support may take `capacity` entries."""
-    if ref is not None and ref.hidden.dtype != head.hidden.dtype:  # one tile serves both
+    """`Backend.head_softmax`, for at least one row, by tiles or `chunked`; a row's support may take `capacity` entries."""
+    if ref is not None and ref.hidden.dtype != head.hidden.dtype and not chunked:  # one tile serves both
         head, ref = (h._replace(hidden=h.hidden.float(), weight=h.weight.float()) for h in (head, ref))
     drawn, tau = RowNoise.of(noise, head.hidden.device), tau.contiguous()
-    plan = Plan.of(head.weight.shape[0], noise.vocab_start, eps, sizes)
+    plan = Plan.of(head.weight.shape[0], noise.vocab_start, eps, sizes, chunked)
 
     def run(batch: slice) -> tuple[Softmax, Support]:
         ref_rows = None if ref is None else ref.rows(batch)

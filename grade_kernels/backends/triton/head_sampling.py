@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from grade_kernels.backends.records import Head, Noise, Sample, Support
+from grade_kernels.backends.triton.head_chunks import buffered_logits, product_of
 from grade_kernels.backends.triton.head_ptx import REFINE, REFINE_OPERANDS
 from grade_kernels.backends.triton.head_support import Plan, SplitPass, combined, in_batches, relative_to
 from grade_kernels.backends.triton.head_tiles import (
@@ -20,11 +21,11 @@ from grade_kernels.backends.triton.head_tiles import (
     collect,
     distances,
     empty_aligned,
-    head_options,
     identities,
     in_layout_of,
     largest,
     logits,
+    lower_bound,
     nan_max,
     powers,
     row_max,
@@ -44,6 +45,7 @@ from grade_kernels.backends.triton.philox import (
     philox,
     scaled_noise,
 )
+from grade_kernels.backends.triton.scores import rate_of, score
 from grade_kernels.backends.triton.sizes import TritonSizes
 from grade_kernels.backends.triton.targets import launching
 
@@ -74,17 +76,20 @@ def _refinement(b_w, b_fine):
     return tl.where(b_w < REFINE_BELOW, tl.log2(b_u) - tl.log2(b_w.to(tl.float32) + 0.5), 0.0)
 
 
-@triton.jit(do_not_specialize=["N", "V", "splits", "group_start", "first_row", "first_split", "step", "softcap", "eps"])
+@triton.jit(
+    do_not_specialize=["N", "V", "splits", "group_start", "first_row", "first_split", "start", "step", "softcap", "eps"]
+)
 def head_scores_kernel(
     hidden, weight, bias, seed, row_ids, tau, before_max, before_sum,
     best, index, plain_max, plain_sum, top, total, slots, counts, places, room,
-    s_slots, s_hn, s_hk, s_wv, s_wk, N, V, H, softcap, eps, group_start, first_row, first_split, splits, step,
+    s_slots, s_hn, s_hk, s_wv, s_wk, N, V, H, softcap, eps, group_start, first_row, first_split, start, splits, step,
     SKEW: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BN2: tl.constexpr,
     SERIALISE: tl.constexpr, TILES: tl.constexpr, EVEN_K: tl.constexpr, THREADS: tl.constexpr,
     PERMUTED: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
     """One split of BM rows: best score and its token, and of the logits ("plain") max and sum.
 
+    Without a weight, `hidden` is a buffer that holds the product of the splits from `start` on (see `head_chunks`).
     With tau also the tempered sum of the scores, relative to `top`: the larger of before_max and the split's best score.
     With slots also candidates. They must beat a lower bound of the row's normaliser: before_max and before_sum are what
     earlier launches know of it.
@@ -110,12 +115,12 @@ def head_scores_kernel(
     b_max = tl.full((BM, THREADS), FLOOR, tl.float32)
     b_sum = tl.zeros((BM, THREADS), tl.float32)
     if tau is not None:
-        r_rate = LOG2E / tl.load(tau + o_n)[:, None]  # [BM, 1]
+        r_rate = rate_of(tl.load(tau + o_n))[:, None]  # [BM, 1]
         b_top = b_max
         b_bound = b_sum
         if slots is not None:
             b_top = tl.broadcast_to(tl.load(before_max + o_n)[:, None], BM, THREADS)
-            b_bound = tl.broadcast_to((eps * tl.load(before_sum + o_n))[:, None], BM, THREADS)
+            b_bound = lower_bound(before_sum, o_n, m_n, eps, THREADS)
         b_total = tl.zeros((BM, THREADS), tl.float32)
     if slots is not None:
         b_count = tl.zeros((BM, THREADS), tl.int32)
@@ -124,10 +129,15 @@ def head_scores_kernel(
     WIDTH: tl.constexpr = BN + BN2
     for i_t in tl.range(i_s * TILES, tl.minimum(i_s * TILES + TILES, tl.cdiv(V + SKEW, WIDTH)), disable_licm=True):
         first = i_t * WIDTH - SKEW
-        b_tile = logits(
-            p_h, s_hk, weight, s_wv, s_wk, bias, softcap, H, V, first, o_n, BM=BM, BN=BN, BK=BK, BN2=BN2, EVEN_K=EVEN_K,
-            THREADS=THREADS, PERMUTED=PERMUTED,
-        )  # fmt: skip
+        if weight is None:
+            b_tile = buffered_logits(
+                p_h, (i_t - start * TILES) * WIDTH, bias, softcap, V, first, WIDTH=WIDTH, THREADS=THREADS
+            )
+        else:
+            b_tile = logits(
+                p_h, s_hk, weight, s_wv, s_wk, bias, softcap, H, V, first, o_n, BM=BM, BN=BN, BK=BK, BN2=BN2,
+                EVEN_K=EVEN_K, THREADS=THREADS, PERMUTED=PERMUTED,
+            )  # fmt: skip
         o_v = (first + 4 * tl.arange(0, THREADS))[None, :]
         if SERIALISE:
             # Ids of a large tile's tokens would each be computed before the tile, and take a register until their turn. So
@@ -154,10 +164,10 @@ def head_scores_kernel(
             )
             b_n = _refined(b_n, b_w, b_group, (row_lo, row_hi, k0, k1), TARGET)
             b_s = (
-                tl.fma(b_n[0], -LN2, b_l[0]),
-                tl.fma(b_n[1], -LN2, b_l[1]),
-                tl.fma(b_n[2], -LN2, b_l[2]),
-                tl.fma(b_n[3], -LN2, b_l[3]),
+                score(b_n[0], b_l[0]),
+                score(b_n[1], b_l[1]),
+                score(b_n[2], b_l[2]),
+                score(b_n[3], b_l[3]),
             )
             b_peak = largest(b_s)
             if SERIALISE:
@@ -223,7 +233,7 @@ def sample_combine_kernel(
     tl.store(out_sum + i_n, tl.where(is_bad, nan, r_sum))
     if tau is not None:
         r_max, r_sum, _, _ = combined(top, total, o_p, m_s)
-        r_sum, _ = relative_to(r_best, LOG2E / tl.load(tau + i_n), r_max, r_sum)
+        r_sum, _ = relative_to(r_best, rate_of(tl.load(tau + i_n)), r_max, r_sum)
         tl.store(out_total + i_n, r_sum)
 
 
@@ -236,7 +246,7 @@ def _sample(
     best, plain_max, plain_sum = empty_aligned(3, rows, plan.splits, device=device)
     index = torch.empty(rows, plan.splits, dtype=torch.int32, device=device)
     shared = {"best": best, "index": index, "plain_max": plain_max, "plain_sum": plain_sum, "tau": tau}
-    split_pass.launch(head_scores_kernel, **shared, **head_options(sizes, drawn.vocab_start, head))
+    split_pass.launch(head_scores_kernel, product_of(plan, sizes, drawn.vocab_start, head), **shared)
     ids = torch.empty(rows, dtype=torch.int64, device=device)
     score_max, logit_max, logit_sum, score_total = empty_aligned(4, rows, device=device)
     split_pass.combine(
@@ -246,19 +256,25 @@ def _sample(
     return Sample(ids, score_max, logit_max, logit_sum), score_total, split_pass
 
 
-def head_sample(head: Head, noise: Noise, sizes: TritonSizes) -> Sample:
-    """`Backend.head_sample`, for at least one row."""
-    plan = Plan.of(head.weight.shape[0], noise.vocab_start, 0.0, sizes)
+def head_sample(head: Head, noise: Noise, sizes: TritonSizes, chunked: bool = False) -> Sample:
+    """`Backend.head_sample`, for at least one row, by tiles or `chunked`."""
+    drawn = RowNoise.of(noise, head.hidden.device)
+    plan = Plan.of(head.weight.shape[0], noise.vocab_start, 0.0, sizes, chunked)
+
+    def run(batch: slice) -> tuple[tuple[torch.Tensor, ...], Support]:
+        sample, _, _ = _sample(head.rows(batch), None, drawn.batch(batch), plan, sizes)
+        return sample, Support.empty(len(sample.ids), head.hidden)
+
     with launching(head.hidden):
-        return _sample(head, None, RowNoise.of(noise, head.hidden.device), plan, sizes)[0]
+        return Sample(*in_batches(head.hidden.shape[0], plan, sizes, run)[0])
 
 
 def head_scores(
-    head: Head, tau: torch.Tensor, noise: Noise, eps: float, capacity: int, sizes: TritonSizes
+    head: Head, tau: torch.Tensor, noise: Noise, eps: float, capacity: int, sizes: TritonSizes, chunked: bool = False
 ) -> tuple[Sample, torch.Tensor, Support]:
-    """`Backend.head_scores`, for at least one row; a row's support may take `capacity` entries."""
+    """`Backend.head_scores`, for at least one row, by tiles or `chunked`; a row's support may take `capacity` entries."""
     drawn, tau = RowNoise.of(noise, head.hidden.device), tau.contiguous()
-    plan = Plan.of(head.weight.shape[0], noise.vocab_start, eps, sizes)
+    plan = Plan.of(head.weight.shape[0], noise.vocab_start, eps, sizes, chunked)
 
     def run(batch: slice) -> tuple[tuple[torch.Tensor, ...], Support]:
         sample, total, split_pass = _sample(head.rows(batch), tau[batch], drawn.batch(batch), plan, sizes)

@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import triton
@@ -24,7 +24,8 @@ import triton.language as tl
 
 from grade_kernels.backends.records import Support
 from grade_kernels.backends.triton.head_tiles import FLOOR, RowNoise, empty_aligned, nan_max, split_count
-from grade_kernels.backends.triton.philox import LOG2E, load_key, philox, split_row
+from grade_kernels.backends.triton.philox import load_key, philox, split_row
+from grade_kernels.backends.triton.scores import rate_of, weighted_sum
 from grade_kernels.backends.triton.sizes import TritonSizes
 from grade_kernels.backends.triton.targets import current_target
 
@@ -50,18 +51,21 @@ class Plan(NamedTuple):
         splits: their number.
         step: from one split to the next in the order of launches, modulo `splits`.
         launches: one without a support, a growing sequence with one.
+        chunked: whether the logits come chunk by chunk (see `head_chunks`). Then splits are taken in their order.
     """
 
     eps: float
     splits: int
     step: int
     launches: tuple[Launch, ...]
+    chunked: bool
 
     @staticmethod
-    def of(vocab: int, vocab_start: int, eps: float, sizes: TritonSizes) -> Plan:
+    def of(vocab: int, vocab_start: int, eps: float, sizes: TritonSizes, chunked: bool) -> Plan:
         """The plan for a vocabulary whose first token has this global id."""
         splits = split_count(vocab, vocab_start, sizes.head_split)
-        return Plan(eps, splits, step(splits), launches(splits, eps, sizes.head_split, sizes.split_slots))
+        found = launches(splits, eps, sizes.head_split, sizes.split_slots)
+        return Plan(eps, splits, 1 if chunked else step(splits), found, chunked)
 
     @property
     def slots(self) -> int:
@@ -69,11 +73,13 @@ class Plan(NamedTuple):
         return sum(launch.number * launch.slots for launch in self.launches)
 
     def batches(self, rows: int, sizes: TritonSizes) -> list[slice]:
-        """Rows whose candidates are held at a time; all rows without a support."""
-        size = rows
+        """Rows whose candidates, and chunks of logits, are held at a time; all rows with neither."""
+        size, least = rows, sizes.batch_rows
+        if self.chunked:
+            # A chunk of more columns is a product that takes them all at nearly the same rate.
+            size = max(least, sizes.chunk_bytes // (4 * sizes.chunk_least) // least * least)
         if self.slots:
-            least = sizes.batch_rows
-            size = max(least, sizes.slot_bytes // (8 * self.slots) // least * least)
+            size = min(size, max(least, sizes.slot_bytes // (8 * self.slots) // least * least))
         return [slice(i, min(i + size, rows)) for i in range(0, rows, size)]
 
 
@@ -129,7 +135,7 @@ def combined(p_max, p_sum, o_p, m_s):
     r_max = tl.reduce(b_max, 0, nan_max)
     b_scale = tl.exp2(b_max - r_max)
     b_sum = tl.load(p_sum + o_p, mask=m_s, other=0.0)  # [BLOCK_S]
-    return r_max, tl.sum(b_sum * b_scale, 0), b_max, b_scale
+    return r_max, weighted_sum(b_sum, b_scale, 0), b_max, b_scale
 
 
 @triton.jit
@@ -164,7 +170,7 @@ def support_kernel(
     row_lo, row_hi = split_row(first_row + i_n if row_ids is None else tl.load(row_ids + i_n))
     r_max = tl.load(score_max + i_n) - SHIFT
     r_total = tl.load(total + i_n)
-    r_rate = LOG2E / tl.load(tau + i_n)
+    r_rate = rate_of(tl.load(tau + i_n))
     p_slots = slots + i_n * s_slots + tl.load(places + i_s)
     count = tl.minimum(tl.load(counts + i_p), tl.load(room + i_s))
     done = tl.zeros((), tl.int32)
@@ -194,6 +200,13 @@ def support_kernel(
         tl.store(kept + i_p, done)
 
 
+class Product(Protocol):
+    """How the kernels come by the logits of a head, or of a head and a reference's."""
+
+    def parts(self, launch: Launch) -> Iterator[tuple[Launch, dict[str, Any]]]:
+        """The launch, whole or in parts one after the other, with the kernels' arguments about logits for each."""
+
+
 class SplitPass:
     """A pass of a kernel over all splits, for a batch of rows: launch by launch, collecting candidates if eps > 0.
 
@@ -221,17 +234,18 @@ class SplitPass:
             self.top.fill_(FLOOR.value)
             self.total.zero_()
 
-    def launch(self, kernel: Any, **arguments: Any) -> None:
-        """Run the kernel over all splits, with these arguments and those that every pass has."""
-        blocks = triton.cdiv(len(self.top), arguments["BM"])
+    def launch(self, kernel: Any, product: Product, **arguments: Any) -> None:
+        """Run the kernel over all splits of a product, with these arguments and those that every pass has."""
         for launch in self.plan.launches:
             if self.plan.eps > 0:
                 self.combine(normalizer_kernel, out_max=self._before["before_max"], out_sum=self._before["before_sum"])
-            kernel[(blocks * launch.number,)](
-                top=self.top, total=self.total, **self._before, **self._slots, **self.drawn.arguments(),
-                eps=self.plan.eps * MARGIN * 2.0**-32, first_split=launch.first, splits=self.plan.splits,
-                step=self.plan.step, **arguments,
-            )  # fmt: skip
+            for part, logits in product.parts(launch):
+                blocks = triton.cdiv(len(self.top), logits["BM"])
+                kernel[(blocks * part.number,)](
+                    top=self.top, total=self.total, **self._before, **self._slots, **self.drawn.arguments(),
+                    eps=self.plan.eps * MARGIN * 2.0**-32, first_split=part.first, splits=self.plan.splits,
+                    step=self.plan.step, **logits, **arguments,
+                )  # fmt: skip
 
     def combine(self, kernel: Any, **arguments: Any) -> None:
         """Run a kernel that makes a row's statistics from its splits'."""

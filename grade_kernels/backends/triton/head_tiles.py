@@ -28,8 +28,9 @@ from grade_kernels.backends.native import contiguous
 from grade_kernels.backends.records import Head, Noise
 from grade_kernels.backends.triton.head_ptx import COLLECT, COLLECT_OPERANDS
 from grade_kernels.backends.triton.philox import LOG2E, split_row
+from grade_kernels.backends.triton.scores import weighted_sum
 from grade_kernels.backends.triton.sizes import HeadTile, TritonSizes
-from grade_kernels.backends.triton.targets import INTERPRETED, Target, compiler_options, current_target
+from grade_kernels.backends.triton.targets import INTERPRETED, TRITON, Target, compiler_options, current_target
 from grade_kernels.noise import seed_on
 
 # Stands for a maximum of nothing, in units of log2. With -inf, inf - inf would be NaN. Much lower is no good either: weights
@@ -72,7 +73,7 @@ def head_options(sizes: TritonSizes, vocab_start: int, *heads: Head) -> dict[str
     head = heads[0]
     rows, width = head.hidden.shape
     target = current_target()
-    tile = sizes.head_tile(head.hidden.dtype, len(heads), target.capability, many_rows(heads, sizes))
+    tile = sizes.head_tile(head.hidden.dtype, len(heads), target.capability, many_rows(heads, sizes), TRITON)
     return {
         "hidden": head.hidden,
         "s_hn": head.hidden.stride(0),
@@ -237,7 +238,7 @@ def pieces(b_acc, BM: tl.constexpr, BN: tl.constexpr, THREADS: tl.constexpr, PER
 
 
 @triton.jit
-def _softcapped(b_l, softcap):
+def softcapped(b_l, softcap):
     """softcap * tanh(l / softcap) of logits."""
     # tanh(y) = 1 - 2 / (1 + exp(2 y)). Its rounding error is one of the cap's. Near zero that is more than a logit's own, so
     # there a series takes its place.
@@ -268,7 +269,7 @@ def logits(
         if bias is not None:
             b_l += tl.load(bias + o_v[i])[None, :]
         if softcap is not None:
-            b_l = _softcapped(b_l, softcap)
+            b_l = softcapped(b_l, softcap)
         if (first < 0) | (first + (BN + BN2) > V):
             b_l = tl.where(((o_c[i] >= 0) & (o_c[i] < V))[None, :], b_l, float("-inf"))
         b_pieces += pieces(b_l, BM, b_l.shape[1], THREADS, PERMUTED)
@@ -297,7 +298,18 @@ def total_of(b_x):
 def row_total(b_max, b_sum):
     """Maximum `[BM]`, in units of log2, and sum relative to it of rows, from those of their threads `[BM, THREADS]`."""
     r_max = tl.max(b_max, 1)
-    return r_max, tl.sum(b_sum * tl.exp2(b_max - r_max[:, None]), 1)
+    return r_max, weighted_sum(b_sum, tl.exp2(b_max - r_max[:, None]), 1)
+
+
+@triton.jit
+def lower_bound(before_sum, o_n, m_n, eps, THREADS: tl.constexpr):
+    """eps times what earlier launches know of the normaliser of rows o_n, `[BM, THREADS]`.
+
+    Rows of a tile that do not exist are its last row once more. Each would write the last row's candidates again. No weight
+    exceeds their bound, which is infinite.
+    """
+    r_sum = tl.load(before_sum + o_n, mask=m_n, other=float("inf"))  # [BM]
+    return tl.broadcast_to((eps * r_sum)[:, None], r_sum.shape[0], THREADS)
 
 
 @triton.jit

@@ -128,7 +128,7 @@ def scaled_noise(w, fine, DTYPE: tl.constexpr, FAST: tl.constexpr, REFINE: tl.co
         # For y < 0, E = -log(1 - u). 1 - u is exact, but where u is small its logarithm loses digits: there, the series.
         p = tl.full(y.shape, -1.0 / 9.0, DTYPE)
         for i in tl.static_range(8):
-            p = tl.fma(-p, y, -1.0 / (8 - i))
+            p = tl.fma(-p, y, tl.full((), -1.0 / (8 - i), DTYPE))
         e = tl.where(y < 0, tl.where(y > -(2.0**-6), y * p, -tl.log(1.0 - tl.abs(y))), -tl.log(tl.abs(y)))
         n = tl.log2(e * LOG2E)
     else:

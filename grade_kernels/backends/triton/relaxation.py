@@ -13,7 +13,8 @@ import triton.language as tl
 from grade_kernels.backends.layouts import flat, written_flat
 from grade_kernels.backends.native import contiguous
 from grade_kernels.backends.records import Rows
-from grade_kernels.backends.triton.philox import LN2, LOG2E, REFINE_BELOW, SHIFT, row_stream, strip_noise
+from grade_kernels.backends.triton.philox import REFINE_BELOW, SHIFT, row_stream, strip_noise
+from grade_kernels.backends.triton.scores import rate_of, score, weighted_sum
 from grade_kernels.backends.triton.sizes import TritonSizes
 from grade_kernels.backends.triton.strips import launch_options, load_strip, split_bounds, store_strip, sum_splits
 from grade_kernels.backends.triton.targets import launching
@@ -41,7 +42,7 @@ def _weigh(
             b_n, b_least = strip_noise(b_group, stream, DTYPE, FAST, REFINE)
             b_low = tl.minimum(b_low, b_least)
             # Scaled scores could overflow, and their difference would cancel more digits. So the difference comes first.
-            b_w = tl.exp2((tl.fma(b_n, -LN2, b_l[i_r]) - r_pivot) * r_rate)
+            b_w = tl.exp2((score(b_n, b_l[i_r]) - r_pivot) * r_rate)
             b_sum += b_w
             if WRITE:
                 store_strip(p_w, s_wv, first, V, b_w * r_factor, MASKED)
@@ -68,7 +69,7 @@ def _gather(
             b_group = (o_group + (i_t + i_r) * (LANES // 4)).to(tl.uint32, bitcast=True)
             b_n, b_least = strip_noise(b_group, stream, DTYPE, FAST, REFINE)
             b_low = tl.minimum(b_low, b_least)
-            b_s = b_s + (tl.fma(b_n, -LN2, b_l[i_r]),)
+            b_s = b_s + (score(b_n, b_l[i_r]),)
             # A plain maximum would drop NaN, by which a bad row is known.
             b_top = tl.maximum(b_top, b_s[i_r], propagate_nan=tl.PropagateNan.ALL)
         # A lane that has seen only -inf would compute inf - inf. So it counts from a finite number.
@@ -92,7 +93,7 @@ def relax_scan_kernel(
     stream = row_stream(seed, row_ids, i_n)
     group_start = group_start.to(tl.uint32)
     p_l = logits + i_n * s_ln
-    r_rate = LOG2E / tl.load(tau + i_n * s_tau)
+    r_rate = rate_of(tl.load(tau + i_n * s_tau))
     lo, full, hi = split_bounds(i_s, V, SKEW, LANES, STRIPS, TILES)
     fresh = (
         tl.full((LANES,), float("-inf"), DTYPE), tl.zeros((LANES,), DTYPE), tl.full((LANES // 4,), 0xFFFFFFFF, tl.uint32)
@@ -116,7 +117,8 @@ def relax_scan_kernel(
     b_pivot = tl.maximum(b_best, LOWEST, propagate_nan=tl.PropagateNan.ALL)
     tl.store(best + i_p, r_best)
     # In a split that holds NaN or +inf the sum is NaN.
-    tl.store(partial + i_p, tl.sum(b_sum * tl.exp2((b_pivot - tl.maximum(r_best, LOWEST)) * r_rate), 0))
+    b_scale = tl.exp2((b_pivot - tl.maximum(r_best, LOWEST)) * r_rate)
+    tl.store(partial + i_p, weighted_sum(b_sum, b_scale, 0))
 
 
 @triton.jit(do_not_specialize=["group_start"])
@@ -141,7 +143,7 @@ def softmax_kernel(
     p_w = weights
     if WRITE:
         p_w = weights + i_n * s_wn
-    r_rate = LOG2E / tl.load(tau + i_n * s_tau)
+    r_rate = rate_of(tl.load(tau + i_n * s_tau))
     o_s = tl.arange(0, BLOCK_S)
     if best is None:
         r_pivot = tl.load(score_max + i_n) - SHIFT
@@ -151,10 +153,11 @@ def softmax_kernel(
     r_factor = tl.full((), 1.0, DTYPE)
     if total is not None:
         b_partial = tl.load(partial + i_n * SPLITS + o_s, mask=o_s < SPLITS, other=0.0)  # [BLOCK_S]
-        if best is not None:
-            b_partial *= tl.exp2((tl.maximum(b_best, LOWEST) - tl.maximum(r_pivot, LOWEST)) * r_rate)
-        r_total = tl.sum(b_partial, 0)
-        if best is not None:
+        if best is None:
+            r_total = tl.sum(b_partial, 0)
+        else:
+            b_scale = tl.exp2((tl.maximum(b_best, LOWEST) - tl.maximum(r_pivot, LOWEST)) * r_rate)
+            r_total = weighted_sum(b_partial, b_scale, 0)
             nan = tl.full((), float("nan"), DTYPE)
             r_total = tl.where(r_pivot == float("-inf"), nan, r_total)
             tl.store(score_max + i_n, tl.where(r_total != r_total, nan, r_pivot + SHIFT), mask=i_s == 0)

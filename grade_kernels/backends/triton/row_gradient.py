@@ -16,7 +16,6 @@ from grade_kernels.backends.triton.row_tiles import (
     WRITTEN,
     load_slots,
     locate,
-    rate_of,
     row_offsets,
     row_streams,
     row_taus,
@@ -24,6 +23,7 @@ from grade_kernels.backends.triton.row_tiles import (
     store_slots,
     tile_options,
 )
+from grade_kernels.backends.triton.scores import rate_of
 from grade_kernels.backends.triton.sizes import TritonSizes
 from grade_kernels.backends.triton.strips import sum_splits
 from grade_kernels.backends.triton.targets import launching

@@ -20,7 +20,6 @@ from grade_kernels.backends.triton.row_tiles import (
     WRITTEN,
     load_slots,
     locate,
-    rate_of,
     row_offsets,
     row_streams,
     row_taus,
@@ -29,6 +28,7 @@ from grade_kernels.backends.triton.row_tiles import (
     store_slots,
     tile_options,
 )
+from grade_kernels.backends.triton.scores import rate_of, weighted_sum
 from grade_kernels.backends.triton.sizes import TritonSizes
 from grade_kernels.backends.triton.targets import launching
 
@@ -159,7 +159,7 @@ def row_scan_kernel(
     else:
         b_pivot = tl.maximum(b_best, LOWEST, propagate_nan=tl.PropagateNan.ALL)
         r_pivot = tl.maximum(r_best, LOWEST)[:, None]
-        tl.store(found + p_p, tl.sum(b_sum * tl.exp2((b_pivot - r_pivot) * r_rate[:, None]), 1), mask=m_n)
+        tl.store(found + p_p, weighted_sum(b_sum, tl.exp2((b_pivot - r_pivot) * r_rate[:, None]), 1), mask=m_n)
 
 
 @triton.jit(do_not_specialize=["A", "B", "V", "group_start"])
@@ -191,7 +191,8 @@ def row_write_kernel(
     else:
         b_sum = tl.load(found + p_p, mask=m_p, other=0.0)  # [BM, BLOCK_S]
         b_pivot = tl.maximum(b_best, LOWEST)
-        r_total = tl.sum(b_sum * tl.exp2((b_pivot - tl.maximum(r_best, LOWEST)[:, None]) * r_rate[:, None]), 1)
+        b_scale = tl.exp2((b_pivot - tl.maximum(r_best, LOWEST)[:, None]) * r_rate[:, None])
+        r_total = weighted_sum(b_sum, b_scale, 1)
         r_bad = (r_total != r_total) | (r_best == float("-inf"))
         r_factor = (1.0 / tl.where(r_bad, float("nan"), r_total))[:, None]
         r_v = tl.zeros((BA * BB,), tl.int32)

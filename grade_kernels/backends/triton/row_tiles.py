@@ -25,14 +25,13 @@ from grade_kernels.backends.records import Rows
 from grade_kernels.backends.triton.philox import (
     DOMAIN_GUMBEL,
     DOMAIN_REFINE,
-    LN2,
-    LOG2E,
     REFINE_BELOW,
     load_key,
     philox,
     scaled_noise,
     split_row,
 )
+from grade_kernels.backends.triton.scores import score
 from grade_kernels.backends.triton.sizes import TritonSizes
 from grade_kernels.backends.triton.strips import TRITON_DTYPE, round_to
 from grade_kernels.backends.triton.targets import Target, compiler_options, current_target
@@ -253,12 +252,6 @@ def row_taus(tau, o_n, s_tau, m_n):
 
 
 @triton.jit
-def rate_of(r_tau):
-    """What a distance of scores is multiplied with, to be the weight's binary logarithm."""
-    return tl.full((), LOG2E, r_tau.dtype) / r_tau
-
-
-@triton.jit
 def slot_tokens(first, i_j: tl.constexpr, GROUPS: tl.constexpr, SKEW: tl.constexpr):
     """Tokens `[1, GROUPS]` of one slot, in a tile that begins at token `first - SKEW`."""
     return (first + 4 * tl.arange(0, GROUPS) + (i_j - SKEW))[None, :]
@@ -373,5 +366,5 @@ def score_slots(
         b_n, b_least = _slot_noise(b_group, stream, SLOTS, DTYPE, FAST, REFINE=True)
     b_s = ()
     for i_j in tl.static_range(SLOTS):
-        b_s = b_s + (tl.fma(b_n[i_j], -LN2, b_l[i_j]),)
+        b_s = b_s + (score(b_n[i_j], b_l[i_j]),)
     return b_s

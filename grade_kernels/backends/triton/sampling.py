@@ -13,7 +13,8 @@ import triton.language as tl
 
 from grade_kernels.backends.native import contiguous
 from grade_kernels.backends.records import Noise, Sample
-from grade_kernels.backends.triton.philox import LN2, LOG2E, REFINE_BELOW, SHIFT, row_stream, strip_noise
+from grade_kernels.backends.triton.philox import LOG2E, REFINE_BELOW, SHIFT, row_stream, strip_noise
+from grade_kernels.backends.triton.scores import score, weighted_sum
 from grade_kernels.backends.triton.sizes import TritonSizes
 from grade_kernels.backends.triton.strips import launch_options, load_strip, split_bounds
 from grade_kernels.backends.triton.targets import launching
@@ -49,7 +50,7 @@ def _scan(
             b_group = (o_group + (i_t + i_r) * (LANES // 4)).to(tl.uint32, bitcast=True)
             b_n, b_least = strip_noise(b_group, stream, DTYPE, FAST, REFINE)
             b_low = tl.minimum(b_low, b_least)
-            b_s = tl.fma(b_n, -LN2, b_l[i_r])
+            b_s = score(b_n, b_l[i_r])
             # A plain maximum would drop NaN, by which a bad row is known.
             b_peak = tl.maximum(b_peak, b_s, propagate_nan=tl.PropagateNan.ALL)
             if LSE:
@@ -106,7 +107,7 @@ def sample_scan_kernel(
     if LSE:
         r_max = tl.max(b_max, 0)
         tl.store(top + i_p, r_max)
-        tl.store(total + i_p, tl.sum(b_sum * tl.exp2((b_max - r_max) * LOG2E), 0))
+        tl.store(total + i_p, weighted_sum(b_sum, tl.exp2((b_max - r_max) * LOG2E), 0))
 
 
 @triton.jit(do_not_specialize=["group_start"])
@@ -139,7 +140,7 @@ def sample_pick_kernel(
     b_n, b_least = strip_noise(b_group, stream, DTYPE, FAST, REFINE=False)
     if tl.min(b_least.to(tl.int64), 0) < REFINE_BELOW:
         b_n, b_least = strip_noise(b_group, stream, DTYPE, FAST, REFINE=True)
-    b_s = tl.fma(b_n, -LN2, b_l)
+    b_s = score(b_n, b_l)
     i_v = tl.min(tl.where(b_s == tl.max(b_s, 0), o_v, V - 1), 0)
     tl.store(ids + i_n, tl.maximum(i_v, 0).to(tl.int64))
 
@@ -149,7 +150,7 @@ def sample_pick_kernel(
         b_top = tl.load(top + i_n * SPLITS + o_s, mask=m_s, other=float("-inf"))  # [BLOCK_S]
         b_total = tl.load(total + i_n * SPLITS + o_s, mask=m_s, other=0.0)  # [BLOCK_S]
         r_top = tl.max(b_top, 0)
-        r_total = tl.sum(b_total * tl.exp2((b_top - r_top) * LOG2E), 0)
+        r_total = weighted_sum(b_total, tl.exp2((b_top - r_top) * LOG2E), 0)
         tl.store(logit_max + i_n, tl.where(is_bad, nan, r_top))
         tl.store(logit_sum + i_n, tl.where(is_bad, nan, r_total))
 

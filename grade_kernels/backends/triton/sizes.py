@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -67,6 +68,20 @@ _TILES_MANY_ROWS = {
     (9, 2): HeadTile(128, 128, 32, 8, 3, SERIALISE=True),
     (12, 2): HeadTile(128, 32, 32, 8, 4, BN2=32),
 }
+# The first Triton that keeps a tile of many rows in registers. Older ones spill some of them, which takes longer than the
+# traffic that the large tile saves.
+_MANY_ROWS_SINCE = {(9, 1): (3, 9), (9, 2): (3, 8)}
+# Where logits are read from memory, four threads take 64 bytes of a row, and a warp eight rows. Larger tiles would take
+# registers of other warps, which hide how long memory takes.
+_TILE_CHUNK = HeadTile(32, 64, 0, 4, 2)
+
+
+def _chunk_bytes() -> int:
+    """The default of `TritonSizes.chunk_bytes`."""
+    given = os.environ.get("GRADE_KERNELS_CHUNK_MIB") or "256"
+    if not given.isdecimal() or int(given) == 0:
+        raise ValueError(f"GRADE_KERNELS_CHUNK_MIB must be a positive whole number of MiB, got {given!r}")
+    return int(given) * 2**20
 
 
 @dataclass(frozen=True)
@@ -85,6 +100,12 @@ class TritonSizes(Sizes):
         tile_float32: the tile of float32.
         tiles: by products per tile.
         tiles_few_rows, tiles_many_rows: by (capability // 10, products), where others than `tiles` serve.
+        many_rows_since: the first version of Triton, if not any, whose code for a tile of many rows is good.
+        chunk_tile: the tile of kernels that read logits from a chunk (see `head_chunks`).
+        chunk_bytes: of the logits that one chunk after another uses, at most: 256 MiB, or as many MiB as the environment
+            variable GRADE_KERNELS_CHUNK_MIB says when a backend is first used.
+        chunk_least: columns that a chunk has at least where rows can be taken apart instead.
+        head_chunk: see `Sizes`. A GPU is idle in a small product. The terms of the exact backward take several times as much.
         split_slots: candidates that a split has room for; None for what it may collect.
         slot_bytes: of all rows' candidates that are held at a time.
         batch_rows: rows that are held at a time at least. A batch's first launches have few programs, and would leave most of
@@ -102,16 +123,30 @@ class TritonSizes(Sizes):
     tiles: Mapping[int, HeadTile] = field(default_factory=lambda: _TILES)
     tiles_few_rows: Mapping[tuple[int, int], HeadTile] = field(default_factory=lambda: _TILES_FEW_ROWS)
     tiles_many_rows: Mapping[tuple[int, int], HeadTile] = field(default_factory=lambda: _TILES_MANY_ROWS)
+    many_rows_since: Mapping[tuple[int, int], tuple[int, int]] = field(default_factory=lambda: _MANY_ROWS_SINCE)
+    chunk_tile: HeadTile = _TILE_CHUNK
+    chunk_bytes: int = field(default_factory=_chunk_bytes)
+    chunk_least: int = 3840
+    head_chunk: int = 2**23
     split_slots: int | None = None
     slot_bytes: int = 2**27
     batch_rows: int = 128
 
     def head_tile(
-        self, dtype: torch.dtype, products: int = 1, capability: int = 0, many_rows: bool = False
+        self, dtype: torch.dtype, products: int, capability: int, many_rows: bool, triton: tuple[int, int]
     ) -> HeadTile:
-        """The tile for a dtype, a number of products per tile, a compute capability (0 outside NVIDIA) and many rows."""
+        """The tile that a version of Triton compiles well.
+
+        Args:
+            dtype: of hidden states and head.
+            products: per tile.
+            capability: the compute capability; 0 outside NVIDIA.
+            many_rows: whether there are more rows than a tile has, and a large one serves.
+            triton: the version, such as (3, 9).
+        """
         if dtype == torch.float32:
             return self.tile_float32
         key = capability // 10, products
         few = self.tiles_few_rows.get(key, self.tiles[products])
+        many_rows = many_rows and triton >= self.many_rows_since.get(key, triton)
         return self.tiles_many_rows.get(key, few) if many_rows else few

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from grade_kernels.backends.triton.sizes import TritonSizes
-from grade_kernels.backends.triton.targets import INTERPRETED, compiler_options, current_target
+from grade_kernels.backends.triton.targets import INTERPRETED, TRITON, Target, compiler_options, current_target
 from grade_kernels.dtypes import compute_dtype
 
 NUM_WARPS = 4
@@ -32,6 +32,14 @@ def strip_sizes(width: int, dtype: torch.dtype, warp_size: int, sizes: TritonSiz
     strips = min(most, triton.next_power_of_2(triton.cdiv(width, lanes)))
     tiles = triton.cdiv(sizes.row_split, lanes * strips)
     return {"LANES": lanes, "STRIPS": strips, "TILES": tiles, "SPLITS": triton.cdiv(width, lanes * strips * tiles)}
+
+
+def strip_compiler_options(dtype: torch.dtype, target: Target) -> dict[str, Any]:
+    """Warps, and compiler options, of kernels over strips."""
+    options = {"num_warps": NUM_WARPS, **compiler_options(target.backend)}
+    if target.backend == "cuda" and dtype == torch.float64 and TRITON == (3, 8):
+        options["maxnreg"] = 168  # else its ptxas makes room for another program, and spills for it
+    return options
 
 
 def is_aligned(*tensors: torch.Tensor) -> bool:
@@ -54,8 +62,7 @@ def launch_options(sizes: TritonSizes, vocab_start: int, logits: torch.Tensor, *
         "DTYPE": TRITON_DTYPE[compute_dtype(logits.dtype)],
         "FAST": target.backend == "cuda",
         "ALIGNED": skew == 0 and is_aligned(logits, *others),
-        "num_warps": NUM_WARPS,
-        **compiler_options(target.backend),
+        **strip_compiler_options(logits.dtype, target),
     }
 
 

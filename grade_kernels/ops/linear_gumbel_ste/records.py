@@ -27,13 +27,15 @@ class Draw(NamedTuple):
     eps: float
     wants_support: bool  # a backward pass can follow
     backend: str
+    draws: int = 1  # M, of `gumbel_rao`
 
 
 class Kept(NamedTuple):
     """What is saved beside the arguments and the tokens."""
 
     statistics: torch.Tensor  # [5, N], see `Statistics`
-    support: Support  # of the relaxation; empty where the table of passes has none
+    # of the relaxation; empty where the table of passes has none; of M N rows, draw by draw, with `gumbel_rao`
+    support: Support
     untempered: Support  # of softmax(l), for `reinmax`
 
 

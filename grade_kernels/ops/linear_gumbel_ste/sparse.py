@@ -69,8 +69,12 @@ class SparseRows:
     def relaxed(self, support: Support, factor: torch.Tensor, tempered: bool) -> Entries:
         """`factor * J(p) dY`, that is `factor * p_v (dY_v - mean)` with `mean = sum_u p_u dY_u`, on a support.
 
+        A support of M N rows is that of M draws. The result is the mean over these.
+
         q_v times an estimate of the mean that holds q_v itself would be biased: both share one rounding. So the entry of
         v leaves its own out: in its estimate of the mean, p_v stands in the place of q_v.
+
+        Every draw has a mean of its own, so that of an entry leaves out the only rounding that both share.
 
         Args:
             support: of p.
@@ -78,14 +82,15 @@ class SparseRows:
             tempered: p is softmax(x / tau) of `x = l + g` or `x = l`, and what this adds to the gradient of tau,
                 `-sum_v dx_v x_v / tau`, is wanted.
         """
-        rows, q = support.rows(), support.p.clamp_min(self.eps)
+        drawn, q, draws = support.rows(), support.p.clamp_min(self.eps), len(support.overflow) // max(1, len(self.ids))
+        rows = drawn if draws == 1 else drawn % len(self.ids)
         dy = self.upstream.at(rows, support.tokens)
-        mean = support.row_sums(q * dy)[rows] + (support.p - q) * dy
-        values = factor[rows] * q * (dy - mean)
+        mean = support.row_sums(q * dy)[drawn] + (support.p - q) * dy
+        values = (factor if draws == 1 else factor / draws)[rows] * q * (dy - mean)
         if tempered:
             # log p is x / tau up to a constant of the row, which does not count: the gradient of a row sums to zero.
-            self.dtau -= support.row_sums(values * support.p.log())
-        return Entries(rows, support.tokens, values, support.offsets)
+            self.dtau -= support.row_sums(values * support.p.log()).view(draws, len(self.ids)).sum(0)
+        return Entries(rows, support.tokens, values, support.offsets if draws == 1 else None)
 
     def reinmax(self, support: Support, untempered: Support) -> list[Entries]:
         """`2 J((O + p) / 2) dY - J(softmax(l)) dY / 2`, where O is the one-hot vector of ids.

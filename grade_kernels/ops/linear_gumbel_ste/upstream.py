@@ -28,6 +28,10 @@ class Upstream:
     ) -> None:
         self.backend, self.parts, self.tables, self.dtype = backend, parts, tables, dtype
 
+    def scaled(self, factor: float) -> Upstream:
+        """The same times a number."""
+        return Upstream(self.backend, [part * factor for part in self.parts], self.tables, self.dtype)
+
     def at(self, rows: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         """dY `[K]` of these rows at these tokens."""
         total = torch.zeros(len(tokens), dtype=self.dtype, device=tokens.device)

@@ -25,7 +25,7 @@ REASON = triton_backend.why_unavailable()
 runs = needs_backend("triton")
 
 if REASON is None:
-    from grade_kernels.backends.triton import philox
+    from grade_kernels.backends.triton import philox, scores
 
     @triton.jit
     def _words_kernel(p_seed, p_rows, out, group_start, ROWS: tl.constexpr, GROUPS: tl.constexpr, FAST: tl.constexpr):
@@ -48,7 +48,7 @@ if REASON is None:
         o = tl.arange(0, BLOCK)
         w, fine = tl.load(word + o).to(tl.uint32), tl.load(refinement + o).to(tl.uint32)
         n = philox.scaled_noise(w, fine, DTYPE, FAST, REFINE=True)
-        tl.store(out + o, tl.fma(n, -philox.LN2, philox.SHIFT))
+        tl.store(out + o, scores.score(n, tl.full(n.shape, philox.SHIFT, DTYPE)))
 
 
 def _fast() -> bool:

@@ -9,7 +9,9 @@ import os
 import pytest
 import torch
 
-if not torch.cuda.is_available():
+from tests.support.ptx.setting import SIMULATED
+
+if not torch.cuda.is_available() and not SIMULATED:
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
 
 from grade_kernels.backends import Head, Noise, get
@@ -21,8 +23,7 @@ from tests.support.problems import tiny_capacity
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-fused, plain = get("triton"), get("torch")
-REASON = fused.why_unavailable()
+plain = get("torch")
 DEVICE = "cuda" if torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1" else "cpu"
 runs = needs_backend("triton")
 pytestmark = [INTERPRETED] if DEVICE == "cpu" else []
@@ -34,15 +35,33 @@ REFINED = [(-34359738340, 166090), (-34359738048, 196101)]
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    """Tiles that the interpreter gets through, and several splits and launches in a small vocabulary."""
-    if DEVICE == "cpu":
+    """Tiles that the interpreter gets through, and several splits, launches and chunks in a small vocabulary.
+
+    The simulator has those that are shipped.
+    """
+    if DEVICE == "cpu" and not SIMULATED:
         tile = HeadTile(16, 32, 32, 4, 2)
-        resize(monkeypatch, tile_float32=tile, tiles={1: tile, 2: tile}, tiles_few_rows={}, head_split=64)
+        resize(monkeypatch, tile_float32=tile, tiles={1: tile, 2: tile}, tiles_few_rows={}, head_split=64,
+               chunk_tile=HeadTile(16, 32, 0, 4, 2), chunk_bytes=4 * 64 * 10)  # fmt: skip
+
+
+@pytest.fixture(params=["tiles", "chunks"])
+def fused(request):
+    """The backend, for either way through a head."""
+    return get(f"triton:{request.param}")
+
+
+@pytest.fixture
+def tiles():
+    """The backend whose kernels multiply."""
+    return get("triton:tiles")
 
 
 @pytest.fixture(autouse=True)
 def poison(monkeypatch):
     """Uninitialised memory is NaN, so reading it cannot go unnoticed."""
+    if SIMULATED:
+        return  # the simulator knows what nobody wrote
     empty = torch.empty
 
     def poisoned(*args, **kwargs):
@@ -52,10 +71,14 @@ def poison(monkeypatch):
     monkeypatch.setattr(torch, "empty", poisoned)
 
 
-def make(rows, vocab, width, dtype=torch.float32, bias=False, softcap=None, seed=0, scale=2.0):
+def make(rows, vocab, width, dtype=torch.float32, bias=False, softcap=None, seed=0, scale=2.0, exact=False):
+    """A head; with `exact` of small multiples of 1/16, whose products are the same in whatever order they are summed."""
     generator = torch.Generator().manual_seed(seed)
-    hidden = torch.randn(rows, width, generator=generator).to(dtype)
-    weight = (torch.randn(vocab, width, generator=generator) * scale * width**-0.5).to(dtype)
+    hidden = torch.randn(rows, width, generator=generator)
+    weight = torch.randn(vocab, width, generator=generator) * scale * width**-0.5
+    if exact:
+        hidden, weight = (x.mul(16).round().div(16) for x in (hidden, weight))
+    hidden, weight = hidden.to(dtype), weight.to(dtype)
     return Head(hidden, weight, torch.randn(vocab, generator=generator) if bias else None, softcap)
 
 
@@ -110,7 +133,7 @@ def arguments(case, dtype):
 @runs
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_scores_and_sample(name, dtype):
+def test_scores_and_sample(fused, name, dtype):
     case = CASES[name]
     head, tau, row_ids, start = arguments(case, dtype)
     truth, truth_total, truth_support = plain.head_scores(
@@ -138,7 +161,7 @@ def test_scores_and_sample(name, dtype):
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("ref", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_softmax(name, ref, dtype):
+def test_softmax(fused, name, ref, dtype):
     case = CASES[name]
     head, tau, row_ids, start = arguments(case, dtype)
     other = make(head.hidden.shape[0], head.weight.shape[0], 24, dtype, True, None, seed=2) if ref else None
@@ -164,7 +187,7 @@ LARGE_CASES = {
 @runs
 @pytest.mark.parametrize("columns", [(32, 16), (16, 16), (64, 0)], ids=str)
 @pytest.mark.parametrize("name", LARGE_CASES)
-def test_large_tiles_give_what_small_ones_give(name, columns, monkeypatch):
+def test_large_tiles_give_what_small_ones_give(tiles, name, columns, monkeypatch):
     """To the bit, for a thread of a row meets the same tokens in the same order."""
     from grade_kernels.backends.triton.targets import current_target
 
@@ -185,10 +208,10 @@ def test_large_tiles_give_what_small_ones_give(name, columns, monkeypatch):
 
     def run():
         chosen.clear()
-        sample, total, support = fused.head_scores(on(head), *inputs)
-        drawn = fused.head_sample(on(head), on(noise(row_ids, start)))
-        sums, sums_support = fused.head_softmax(on(head), *inputs, None)
-        both, both_support = fused.head_softmax(on(head), *inputs, on(ref))
+        sample, total, support = tiles.head_scores(on(head), *inputs)
+        drawn = tiles.head_sample(on(head), on(noise(row_ids, start)))
+        sums, sums_support = tiles.head_softmax(on(head), *inputs, None)
+        both, both_support = tiles.head_softmax(on(head), *inputs, on(ref))
         return (*sample, total, *support, *drawn, *sums, *sums_support, *both, *both_support), sample, support
 
     results, sample, support = run()
@@ -221,13 +244,27 @@ def test_what_takes_registers_keeps_small_tiles():
         (torch.float32, 1, 90), (torch.bfloat16, 1, 80), (torch.bfloat16, 1, 0), (torch.bfloat16, 2, 100),
         (torch.bfloat16, 1, 75),
     ):  # fmt: skip
-        few, many = (sizes.head_tile(dtype, products, capability, many) for many in (False, True))
+        few, many = (sizes.head_tile(dtype, products, capability, many, (3, 9)) for many in (False, True))
         assert few == many
-    assert sizes.head_tile(torch.float16, 1, 90, True) == sizes.tiles_many_rows[9, 1]
+    assert sizes.head_tile(torch.float16, 1, 90, True, (3, 9)) == sizes.tiles_many_rows[9, 1]
+
+
+def test_a_triton_that_would_spill_keeps_small_tiles():
+    """The many rows of Hopper's 320 columns from 3.9 on, of 128 beside a reference from 3.8 on, Ampere's in all."""
+    sizes = TritonSizes()
+
+    def takes_large(products, capability, triton):
+        few, many = (sizes.head_tile(torch.bfloat16, products, capability, many, triton) for many in (False, True))
+        return many != few
+
+    versions = [(3, 6), (3, 7), (3, 8), (3, 9), (3, 10), (4, 0)]
+    assert [takes_large(1, 90, triton) for triton in versions] == [False] * 3 + [True] * 3
+    assert [takes_large(2, 90, triton) for triton in versions] == [False] * 2 + [True] * 4
+    assert all(takes_large(2, 80, triton) for triton in versions)
 
 
 @runs
-def test_masked_tokens_are_never_touched():
+def test_masked_tokens_are_never_touched(fused):
     head = make(3, 200, 16, bias=True)
     head.bias[::3] = -math.inf
     tau = torch.ones(3)
@@ -246,7 +283,7 @@ def test_masked_tokens_are_never_touched():
 
 @runs
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_a_bad_row_is_nan_and_alone(value):
+def test_a_bad_row_is_nan_and_alone(fused, value):
     head = make(4, 150, 16)
     tau = torch.ones(4)
     good, good_total, good_support = fused.head_scores(on(head), on(tau), on(noise(None, 3)), 0.05)
@@ -287,7 +324,7 @@ def test_a_bad_row_is_nan_and_alone(value):
 
 
 @runs
-def test_equal_scores_go_to_the_smaller_id():
+def test_equal_scores_go_to_the_smaller_id(fused):
     head = make(2, 300, 16)
     head = head._replace(bias=torch.full((300,), 2.0**100))  # noise is nothing beside it
     head.bias[:70] = -math.inf
@@ -298,7 +335,7 @@ def test_equal_scores_go_to_the_smaller_id():
 
 @runs
 @pytest.mark.parametrize(("row", "token"), REFINED)
-def test_refined_words(row, token):
+def test_refined_words(fused, row, token):
     """The rare path: a token whose noise needs the second word, among tokens of the same logit."""
     start = token - 41
     head = Head(torch.zeros(1, 16), torch.zeros(100, 16), None, None)
@@ -311,7 +348,7 @@ def test_refined_words(row, token):
 
 
 @runs
-def test_overflow_of_the_support(monkeypatch):
+def test_overflow_of_the_support(fused, monkeypatch):
     """A flat row overflows, by the count that the torch backend takes; a peaked one in the same batch does not."""
     tiny_capacity(monkeypatch, 100)
     head = make(2, 1003, 16, scale=0.0)
@@ -327,7 +364,7 @@ def test_overflow_of_the_support(monkeypatch):
 
 
 @runs
-def test_overflow_of_a_split(monkeypatch):
+def test_overflow_of_a_split(fused, monkeypatch):
     """A split whose slots do not suffice marks its rows, and leaves the others as they were."""
     head, tau = make(3, 500, 16), torch.ones(3)
     head.hidden[0] = 0
@@ -344,8 +381,8 @@ def test_overflow_of_a_split(monkeypatch):
 
 
 @runs
-def test_results_depend_on_neither_batch_nor_run(monkeypatch):
-    head, tau, rows = make(6, 300, 24, torch.bfloat16), torch.linspace(0.5, 2, 6), ROWS
+def test_results_depend_on_neither_batch_nor_run(fused, monkeypatch):
+    head, tau, rows = make(6, 300, 24, torch.bfloat16, exact=True), torch.linspace(0.5, 2, 6), ROWS
 
     def everything(part):
         cut = on(head._replace(hidden=head.hidden[part]))
@@ -368,8 +405,8 @@ def test_results_depend_on_neither_batch_nor_run(monkeypatch):
 
 
 @runs
-def test_default_row_identity_in_batches(monkeypatch):
-    head, tau = make(5, 100, 16), torch.ones(5)
+def test_default_row_identity_in_batches(fused, monkeypatch):
+    head, tau = make(5, 100, 16, exact=True), torch.ones(5)
     whole = fused.head_scores(on(head), on(tau), on(noise()), 0.05)
     resize(monkeypatch, batch_rows=2, slot_bytes=1)
     parts = fused.head_scores(on(head), on(tau), on(noise()), 0.05)
@@ -378,8 +415,8 @@ def test_default_row_identity_in_batches(monkeypatch):
 
 
 @runs
-def test_strided_heads():
-    head, tau = make(3, 100, 16), torch.ones(1)
+def test_strided_heads(fused):
+    head, tau = make(3, 100, 16, exact=True), torch.ones(1)
     truth = fused.head_scores(on(head), on(tau.repeat(3)), on(noise()), 0.05)
     strided = Head(head.hidden.T.contiguous().T, head.weight.repeat(1, 2)[:, :16], None, None)
     found = fused.head_scores(on(strided), on(tau).expand(3), on(noise()), 0.05)
@@ -388,7 +425,7 @@ def test_strided_heads():
 
 
 @runs
-def test_no_rows():
+def test_no_rows(fused):
     head, tau = make(0, 9, 16), torch.empty(0)
     sample, total, support = fused.head_scores(on(head), on(tau), on(noise()), 0.1)
     assert [t.shape for t in sample] == [(0,)] * 4
@@ -402,7 +439,7 @@ def test_no_rows():
 
 @runs
 @needs("Triton's interpreter", DEVICE == "cpu")
-def test_arguments_are_aligned_for_any_number_of_rows(monkeypatch):
+def test_arguments_are_aligned_for_any_number_of_rows(fused, monkeypatch):
     """Triton compiles a kernel anew where they are not, and `inspect` looks at the code for those that are."""
     from triton.runtime.interpreter import GridExecutor
 
@@ -428,7 +465,7 @@ def test_arguments_are_aligned_for_any_number_of_rows(monkeypatch):
 @runs
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("width", [1, 40, 700])
-def test_gathered_products(dtype, width):
+def test_gathered_products(tiles, dtype, width):
     generator = torch.Generator().manual_seed(0)
     x, table = (
         torch.randn(5, width, generator=generator).to(dtype),
@@ -440,27 +477,27 @@ def test_gathered_products(dtype, width):
     tokens = torch.randint(0, 23, (13,), generator=generator)
     values = torch.randn(13, generator=generator)
     args = [on(t) for t in (x, table, rows, tokens, values, offsets)]
-    close(fused.gather_dot(*args[:4]), plain.gather_dot(x.double(), table.double(), rows, tokens))
-    close(fused.gather_sum(args[4], args[1], args[5], args[3]),
+    close(tiles.gather_dot(*args[:4]), plain.gather_dot(x.double(), table.double(), rows, tokens))
+    close(tiles.gather_sum(args[4], args[1], args[5], args[3]),
           plain.gather_sum(values.double(), table.double(), offsets, tokens))  # fmt: skip
-    found = fused.scatter_sum(args[4], args[0], args[2], args[3], args[1])
+    found = tiles.scatter_sum(args[4], args[0], args[2], args[3], args[1])
     assert found.dtype == dtype
     truth = plain.scatter_sum(values.double(), x.double(), rows, tokens, table.double())
     close(found, truth, 2e-5 if dtype == torch.float32 else 8e-3)
     bias = torch.zeros(23, 1)
-    close(fused.scatter_sum(args[4], on(torch.ones(5, 1)), args[2], args[3], on(bias)),
+    close(tiles.scatter_sum(args[4], on(torch.ones(5, 1)), args[2], args[3], on(bias)),
           plain.scatter_sum(values.double(), torch.ones(5, 1).double(), rows, tokens, bias.double()))  # fmt: skip
     # Every other column of a wider table.
     strided = torch.stack([args[1], args[1]], dim=2).flatten(1)[:, ::2]
-    assert torch.equal(fused.gather_dot(args[0], strided, args[2], args[3]), fused.gather_dot(*args[:4]))
+    assert torch.equal(tiles.gather_dot(args[0], strided, args[2], args[3]), tiles.gather_dot(*args[:4]))
     none = torch.zeros(0, dtype=torch.int64, device=DEVICE)
-    assert fused.gather_dot(args[0], args[1], none, none).shape == (0,)
-    zero = fused.gather_sum(args[4][:0], args[1], torch.zeros(3, dtype=torch.int64, device=DEVICE), none)
+    assert tiles.gather_dot(args[0], args[1], none, none).shape == (0,)
+    zero = tiles.gather_sum(args[4][:0], args[1], torch.zeros(3, dtype=torch.int64, device=DEVICE), none)
     assert torch.equal(zero.cpu(), torch.zeros(2, width))
 
 
 @runs
-def test_gathered_columns_far_apart(tmp_path):
+def test_gathered_columns_far_apart(tiles, tmp_path):
     """A transposed table may have more than 2^31 elements between the columns of a row."""
     size, far = 2**31 + 8, 2**30
     if DEVICE == "cpu":  # a file with a hole, which takes no memory
@@ -472,29 +509,29 @@ def test_gathered_columns_far_apart(tmp_path):
     near, values = table.clone(memory_format=torch.contiguous_format), on(torch.tensor([1.0, 2.0]))
     rows, tokens, offsets = (on(torch.tensor(x)) for x in ([0, 1], [4, 2], [0, 1, 2]))
     x = on(torch.ones(2, 3, dtype=torch.float16))
-    assert torch.equal(fused.gather_dot(x, table, rows, tokens), fused.gather_dot(x, near, rows, tokens))
-    assert torch.equal(fused.gather_dot(table, x, tokens, rows), fused.gather_dot(near, x, tokens, rows))
+    assert torch.equal(tiles.gather_dot(x, table, rows, tokens), tiles.gather_dot(x, near, rows, tokens))
+    assert torch.equal(tiles.gather_dot(table, x, tokens, rows), tiles.gather_dot(near, x, tokens, rows))
     assert torch.equal(
-        fused.gather_sum(values, table, offsets, tokens), fused.gather_sum(values, near, offsets, tokens)
+        tiles.gather_sum(values, table, offsets, tokens), tiles.gather_sum(values, near, offsets, tokens)
     )
 
 
 @runs
-def test_single_logits_are_those_of_the_pass():
+def test_single_logits_are_those_of_the_pass(tiles):
     head = make(4, 50, 40, torch.bfloat16, bias=True, softcap=2.0)
     rows, tokens = torch.tensor([0, 3, 3, 1]), torch.tensor([49, 0, 7, 7])
-    found = fused.head_logits_at(on(head), on(rows), on(tokens))
+    found = tiles.head_logits_at(on(head), on(rows), on(tokens))
     truth = plain.head_logits_at(double(head), rows, tokens)
     close(found, truth, 1e-6)
 
 
 @runs
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_product_of_16_bits_is_as_exact_where_it_is_given_its_place(monkeypatch, dtype):
+def test_a_product_of_16_bits_is_as_exact_where_it_is_given_its_place(tiles, monkeypatch, dtype):
     """Chunk by chunk, and not rounded on its way: the dense backward's dY."""
     resize(monkeypatch, product=2**10)
     generator = torch.Generator(DEVICE).manual_seed(0)
     x, table = (torch.randn(n, 40, generator=generator, device=DEVICE).to(dtype) for n in (5, 700))
     place = torch.full((5, 700), torch.nan, device=DEVICE)
-    assert fused.product(x, table, place) is place
+    assert tiles.product(x, table, place) is place
     torch.testing.assert_close(place, x.float() @ table.float().T, rtol=1e-5, atol=1e-5)
