@@ -9,6 +9,8 @@ Generator: Philox4x32-10 (Salmon, Moraes, Dror, Shaw: Parallel random numbers: a
 
 from __future__ import annotations
 
+import threading
+
 import torch
 
 from grade_kernels.arguments import canonical_int, check_local
@@ -123,7 +125,24 @@ def seed_on(seed: torch.Tensor, device: torch.device) -> torch.Tensor:
 def fresh_seed() -> torch.Tensor:
     """A 64-bit seed from torch's default CPU generator."""
     # The argument `generator` is left out: AOTInductor cannot call the overload that takes one.
-    return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device="cpu")
+    return torch.randint(*_SEEDS, (), dtype=torch.int64, device="cpu")
+
+
+def fresh_number() -> int:
+    """What `fresh_seed` would have drawn, as a number, in less than half the time. No compiler or tracer follows it."""
+    return int(_drawn.seed.random_(*_SEEDS))
+
+
+class _Drawn(threading.local):
+    """Memory of each thread for the number that it draws."""
+
+    def __init__(self) -> None:
+        with torch.inference_mode(False):  # so that it may be written outside inference mode, too
+            self.seed = torch.empty((), dtype=torch.int64, device="cpu")
+
+
+_SEEDS = (-(2**63), 2**63 - 1)
+_drawn = _Drawn()
 
 
 class GumbelNoise:

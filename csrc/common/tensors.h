@@ -12,6 +12,12 @@ namespace gk {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+inline bool has_dtype(const Tensor& x) {
+  const ScalarType dtype = x.scalar_type();
+  return dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half ||
+         dtype == ScalarType::Double;
+}
+
 inline Dtype dtype_of(const Tensor& x) {
   switch (x.scalar_type()) {
     case ScalarType::Float: return Dtype::kFloat;

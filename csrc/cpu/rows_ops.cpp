@@ -12,7 +12,9 @@
 #include <limits>
 #include <new>
 #include <optional>
+#include <tuple>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "common/online_softmax.h"
@@ -35,24 +37,31 @@ constexpr int64_t kGrain = 1 << 14;
 // tokens do not lie side by side.
 constexpr int64_t kMostInLanes = 64;
 
-// [N, V] or [A, V, B], whose row a * B + b is x[a, :, b].
-View view_of(const Tensor& x, void* data) {
-  STD_TORCH_CHECK(x.dim() == 2 || x.dim() == 3, "grade_kernels: rows are [N, V] or [A, V, B]");
+// The view of [A, V, B], whose row a * B + b is x[a, :, b].
+View view_of_rows(void* data, Dtype dtype, int64_t outer, int64_t vocab, int64_t inner, int64_t outer_stride,
+                  int64_t token_stride, int64_t inner_stride) {
   View view{.data = data,
-            .dtype = dtype_of(x),
-            .outer_stride = x.stride(0),
-            .token_stride = x.size(1) > 1 ? x.stride(1) : 1,
+            .dtype = dtype,
+            .outer_stride = outer_stride,
+            .token_stride = vocab > 1 ? token_stride : 1,
             .inner = 1,
             .inner_stride = 0};
-  if (x.dim() == 2 || x.size(2) == 1) return view;
-  view.inner = x.size(2);
-  view.inner_stride = x.stride(2);
-  // Rows at one distance are [N, V].
-  if (x.size(0) == 1 || view.outer_stride == view.inner * view.inner_stride) {
-    view.inner = 1;
-    view.outer_stride = view.inner_stride;
+  if (inner == 1) return view;
+  if (outer == 1 || outer_stride == inner * inner_stride) {  // rows at one distance are [N, V]
+    view.outer_stride = inner_stride;
+    return view;
   }
+  view.inner = inner;
+  view.inner_stride = inner_stride;
   return view;
+}
+
+// Of [N, V] or [A, V, B].
+View view_of(const Tensor& x, void* data) {
+  STD_TORCH_CHECK(x.dim() == 2 || x.dim() == 3, "grade_kernels: rows are [N, V] or [A, V, B]");
+  const bool flat = x.dim() == 2;
+  return view_of_rows(data, dtype_of(x), x.size(0), x.size(1), flat ? 1 : x.size(2), x.stride(0), x.stride(1),
+                      flat ? 0 : x.stride(2));
 }
 View input_view(const Tensor& x) { return view_of(x, const_cast<void*>(x.const_data_ptr())); }
 
@@ -81,6 +90,12 @@ bool has_plain_rows(const View& x) { return x.token_stride == 1 && x.inner == 1;
 void check_plain_rows(const View& x) {
   STD_TORCH_CHECK(x.dtype == Dtype::kDouble || has_plain_rows(x),
                   "grade_kernels: this kernel takes rows whose tokens lie side by side");
+}
+
+// call(Real{}), where Real is what numbers of a dtype are computed in.
+template <typename Call>
+auto with_real(Dtype dtype, const Call& call) {
+  return dtype == Dtype::kDouble ? call(double{}) : call(float{});
 }
 
 template <typename Real>
@@ -246,6 +261,22 @@ void relax_each(const RelaxArgs<Real>& args) {
   });
 }
 
+// softmax((l + g) / tau) or one_hot(argmax(l + g)) of all rows.
+template <typename Real>
+void relax(const RelaxArgs<Real>& args) {
+  if constexpr (std::is_same_v<Real, float>) {
+    if (in_lanes(args.in.vocab, args.in.logits, args.out))
+      return each_group(GK_KERNELS_OF(kLanes).gumbel_softmax, args);
+    switch (args.in.logits.dtype) {
+      case Dtype::kBFloat16: return relax_each<c10::BFloat16>(args);
+      case Dtype::kHalf: return relax_each<c10::Half>(args);
+      default: return relax_each<float>(args);
+    }
+  } else {
+    relax_each<double>(args);
+  }
+}
+
 void gumbel_softmax(Tensor logits, Tensor tau, Tensor seed, std::optional<Tensor> row_ids, int64_t vocab_start,
                     bool hard, bool zeroed, Tensor out, Tensor score_max) {
   const Rows in = rows_of(logits, seed, row_ids, vocab_start);
@@ -253,45 +284,25 @@ void gumbel_softmax(Tensor logits, Tensor tau, Tensor seed, std::optional<Tensor
                   "grade_kernels: out has logits' dtype and shape");
   if (in.rows == 0) return;
   const View y = hard && zeroed ? view_of(out, out.mutable_data_ptr()) : output_view(out);
-  const auto args = [&]<typename Real>(Real) {
-    return RelaxArgs<Real>{.in = in,
-                           .tau = data<Real>(tau),
-                           .hard = hard,
-                           .zeroed = zeroed,
-                           .out = y,
-                           .score_max = mutable_data<Real>(score_max)};
-  };
-  if (in.logits.dtype == Dtype::kDouble) return relax_each<double>(args(double{}));
-  if (in_lanes(in.vocab, in.logits, y)) return each_group(GK_KERNELS_OF(kLanes).gumbel_softmax, args(float{}));
-  switch (in.logits.dtype) {
-    case Dtype::kBFloat16: return relax_each<c10::BFloat16>(args(float{}));
-    case Dtype::kHalf: return relax_each<c10::Half>(args(float{}));
-    default: return relax_each<float>(args(float{}));
-  }
+  with_real(in.logits.dtype, [&]<typename Real>(Real) {
+    relax<Real>({.in = in,
+                 .tau = data<Real>(tau),
+                 .hard = hard,
+                 .zeroed = zeroed,
+                 .out = y,
+                 .score_max = mutable_data<Real>(score_max)});
+  });
 }
 
 template <typename Real>
-void backward_rows(const Rows& in, Estimator estimator, const Tensor& dy, const Tensor& tau, const Tensor& ids,
-                   const Tensor& score_max, const Tensor& logit_max, const Tensor& logit_sum,
-                   const std::optional<Tensor>& dlogprobs, const Tensor& out, const std::optional<Tensor>& dtau) {
-  const BackwardArgs<Real> args{.in = in,
-                                .estimator = estimator,
-                                .tau = data<Real>(tau),
-                                .score_max = data<Real>(score_max),
-                                .logit_max = data<Real>(logit_max),
-                                .logit_sum = data<Real>(logit_sum),
-                                .ids = data<int64_t>(ids),
-                                .dlogprobs = dlogprobs ? data<Real>(*dlogprobs) : nullptr,
-                                .dy = input_view(dy),
-                                .out = output_view(out),
-                                .dtau = dtau ? mutable_data<Real>(*dtau) : nullptr};
+void backward_rows(const BackwardArgs<Real>& args) {
   if constexpr (std::is_same_v<Real, float>) {
-    if (estimator == Estimator::kNoisy && !dlogprobs && !in.given.ids &&
-        in_lanes(in.vocab, in.logits, args.dy, args.out)) {
+    if (args.estimator == Estimator::kNoisy && !args.dlogprobs && !args.in.given.ids &&
+        in_lanes(args.in.vocab, args.in.logits, args.dy, args.out)) {
       return each_group(GK_KERNELS_OF(kLanes).softmax_backward, args);
     }
   }
-  check_plain_rows(in.logits);
+  check_plain_rows(args.in.logits);
   check_plain_rows(args.dy);
   check_plain_rows(args.out);
   each_row<Real>(kernels<Real>().softmax_backward, args);
@@ -304,12 +315,132 @@ void softmax_backward(Tensor dy, Tensor logits, Tensor tau, Tensor seed, std::op
   const Rows in = rows_of(logits, seed, row_ids, vocab_start, given, domain);
   STD_TORCH_CHECK(dtype_of(dy) == in.logits.dtype && dtype_of(out) == in.logits.dtype,
                   "grade_kernels: dy and out have logits' dtype");
-  const Estimator rule = static_cast<Estimator>(estimator);
-  if (in.logits.dtype == Dtype::kDouble) {
-    backward_rows<double>(in, rule, dy, tau, ids, score_max, logit_max, logit_sum, dlogprobs, out, dtau);
-  } else {
-    backward_rows<float>(in, rule, dy, tau, ids, score_max, logit_max, logit_sum, dlogprobs, out, dtau);
+  with_real(in.logits.dtype, [&]<typename Real>(Real) {
+    backward_rows<Real>({.in = in,
+                         .estimator = static_cast<Estimator>(estimator),
+                         .tau = data<Real>(tau),
+                         .score_max = data<Real>(score_max),
+                         .logit_max = data<Real>(logit_max),
+                         .logit_sum = data<Real>(logit_sum),
+                         .ids = data<int64_t>(ids),
+                         .dlogprobs = dlogprobs ? data<Real>(*dlogprobs) : nullptr,
+                         .dy = input_view(dy),
+                         .out = output_view(out),
+                         .dtau = dtau ? mutable_data<Real>(*dtau) : nullptr});
+  });
+}
+
+// ---- The two above in one call each ---------------------------------------------------------------------------------
+//
+// For a few small rows the arithmetic takes less time than the views and the tensors that the operations above want. So
+// these take tensors of any shape with the vocabulary at dim, and one tau for all rows, and make their results. They
+// return none where that is more than they can do, or an error, which the caller finds.
+
+// Joins dimensions [begin, end) of x into one of `size` numbers; returns their stride, or nothing where they have none.
+std::optional<int64_t> joined_stride(const Tensor& x, int64_t begin, int64_t end, int64_t& size) {
+  int64_t stride = 1, next = 0;  // next: the stride at which the next dimension outwards continues
+  size = 1;
+  for (int64_t d = end - 1; d >= begin; --d) {
+    const int64_t count = x.size(d);
+    if (count == 1) continue;
+    if (size == 1) stride = x.stride(d);
+    else if (x.stride(d) != next) return std::nullopt;
+    size *= count;
+    next = x.stride(d) * count;
   }
+  return stride;
+}
+
+// The rows of x, with the vocabulary at dim.
+struct Planes {
+  View view;
+  int64_t rows, vocab;
+};
+
+// Nothing where x is not on the CPU, not dense, of another dtype, empty, or has no such dim, or where its rows are no
+// [A, V, B] of its own memory.
+std::optional<Planes> planes_of(const Tensor& x, int64_t dim, void* data) {
+  const int64_t dims = x.dim();
+  if (dim < 0) dim += dims;
+  if (dim < 0 || dim >= dims || x.numel() == 0) return std::nullopt;
+  int64_t outer = 0, inner = 0;
+  const std::optional<int64_t> outer_stride = joined_stride(x, 0, dim, outer);
+  const std::optional<int64_t> inner_stride = joined_stride(x, dim + 1, dims, inner);
+  if (!outer_stride || !inner_stride) return std::nullopt;
+  const int64_t vocab = x.size(dim);
+  return Planes{view_of_rows(data, dtype_of(x), outer, vocab, inner, *outer_stride, x.stride(dim), *inner_stride),
+                outer * inner, vocab};
+}
+std::optional<Planes> planes_of(const Tensor& x, int64_t dim) {
+  if (!x.is_cpu() || x.layout() != torch::headeronly::Layout::Strided || !has_dtype(x)) return std::nullopt;
+  return planes_of(x, dim, const_cast<void*>(x.const_data_ptr()));
+}
+
+// A contiguous tensor of memory that holds anything. torch's own operation costs as much as all else here.
+Tensor blank(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype) {
+  constexpr size_t kUsual = 8;  // dimensions
+  int64_t few[kUsual];
+  std::vector<int64_t> many(sizes.size() > kUsual ? sizes.size() : 0);
+  int64_t* strides = many.empty() ? few : many.data();
+  int64_t next = 1;
+  for (size_t d = sizes.size(); d-- > 0; next *= std::max<int64_t>(1, sizes[d])) strides[d] = next;
+  AtenTensorHandle made = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      int64_t(sizes.size()), sizes.data(), strides,
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), aoti_torch_device_type_cpu(), 0, &made));
+  return Tensor(made);
+}
+
+// The result and, where `keeps`, max(l + g) [N].
+std::tuple<std::optional<Tensor>, std::optional<Tensor>> relax_at(Tensor logits, int64_t dim, double tau, int64_t seed,
+                                                                  bool hard, bool keeps) {
+  const std::optional<Planes> x = planes_of(logits, dim);
+  if (!x) return {};
+  return with_real(x->view.dtype, [&]<typename Real>(Real) -> std::tuple<std::optional<Tensor>, std::optional<Tensor>> {
+    const Real t = Real(tau);
+    if (!(t >= std::numeric_limits<Real>::min() && tau <= double(std::numeric_limits<Real>::max()))) return {};
+    Tensor y = blank(logits.sizes(), logits.scalar_type());
+    const std::optional<Planes> to = planes_of(y, dim, y.mutable_data_ptr());
+    const size_t rows = size_t(x->rows);
+    const std::vector<Real> taus(rows, t);
+    std::vector<Real> own(keeps ? 0 : rows);
+    std::optional<Tensor> score_max;
+    if (keeps) {
+      score_max = blank({&x->rows, 1}, std::is_same_v<Real, double> ? ScalarType::Double : ScalarType::Float);
+    }
+    Real* found = keeps ? static_cast<Real*>(score_max->mutable_data_ptr()) : own.data();
+    relax<Real>({.in = {x->view, x->rows, x->vocab, Noise{uint64_t(seed), nullptr, 0}},
+                 .tau = taus.data(),
+                 .hard = hard,
+                 .zeroed = false,
+                 .out = to->view,
+                 .score_max = found});
+    if (std::any_of(found, found + rows, [](Real score) { return std::isnan(score); })) return {};
+    return {std::move(y), std::move(score_max)};
+  });
+}
+
+// The gradient of the logits.
+std::optional<Tensor> relax_at_backward(Tensor dy, Tensor logits, int64_t dim, double tau, int64_t seed,
+                                        Tensor score_max) {
+  const std::optional<Planes> x = planes_of(logits, dim), from = planes_of(dy, dim);
+  if (!x || !from) return std::nullopt;
+  Tensor dlogits = blank(logits.sizes(), logits.scalar_type());
+  with_real(x->view.dtype, [&]<typename Real>(Real) {
+    const std::vector<Real> taus(size_t(x->rows), Real(tau));
+    backward_rows<Real>({.in = {x->view, x->rows, x->vocab, Noise{uint64_t(seed), nullptr, 0}},
+                         .estimator = Estimator::kNoisy,
+                         .tau = taus.data(),
+                         .score_max = data<Real>(score_max),
+                         .logit_max = nullptr,
+                         .logit_sum = nullptr,
+                         .ids = nullptr,
+                         .dlogprobs = nullptr,
+                         .dy = from->view,
+                         .out = planes_of(dlogits, dim, dlogits.mutable_data_ptr())->view,
+                         .dtau = nullptr});
+  });
+  return dlogits;
 }
 
 }  // namespace
@@ -329,6 +460,8 @@ STABLE_TORCH_LIBRARY(grade_kernels_cpu, m) {
       "softmax_backward(Tensor dy, Tensor logits, Tensor tau, Tensor seed, Tensor? row_ids, int vocab_start, "
       "int estimator, Tensor ids, Tensor score_max, Tensor logit_max, Tensor logit_sum, Tensor? dlogprobs, "
       "Tensor(a!) out, Tensor(b!)? dtau, Tensor? given, int domain) -> ()");
+  m.def("relax_at(Tensor logits, int dim, float tau, int seed, bool hard, bool keeps) -> (Tensor?, Tensor?)");
+  m.def("relax_at_backward(Tensor dy, Tensor logits, int dim, float tau, int seed, Tensor score_max) -> Tensor?");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(grade_kernels_cpu, CompositeExplicitAutograd, m) {
@@ -336,4 +469,6 @@ STABLE_TORCH_LIBRARY_IMPL(grade_kernels_cpu, CompositeExplicitAutograd, m) {
   m.impl("softmax", TORCH_BOX(&gk::softmax));
   m.impl("gumbel_softmax", TORCH_BOX(&gk::gumbel_softmax));
   m.impl("softmax_backward", TORCH_BOX(&gk::softmax_backward));
+  m.impl("relax_at", TORCH_BOX(&gk::relax_at));
+  m.impl("relax_at_backward", TORCH_BOX(&gk::relax_at_backward));
 }

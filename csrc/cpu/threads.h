@@ -25,10 +25,15 @@ class FlushSubnormals {
 // Calls work(begin, end) for pieces of [0, count), each of at least `grain` unless that is all.
 template <typename Work>
 void parallel_rows(int64_t count, int64_t grain, const Work& work) {
-  torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
+  const auto piece = [&](int64_t begin, int64_t end) {
     FlushSubnormals flush;
     work(begin, end);
-  });
+  };
+  if (count <= grain) {  // without torch, which takes longer to find that out than a few small rows do
+    if (count > 0) piece(0, count);
+    return;
+  }
+  torch::stable::parallel_for(0, count, grain, piece);
 }
 template <typename Work>
 void parallel_rows(int64_t count, const Work& work) {

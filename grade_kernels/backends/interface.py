@@ -101,6 +101,28 @@ class Backend(ABC):
         # On CPUs a bad row is marked by its id.
         return score_max.masked_fill_(found.ids < 0, torch.nan) if score_max.device.type == "cpu" else score_max
 
+    def relax_at(
+        self, logits: torch.Tensor, dim: int, tau: float, seed: int, hard: bool, keeps: bool
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """`gumbel_softmax` in one step: logits of any shape with the vocabulary at dim, one tau, default row identities.
+
+        Returns the result, contiguous, and where `keeps` also `max(l + g)` `[N]`, for `relax_at_backward`. No result: the
+        backend leaves the call to `gumbel_softmax`, as it does where an argument or a row is bad.
+        """
+        return None, None
+
+    def relax_at_backward(
+        self,
+        dy: torch.Tensor,
+        logits: torch.Tensor,
+        dim: int,
+        tau: float,
+        seed: int,
+        score_max: torch.Tensor,
+    ) -> torch.Tensor | None:
+        """The gradient of the logits, contiguous; None: the backend leaves the call to `softmax_backward`."""
+        return None
+
     @abstractmethod
     def softmax(
         self,

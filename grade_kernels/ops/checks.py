@@ -19,11 +19,11 @@ from grade_kernels.arguments import canonical_int, check_local
 from grade_kernels.backends.records import Noise, Posterior
 from grade_kernels.estimators import ESTIMATORS, RAO
 from grade_kernels.noise import GumbelNoise, PosteriorNoise, fresh_seed
+from grade_kernels.ops.eager import ORDINARY
 from grade_kernels.ops.transforms import without_wrappers
 from grade_kernels.reference import tau_of_rows
 
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_ORDINARY = (torch.Tensor, torch.nn.Parameter)
 _LIMITS = {dtype: (torch.finfo(dtype).tiny, torch.finfo(dtype).max) for dtype in FLOATING}
 _ROUNDING = 0.25  # of a log-probability near 0: a unit in the last place of logits of 32 and more in bfloat16
 _MOST_DRAWS = 2**16
@@ -45,7 +45,7 @@ def may_read(tensor: torch.Tensor) -> bool:
 
 def _check_local(name: str, value: torch.Tensor) -> None:
     """`check_local`, without its cost for what can be seen to be an ordinary tensor."""
-    if type(value) not in _ORDINARY or torch._C._are_functorch_transforms_active():
+    if type(value) not in ORDINARY or torch._C._are_functorch_transforms_active():
         check_local(name, value)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
@@ -14,7 +14,7 @@ from grade_kernels.ops.records import Layout
 from grade_kernels.ops.registry import WAY_ROUND, calling, library, register
 from grade_kernels.ops.transforms import differentiable_gradients, records_gradients
 
-__all__ = ["differentiable"]
+__all__ = ["Differentiable", "differentiable", "plain_apply"]
 
 C = TypeVar("C")  # arguments
 R = TypeVar("R")  # results
@@ -36,7 +36,7 @@ def differentiable(
     backward: Callable[[C, K, U, W], G],
     reference: Callable[[C, Any], Any] | None = None,
     unsaved: Sequence[str] = (),
-) -> Callable[[C], R]:
+) -> Differentiable[C, R, K]:
     """Register an operation with a backward pass, which is an operation of its own, `{name}_backward`.
 
     Args:
@@ -60,9 +60,9 @@ def differentiable(
         The operation, to call: its results. Forward-mode derivatives raise NotImplementedError, as of `operation`. In
         `torch.ops.grade_kernels` it is the only overload of its name, which is not `default`.
     """
-    return _Differentiable(
+    return Differentiable(
         name, arguments, results, kept, gradients, kernel, fake, backward, reference, frozenset(unsaved)
-    ).call
+    )
 
 
 class _Context(Protocol):
@@ -86,7 +86,7 @@ class _Node(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
         ctx: Any,
-        operation: _Differentiable[Any, Any, Any],
+        operation: Differentiable[Any, Any, Any],
         run: Callable[[], tuple[Any, Any]],
         leaves: Sequence[Any],
         flags: list[bool],
@@ -102,10 +102,10 @@ class _Node(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Any) -> Any:  # type: ignore[override]
         return None, None, None, None, *ctx.operation.gradient(ctx, *upstream)
 
-    @classmethod
-    def apply_plainly(cls, *arguments: Any) -> Any:
-        """`apply` without what `torch.autograd.Function` does for transforms, where there is none."""
-        return super(torch.autograd.Function, cls).apply(*arguments)  # type: ignore[misc]
+
+def plain_apply(node: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """A node's `apply` without what `torch.autograd.Function` does for transforms, where there is none."""
+    return super(torch.autograd.Function, node).apply  # type: ignore[misc,no-any-return]
 
 
 class _Refusing(torch.autograd.Function):
@@ -121,7 +121,7 @@ class _Refusing(torch.autograd.Function):
         raise NotImplementedError(f"grade_kernels::{ctx.name} has no second derivative; {WAY_ROUND}")
 
 
-class _Differentiable(Generic[C, R, K]):
+class Differentiable(Generic[C, R, K]):
     """The two halves of an operation, see `differentiable`.
 
     The backward operation takes the results' leaves, the arguments', those of what was kept, and a truth value for each
@@ -166,13 +166,14 @@ class _Differentiable(Generic[C, R, K]):
         )
         self._name = name
         self._node: type[_Node] = type(name, (_Node,), {})
+        self._apply_plainly = plain_apply(self._node)
         library.impl(overload, self._with_graph, "Autograd", with_keyset=True)
         library.impl(f"{name}_backward", self._without_graph, "Autograd", with_keyset=True)
         torch.library.register_vmap(f"grade_kernels::{name}_backward", self._mapped_backward, lib=library)
         library.impl(f"{name}_backward", functools.partial(_batched_gradients, self._backward_op), "Batched")
         self._dispatched: Callable[[C], R] = calling(op, given, found, len(found.leaves) + len(saved.leaves))
 
-    def call(self, given: C) -> R:
+    def __call__(self, given: C) -> R:
         """The operation of a record."""
         if not undisturbed():
             return self._dispatched(given)
@@ -187,7 +188,7 @@ class _Differentiable(Generic[C, R, K]):
             results, kept = self._kernel(given)
             return self._results.flatten(results), self._kept.flatten(kept)
 
-        found: R = self._results.build(self._node.apply_plainly(self, run, leaves, flags, *inputs))
+        found: R = self._results.build(self._apply_plainly(self, run, leaves, flags, *inputs))
         return found
 
     def _with_graph(self, keyset: torch._C.DispatchKeySet, *leaves: Any) -> Any:
@@ -306,19 +307,32 @@ class _Differentiable(Generic[C, R, K]):
             return [None] * len(running)
         each = iter(running)
         flags = [flag and next(each) for flag in ctx.flags]
-        found: Iterator[torch.Tensor | None]
+        found = iter(self._wanted_gradients(arrived, given, tuple(tensors), flags))
+        return [next(found) if runs else None for runs in running]
+
+    def gradients(self, given: C, kept: K, arrived: Any, flags: Sequence[bool]) -> Sequence[torch.Tensor | None]:
+        """What the operation's own node would return, for a node that did not find it: the gradients that flags mark.
+
+        `arrived` are results, with gradients in the place of what is differentiable.
+        """
+        return self._wanted_gradients(
+            self._results.flatten(arrived), self._arguments.flatten(given), self._kept.flatten(kept), flags
+        )
+
+    def _wanted_gradients(
+        self, arrived: Sequence[Any], given: Sequence[Any], kept: Sequence[Any], flags: Sequence[bool]
+    ) -> Sequence[torch.Tensor | None]:
+        """What a backward pass returns, given leaves: the gradients that flags mark, by the way that serves the pass."""
         if self._reference is not None and records_gradients():
-            found = iter(self._again(self._reference, given, arrived, flags))
-        elif (
+            return self._again(self._reference, given, arrived, flags)
+        if (
             not torch.is_grad_enabled()
             and undisturbed()
             and self._results.are_plain(arrived)
             and self._arguments.are_plain(given)
         ):
-            found = iter(self._gradients_of(arrived, given, tuple(tensors), flags))
-        else:
-            found = iter(self._backward_op(*arrived, *given, *tensors, flags))
-        return [next(found) if runs else None for runs in running]
+            return self._gradients_of(arrived, given, kept, flags)
+        return self._backward_op(*arrived, *given, *kept, flags)
 
     def _again(
         self, reference: Callable[[C, Any], Any], given: Sequence[Any], arrived: Sequence[Any], flags: Sequence[bool]

@@ -12,7 +12,9 @@ import threading
 import torch
 from torch.autograd import forward_ad
 
-__all__ = ["undisturbed"]
+__all__ = ["ORDINARY", "undisturbed"]
+
+ORDINARY = (torch.Tensor, torch.nn.Parameter)  # types of tensors that do not look at operations either
 
 
 def undisturbed() -> bool:

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from typing_extensions import NamedTuple
 
 from grade_kernels import backends, reference
-from grade_kernels.backends import GradientRule, Noise, Rows, Sample
+from grade_kernels.backends import Backend, GradientRule, Noise, Rows, Sample
 from grade_kernels.backends.layouts import flat
 from grade_kernels.dtypes import compute_dtype
-from grade_kernels.noise import GumbelNoise, PosteriorNoise
+from grade_kernels.noise import GumbelNoise, PosteriorNoise, fresh_number
 from grade_kernels.ops import checks
-from grade_kernels.ops.differentiable import differentiable
+from grade_kernels.ops.differentiable import differentiable, plain_apply
+from grade_kernels.ops.eager import ORDINARY, undisturbed
 from grade_kernels.ops.posterior import relaxed_rows
 from grade_kernels.ops.registry import answered_by, public
 
@@ -69,6 +70,9 @@ def gumbel_softmax(
     if isinstance(logits, torch.Tensor) and logits.dim() == 0:
         return gumbel_softmax(logits.reshape(1), tau, hard, dim=dim, noise=noise).reshape(())
     dim = checks.check_logits(logits, dim)
+    y, noise = _one_step(logits, tau, hard, dim, noise)
+    if y is not None:
+        return y
     device = logits.device
     # The batch's shape takes a microsecond, so it is computed only where it is looked at.
     batch = logits.movedim(dim, -1).shape[:-1] if isinstance(noise, PosteriorNoise) else None
@@ -185,3 +189,75 @@ _gumbel_softmax = differentiable(
 @answered_by(_by_reference)
 def _relax(draw: _Draw) -> torch.Tensor:
     return _gumbel_softmax(draw).y
+
+
+# For a few small rows all of the above takes longer than the kernels. Most calls give logits and numbers, and nothing
+# looks at them on their way. A backend may serve these in one step. What it declines goes through the operation.
+
+
+def _one_step(
+    logits: torch.Tensor,
+    tau: float | torch.Tensor,
+    hard: bool,
+    dim: int,
+    noise: GumbelNoise | PosteriorNoise | None,
+) -> tuple[torch.Tensor | None, GumbelNoise | PosteriorNoise | None]:
+    """The result, or None where the call is not plain or the backend declines it; and the noise that it draws."""
+    if (
+        not undisturbed()
+        or type(logits) not in ORDINARY
+        or not logits.is_cpu
+        or not (type(tau) is float or (type(tau) is int and 0 < tau < 2**63))
+        or type(hard) is not bool
+        or (backend := backends.selected("cpu")) is None
+    ):
+        return None, noise
+    if noise is None:
+        seed = fresh_number()
+    elif (
+        type(noise) is GumbelNoise
+        and noise.row_ids is None
+        and noise.vocab_start == 0
+        and type(noise.seed) in ORDINARY
+        and noise.seed.is_cpu
+    ):
+        seed = int(noise.seed)
+    else:
+        return None, noise
+    if logits.requires_grad and torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
+        y = _apply_node(logits, (dim, tau, seed, hard, backend))
+    else:
+        y, _ = backend.relax_at(logits, dim, tau, seed, hard, False)
+    return y, noise if y is not None else noise or GumbelNoise(seed)
+
+
+class _StepNode(torch.autograd.Function):
+    """What the graph holds of such a call: logits and one number per row, beside numbers."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, logits: torch.Tensor, step: tuple[int, float, int, bool, Backend]
+    ) -> torch.Tensor | None:
+        dim, tau, seed, hard, backend = ctx.step = step
+        y, score_max = backend.relax_at(logits, dim, tau, seed, hard, True)
+        ctx.save_for_backward(logits, score_max)
+        ctx.set_materialize_grads(False)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor | None) -> tuple[torch.Tensor | None, None]:  # type: ignore[override]
+        if dy is None:
+            return None, None
+        logits, score_max = ctx.saved_tensors
+        dim, tau, seed, hard, backend = ctx.step
+        dlogits = None
+        if not torch.is_grad_enabled() and undisturbed() and type(dy) in ORDINARY and type(logits) in ORDINARY:
+            dlogits = backend.relax_at_backward(dy, logits, dim, tau, seed, score_max)
+        if dlogits is None:
+            noise = Noise(torch.tensor(seed, dtype=torch.int64, device="cpu"), None, 0)
+            draw = _Draw(logits, torch.full_like(score_max, tau), False, noise, dim, hard, backend.name)
+            (dlogits,) = _gumbel_softmax.gradients(draw, _Kept(score_max), _Drawn(dy), [True, False])
+        return dlogits, None
+
+
+_apply_node = plain_apply(type("gumbel_softmax", (_StepNode,), {}))  # the node is named after it

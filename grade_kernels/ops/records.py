@@ -14,6 +14,8 @@ from typing import Any, Generic, NamedTuple, TypeVar, Union, get_args, get_origi
 
 import torch
 
+from grade_kernels.ops.eager import ORDINARY
+
 __all__ = ["Layout", "Leaf"]
 
 Record = TypeVar("Record")
@@ -26,7 +28,7 @@ _SCHEMA_TYPES: dict[Any, str] = {
     str: "str",
 }
 _PLAIN_TYPES: dict[str, tuple[type, ...]] = {
-    "Tensor": (torch.Tensor, torch.nn.Parameter),
+    "Tensor": ORDINARY,
     "Tensor[]": (list, tuple),
     "SymInt": (int,),
     "float": (float,),

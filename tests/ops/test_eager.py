@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -13,14 +14,22 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import grade_kernels as gk
+from grade_kernels import backends
+from grade_kernels.noise import fresh_number, fresh_seed
 from grade_kernels.ops.eager import undisturbed
-from tests.support.helpers import grads, leaf, randn
+from tests.support.helpers import DTYPES, grads, leaf, randn
+from tests.support.needs import needs_backend
 
 NOISE = gk.GumbelNoise(3)
 
 
 def _softmax(logits: torch.Tensor, table: torch.Tensor, tau: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return (gk.gumbel_softmax(logits, tau, noise=NOISE) @ table,)
+
+
+def _number(logits: torch.Tensor, table: torch.Tensor, tau: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """With a tau that is no tensor, which a backend may serve in one step."""
+    return (gk.gumbel_softmax(logits, 0.7, noise=NOISE) @ table * tau.sum(),)
 
 
 def _hard(logits: torch.Tensor, table: torch.Tensor, tau: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -50,6 +59,7 @@ def _given(logits: torch.Tensor, table: torch.Tensor, tau: torch.Tensor) -> tupl
 
 CALLS: dict[str, Callable[..., tuple[torch.Tensor, ...]]] = {
     "gumbel_softmax": _softmax,
+    "gumbel_softmax, tau a number": _number,
     "gumbel_ste": _hard,
     "gumbel_ste_embedding": _embedding,
     "gumbel_ste_embedding given": _given,
@@ -231,3 +241,116 @@ def test_inference_mode_makes_no_graph_where_gradients_are_enabled_inside(call: 
     with torch.inference_mode(), torch.enable_grad():
         found = call(logits * 1, table, tau)
     assert all(x.is_inference() for x in found if x.is_floating_point())
+
+
+LOGITS: dict[str, Callable[[], tuple[torch.Tensor, int]]] = {
+    "one row of two": lambda: (randn(1, 2), -1),
+    "rows": lambda: (randn(20, 8), -1),
+    "wide rows": lambda: (randn(3, 300), 1),
+    "one row": lambda: (randn(7), 0),
+    "one token": lambda: (randn(5, 1), -1),
+    "no rows": lambda: (randn(0, 3), -1),
+    "columns": lambda: (randn(9, 70), 0),
+    "a slice": lambda: (randn(20, 30)[:, 3:11], -1),
+    "a dimension in between": lambda: (randn(4, 9, 5), -2),
+    "channels last": lambda: (randn(2, 5, 3, 4).to(memory_format=torch.channels_last), 1),
+    "expanded": lambda: (randn(1, 6).expand(4, 6), -1),
+    "rows that are no view": lambda: (randn(3, 4, 5).transpose(0, 1), -1),
+    "nine dimensions": lambda: (randn(1, 2, 1, 2, 1, 2, 1, 2, 3), 7),
+    "a row that is masked but for one": lambda: (torch.tensor([[-torch.inf, 1.0, -torch.inf]]), -1),
+}
+
+
+def _with_gradients(logits: torch.Tensor, dim: int, hard: bool, noise: gk.GumbelNoise | None) -> list[torch.Tensor]:
+    """The result without a graph and with one, and gradients of that: of plain memory and of an odd layout."""
+    torch.manual_seed(3)
+    without = gk.gumbel_softmax(logits, 0.7, hard, dim=dim, noise=noise)
+    torch.manual_seed(3)
+    given = leaf(logits.detach())
+    y = gk.gumbel_softmax(given, 0.7, hard, dim=dim, noise=noise)
+    found = [without, y.detach()]
+    for upstream in (randn(*y.shape).to(y), randn(*reversed(y.shape)).to(y).permute(*reversed(range(y.dim())))):
+        found += torch.autograd.grad(y, given, upstream, retain_graph=True)
+    return found
+
+
+@pytest.mark.uncollect_if(lambda backend: backend == "reference", "the reference is no operation")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("hard", [False, True], ids=["soft", "hard"])
+@pytest.mark.parametrize("noise", [None, NOISE], ids=["fresh", "given"])
+@pytest.mark.parametrize("make", LOGITS.values(), ids=list(LOGITS))
+def test_one_step_gives_what_the_operation_gives(
+    backend: str, device: str, make: Any, noise: gk.GumbelNoise | None, hard: bool, dtype: torch.dtype
+) -> None:
+    """The same bits in the same layout, from the same state of torch's generator, also where the backend declines."""
+    logits, dim = make()
+    logits = logits.to(device, dtype)
+    direct = _with_gradients(logits, dim, hard, noise)
+    with Seen() as seen:
+        expected = _with_gradients(logits, dim, hard, noise)
+    assert seen.names
+    for a, b in zip(direct, expected, strict=True):
+        assert torch.equal(a, b)
+        assert a.stride() == b.stride()
+        assert a.is_contiguous()
+
+
+@needs_backend("cpu")
+def test_calls_of_logits_and_numbers_take_one_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise AssertionError("the long way")
+
+    with gk.use_backend("cpu"):
+        for name in ("gumbel_softmax", "softmax_backward"):
+            monkeypatch.setattr(backends.get("cpu"), name, refuse)
+        for tau in (0.7, 1):
+            logits = leaf(randn(2, 5))
+            gk.gumbel_softmax(logits.detach(), tau)
+            gk.gumbel_softmax(logits, tau, True, noise=NOISE).square().sum().backward()
+            assert logits.grad is not None
+        for other in (np.float32(0.7), torch.tensor(0.7)):
+            with pytest.raises(AssertionError, match="the long way"):
+                gk.gumbel_softmax(logits, other)  # type: ignore[arg-type]
+
+
+def test_a_backward_pass_that_is_looked_at_is_dispatched(backend: str, device: str) -> None:
+    """Though the forward pass was not, and took one step."""
+    logits, upstream = leaf(randn(4, 9, device=device)), randn(4, 9, device=device)
+    y = gk.gumbel_softmax(logits, 0.7, noise=NOISE)
+    (expected,) = torch.autograd.grad(y, logits, upstream, retain_graph=True)
+    with Seen() as seen:
+        (found,) = torch.autograd.grad(y, logits, upstream, retain_graph=True)
+    assert seen.names == ([] if backend == "reference" else ["gumbel_softmax_backward"])
+    assert torch.equal(found, expected)
+    (first,) = torch.autograd.grad(y, logits, upstream, create_graph=True)
+    (second,) = torch.autograd.grad(first.square().sum(), logits, retain_graph=True)
+    given = leaf(logits.detach())
+    (first,) = torch.autograd.grad(
+        gk.reference.gumbel_softmax(given, 0.7, noise=NOISE), given, upstream, create_graph=True
+    )
+    torch.testing.assert_close(second, torch.autograd.grad(first.square().sum(), given)[0])
+    batch = torch.stack([upstream, -upstream])
+    (found,) = torch.autograd.grad(y, logits, batch, is_grads_batched=True)
+    assert torch.equal(found, torch.stack([expected, -expected]))
+
+
+def test_a_seed_as_a_number_is_the_seed_that_a_tensor_would_hold() -> None:
+    """From the same state of the generator, in inference mode and outside it, in each thread."""
+
+    def look() -> None:
+        for inference in (True, False):
+            with torch.inference_mode(inference):
+                for _ in range(3):
+                    state = torch.get_rng_state()
+                    expected = fresh_seed().item()
+                    after = torch.get_rng_state()
+                    torch.set_rng_state(state)
+                    found.append(fresh_number() == expected)
+                    found.append(torch.equal(torch.get_rng_state(), after))
+
+    found: list[bool] = []
+    look()
+    thread = threading.Thread(target=look)
+    thread.start()
+    thread.join()
+    assert found == [True] * 24

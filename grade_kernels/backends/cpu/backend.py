@@ -121,6 +121,30 @@ class CpuBackend(TorchBackend):
         return score_max
 
     @override
+    def relax_at(
+        self, logits: torch.Tensor, dim: int, tau: float, seed: int, hard: bool, keeps: bool
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        if logits.nbytes >= _FRESH_MEMORY:  # for which there is `blank`
+            return None, None
+        found: tuple[torch.Tensor | None, torch.Tensor | None] = cpu_kernels().relax_at(
+            logits, dim, tau, seed, hard, keeps
+        )
+        return found
+
+    @override
+    def relax_at_backward(
+        self,
+        dy: torch.Tensor,
+        logits: torch.Tensor,
+        dim: int,
+        tau: float,
+        seed: int,
+        score_max: torch.Tensor,
+    ) -> torch.Tensor | None:
+        found: torch.Tensor | None = cpu_kernels().relax_at_backward(dy, logits, dim, tau, seed, score_max)
+        return found
+
+    @override
     def softmax(
         self,
         rows: Rows,
