@@ -2,9 +2,10 @@
 
 Each operation is declared by such records. What torch.library needs, a flat list of arguments with a schema, follows from
 their fields and is written nowhere by hand.
-"""
 
-from __future__ import annotations
+With `from __future__ import annotations` each field's type would be a string, which Python compiles twice when the package is
+imported. So the modules that declare records do without.
+"""
 
 import functools
 import operator
