@@ -130,7 +130,7 @@ class Layout(Generic[Record]):
             schema_type = _SCHEMA_TYPES[inner] + ("?" if optional or may_be_none else "")
             self.leaves.append(Leaf(path, schema_type, varies, optional))
 
-        def build(leaves: Sequence[Any]) -> Any:
+        def build(leaves: Sequence[object]) -> Any:
             if optional and leaves[first] is None:
                 return None
             return kind(*[leaves[part] if isinstance(part, int) else part(leaves) for part in parts])
@@ -147,7 +147,7 @@ class Layout(Generic[Record]):
 
 
 @functools.cache
-def _hints(record: Any) -> dict[str, Any]:
+def _hints(record: object) -> dict[str, Any]:
     """The types of a record's fields. Several operations share a record, and reading its annotations takes its time."""
     return get_type_hints(record)
 
@@ -157,19 +157,19 @@ def _is_written_out(x: torch.Tensor) -> bool:
     return not (x.is_neg() or x.is_meta or x._is_zerotensor())
 
 
-def _at(record: Any, path: Sequence[str]) -> Any:
+def _at(record: object, path: Sequence[str]) -> Any:
     """The value at a path, None behind a record that is None."""
     for name in path:
         record = None if record is None else getattr(record, name)
     return record
 
 
-def _is_record(hint: Any) -> bool:
+def _is_record(hint: object) -> bool:
     kind = get_origin(hint) or hint
     return isinstance(kind, type) and issubclass(kind, tuple)
 
 
-def _read(hint: Any) -> tuple[Any, bool, bool]:
+def _read(hint: object) -> tuple[Any, bool, bool]:
     """A type without its None, whether it had one, and whether it was a type variable or a list of these."""
     may_be_none = get_origin(hint) in (Union, types.UnionType) and type(None) in get_args(hint)
     if may_be_none:
