@@ -4,8 +4,6 @@ Shapes: N rows, a vocabulary of V tokens, hidden states of width H, K entries of
 `grade_kernels.dtypes.compute_dtype` of the logits or of the hidden states.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -35,14 +33,14 @@ class Noise(NamedTuple):
     vocab_start: int  # global token id of column 0
     posterior: Posterior | None = None
 
-    def at(self, columns: slice) -> Noise:
+    def at(self, columns: slice) -> "Noise":
         """The noise of some columns."""
         given = self.posterior
         if given is not None:
             given = given._replace(ids=given.ids - columns.start)
         return self._replace(vocab_start=self.vocab_start + columns.start, posterior=given)
 
-    def rows(self, rows: torch.Tensor) -> Noise:
+    def rows(self, rows: torch.Tensor) -> "Noise":
         """The noise of the rows with these indices."""
         row_ids, given = rows if self.row_ids is None else self.row_ids[rows], self.posterior
         if given is not None:
@@ -50,11 +48,11 @@ class Noise(NamedTuple):
             given = Posterior(given.ids[rows], logprobs, given.draw, score_max)
         return self._replace(row_ids=row_ids, posterior=given)
 
-    def prior(self) -> Noise:
+    def prior(self) -> "Noise":
         """The noise of the same rows where no token is given."""
         return self._replace(posterior=None)
 
-    def won_with(self, score_max: torch.Tensor) -> Noise:
+    def won_with(self, score_max: torch.Tensor) -> "Noise":
         """The same, with the scores `[N]` of the given tokens if there are any."""
         given = self.posterior
         return self if given is None else self._replace(posterior=given._replace(score_max=score_max))
@@ -93,11 +91,11 @@ class Rows(NamedTuple):
     noise: Noise
 
     @staticmethod
-    def of(logits: torch.Tensor, tau: torch.Tensor, noise: Noise) -> Rows:
+    def of(logits: torch.Tensor, tau: torch.Tensor, noise: Noise) -> "Rows":
         """The rows of `[N, V]` logits."""
         return Rows(logits.unsqueeze(2), tau, noise)
 
-    def at(self, columns: slice) -> Rows:
+    def at(self, columns: slice) -> "Rows":
         """The same rows over some columns."""
         return Rows(self.logits[:, columns], self.tau, self.noise.at(columns))
 
@@ -118,13 +116,13 @@ class Head(NamedTuple):
     bias: torch.Tensor | None  # [V]; backends get it in compute precision and contiguous
     softcap: float | None
 
-    def canonical(self) -> Head:
+    def canonical(self) -> "Head":
         """The head as backends take it."""
         if self.bias is None:
             return self
         return self._replace(bias=self.bias.to(compute_dtype(self.hidden.dtype)).contiguous())
 
-    def rows(self, rows: slice | torch.Tensor) -> Head:
+    def rows(self, rows: slice | torch.Tensor) -> "Head":
         """The head over some of the hidden rows."""
         return self._replace(hidden=self.hidden[rows])
 
@@ -161,7 +159,7 @@ class Support(NamedTuple):
     overflow: torch.Tensor  # [N] bool: rows whose support did not fit; they have no entries and take the dense backward
 
     @staticmethod
-    def empty(rows: int, like: torch.Tensor) -> Support:
+    def empty(rows: int, like: torch.Tensor) -> "Support":
         """A support without entries, on the device and in the compute precision of `like`."""
         device = like.device
         return Support(
@@ -172,7 +170,7 @@ class Support(NamedTuple):
         )
 
     @staticmethod
-    def joined(parts: Sequence[Support]) -> Support:
+    def joined(parts: Sequence["Support"]) -> "Support":
         """The supports of several blocks of rows, one block after the other."""
         if len(parts) == 1:
             return parts[0]
@@ -190,7 +188,7 @@ class Support(NamedTuple):
         """Sum `[N]` of the entries' values `[K]` per row, in a fixed order."""
         return torch.segment_reduce(values, "sum", offsets=self.offsets, initial=0)
 
-    def without(self, rows: torch.Tensor) -> Support:
+    def without(self, rows: torch.Tensor) -> "Support":
         """The same without the entries of the marked rows (`[N]` bool), which count as overflown."""
         kept = ~rows[self.rows()]
         counts = torch.where(rows, 0, self.offsets.diff())

@@ -138,7 +138,7 @@ class _Watch(TrainerCallback):
         self._progress, self._on_step = progress, on_step
         self._bar = progress.add_task("Aligning", total=steps, completed=start)
 
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
         """After every step."""
         entry = state.log_history[-1]
         if "reward" not in entry:

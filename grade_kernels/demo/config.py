@@ -113,7 +113,7 @@ class DemoConfig:
         return dataclasses.replace(tiny, **changes)
 
 
-def settings_hash(*settings: Any) -> str:
+def settings_hash(*settings: object) -> str:
     """A short name for settings (dataclasses, numbers, strings): equal settings, equal name."""
     plain = [dataclasses.asdict(item) if dataclasses.is_dataclass(item) else item for item in settings]  # type: ignore[arg-type]
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:12]

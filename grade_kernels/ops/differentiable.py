@@ -191,7 +191,7 @@ class Differentiable(Generic[C, R, K]):
         found: R = self._results.build(self._apply_plainly(self, run, leaves, flags, *inputs))
         return found
 
-    def _with_graph(self, keyset: torch._C.DispatchKeySet, *leaves: Any) -> Any:
+    def _with_graph(self, keyset: torch._C.DispatchKeySet, *leaves: object) -> Any:
         """What the dispatcher calls where tensors may require gradients."""
 
         def run() -> tuple[tuple[Any, ...], tuple[Any, ...]]:
@@ -202,7 +202,7 @@ class Differentiable(Generic[C, R, K]):
         inputs, flags = self._requiring(leaves)
         return self._node.apply(self, run, leaves, flags, *inputs) if inputs else run()[0]
 
-    def _requiring(self, leaves: Sequence[Any]) -> tuple[list[torch.Tensor], list[bool]]:
+    def _requiring(self, leaves: Sequence[object]) -> tuple[list[torch.Tensor], list[bool]]:
         """The tensors that require gradients, and which they are of those that may.
 
         Inference mode makes no graph, even where gradients are enabled inside it.
@@ -215,7 +215,7 @@ class Differentiable(Generic[C, R, K]):
         flags = [x is not None and x.requires_grad for x in candidates]
         return [x for x, flag in zip(candidates, flags, strict=True) if flag], flags
 
-    def _without_graph(self, keyset: torch._C.DispatchKeySet, *leaves: Any) -> Any:
+    def _without_graph(self, keyset: torch._C.DispatchKeySet, *leaves: object) -> Any:
         """The same of the backward operation, which has no derivative."""
 
         def run() -> Any:
@@ -231,7 +231,7 @@ class Differentiable(Generic[C, R, K]):
     def _flat(self, function: Callable[[C], tuple[R, K]]) -> Callable[..., tuple[Any, ...]]:
         """A function of records as one of leaves."""
 
-        def flat(*leaves: Any) -> tuple[Any, ...]:
+        def flat(*leaves: object) -> tuple[Any, ...]:
             results, kept = function(self._arguments.build(leaves))
             return *self._results.flatten(results), *self._kept.flatten(kept)
 
@@ -256,7 +256,7 @@ class Differentiable(Generic[C, R, K]):
         return self._gradients_of(leaves[:first], leaves[first:second], leaves[second:-1], leaves[-1])
 
     def _gradients_of(
-        self, arrived: Sequence[Any], given: Sequence[Any], kept: Sequence[Any], flags: Sequence[bool]
+        self, arrived: Sequence[object], given: Sequence[object], kept: Sequence[object], flags: Sequence[bool]
     ) -> list[torch.Tensor]:
         """The gradients that are wanted."""
         found = self._backward(
@@ -354,7 +354,7 @@ class Differentiable(Generic[C, R, K]):
 
 
 def _one_by_one(
-    op: Callable[..., Sequence[torch.Tensor]], count: int, dims: tuple[Any, ...], *args: Any
+    op: Callable[..., Sequence[torch.Tensor]], count: int, dims: tuple[Any, ...], *args: object
 ) -> tuple[list[torch.Tensor], list[int]]:
     """An operation that returns a list, for several calls whose arguments are stacked: each call by itself."""
     calls = [op(*(_part(x, dim, i) for x, dim in zip(args, dims, strict=True))) for i in range(count)]
@@ -362,7 +362,7 @@ def _one_by_one(
     return stacked, [0] * len(stacked)
 
 
-def _batched_gradients(op: Callable[..., Sequence[torch.Tensor]], *args: Any) -> list[torch.Tensor]:
+def _batched_gradients(op: Callable[..., Sequence[torch.Tensor]], *args: object) -> list[torch.Tensor]:
     """The same for `torch.autograd.grad(..., is_grads_batched=True)`, `gradcheck(check_batched_grad=True)`, ...
 
     They run the backward pass under a vmap older than that of torch.func. Its tensors carry the number of the level at
@@ -370,7 +370,7 @@ def _batched_gradients(op: Callable[..., Sequence[torch.Tensor]], *args: Any) ->
     """
     sizes: list[int] = []
 
-    def unwrapped(x: Any) -> tuple[Any, Any]:
+    def unwrapped(x: object) -> tuple[Any, Any]:
         """An argument, and the dimension along which it is stacked at this level, or None."""
         if isinstance(x, (list, tuple)):
             return [unwrapped(y)[0] for y in x], [unwrapped(y)[1] for y in x]

@@ -1,7 +1,5 @@
 """`gumbel_sample`: an exact categorical sample by the Gumbel-max trick."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

@@ -1,7 +1,5 @@
 """`gumbel_softmax` and `gumbel_ste`: relaxed and straight-through samples over the whole vocabulary."""
 
-from __future__ import annotations
-
 import math
 import warnings
 from typing import Any, Generic, TypeVar

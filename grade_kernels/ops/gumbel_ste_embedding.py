@@ -1,7 +1,5 @@
 """`gumbel_ste_embedding`: sample a token and look it up, with a relaxation's gradient behind the lookup."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Generic, TypeVar
 

@@ -1,7 +1,5 @@
 """Gradients of a head's tensors, given gradients of its logits: sparse ones, or dense ones chunk by chunk."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
@@ -34,7 +32,7 @@ class Entries(NamedTuple):
     offsets: torch.Tensor | None = None  # [N + 1] where each row's entries begin, if they are sorted by row
 
     @staticmethod
-    def joined(parts: list[Entries]) -> Entries:
+    def joined(parts: list["Entries"]) -> "Entries":
         """All entries of several."""
         if len(parts) == 1:
             return parts[0]
@@ -44,7 +42,7 @@ class Entries(NamedTuple):
             torch.cat([part.values for part in parts]),
         )
 
-    def sorted(self, num_rows: int) -> Entries:
+    def sorted(self, num_rows: int) -> "Entries":
         """The same, in the order of rows."""
         if self.offsets is not None:
             return self

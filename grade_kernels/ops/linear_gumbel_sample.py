@@ -1,7 +1,5 @@
 """`linear_gumbel_sample`: sample through the LM head without its logits; for rollouts."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

@@ -1,7 +1,5 @@
 """`linear_logprobs`, `linear_kl` and `linear_entropy`: statistics of a head's distribution, without its logits."""
 
-from __future__ import annotations
-
 from typing import Generic, TypedDict, TypeVar
 
 import torch
@@ -192,7 +190,7 @@ class _Rows(NamedTuple):
     ref_max: torch.Tensor | None = None  # the same of the reference
     ref_total: torch.Tensor | None = None
 
-    def at(self, rows: torch.Tensor) -> _Rows:
+    def at(self, rows: torch.Tensor) -> "_Rows":
         """Of some rows, as columns `[rows, 1]`."""
         value, logit_max, total, ref_max, ref_total = (None if x is None else x[rows, None] for x in self)
         assert value is not None

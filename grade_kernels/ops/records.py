@@ -2,9 +2,10 @@
 
 Each operation is declared by such records. What torch.library needs, a flat list of arguments with a schema, follows from
 their fields and is written nowhere by hand.
-"""
 
-from __future__ import annotations
+With `from __future__ import annotations` each field's type would be a string, which Python compiles twice when the package is
+imported. So the modules that declare records do without.
+"""
 
 import functools
 import operator
@@ -145,7 +146,7 @@ class Layout(Generic[Record]):
             schema_type = _SCHEMA_TYPES[inner] + ("?" if root or may_be_none else "")
             self.leaves.append(Leaf(path, schema_type, varies, root))
 
-        def build(leaves: Sequence[Any]) -> Any:
+        def build(leaves: Sequence[object]) -> Any:
             if root and leaves[first] is None:
                 return None
             return kind(*[leaves[part] if isinstance(part, int) else part(leaves) for part in parts])
@@ -162,7 +163,7 @@ class Layout(Generic[Record]):
 
 
 @functools.cache
-def _hints(record: Any) -> dict[str, Any]:
+def _hints(record: object) -> dict[str, Any]:
     """The types of a record's fields. Several operations share a record, and reading its annotations takes its time."""
     return get_type_hints(record)
 
@@ -172,19 +173,19 @@ def _is_written_out(x: torch.Tensor) -> bool:
     return not (x.is_neg() or x.is_meta or x._is_zerotensor())
 
 
-def _at(record: Any, path: Sequence[str]) -> Any:
+def _at(record: object, path: Sequence[str]) -> Any:
     """The value at a path, None behind a record that is None."""
     for name in path:
         record = None if record is None else getattr(record, name)
     return record
 
 
-def _is_record(hint: Any) -> bool:
+def _is_record(hint: object) -> bool:
     kind = get_origin(hint) or hint
     return isinstance(kind, type) and issubclass(kind, tuple)
 
 
-def _read(hint: Any) -> tuple[Any, bool, bool]:
+def _read(hint: object) -> tuple[Any, bool, bool]:
     """A type without its None, whether it had one, and whether it was a type variable or a list of these."""
     may_be_none = get_origin(hint) in (Union, types.UnionType) and type(None) in get_args(hint)
     if may_be_none:

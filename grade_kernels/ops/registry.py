@@ -112,12 +112,12 @@ def calling(op: Callable[..., Any], inputs: Layout[C], outputs: Layout[R], retur
 
 
 def register(
-    name: str, schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]
+    name: str, schema: str, kernel: Callable[..., object], fake: Callable[..., object]
 ) -> tuple[Callable[..., Any], torch._ops.OpOverload]:
     """Register a functional operation of flat arguments, `name` or `name.overload`; returns what calls it, and itself."""
     plain = name.split(".", 1)[0]
 
-    def run(*args: Any) -> Any:
+    def run(*args: object) -> Any:
         if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
             with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
                 return kernel(*args)
@@ -128,7 +128,7 @@ def register(
     torch.library.register_fake(f"grade_kernels::{name}", fake, lib=library)
     op = torch._library.utils.lookup_op(f"grade_kernels::{name}")
 
-    def call(*args: Any) -> Any:
+    def call(*args: object) -> Any:
         # An operation without a rule for them would drop tangents, which then pass for zeros.
         if forward_ad._current_level >= 0 and has_tangent(args):
             raise NotImplementedError(f"grade_kernels::{plain} has no forward-mode derivative; {WAY_ROUND}")

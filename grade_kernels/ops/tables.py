@@ -1,7 +1,5 @@
 """What operations do with embedding tables: look rows up, carry several tables' rows in one tensor, and sum gradients."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Generic, TypeVar, cast
 

@@ -57,7 +57,7 @@ class StopOnSignal(TrainerCallback):
         self._previous: dict[int, Any] = {}
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         """Take the signals over."""
         self.received = 0
@@ -66,7 +66,7 @@ class StopOnSignal(TrainerCallback):
                 self._previous[signum] = signal.signal(signum, self._note)
 
     def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> TrainerControl:
         """Ask for a checkpoint and the end of training where a signal came."""
         if args.world_size > 1:

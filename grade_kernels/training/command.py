@@ -198,7 +198,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return settings
 
 
-def _as_typed(value: Any, action: argparse.Action) -> Any:
+def _as_typed(value: object, action: argparse.Action) -> Any:
     """A setting of the file as the command line would have it, whose checks then apply to it."""
     if value is False and "no" in (action.choices or ()):
         return "no"  # YAML reads an unquoted no as false

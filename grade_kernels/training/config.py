@@ -289,7 +289,7 @@ class GRADEConfig(TrainingArguments):
                     raise ValueError(f"reward_weights[{i}] must be finite, got {weight}")
 
 
-def _number(name: str, value: Any) -> float:
+def _number(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {value!r}")
     return float(value)

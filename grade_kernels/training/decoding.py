@@ -46,7 +46,7 @@ def completion_texts(tokenizer: Any, ids: torch.Tensor, mask: torch.Tensor) -> l
     return [_text(tokenizer, row) for row in rows]
 
 
-def _text(tokenizer: Any, row: Sequence[int]) -> str:
+def _text(tokenizer: object, row: Sequence[int]) -> str:
     """The text of one completion, in as few pieces as can be decoded."""
     text = _decoded(tokenizer, row)
     if text is not None:
@@ -79,7 +79,7 @@ def _decoded(tokenizer: Any, row: Sequence[int]) -> str | None:
     return text if isinstance(text, str) else None
 
 
-def _skipping(decode: Callable[..., Any]) -> dict[str, bool]:
+def _skipping(decode: Callable[..., object]) -> dict[str, bool]:
     """The keyword that leaves special tokens out, for a function that has it."""
     return {"skip_special_tokens": True} if takes(decode, "skip_special_tokens") else {}
 

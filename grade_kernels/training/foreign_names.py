@@ -129,7 +129,7 @@ def reason_for_argument(name: str) -> str | None:
     return None if foreign is None else foreign.reason
 
 
-def refuse_arguments(trainer: str, given: Mapping[str, Any]) -> None:
+def refuse_arguments(trainer: str, given: Mapping[str, object]) -> None:
     """Nothing for arguments of others that ask for nothing; ValueError or TypeError for all the rest.
 
     Args:
@@ -153,7 +153,7 @@ def refusing_foreign_settings(config: T) -> T:
     own = {field.name for field in dataclasses.fields(config)}
 
     @functools.wraps(generated)
-    def checked(self: Any, *args: Any, **kwargs: Any) -> None:
+    def checked(self: object, *args: object, **kwargs: object) -> None:
         for name in [name for name in kwargs if name not in own]:
             foreign = _setting(name)
             if foreign is not None:
@@ -169,6 +169,6 @@ def _setting(name: str) -> Foreign | None:
     return SETTINGS.get(name) or next(prefixed, None)
 
 
-def _refuse(what: str, foreign: Foreign, value: Any) -> None:
+def _refuse(what: str, foreign: Foreign, value: object) -> None:
     if value not in foreign.harmless:
         raise ValueError(f"{what}: {foreign.reason}")

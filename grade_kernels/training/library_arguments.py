@@ -15,7 +15,9 @@ from grade_kernels.training.text_rewards import is_async
 __all__ = ["check_library_arguments", "check_rollout_signature", "checked_metrics"]
 
 
-def check_library_arguments(*, callbacks: Any, optimizers: Any, optimizer_cls_and_kwargs: Any, model_init: Any) -> None:
+def check_library_arguments(
+    *, callbacks: object, optimizers: object, optimizer_cls_and_kwargs: object, model_init: object
+) -> None:
     """Nothing for arguments that the library can use; TypeError naming the first that it can not."""
     if callbacks is not None:
         if not isinstance(callbacks, (list, tuple)):
@@ -34,7 +36,7 @@ def check_library_arguments(*, callbacks: Any, optimizers: Any, optimizer_cls_an
         _check_optimizer(optimizer_cls_and_kwargs)
 
 
-def _check_optimizer(pair: Any) -> None:
+def _check_optimizer(pair: object) -> None:
     wanted = "optimizer_cls_and_kwargs must be a pair (optimizer's class, dict of its keywords)"
     if not isinstance(pair, (list, tuple)) or len(pair) != 2:
         raise TypeError(f"{wanted}, got {pair!r}")
@@ -57,7 +59,7 @@ def _check_optimizer(pair: Any) -> None:
         return
 
 
-def check_rollout_signature(rollout_func: Any) -> None:
+def check_rollout_signature(rollout_func: object) -> None:
     """A plain function that can be called with prompts and a trainer, or TypeError."""
     if not callable(rollout_func):
         raise TypeError(f"rollout_func must be a function of prompts and trainer, got {type(rollout_func).__name__}")
@@ -71,7 +73,7 @@ def check_rollout_signature(rollout_func: Any) -> None:
         return
 
 
-def checked_metrics(compute_metrics: Any, *, by_batch: bool) -> Callable[..., dict[str, Any]] | None:
+def checked_metrics(compute_metrics: object, *, by_batch: bool) -> Callable[..., dict[str, Any]] | None:
     """`compute_metrics`, which now says so where it returns no metrics; None for none.
 
     Args:
@@ -96,7 +98,7 @@ def checked_metrics(compute_metrics: Any, *, by_batch: bool) -> Callable[..., di
             pass
 
     @functools.wraps(compute_metrics)
-    def checked(*args: Any, **kwargs: Any) -> dict[str, Any]:
+    def checked(*args: object, **kwargs: object) -> dict[str, Any]:
         found = compute_metrics(*args, **kwargs)
         if (not by_batch or kwargs.get("compute_result", True)) and not isinstance(found, dict):
             raise TypeError(f"compute_metrics must return a dict of metrics by name, got {found!r}")

@@ -26,7 +26,7 @@ def media_columns_of_example(example: dict[Any, Any]) -> list[str]:
     return [name for name, value in example.items() if name in MEDIA_COLUMNS and not _is_nothing(value)]
 
 
-def _has_media_type(feature: Any) -> bool:
+def _has_media_type(feature: object) -> bool:
     """Whether a feature of `datasets` is an image, a video or a sound, or holds some."""
     if isinstance(feature, dict):
         return any(_has_media_type(part) for part in feature.values())
@@ -49,5 +49,5 @@ def _is_empty(dataset: Any, column: str, feature: Any) -> bool:
     return all(_is_nothing(value.as_py()) for value in values) if lengths else values.null_count == len(values)
 
 
-def _is_nothing(value: Any) -> bool:
+def _is_nothing(value: object) -> bool:
     return value is None or (isinstance(value, Sized) and not isinstance(value, (str, bytes)) and len(value) == 0)

@@ -18,7 +18,7 @@ _LIMITS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_target_
 _TABLES = ("position_embeddings", "wpe", "embed_positions", "positions_embed")
 
 
-def text_config(config: Any) -> Any:
+def text_config(config: object) -> Any:
     """The language model's configuration, also where it is a part of a multimodal one."""
     if not hasattr(config, "get_text_config"):
         return config
@@ -28,7 +28,7 @@ def text_config(config: Any) -> Any:
         return config
 
 
-def position_limit(config: Any) -> int | None:
+def position_limit(config: object) -> int | None:
     """How many positions a causal language model has by its configuration; None where nothing limits them.
 
     A sliding window limits what a token sees and not how many there are. ALiBi needs no positions, unless a model makes
@@ -68,19 +68,21 @@ def position_table_limit(model: nn.Module) -> int | None:
     return min(limits, default=None)
 
 
-def frequency_limits(config: Any) -> list[int]:
+def frequency_limits(config: object) -> list[int]:
     """Lengths beyond which a model reads every position by other rotary frequencies (longrope)."""
     sets = _rope_sets(text_config(config))
     return [int(one["original_max_position_embeddings"]) for one in sets if one.get("rope_type") == "longrope"]
 
 
-def _rope_sets(config: Any) -> list[dict[str, Any]]:
+def _rope_sets(config: object) -> list[dict[str, Any]]:
     """Rotary parameters: either one set, or one for each type of layer."""
     rope = getattr(config, "rope_parameters", None) or {}
     return [rope, *(value for value in rope.values() if isinstance(value, dict))]
 
 
-def check_positions(config: Any, name: str, new_tokens: int, shortest: int, longest: int, whose: str = "model") -> None:
+def check_positions(
+    config: object, name: str, new_tokens: int, shortest: int, longest: int, whose: str = "model"
+) -> None:
     """Prompts of a batch leave room for their completions, or ValueError.
 
     Args:

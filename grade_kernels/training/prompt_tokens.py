@@ -76,7 +76,7 @@ def beginning_of(prompt: Prompt, length: int = 80) -> str:
     return repr(text if len(text) <= length else text[:length] + "...")
 
 
-def tokenizer_of(processing_class: Any, name: str = "processing_class") -> Any:
+def tokenizer_of(processing_class: object, name: str = "processing_class") -> Any:
     """The tokenizer: of a processor its own, anything else as it is.
 
     Raises:
@@ -94,7 +94,7 @@ def tokenizer_of(processing_class: Any, name: str = "processing_class") -> Any:
     return tokenizer
 
 
-def check_template_arguments(name: str, arguments: Any) -> None:
+def check_template_arguments(name: str, arguments: object) -> None:
     """Arguments of a chat template as a dict by name, none of which is decided here; TypeError or ValueError."""
     if not isinstance(arguments, dict) or not all(isinstance(key, str) for key in arguments):
         raise TypeError(f"{name} must be a dict of arguments by name, got {arguments!r}")
@@ -381,7 +381,7 @@ class PromptTokenizer:
             read.append(message)
         return read
 
-    def _tried(self, arguments: dict[str, Any], content: Any) -> bool:
+    def _tried(self, arguments: dict[str, Any], content: object) -> bool:
         """Whether a template writes the text of a message with such content, and not Python's view of it."""
         try:
             text = self.tokenizer.apply_chat_template(
@@ -421,7 +421,7 @@ def check_no_media(prompt: Any) -> None:
                 )
 
 
-def _placeholders(config: Any) -> dict[int, str]:
+def _placeholders(config: object) -> dict[int, str]:
     """Tokens that stand for an image, a video or a sound, by id."""
     if text_config(config) is config and not any(hasattr(config, f"{what}_config") for what in ("vision", "audio")):
         return {}
@@ -429,7 +429,7 @@ def _placeholders(config: Any) -> dict[int, str]:
     return {token: name for name, token in found.items() if isinstance(token, int)}
 
 
-def takes(function: Callable[..., Any], name: str) -> bool:
+def takes(function: Callable[..., object], name: str) -> bool:
     """Whether a callable has an argument of that name."""
     try:
         parameters = inspect.signature(function).parameters
@@ -455,7 +455,7 @@ def _column(example: Example, name: str, kind: type) -> Any:
     return _without_none(value)
 
 
-def _without_none(value: Any) -> Any:
+def _without_none(value: object) -> Any:
     """A structure without the dict entries that are None, which Arrow fills in where other rows have some."""
     if isinstance(value, dict):
         return {key: _without_none(item) for key, item in value.items() if item is not None}
@@ -472,14 +472,14 @@ def _uniform(message: dict[str, Any]) -> dict[str, Any]:
     return {**message, "content": parts}
 
 
-def _joined(content: Any) -> str:
+def _joined(content: object) -> str:
     """Content as one string: parts of text one behind the other, as templates that read parts write them."""
     if not isinstance(content, (list, tuple)):
         return str(content)
     return "".join(part if isinstance(part, str) else str(part.get("text") or "") for part in content)
 
 
-def _structure(value: Any, key: str | None = None) -> object:
+def _structure(value: object, key: str | None = None) -> object:
     """What a chat template may stumble over: keys, kinds, and roles, but no other text."""
     if isinstance(value, dict):
         return tuple((name, _structure(item, name)) for name, item in value.items() if item is not None)
@@ -488,12 +488,12 @@ def _structure(value: Any, key: str | None = None) -> object:
     return value if key in ("role", "type") and isinstance(value, str) else type(value)
 
 
-def _bytes(value: Any) -> int:
+def _bytes(value: object) -> int:
     """Bytes of all that is in a structure, as JSON would about have it."""
     return sum(len(text.encode(errors="replace")) + 8 for text in _strings(value))
 
 
-def _strings(value: Any) -> Iterator[str]:
+def _strings(value: object) -> Iterator[str]:
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):

@@ -46,7 +46,7 @@ class DifferentiableReward(Protocol):
     def embedding(self) -> Any:
         """The table `[V, D]`."""
 
-    def __call__(self, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor, **columns: Any) -> torch.Tensor:
+    def __call__(self, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor, **columns: object) -> torch.Tensor:
         """The reward of each sequence, `[B]`."""
 
 
@@ -62,7 +62,7 @@ class NonFiniteRewardError(ValueError):
         self.rows = rows
 
 
-def reward_table(reward: Any, name: str = "reward") -> torch.Tensor:
+def reward_table(reward: object, name: str = "reward") -> torch.Tensor:
     """The reward's table `[V, D]`.
 
     Raises:
@@ -174,7 +174,7 @@ class SequenceClassificationReward(nn.Module):
             scores = self.model(inputs_embeds=embeds, attention_mask=mask).logits
         return scores if scores.dtype == torch.float64 else scores.float()
 
-    def log_odds(self, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor, **columns: Any) -> torch.Tensor:
+    def log_odds(self, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor, **columns: object) -> torch.Tensor:
         """Log-odds of the rewarded label, `[B]`; the score itself where labels do not exclude each other."""
         scores = self.scores(inputs_embeds, attention_mask)
         chosen = scores[:, self.label]
@@ -183,7 +183,7 @@ class SequenceClassificationReward(nn.Module):
             return chosen
         return chosen - others.logsumexp(dim=1)
 
-    def forward(self, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor, **columns: Any) -> torch.Tensor:
+    def forward(self, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor, **columns: object) -> torch.Tensor:
         """The reward of each row, `[B]`.
 
         Args:
@@ -228,7 +228,7 @@ class SequenceClassificationReward(nn.Module):
             )
 
 
-def _inner(model: Any) -> Any:
+def _inner(model: object) -> Any:
     """A classifier out of PEFT's wrapper; the adapter is in its layers and stays at work."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 

@@ -90,7 +90,7 @@ def check_datasets(
         raise ValueError("num_generations > 1 needs a train_dataset with a length, got an iterable one")
 
 
-def each_dataset(train_dataset: Any, eval_dataset: Any) -> dict[str, Any]:
+def each_dataset(train_dataset: object, eval_dataset: object) -> dict[str, Any]:
     """Every data set by what errors call it, None among them."""
     parts = {"eval_dataset": eval_dataset}
     if isinstance(eval_dataset, dict):
@@ -116,7 +116,9 @@ def load_by_name(what: str, loader: Any, name: str, **keywords: Any) -> Any:
         raise ValueError(f"{what} {name!r} was not found {where}: {error}") from error
 
 
-def _load_causal(what: str, name: str, args: GRADEConfig, dtype: torch.dtype = torch.float32, **more: Any) -> nn.Module:
+def _load_causal(
+    what: str, name: str, args: GRADEConfig, dtype: torch.dtype = torch.float32, **more: object
+) -> nn.Module:
     """A causal language model by name, with `args.model_init_kwargs`, in the given precision unless they say another."""
     given: dict[str, Any] = {**dict(args.model_init_kwargs or {}), **more}  # type: ignore[arg-type]
     if "torch_dtype" not in given:  # the name of dtype before transformers 5; a default dtype would override it
@@ -198,7 +200,7 @@ class Vocabulary(NamedTuple):
     pad: int
 
 
-def read_vocabulary(parts: LanguageModel, tokenizer: Any, args: GRADEConfig) -> Vocabulary:
+def read_vocabulary(parts: LanguageModel, tokenizer: object, args: GRADEConfig) -> Vocabulary:
     """What a policy may sample, what ends a completion and what stands behind an end, or ValueError."""
     without_token = ids_without_token(tokenizer, parts.vocab_size)
     config = getattr(parts.model, "generation_config", None)
@@ -213,7 +215,7 @@ def read_vocabulary(parts: LanguageModel, tokenizer: Any, args: GRADEConfig) -> 
     return Vocabulary(allowed, ends, pad)
 
 
-def _end_of_sequence(parts: LanguageModel, tokenizer: Any, without_token: Sequence[int]) -> tuple[int, ...]:
+def _end_of_sequence(parts: LanguageModel, tokenizer: object, without_token: Sequence[int]) -> tuple[int, ...]:
     """Every token that ends a completion, by tokenizer and generation config."""
     own = getattr(tokenizer, "eos_token_id", None)
     more = getattr(getattr(parts.model, "generation_config", None), "eos_token_id", None)
@@ -310,7 +312,7 @@ def _check_apart(
 def check_tokenizers(
     reward_funcs: RewardFunctions,
     given: ProcessingClass | Sequence[ProcessingClass | None] | None,
-    tokenizer: Any,
+    tokenizer: object,
     trust_remote_code: bool,
 ) -> None:
     """Every token has the same id for the policy and for the rewards, as far as tokenizers tell."""

@@ -512,11 +512,11 @@ class GRADETrainer(Trainer):
             eval_dataset = self._collator.fitting("eval_dataset", eval_dataset)
         return super().get_eval_dataloader(eval_dataset)
 
-    def get_test_dataloader(self, test_dataset: Any) -> DataLoader[Any]:
+    def get_test_dataloader(self, test_dataset: object) -> DataLoader[Any]:
         """The library's, of a data set checked as those of the constructor were."""
         return super().get_test_dataloader(self._collator.fitting("test_dataset", test_dataset))
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> RepeatedPrompts | None:
+    def _get_train_sampler(self, train_dataset: object = None) -> RepeatedPrompts | None:
         dataset = self.train_dataset if train_dataset is None else train_dataset
         if dataset is None or not hasattr(dataset, "__len__"):
             return None
@@ -566,7 +566,7 @@ class GRADETrainer(Trainer):
             raise TrainingInterrupted(self.state.global_step, self._signals.received)
         return output
 
-    def call_model_init(self, trial: Any = None) -> nn.Module:
+    def call_model_init(self, trial: object = None) -> nn.Module:
         """The library's, with what the constructor does to a policy; the reference is then this one as it comes."""
         self._aligner = None  # which would keep the last policy in memory
         policy = setup.load_policy(super().call_model_init(trial), self.args, self._peft_config)
@@ -574,7 +574,7 @@ class GRADETrainer(Trainer):
         self._set_reference(policy, self.args)
         return policy
 
-    def _hp_search_setup(self, trial: Any) -> None:
+    def _hp_search_setup(self, trial: object) -> None:
         super()._hp_search_setup(trial)
         if self.hp_search_backend is not None and trial is not None:
             self.args._check()  # a trial sets attributes, past the constructor
@@ -600,7 +600,7 @@ class GRADETrainer(Trainer):
             )  # fmt: skip
             checkpoints.advance(self.lr_scheduler, self.state.global_step)
 
-    def _get_output_dir(self, trial: Any) -> str:
+    def _get_output_dir(self, trial: object) -> str:
         run = super()._get_output_dir(trial)
         return run if self._staging is None else str(self._staging)
 
@@ -646,7 +646,7 @@ class GRADETrainer(Trainer):
         model_name: str | None = None,
         dataset_name: str | None = None,
         tags: str | Sequence[str] | None = None,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> None:
         """Write a model card `README.md` into the output directory.
 

@@ -1,7 +1,5 @@
 """What the operation takes, and what its forward pass leaves for its backward pass."""
 
-from __future__ import annotations
-
 from typing import Generic, TypeVar
 
 import torch

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import nn
@@ -32,7 +31,7 @@ class Capture:
         self._parts, self._edit = parts, edit
 
     def __enter__(self) -> Capture:
-        def see_embedding(module: nn.Module, arguments: Any, output: torch.Tensor) -> torch.Tensor:
+        def see_embedding(module: nn.Module, arguments: object, output: torch.Tensor) -> torch.Tensor:
             output = self._edit(output)
             if torch.is_grad_enabled() and not output.requires_grad:
                 output.requires_grad_()
@@ -41,7 +40,7 @@ class Capture:
             # so the model gets a copy.
             return output.clone()
 
-        def see_hidden(module: nn.Module, arguments: Any, output: Any) -> None:
+        def see_hidden(module: nn.Module, arguments: object, output: object) -> None:
             self.hidden = last_hidden_state(output)
 
         self._hooks = [

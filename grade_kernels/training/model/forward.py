@@ -52,12 +52,12 @@ def cache_name(module: nn.Module) -> str | None:
     return next((name for name in ("past_key_values", "cache") if name in parameters), None)
 
 
-def cache_arguments(module: nn.Module, cache: Any) -> dict[str, Any]:
+def cache_arguments(module: nn.Module, cache: object) -> dict[str, Any]:
     """Keywords that hand a key-value cache, or None to begin with, to a module that takes one."""
     return {str(cache_name(module)): cache, "use_cache": True}
 
 
-def cache_of(output: Any) -> Any:
+def cache_of(output: object) -> Any:
     """The key-value cache that a module returns; None without one."""
     # From transformers 5.24 on an output has both names, and warns where the old one is read. The old name can go when
     # releases before 5.24 are no longer supported.

@@ -82,7 +82,7 @@ def read_language_model(model: nn.Module, *, name: str = "model") -> LanguageMod
     return replace(parts, reads_left_padding=_PROBED[unwrapped])
 
 
-def _logit_scale(config: Any) -> float:
+def _logit_scale(config: object) -> float:
     """Cohere multiplies logits, Granite divides them; the softcap comes later, so hidden states can carry either."""
     scale = getattr(config, "logit_scale", None)
     divisor = getattr(config, "logits_scaling", None)
