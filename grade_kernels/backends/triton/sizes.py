@@ -71,6 +71,8 @@ _TILES_MANY_ROWS = {
 # The first Triton that keeps a tile of many rows in registers. Older ones spill some of them, which takes longer than the
 # traffic that the large tile saves.
 _MANY_ROWS_SINCE = {(9, 1): (3, 9), (9, 2): (3, 8)}
+# By version of Triton, too: in place of a tile of few rows that this version would spill for.
+_TILES_OF_VERSION = {((3, 8), (12, 1)): HeadTile(128, 32, 32, 4, 3, BN2=32, SERIALISE=True)}
 # Where logits are read from memory, four threads take 64 bytes of a row, and a warp eight rows. Larger tiles would take
 # registers of other warps, which hide how long memory takes.
 _TILE_CHUNK = HeadTile(32, 64, 0, 4, 2)
@@ -148,5 +150,6 @@ class TritonSizes(Sizes):
             return self.tile_float32
         key = capability // 10, products
         few = self.tiles_few_rows.get(key, self.tiles[products])
+        few = _TILES_OF_VERSION.get((triton, key), few)
         many_rows = many_rows and triton >= self.many_rows_since.get(key, triton)
         return self.tiles_many_rows.get(key, few) if many_rows else few

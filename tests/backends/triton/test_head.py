@@ -276,7 +276,7 @@ def test_what_takes_registers_keeps_small_tiles():
 
 
 def test_a_triton_that_would_spill_keeps_small_tiles():
-    """The many rows of Hopper's 320 columns from 3.9 on, of 128 beside a reference from 3.8 on, Ampere's in all."""
+    """Hopper's 320 columns for many rows from 3.9 on, 128 beside a reference from 3.8 on; fewer stages on 12.x with 3.8."""
     sizes = TritonSizes()
 
     def takes_large(products, capability, triton):
@@ -287,6 +287,8 @@ def test_a_triton_that_would_spill_keeps_small_tiles():
     assert [takes_large(1, 90, triton) for triton in versions] == [False] * 3 + [True] * 3
     assert [takes_large(2, 90, triton) for triton in versions] == [False] * 2 + [True] * 4
     assert all(takes_large(2, 80, triton) for triton in versions)
+    stages = [sizes.head_tile(torch.bfloat16, 1, 120, False, triton).num_stages for triton in versions]
+    assert stages == [4, 4, 3, 4, 4, 4]
 
 
 @runs
