@@ -300,7 +300,7 @@ def _chunks(target: str) -> list[Build]:
     """The same kernels where they read a product that the library has made, whatever the head's dtype."""
     gpu = TARGETS[target]
     options = head_chunks.chunk_tile_options(_SIZES, launched_on(target))
-    tile = _SIZES.chunk_tile._replace(num_warps=options["num_warps"])
+    tile = head_chunks.chunk_tile(_SIZES, launched_on(target))
     every = {"bias": "*fp32", "softcap": "fp32", "row_ids": "*i64", "SKEW": 3}
     variants = _PASSES | {
         "scores, all flags": (_SCORES, every, 1),

@@ -161,6 +161,18 @@ def test_head_moves_what_its_tiles_need(name, more, monkeypatch):
     assert others <= 4 * (8 * tile.BM * blocks * splits + 16 * splits * blocks)
 
 
+@pytest.mark.parametrize("eps", [0.0, 0.05])
+def test_a_chunk_is_read_once(eps, monkeypatch):
+    """Four bytes for each logit, and for the padding of its last tile, in as many chunks and launches as there are."""
+    resize(monkeypatch, head_split=64, chunk_tile=HeadTile(16, 32, 0, 4, 2), chunk_bytes=4 * 16 * 64)
+    generator = torch.Generator().manual_seed(0)
+    head = Head(*(torch.randn(n, 8, generator=generator).bfloat16() for n in (16, 150)), None, None)
+    with traffic.counted() as moved:
+        get("triton:chunks").head_scores(head, torch.ones(16), NOISE, eps)
+    assert moved.loaded["head_scores_kernel", "hidden"] == 4 * 16 * 160
+    assert ("head_scores_kernel", "weight") not in moved.loaded
+
+
 def test_traffic_of_a_kernel_that_reads_twice_shows(small_tiles):
     logits, _ = logits_and_sample(torch.float32)
     with traffic.counted() as moved:

@@ -24,10 +24,10 @@ from grade_kernels.backends.records import Head
 from grade_kernels.backends.torch.products import product
 from grade_kernels.backends.triton.head_support import Launch, Plan, Product
 from grade_kernels.backends.triton.head_tiles import head_options, is_even, softcapped
-from grade_kernels.backends.triton.sizes import TritonSizes
+from grade_kernels.backends.triton.sizes import HeadTile, TritonSizes
 from grade_kernels.backends.triton.targets import Target, compiler_options, current_target
 
-__all__ = ["Chunks", "Tiles", "buffered_logits", "chunk_splits", "chunk_tile_options", "product_of"]
+__all__ = ["Chunks", "Tiles", "buffered_logits", "chunk_splits", "chunk_tile", "chunk_tile_options", "product_of"]
 
 # Threads of a row, each with a group of four tokens: what the PTX blocks for candidates know.
 THREADS = 4
@@ -54,12 +54,20 @@ def buffered_logits(p_row, column, bias, softcap, V, first, WIDTH: tl.constexpr,
     return b_pieces
 
 
-def chunk_tile_options(sizes: TritonSizes, target: Target) -> dict[str, Any]:
-    """Arguments that describe tiles of a chunk, and compiler options."""
-    tile = sizes.chunk_tile
+def chunk_tile(sizes: TritonSizes, target: Target) -> HeadTile:
+    """The tile of a chunk on a device."""
     if target.backend == "hip":
         # With several warps Triton's AMD compiler lays words out otherwise than logits, and each is drawn twice.
-        tile = tile._replace(num_warps=1)
+        return sizes.chunk_tile._replace(num_warps=1)
+    if target.capability // 10 == 8:
+        # On Ampere what a bias and a softcap take would be spilled in longer tiles.
+        return sizes.chunk_tile._replace(BN=32)
+    return sizes.chunk_tile
+
+
+def chunk_tile_options(sizes: TritonSizes, target: Target) -> dict[str, Any]:
+    """Arguments that describe tiles of a chunk, and compiler options."""
+    tile = chunk_tile(sizes, target)
     return {
         **tile._asdict(),
         "TILES": sizes.head_split // tile.columns,
