@@ -216,12 +216,13 @@ def op_arguments(backend: str, device: str) -> dict[str, list[tuple]]:
     vector, matrix = torch.ones(N, device=device), randn(N, V, device=device, seed=4)
     frozen = [t.detach() for t in (logits, tau, *tables)]
     plain_logits, plain_tau, plain_tables = frozen[0], frozen[1], frozen[2:]
-    common = (seed, rows, 4)
+    prior = (None,) * 4  # no posterior
+    common = (seed, rows, 4, *prior)
     _, score_max = torch.ops.grade_kernels.gumbel_softmax(plain_logits, plain_tau, True, *common, -1, False, backend)
     arguments: dict[str, list[tuple]] = {
-        "gumbel_sample": [(plain_logits, seed, rows, 4, backend), (plain_logits, seed, None, 0, backend)],
+        "gumbel_sample": [(plain_logits, *common, backend), (plain_logits, seed, None, 0, *prior, backend)],
         "gumbel_softmax": [
-            (logits, tau, hard, seed, r, 4, -1, hard, backend) for r in (rows, None) for hard in (False, True)
+            (logits, tau, hard, seed, r, 4, *prior, -1, hard, backend) for r in (rows, None) for hard in (False, True)
         ],
         "gumbel_softmax_backward": [
             (matrix, plain_logits, plain_tau, True, *common, -1, False, backend, score_max, [True, needs])
@@ -232,14 +233,14 @@ def op_arguments(backend: str, device: str) -> dict[str, list[tuple]]:
     }
     for estimator in ESTIMATORS:
         forward = [
-            (logits, tables, tau, *common, given, estimator, backend)
+            (logits, tables, tau, *common, given, estimator, backend, 1)
             for given in ((None, ids) if estimator == "ste" else (ids,))
         ]
         arguments["gumbel_ste_embedding"] += forward
         out = torch.ops.grade_kernels.gumbel_ste_embedding(
-            plain_logits, plain_tables, plain_tau, *common, ids, estimator, backend
+            plain_logits, plain_tables, plain_tau, *common, ids, estimator, backend, 1
         )
-        frozen_arguments = (plain_logits, plain_tables, plain_tau, *common, None, estimator, backend)
+        frozen_arguments = (plain_logits, plain_tables, plain_tau, *common, None, estimator, backend, 1)
         dlogprobs, wanted = {"ste": (vector, [True] * 4), "soft": (None, [True, True, False, False]),
                              "st": (None, [False, False, True, False]),
                              "reinmax": (vector, [False, False, False, True])}[estimator]  # fmt: skip

@@ -185,10 +185,10 @@ def op_arguments(backend: str, device: str) -> dict[str, list[tuple]]:
     tau = leaf(torch.tensor([0.5, 1.0, 1.5], device=device))
     seed, row_ids = torch.tensor(3, device=device), torch.tensor([5, -(2**40), 0], device=device)
     ids, dlogprobs = torch.tensor([1, 8, 1], device=device), torch.ones(N, device=device)
-    ops = torch.ops.grade_kernels
+    ops, prior = torch.ops.grade_kernels, (None,) * 4  # no posterior
     arguments: dict[str, list[tuple]] = {
         "linear_gumbel_sample": [
-            (hidden.detach(), head.detach(), b, cap, seed, rows, 4, backend)
+            (hidden.detach(), head.detach(), b, cap, seed, rows, 4, *prior, backend)
             for b, cap, rows in ((None, None, None), (bias.detach(), 4.0, row_ids))
         ],
         "linear_gumbel_ste": [], "linear_gumbel_ste_backward": [],
@@ -197,7 +197,24 @@ def op_arguments(backend: str, device: str) -> dict[str, list[tuple]]:
     for estimator in ESTIMATORS:
         for eps in (0.0, 0.1):
             for b, cap, rows, given in ((bias, 4.0, row_ids, ids), (None, None, None, None)):
-                args = (hidden, head, b, cap, tables, tau, seed, rows, 4, given, estimator, eps, True, backend)
+                args = (
+                    hidden,
+                    head,
+                    b,
+                    cap,
+                    tables,
+                    tau,
+                    seed,
+                    rows,
+                    4,
+                    *prior,
+                    given,
+                    estimator,
+                    eps,
+                    True,
+                    backend,
+                    1,
+                )
                 arguments["linear_gumbel_ste"].append(args)
                 plain = tuple(
                     [x.detach() for x in a] if isinstance(a, list) else a.detach() if isinstance(a, torch.Tensor) else a
@@ -207,14 +224,30 @@ def op_arguments(backend: str, device: str) -> dict[str, list[tuple]]:
                 everything = [True, True, b is not None, True, True, True]
                 for upstream, wanted in ((dlogprobs, everything), (None, [True, False, False, False, True, False])):
                     arguments["linear_gumbel_ste_backward"].append(
-                        (torch.ones_like(out[0]), out[1], upstream, *plain[:9], None, *plain[10:], *out[3:], wanted)
+                        (torch.ones_like(out[0]), out[1], upstream, *plain[:13], None, *plain[14:], *out[3:], wanted)
                     )
     for kind in ("logprobs", "kl", "entropy"):
         for eps in (0.0, 0.1):
             ref = (hidden.detach().sin(), head.detach(), bias.detach(), None) if kind == "kl" else (None,) * 4
             given = ids if kind == "logprobs" else None
             for b, cap, rows in ((bias, 4.0, row_ids), (None, None, None)):
-                args = (hidden, head, b, cap, *ref, given, tau.detach(), seed, rows, 0, kind, eps, True, backend)
+                args = (
+                    hidden,
+                    head,
+                    b,
+                    cap,
+                    *ref,
+                    given,
+                    tau.detach(),
+                    seed,
+                    rows,
+                    0,
+                    *prior,
+                    kind,
+                    eps,
+                    True,
+                    backend,
+                )
                 arguments["linear_statistic"].append(args)
                 plain = tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in args)
                 out = ops.linear_statistic(*plain)
