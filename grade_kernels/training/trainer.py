@@ -307,10 +307,10 @@ class GRADETrainer(Trainer):
         args, prompts = self.args, Prompts(inputs["input_ids"], inputs["attention_mask"])
         relaxation = Relaxation(self.tau, args.estimator, args.feedback_hops, args.eps)
         when = f"at step {self.state.global_step + 1}, before the optimizer step"
-        aligner, noise = self._aligner_of(model), self._training_noise(len(prompts))
-        batch, completions = self._drawn(aligner, inputs, prompts, noise, training=True)  # type: ignore[arg-type]
-        importance = None if completions is None else args.importance
         with _naming_prompts(inputs["prompts"], when), self.accelerator.autocast():
+            aligner, noise = self._aligner_of(model), self._training_noise(len(prompts))
+            batch, completions = self._drawn(aligner, inputs, prompts, noise, training=True)  # type: ignore[arg-type]
+            importance = None if completions is None else args.importance
             out = aligner.loss(prompts, noise, relaxation, batch["columns"], completions, importance)
         self._note_training(batch, out)
         return (out.loss, {"completion_ids": out.completion_ids}) if return_outputs else out.loss
@@ -405,9 +405,9 @@ class GRADETrainer(Trainer):
         """
         batch: PromptBatch = self._prepare_inputs(inputs)  # type: ignore[assignment]
         prompts = Prompts(batch["input_ids"], batch["attention_mask"])
-        aligner, noise = self._aligner_of(model), self._evaluation_noise(len(prompts))
-        batch, completions = self._drawn(aligner, batch, prompts, noise, training=False)
         with _naming_prompts(batch["prompts"], "in evaluation"), torch.no_grad(), self.accelerator.autocast():
+            aligner, noise = self._aligner_of(model), self._evaluation_noise(len(prompts))
+            batch, completions = self._drawn(aligner, batch, prompts, noise, training=False)
             out = aligner.evaluate(prompts, noise, batch["columns"], completions)
         rows = self._rows(batch, out, self._evaluation.averages, {})
         for name, value in rows.items():
