@@ -257,7 +257,9 @@ class GRADETrainer(Trainer):
             progress=not args.disable_tqdm,
         )
         for dataset in setup.each_dataset(train_dataset, eval_dataset).values():
-            self.text_rewards.check_columns(() if args.remove_unused_columns else column_names(dataset))
+            # An engine may add columns of its own, so that no column can be said to be missing.
+            columns = None if rollout_func is not None else column_names(dataset)
+            self.text_rewards.check_columns(() if args.remove_unused_columns else columns)
         train_dataset = self._collator.fitting("train_dataset", train_dataset)
         eval_dataset = self._collator.fitting("eval_dataset", eval_dataset)
         self._fitting_parts = {}
