@@ -97,8 +97,9 @@ class RolloutRequest:
     ) -> RolloutRequest:
         """The request for a batch, whose completions are told apart as their noise is."""
         rows = range(len(prompts)) if noise.row_ids is None else noise.row_ids.tolist()
+        tokens, real = prompts.ids.cpu(), prompts.mask.cpu().bool()
         return cls(
-            prompt_ids=[ids[mask.bool()].tolist() for ids, mask in zip(prompts.ids, prompts.mask, strict=True)],
+            prompt_ids=[row[kept].tolist() for row, kept in zip(tokens, real, strict=True)],
             seeds=[mixed_seed(int(noise.seed), row) >> 33 for row in rows],
             max_completion_length=ending.max_new_tokens,
             eos_token_id=ending.eos,

@@ -257,7 +257,9 @@ class GRADETrainer(Trainer):
             progress=not args.disable_tqdm,
         )
         for dataset in setup.each_dataset(train_dataset, eval_dataset).values():
-            self.text_rewards.check_columns(() if args.remove_unused_columns else column_names(dataset))
+            # An engine may add columns of its own, so that no column can be said to be missing.
+            columns = None if rollout_func is not None else column_names(dataset)
+            self.text_rewards.check_columns(() if args.remove_unused_columns else columns)
         train_dataset = self._collator.fitting("train_dataset", train_dataset)
         eval_dataset = self._collator.fitting("eval_dataset", eval_dataset)
         self._fitting_parts = {}
@@ -307,10 +309,10 @@ class GRADETrainer(Trainer):
         args, prompts = self.args, Prompts(inputs["input_ids"], inputs["attention_mask"])
         relaxation = Relaxation(self.tau, args.estimator, args.feedback_hops, args.eps)
         when = f"at step {self.state.global_step + 1}, before the optimizer step"
-        aligner, noise = self._aligner_of(model), self._training_noise(len(prompts))
-        batch, completions = self._drawn(aligner, inputs, prompts, noise, training=True)  # type: ignore[arg-type]
-        importance = None if completions is None else args.importance
         with _naming_prompts(inputs["prompts"], when), self.accelerator.autocast():
+            aligner, noise = self._aligner_of(model), self._training_noise(len(prompts))
+            batch, completions = self._drawn(aligner, inputs, prompts, noise, training=True)  # type: ignore[arg-type]
+            importance = None if completions is None else args.importance
             out = aligner.loss(prompts, noise, relaxation, batch["columns"], completions, importance)
         self._note_training(batch, out)
         return (out.loss, {"completion_ids": out.completion_ids}) if return_outputs else out.loss
@@ -405,9 +407,9 @@ class GRADETrainer(Trainer):
         """
         batch: PromptBatch = self._prepare_inputs(inputs)  # type: ignore[assignment]
         prompts = Prompts(batch["input_ids"], batch["attention_mask"])
-        aligner, noise = self._aligner_of(model), self._evaluation_noise(len(prompts))
-        batch, completions = self._drawn(aligner, batch, prompts, noise, training=False)
         with _naming_prompts(batch["prompts"], "in evaluation"), torch.no_grad(), self.accelerator.autocast():
+            aligner, noise = self._aligner_of(model), self._evaluation_noise(len(prompts))
+            batch, completions = self._drawn(aligner, batch, prompts, noise, training=False)
             out = aligner.evaluate(prompts, noise, batch["columns"], completions)
         rows = self._rows(batch, out, self._evaluation.averages, {})
         for name, value in rows.items():

@@ -19,10 +19,11 @@ from tests.support.trainers import build, same, weights
 from tests.support.training_models import VOCAB, policy
 
 
-def model_of(family="gpt2"):
-    model = policy(family, dtype=torch.float32)
-    model.generation_config.suppress_tokens, model.generation_config.begin_suppress_tokens = [5, 9], [2, 7]
-    model.generation_config.temperature, model.generation_config.top_k = 0.3, 3  # not followed
+def model_of(begin=None):
+    model = policy("gpt2", dtype=torch.float32)
+    model.generation_config.suppress_tokens, model.generation_config.begin_suppress_tokens = [5, 9], begin
+    config = model.generation_config
+    config.do_sample, config.temperature, config.top_k = True, 0.3, 3  # not followed
     return model
 
 
@@ -56,7 +57,8 @@ def test_generate_draws_from_the_policy(tmp_path, temperature):
         "vllm_importance_sampling_mode": "token_truncate",
     }
     runs = [
-        train(tmp_path / str(i), keeping(generate_rollout, kept), **options) for i, kept in enumerate((first, second))
+        train(tmp_path / str(i), keeping(generate_rollout, kept), model_of([2, 7]), **options)
+        for i, kept in enumerate((first, second))
     ]
     assert [answer for _, answer in first] == [answer for _, answer in second]
     assert same(weights(runs[0]), weights(runs[1]))
@@ -144,6 +146,12 @@ def test_a_request_is_made_again(tmp_path, server, failure):
     assert same(weights(sound), weights(again))
 
 
+@pytest.fixture(scope="module")
+def failing(tmp_path_factory):
+    """A trainer that takes no step, which therefore can be asked again and again."""
+    return build(tmp_path_factory.mktemp("failing"), model=model_of(), rollout_func=generate_rollout, beta=0.0)
+
+
 @pytest.mark.parametrize(
     ("failure", "message"),
     [
@@ -152,14 +160,16 @@ def test_a_request_is_made_again(tmp_path, server, failure):
         (400, "/v1/completions refuses a request: HTTP 400"),
     ],
 )
-def test_a_server_that_fails_ends_the_run(tmp_path, server, failure, message):
+def test_a_server_that_fails_ends_the_run(failing, server, failure, message):
     server.fail = lambda number: failure
-    trainer = build(tmp_path, model=model_of(), rollout_func=asking(server, tries=2, concurrency=1))
-    before = weights(trainer)
+    failing.rollout_func = asking(server, tries=2, concurrency=1)
+    before = weights(failing)
     with pytest.raises(EngineError, match=message):
-        trainer.train()
-    assert len(server.requests) == (1 if failure == 400 else 2)
-    assert same(weights(trainer), before)
+        failing.train()
+    assert same(weights(failing), before)
+    # The pool has begun with the next prompts by then; each is asked for as often.
+    asked = [body["seed"] for body in server.requests]
+    assert max(asked.count(seed) for seed in asked) == (1 if failure == 400 else 2)
 
 
 def test_a_server_that_is_not_there():
@@ -207,13 +217,14 @@ def other_logprobs(value):
          "must return token ids, got the token ' film'"),
     ],
 )  # fmt: skip
-def test_an_answer_that_does_not_fit_ends_the_run(tmp_path, server, wrong, error, message):
+def test_an_answer_that_does_not_fit_ends_the_run(failing, server, wrong, error, message):
     server.wrong = wrong
-    trainer = build(tmp_path, model=model_of(), rollout_func=asking(server))
-    before = weights(trainer)
+    failing.rollout_func = asking(server)
+    before = weights(failing)
     with pytest.raises(error, match=message):
-        trainer.train()
-    assert same(weights(trainer), before)
+        failing.train()
+    assert failing.state.global_step == 0
+    assert same(weights(failing), before)
 
 
 def test_a_resumed_run_asks_the_server_for_the_same(tmp_path, server):
@@ -226,6 +237,12 @@ def test_a_resumed_run_asks_the_server_for_the_same(tmp_path, server):
     resumed.train(resume_from_checkpoint=True)
     assert sorted((body["prompt"], body["seed"]) for body in server.requests) == sorted(asked)
     assert same(weights(truth), weights(resumed))
+
+
+def test_what_a_server_can_not_be_asked_for_is_refused(tmp_path, server):
+    with pytest.raises(ValueError, match="begin_suppress_tokens of the generation config can not be told to a server"):
+        train(tmp_path, asking(server), model_of([2, 7]))
+    assert server.requests == []
 
 
 @pytest.mark.parametrize("name", ["timeout", "tries", "concurrency"])

@@ -93,7 +93,7 @@ def test_an_engine_draws_in_training_and_in_evaluation(tmp_path):
 
 @pytest.mark.parametrize("estimator", ["ste", "st", "reinmax"])
 def test_the_reward_rises(tmp_path, estimator):
-    trainer = train(tmp_path, Engine(), estimator=estimator, max_steps=25, beta=0.0, learning_rate=3e-2)
+    trainer = train(tmp_path, Engine(), estimator=estimator, max_steps=15, beta=0.0, learning_rate=5e-2)
     rewards = [entry["reward"] for entry in trainer.state.log_history if "reward" in entry]
     assert sum(rewards[-5:]) > sum(rewards[:5]) + 0.25
 
@@ -204,6 +204,12 @@ def with_token(token, place=2):
     return changed
 
 
+@pytest.fixture(scope="module")
+def refusing(tmp_path_factory):
+    """A trainer that takes no step, which therefore can be asked again and again."""
+    return build(tmp_path_factory.mktemp("refusing"), rollout_func=Engine(), beta=0.0)
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
@@ -233,13 +239,13 @@ def with_token(token, place=2):
         ({"completions": "x"}, ValueError, "must not return 'completions': rewards get something else by this name"),
     ],
 )  # fmt: skip
-def test_an_answer_that_does_not_fit_is_never_a_step(tmp_path, changes, error, message):
-    trainer = build(tmp_path, rollout_func=Engine(**changes), beta=0.0)
-    before = weights(trainer)
+def test_an_answer_that_does_not_fit_is_never_a_step(refusing, changes, error, message):
+    refusing.rollout_func = Engine(**changes)
+    before = weights(refusing)
     with pytest.raises(error, match=message):
-        trainer.train()
-    assert trainer.state.global_step == 0
-    assert same(weights(trainer), before)
+        refusing.train()
+    assert refusing.state.global_step == 0
+    assert same(weights(refusing), before)
 
 
 def test_suppressed_tokens_of_an_engine_are_refused(tmp_path):

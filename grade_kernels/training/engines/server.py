@@ -58,7 +58,7 @@ class CompletionsServer:
 
     Raises:
         EngineError: a request that the server refuses, no answer in `tries` tries, or an answer without tokens.
-        ValueError: numbers out of range.
+        ValueError: numbers out of range, or tokens that are suppressed only at the beginning of completions.
     """
 
     def __init__(
@@ -121,7 +121,11 @@ class CompletionsServer:
         }
         if self.model is not None:
             body["model"] = self.model
-        suppressed, _ = request.suppressed
+        suppressed, first = request.suppressed
+        if set(first) - set(suppressed):
+            raise ValueError(
+                "begin_suppress_tokens of the generation config can not be told to a server, which would draw them first, too"
+            )
         if suppressed:
             # The lowest bias that the interface has: e^-100 of a token's probability. One that is drawn all the same is
             # found by the check of the answer.
