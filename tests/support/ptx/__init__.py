@@ -16,9 +16,9 @@ nobody wrote, accesses beside every buffer, races, and threads that store differ
 | `snippets.py` | a few instructions as a kernel, for tests of the simulator |
 | `record.py`, `setting.py` | what a run executed, as a file; whether a process simulates |
 
-What it is not: a model of time, of caches or of the order in which blocks run. Sums of `mma` are exact and rounded once,
-where a GPU cuts bits off; approximate instructions give the nearest number, where a GPU may be some units of the last place
-beside it. Two writes of one value by two threads are no race: Triton stores what several lanes hold from all of them.
+What it is not: a model of time, of caches or of the order in which blocks run. Sums of `mma` are exact and rounded once; a
+GPU cuts bits off. Approximate instructions give the nearest number; a GPU may be some units of the last place beside it. Two
+writes of one value by two threads are no race: Triton stores what several lanes hold from all of them.
 
 Hopper's `wgmma` and its bulk copies are not covered: for sm_90 Triton makes other products and other waits from the same
 source. What stands around them is: Philox, the refinement, candidates and reductions are the same source, and the blocks of

@@ -168,8 +168,15 @@ class _Machine:
     def special(self, name: str) -> Array:
         return self.specials[name]
 
-    def parameters(self, address: Array, offset: int, size: int, count: int) -> list[Array]:
+    def parameters(
+        self, address: Array, offset: int, size: int, count: int, mask: Array | None, line: int
+    ) -> list[Array]:
         at = address.astype(np.int64) + offset
+        outside = (at < 0) | (at + size * count > len(self.bytes) - 16)
+        if outside.any():
+            if mask is None or (outside & mask).any():
+                raise ExecutionError(f"line {line} of the PTX: a read outside of the kernel's parameters")
+            at = np.where(outside, 0, at)  # of threads that are elsewhere
         found = self.bytes[at[:, None] + np.arange(size * count)]
         view = np.ascontiguousarray(found).view(UNSIGNED[size])
         return [np.ascontiguousarray(view[:, i]) for i in range(count)]

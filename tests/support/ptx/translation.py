@@ -361,7 +361,7 @@ class Translation:
         base, offset = self._address(item.operands[1])
         if space == "param":
             address = self._value(base, "u64")
-            lines = [f"t = M.parameters({address}, {offset}, {size}, {len(to)})"]
+            lines = [f"t = M.parameters({address}, {offset}, {size}, {len(to)}, {mask}, {item.line})"]
         else:
             self.granules[space] = min(self.granules[space], size * len(to))
             address = self._value(base, "u64" if space == "global" else "u32")
