@@ -72,6 +72,16 @@ def test_generate_draws_from_the_policy(tmp_path, temperature):
     assert runs[0].model.generation_config.top_k == 3, "the model's own config was not put back"
 
 
+def test_generate_may_draw_the_token_of_padding(tmp_path):
+    """As the last token of a completion that has no end of sequence, where it looks like padding."""
+    kept, model = [], model_of()
+    model.generation_config.suppress_tokens = [token for token in range(VOCAB) if token not in (0, 2)]
+    train(tmp_path, keeping(generate_rollout, kept), model, max_completion_length=1, max_steps=3)
+    drawn = [row for _, answer in kept for row in answer["completion_ids"]]
+    assert {tuple(row) for row in drawn} == {(0,), (2,)}
+    assert all(len(row) == 1 for _, answer in kept for row in answer["logprobs"])
+
+
 def test_generate_leaves_the_random_numbers_alone(tmp_path):
     states = []
 
