@@ -264,6 +264,7 @@ def other_logprobs(value):
         (changed(prompt_token_ids=[1, 2]), EngineError, "the server completed another prompt"),
         (changed(logprobs=None), EngineError, "the server must return logprobs, got None"),
         (changed(token_ids=[3]), EngineError, "the server returned 1 tokens and . log-probabilities"),
+        (other_logprobs("-1.0"), EngineError, "has no log-probability of a token"),
         (other_logprobs(None), EngineError, "has no log-probability of a token"),
         (other_logprobs(math.inf), ValueError, "must be finite and not positive, got inf"),
         (other_logprobs(0.7), ValueError, "must be finite and not positive, got 0.7"),
@@ -302,6 +303,10 @@ def test_a_resumed_run_asks_the_server_for_the_same(tmp_path, server):
 def test_what_a_server_can_not_be_asked_for_is_refused(tmp_path, server):
     with pytest.raises(ValueError, match="begin_suppress_tokens of the generation config can not be told to a server"):
         train(tmp_path, asking(server), model_of([2, 7]))
+    with pytest.raises(ValueError, match="more must not have temperature, top_p: a request says that itself"):
+        train(tmp_path, asking(server, more={"top_p": 0.9, "temperature": 0.5, "priority": 1}))
+    with pytest.raises(ValueError, match="more must not have logit_bias"):
+        train(tmp_path, asking(server, more={"logit_bias": {}}), policy("gpt2", dtype=torch.float32))
     assert server.requests == []
 
 

@@ -89,11 +89,12 @@ class CompletionsServer:
         pause: seconds before the second try; every further pause is twice as long.
         concurrency: how many requests wait at the same time.
         headers: of every request, such as an `Authorization`.
-        more: further fields of every request.
+        more: further fields of every request, beside those that it has of its own (see `body`).
 
     Raises:
         EngineError: a request that the server refuses, no answer in `tries` tries, or an answer without tokens.
-        ValueError: numbers out of range, or tokens that are suppressed only at the beginning of completions.
+        ValueError: numbers out of range, `more` with fields of the request's own, or tokens that are suppressed only at the
+            beginning of completions.
     """
 
     def __init__(
@@ -160,6 +161,11 @@ class CompletionsServer:
             # The lowest bias that the interface has: e^-100 of a token's probability. One that is drawn all the same is
             # found by the check of the answer.
             body["logit_bias"] = {str(token): -100 for token in suppressed}
+        if taken := sorted(self.more.keys() & {*body, "model", "logit_bias"}):
+            raise ValueError(
+                f"more must not have {', '.join(taken)}: a request says that itself, so that completions are drawn as the "
+                "trainer takes them to be (temperature is a setting of GRADEConfig)"
+            )
         return body | self.more
 
     def _completed(self, body: dict[str, Any]) -> _Drawn:
@@ -232,7 +238,7 @@ def _read(answer: Any, prompt: list[int]) -> _Drawn:
         ids = [_token(token) for token in tokens]
     if len(ids) != len(told):
         raise EngineError(f"the server returned {len(ids)} tokens and {len(told)} log-probabilities")
-    if any(value is None or math.isnan(value) for value in told):
+    if any(isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value) for value in told):
         raise EngineError("the server has no log-probability of a token that it drew")
     return _Drawn(list(ids), list(told))
 
