@@ -123,6 +123,21 @@ class RolloutRequest:
         always, first = ([] if mask is None else mask.nonzero()[:, 0].tolist() for mask in masks)
         return always, first
 
+    @property
+    def always_suppressed(self) -> list[int]:
+        """Tokens that are never drawn, for an engine that can be told no others.
+
+        Raises:
+            ValueError: others are not to be drawn as the first of a completion.
+        """
+        always, first = self.suppressed
+        if set(first) - set(always):
+            raise ValueError(
+                "begin_suppress_tokens of the generation config can not be told to this engine, which would draw them as the "
+                "first, too"
+            )
+        return always
+
 
 class Answer(NamedTuple):
     """What a rollout function drew, and the columns that it has for the rewards."""

@@ -100,12 +100,18 @@ def test_generate_leaves_the_random_numbers_alone(tmp_path):
 
 
 def test_continuous_batching_draws_from_the_policy(tmp_path):
-    """Without suppressed tokens, which its processors do not know."""
+    """Suppressed tokens included, of which its log-probabilities know."""
     kept = []
     model = policy("llama", dtype=torch.float32)
+    model.generation_config.suppress_tokens = [token for token in range(VOCAB) if token % 2]
     trainer = train(tmp_path, keeping(continuous_batching_rollout, kept), model, max_steps=1)
     assert [answer["prompt_ids"] for _, answer in kept] == [request.prompt_ids for request, _ in kept]
     assert trainer.state.log_history[0]["sampling/sampling_logp_difference/max"] < 1e-3
+    model.generation_config.begin_suppress_tokens = [8]
+    with pytest.raises(
+        ValueError, match="begin_suppress_tokens of the generation config can not be told to this engine"
+    ):
+        train(tmp_path, continuous_batching_rollout, model)
 
 
 # --------------------------------------------------------------------------------------------------- over HTTP
@@ -301,7 +307,9 @@ def test_a_resumed_run_asks_the_server_for_the_same(tmp_path, server):
 
 
 def test_what_a_server_can_not_be_asked_for_is_refused(tmp_path, server):
-    with pytest.raises(ValueError, match="begin_suppress_tokens of the generation config can not be told to a server"):
+    with pytest.raises(
+        ValueError, match="begin_suppress_tokens of the generation config can not be told to this engine"
+    ):
         train(tmp_path, asking(server), model_of([2, 7]))
     with pytest.raises(ValueError, match="more must not have temperature, top_p: a request says that itself"):
         train(tmp_path, asking(server, more={"top_p": 0.9, "temperature": 0.5, "priority": 1}))

@@ -69,7 +69,8 @@ def continuous_batching_rollout(prompts: list[Prompt], trainer: GRADETrainer, **
         options: of `ContinuousBatchingConfig`, such as `max_memory_percent`; `functools.partial` gives them.
 
     Raises:
-        ValueError: a model whose layers are spread over processes.
+        ValueError: a model whose layers are spread over processes, or tokens that are suppressed only at the beginning of
+            completions.
         RuntimeError: the engine could not complete a prompt.
     """
     from transformers import ContinuousBatchingConfig
@@ -77,7 +78,9 @@ def continuous_batching_rollout(prompts: list[Prompt], trainer: GRADETrainer, **
     request = trainer.rollout_request
     _check_whole(request)
     model: Any = request.model
-    # A processor that the engine does not know is an error, and is not left out.
+    _ = request.always_suppressed  # an error where the engine could not be told of others
+    # Of processors the engine leaves out those that it marks as unfit. It keeps that of suppressed tokens, which it does not
+    # mark, and a later release may: then it is kept all the same, and the check of the answer finds what it lets through.
     batching = ContinuousBatchingConfig(
         **({"drop_unsupported_processors": False} | options), return_logprobs=True, seed=_seed_of(request)
     )

@@ -18,7 +18,7 @@ from grade_kernels.training.rollout_func import RolloutRequest
 if TYPE_CHECKING:
     from grade_kernels.training.trainer import GRADETrainer
 
-__all__ = ["CompletionsServer", "EngineError", "SentWeights", "always_suppressed"]
+__all__ = ["CompletionsServer", "EngineError", "SentWeights"]
 
 _WORTH_ANOTHER_TRY = (408, 429, 500, 502, 503, 504)  # what a server answers that is starting, busy or behind a proxy
 
@@ -48,17 +48,6 @@ class SentWeights:
         send()
         trainer.accelerator.wait_for_everyone()
         self._last = (trainer.state, step, written)
-
-
-def always_suppressed(request: RolloutRequest) -> list[int]:
-    """Tokens that are never drawn; ValueError where others are not to be drawn at the beginning of a completion alone."""
-    suppressed, first = request.suppressed
-    if set(first) - set(suppressed):
-        raise ValueError(
-            "begin_suppress_tokens of the generation config can not be told to a server or to vLLM, which would draw them "
-            "first, too"
-        )
-    return suppressed
 
 
 class _Drawn(NamedTuple):
@@ -157,7 +146,7 @@ class CompletionsServer:
         }
         if self.model is not None:
             body["model"] = self.model
-        if suppressed := always_suppressed(request):
+        if suppressed := request.always_suppressed:
             # The lowest bias that the interface has: e^-100 of a token's probability. One that is drawn all the same is
             # found by the check of the answer.
             body["logit_bias"] = {str(token): -100 for token in suppressed}

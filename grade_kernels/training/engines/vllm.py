@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from grade_kernels.training.engines.server import CompletionsServer, SentWeights, always_suppressed
+from grade_kernels.training.engines.server import CompletionsServer, SentWeights
 from grade_kernels.training.model import is_sharded, unwrap
 from grade_kernels.training.prompt_tokens import Prompt
 
@@ -50,7 +50,7 @@ class VLLMColocated:
         from vllm import SamplingParams
 
         request = trainer.rollout_request
-        suppressed = always_suppressed(request)
+        suppressed = request.always_suppressed
         self._sent.renew(trainer, lambda: self._load(request.model))
         settings = [
             SamplingParams(
