@@ -187,6 +187,12 @@ def test_backward_uses_the_forward_s_backend() -> None:
     torch.testing.assert_close(inside, outside)
 
 
+@pytest.mark.parametrize("unknown", [3, torch.device("cpu"), "", ":tiles"])
+def test_what_is_no_name_of_a_backend(unknown: Any) -> None:
+    with pytest.raises(ValueError, match=r"unknown backend .*; the known ones are reference, torch"):
+        gk.set_backend(unknown)
+
+
 @needs_backend("triton")
 def test_ways_through_a_head(monkeypatch: pytest.MonkeyPatch) -> None:
     """An argument or an environment variable chooses one; the name that a call saves says which, for heads alone."""
