@@ -205,7 +205,7 @@ class Choices:
             content = json.loads(self.path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             return {}, None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             return {}, str(error)
         found = content.get("environments") if isinstance(content, dict) and content.get("format") == _FORMAT else None
         if not isinstance(found, dict) or not all(isinstance(shapes, dict) for shapes in found.values()):
