@@ -171,6 +171,13 @@ def test_a_way_that_fails_is_not_taken(path: Path) -> None:
         choose(Choices(None), Device(RuntimeError("too much"), RuntimeError("too much")))
 
 
+def test_a_lack_of_memory_is_not_kept(path: Path) -> None:
+    with pytest.warns(UserWarning, match="by chunks fails here, .*not enough"):
+        assert choose(Choices(path), Device(3.0, torch.OutOfMemoryError("not enough"))) == "tiles"
+    assert not path.exists()
+    assert choose(Choices(path), Device(3.0, 2.0)) == "chunks"
+
+
 def test_shape_classes() -> None:
     def head(rows: int, dtype: torch.dtype = torch.bfloat16, **others: object) -> Head:
         x = torch.zeros(rows, 16, dtype=dtype)
