@@ -347,10 +347,10 @@ class PosteriorNoise:
         known = "" if self.logprobs is None else ", logprobs=..."
         return f"{self.noise!r}.given(ids=<{tuple(self.ids.shape)}>{known})"
 
-    def ignoring(self, rows: torch.Tensor) -> PosteriorNoise:
-        """The same with some token, whichever it is, given in the marked rows (bool, of the shape of ids)."""
+    def ignoring(self, rows: torch.Tensor, ids: torch.Tensor) -> PosteriorNoise:
+        """The same with other ids, which differ in the marked rows (bool, of the shape of ids), where nothing is read."""
         logprobs = None if self.logprobs is None else torch.where(rows, 0.0, self.logprobs)
-        return PosteriorNoise(self.noise, torch.where(rows, 0, self.ids), logprobs, self.draw)
+        return PosteriorNoise(self.noise, ids, logprobs, self.draw)
 
     def dense(self, logits: torch.Tensor) -> torch.Tensor:
         """The noise for logits `[..., V]`, for inspection and for tests; the kernels never materialise it.

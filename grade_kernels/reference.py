@@ -122,23 +122,18 @@ def _column(tau: float | torch.Tensor, logits: torch.Tensor, dim: int = -1) -> f
 
 
 def ignored_rows(
-    ids: torch.Tensor | None, ignore_index: int | None, x: torch.Tensor
+    ids: torch.Tensor | None, ignore_index: int | None, x: torch.Tensor, bias: torch.Tensor | None = None
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor]:
     """Which rows `[...]` are ignored, ids of which none is `ignore_index`, and x `[..., K]` with zeros in those rows.
 
-    Zeros, since the row's own values may be anything, NaN included, and nothing must come of them.
+    Zeros, since the row's own values may be anything, NaN included, and nothing must come of them. With a head's bias such
+    a row's logits are the bias, which may mask token 0. So the row's id is the bias's most likely token.
     """
     if ids is None or ignore_index is None:
         return None, ids, x
     ignored = ids == ignore_index
-    return ignored, torch.where(ignored, 0, ids), torch.where(ignored.unsqueeze(-1), 0.0, x)
-
-
-def without_ignored(
-    noise: GumbelNoise | PosteriorNoise | None, ignored: torch.Tensor
-) -> GumbelNoise | PosteriorNoise | None:
-    """Noise of rows of which some are ignored: tokens that are given there are none."""
-    return noise.ignoring(ignored) if isinstance(noise, PosteriorNoise) else noise
+    token: int | torch.Tensor = 0 if bias is None else bias.detach().argmax()
+    return ignored, torch.where(ignored, token, ids), torch.where(ignored.unsqueeze(-1), 0.0, x)
 
 
 def _temper(scores: torch.Tensor, tau: float | torch.Tensor) -> torch.Tensor:
@@ -219,7 +214,9 @@ def gumbel_ste_embedding(
         ids = noise.ids
     given = ids
     ignored, ids, logits = ignored_rows(ids, ignore_index, logits)
-    scores = _scores(logits, noise if ignored is None else without_ignored(noise, ignored))
+    if ignored is not None and ids is not None and isinstance(noise, PosteriorNoise):
+        noise = noise.ignoring(ignored, ids)
+    scores = _scores(logits, noise)
     wide, tau = _widen(logits), _column(tau, logits)
     ids = scores.argmax(-1) if ids is None else ids.clone()
     one_hot = _one_hot(ids, wide)

@@ -92,9 +92,9 @@ def gumbel_ste_embedding(
         checks.check_ids(ids, batch, logits)
     ids = checks.ids_once(ids, noise)
     ignored, safe_ids, open_logits = ignored_rows(ids, checks.canonical_ignore_index(ignore_index, ids), logits)
-    if ignored is not None and ids is not None:
+    if ignored is not None and ids is not None and safe_ids is not None:
         if isinstance(noise, PosteriorNoise):
-            noise, safe_ids = noise.ignoring(ignored), None
+            noise, safe_ids = noise.ignoring(ignored, safe_ids), None
         out = gumbel_ste_embedding(
             open_logits, embedding, tau, estimator=estimator, draws=draws, noise=noise, ids=safe_ids
         )

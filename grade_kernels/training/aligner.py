@@ -149,6 +149,8 @@ class Aligner:
                     "estimator must be ste, st or reinmax for given completions, got 'soft': the model reads mixtures of "
                     "embeddings there, which no token stands for"
                 )
+            if importance is not None and not isinstance(importance, ImportanceSampling):
+                raise TypeError(f"importance must be an ImportanceSampling or None, got {type(importance).__name__}")
             if importance is not None and completions.logprobs is None:
                 raise ValueError("importance needs the completions' logprobs, got None")
         if relaxation.feedback_hops != 0 and not self._can_sweep:

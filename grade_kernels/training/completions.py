@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from grade_kernels.training.allowed_tokens import AllowedTokens
 from grade_kernels.training.numbers import plain
 from grade_kernels.training.records import Ending
 
-__all__ = ["Completions", "LogprobRows", "TokenRows"]
+__all__ = ["Completions", "LogprobRows", "TokenRows", "in_lists", "row_of"]
 
 TokenRows: TypeAlias = "torch.Tensor | Sequence[Sequence[int]] | Sequence[torch.Tensor]"
 """Tokens of completions: int64 `[B, T]`, padded behind their ends, or a list of as many tokens as each has."""
@@ -131,16 +131,25 @@ def _token_rows(name: str, tokens: TokenRows, ending: Ending) -> list[list[int]]
         raise TypeError(
             f"{name} must be int64 [B, T] or a list of token ids for each completion, got {type(tokens).__name__}"
         )
-    rows = []
-    for place, row in enumerate(tokens):
-        listed = row.tolist() if isinstance(row, torch.Tensor) else plain(row)
-        if not isinstance(listed, (list, tuple)):
-            raise TypeError(f"{name}[{place}] must be a list of token ids, got {type(row).__name__}")
-        for token in listed:
+    rows = [row_of(f"{name}[{place}]", row, "token ids") for place, row in enumerate(tokens)]
+    for place, row in enumerate(rows):
+        for token in row:
             if isinstance(token, bool) or not isinstance(token, int):
                 raise TypeError(f"{name}[{place}] must be a list of token ids, got {token!r} among them")
-        rows.append(list(listed))
     return rows
+
+
+def in_lists(value: object) -> Any:
+    """Tensors and arrays as lists of Python's numbers, or as one; all else as `plain` has it."""
+    return value.tolist() if isinstance(value, (torch.Tensor, np.ndarray)) else plain(value)
+
+
+def row_of(name: str, row: object, values: str) -> list[Any]:
+    """What a list, a tuple, a tensor or an array holds, or TypeError with a name for it and for its values."""
+    listed = in_lists(row)
+    if not isinstance(listed, (list, tuple)):
+        raise TypeError(f"{name} must be a list of {values}, got {type(row).__name__}")
+    return list(listed)
 
 
 def _without_padding(name: str, row: list[int], ending: Ending) -> list[int]:
@@ -190,7 +199,7 @@ def _logprobs(name: str, given: LogprobRows, rows: list[list[int]], longest: int
         lists = [row[: len(own)] for row, own in zip(given.detach().double().tolist(), rows, strict=False)]
         width = given.shape[1]
     elif isinstance(given, Sequence) and not isinstance(given, str):
-        lists = [row.tolist() if isinstance(row, torch.Tensor) else list(plain(row)) for row in given]
+        lists = [row_of(f"[{place}] of {name}", row, "numbers") for place, row in enumerate(given)]
         width = longest
     else:
         raise TypeError(f"{name} must be floating [B, T] or a list for each completion, got {type(given).__name__}")

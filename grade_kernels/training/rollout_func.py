@@ -20,12 +20,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
+import numpy as np
 import torch
 
-from grade_kernels.training.completions import Completions
+from grade_kernels.training.completions import Completions, in_lists, row_of
 from grade_kernels.training.library_arguments import check_rollout_signature
 from grade_kernels.training.noise_plan import mixed_seed
-from grade_kernels.training.numbers import plain
 from grade_kernels.training.prompt_tokens import Prompt
 from grade_kernels.training.records import Ending, Prompts
 
@@ -208,13 +208,15 @@ def read_answer(
     completions = Completions.of(answer["completion_ids"], request.ending, logprobs, name=name)
     completions.check(len(request.prompt_ids), vocab_size, request.allowed, name)
     mask = answer.get("env_mask")
-    if mask is not None and any(not all(plain(row)) for row in mask):
+    rows = [] if mask is None else row_of("env_mask of rollout_func", mask, "masks")
+    if not all(all(row_of(f"env_mask[{place}] of rollout_func", row, "0 and 1")) for place, row in enumerate(rows)):
         raise ValueError("env_mask of rollout_func must be all 1: a token that the model did not draw has no gradient")
     columns: dict[str, list[object]] = {}
     for key, value in extra.items():
         if key in taken:
             raise ValueError(f"rollout_func must not return {key!r}: rewards get something else by this name")
-        values = list(value) if isinstance(value, (list, tuple)) else [value] * len(completions)
+        listed = in_lists(value) if isinstance(value, (torch.Tensor, np.ndarray)) else value
+        values = list(listed) if isinstance(listed, (list, tuple)) else [listed] * len(completions)
         if len(values) != len(completions):
             raise ValueError(
                 f"{key!r} of rollout_func must have a value for each of {len(completions)} completions, got {len(values)}"
@@ -225,13 +227,13 @@ def read_answer(
 
 def _check_sampling(answer: Mapping[str, Any], request: RolloutRequest) -> None:
     """The engine drew from the distribution that it was asked for, as far as it says so."""
-    told = plain(answer.get("temperature", request.temperature))
+    told = in_lists(answer.get("temperature", request.temperature))
     if any(value != request.temperature for value in (told if isinstance(told, (list, tuple)) else [told])):
         raise ValueError(
             f"rollout_func drew at temperature {told}, but GRADEConfig(temperature={request.temperature}) was asked for"
         )
     for key, neutral in _UNTRUNCATED.items():
-        told = plain(answer.get(key))
+        told = in_lists(answer.get(key))
         for value in told if isinstance(told, (list, tuple)) else [told]:
             if value not in neutral:
                 raise ValueError(
@@ -251,7 +253,7 @@ def _check_prompts(given: Any, wanted: list[list[int]]) -> None:
             "num_generations times)"
         )
     for place, (row, own) in enumerate(zip(rows, wanted, strict=True)):
-        listed = row.tolist() if isinstance(row, torch.Tensor) else list(plain(row))
+        listed = row_of(f"prompt_ids[{place}] of rollout_func", row, "token ids")
         if listed != own:
             at = next(
                 (i for i, (a, b) in enumerate(zip(listed, own, strict=False)) if a != b), min(len(listed), len(own))
@@ -271,7 +273,7 @@ def _of_sampled(logprobs: Any, token_ids: Any, completion_ids: Any) -> Any:
         return logprobs
     found = []
     for place, row in enumerate(logprobs):
-        values = row.tolist() if isinstance(row, torch.Tensor) else list(plain(row))
+        values = row_of(f"logprobs[{place}] of rollout_func", row, "numbers")
         if not any(isinstance(value, (list, tuple)) for value in values):
             found.append(values)
             continue
@@ -289,7 +291,13 @@ def _of_sampled(logprobs: Any, token_ids: Any, completion_ids: Any) -> Any:
                     f"logprobs[{place}][{time}] of rollout_func has {len(several)} numbers: logprob_token_ids must say of "
                     "which tokens"
                 )
-            drawn, named = int(completion_ids[place][time]), list(token_ids[place][time])
+            try:
+                drawn, named = int(completion_ids[place][time]), list(token_ids[place][time])
+            except (IndexError, TypeError) as error:
+                raise ValueError(
+                    f"completion_ids and logprob_token_ids of rollout_func must have tokens at [{place}][{time}], where "
+                    "logprobs have numbers"
+                ) from error
             if len(named) != len(several) or drawn not in named:
                 raise ValueError(
                     f"logprob_token_ids[{place}][{time}] of rollout_func must name {len(several)} tokens, the drawn one "

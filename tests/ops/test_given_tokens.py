@@ -180,6 +180,35 @@ def test_ignored_rows(backend: str, device: str, estimator: str) -> None:
         torch.testing.assert_close(out.logprobs[kept], expected.logprobs, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("given", [True, False])
+@pytest.mark.parametrize("estimator", [*ESTIMATORS, "gumbel_rao"])
+def test_ignored_rows_where_token_0_is_masked(backend: str, device: str, estimator: str, given: bool) -> None:
+    """An ignored row has no token that could have won, so it must not matter which tokens are masked."""
+    hidden, head = (randn(n, 6, device=device, seed=n) for n in (3, 23))
+    table, ids = randn(23, 4, device=device, seed=5), torch.tensor([3, -100, 22], device=device)
+    bias = randn(23, device=device, seed=6)
+    bias[0] = -math.inf
+    kept, noise = torch.tensor([0, 2], device=device), noise_of(2, 3, device)
+    assert noise.row_ids is not None
+    few = gk.GumbelNoise(2, noise.row_ids[kept])
+    found = []
+    for x, tokens, prior in ((hidden, ids, noise), (hidden[kept], ids[kept], few)):
+        sources = [leaf(x), leaf(head), leaf(bias)]
+        out = gk.linear_gumbel_ste(
+            *sources[:2], table, 0.7, bias=sources[2], estimator=estimator, ignore_index=-100, eps=0,
+            **({"noise": prior.given(tokens)} if given else {"noise": prior, "ids": tokens}),
+        )  # fmt: skip
+        found.append((out, grads(out.embedding.square().sum() + out.logprobs.sum(), *sources)))
+    (full, ours), (alone, theirs) = found
+    assert (full.embedding[1] == 0).all()
+    assert full.logprobs[1] == 0
+    torch.testing.assert_close(full.embedding[kept], alone.embedding, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(full.logprobs[kept], alone.logprobs, rtol=1e-5, atol=1e-6)
+    assert (ours[0][1] == 0).all()
+    for one, other in zip((ours[0][kept], *ours[1:]), theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("shape", [(0,), (2, 0, 3), ()])
 def test_empty_batches_and_no_batch_dimension(backend: str, device: str, shape: tuple[int, ...]) -> None:
     table, head = randn(7, 4, device=device), randn(7, 5, device=device)

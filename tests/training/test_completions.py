@@ -362,6 +362,7 @@ def test_what_may_stand_in_a_completion():
         ([[-math.inf, *[-1.0] * 6], [-1.0] * 7, [-1.0] * 7], ValueError, r"finite .*got -inf at \[0\]\[0\]"),
         ([[0.2, *[-1.0] * 6], [-1.0] * 7, [-1.0] * 7], ValueError, r"not positive, got 0.2 at \[0\]\[0\]"),
         (3.0, TypeError, "got float"),
+        ([-1.0] * 3, TypeError, r"\[0\] of logprobs of completions must be a list of numbers, got float"),
     ],
 )
 def test_log_probabilities_that_are_none_are_refused(told, error, message):
@@ -385,5 +386,7 @@ def test_arguments_that_need_each_other():
         loss_of(model, estimator="soft", completions=[FULL] * 3)
     with pytest.raises(ValueError, match="importance needs the completions' logprobs, got None"):
         loss_of(model, completions=[FULL] * 3, importance=ImportanceSampling())
+    with pytest.raises(TypeError, match="importance must be an ImportanceSampling or None, got str"):
+        loss_of(model, completions=[FULL] * 3, logprobs=[[-1.0] * 7] * 3, importance="token_mask")
     with pytest.raises(ValueError, match="logprobs and importance are for completions from elsewhere"):
         loss_of(model, importance=ImportanceSampling())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
 from types import SimpleNamespace
 
@@ -12,10 +13,13 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("datasets")
 
+from datasets import Dataset
+
 from grade_kernels.training.engines.generate import continuous_batching_rollout, generate_rollout
-from grade_kernels.training.engines.server import CompletionsServer, EngineError
+from grade_kernels.training.engines.server import CompletionsServer, EngineError, SentWeights
+from grade_kernels.training.engines.vllm import VLLMColocated, VLLMWeights
 from tests.support.completions_server import CompletionServer
-from tests.support.trainers import build, same, weights
+from tests.support.trainers import PROMPTS, build, same, weights
 from tests.support.training_models import VOCAB, policy
 
 
@@ -70,6 +74,16 @@ def test_generate_draws_from_the_policy(tmp_path, temperature):
     else:
         assert entry["sampling/kl"] > 1e-3
     assert runs[0].model.generation_config.top_k == 3, "the model's own config was not put back"
+
+
+def test_generate_may_draw_the_token_of_padding(tmp_path):
+    """As the last token of a completion that has no end of sequence, where it looks like padding."""
+    kept, model = [], model_of()
+    model.generation_config.suppress_tokens = [token for token in range(VOCAB) if token not in (0, 2)]
+    train(tmp_path, keeping(generate_rollout, kept), model, max_completion_length=1, max_steps=3)
+    drawn = [row for _, answer in kept for row in answer["completion_ids"]]
+    assert {tuple(row) for row in drawn} == {(0,), (2,)}
+    assert all(len(row) == 1 for _, answer in kept for row in answer["logprobs"])
 
 
 def test_generate_leaves_the_random_numbers_alone(tmp_path):
@@ -133,6 +147,52 @@ def test_weights_are_sent_before_each_step(tmp_path, server):
     trainer = train(tmp_path, asking(server, sync=sync), max_steps=2, gradient_accumulation_steps=2, learning_rate=3e-2)
     assert sent == [0, 1]
     assert trainer.state.log_history[1]["sampling/sampling_logp_difference/max"] < 1e-4
+
+
+def test_weights_that_others_replaced_are_sent_again(tmp_path, server):
+    """Those of the best checkpoint, which is loaded at the last step; and those of a second run, which begins at step 0."""
+    sent = []
+
+    def sync(trainer):
+        sent.append((trainer.state.global_step, weights(trainer)["lm_head.weight"]))
+
+    trainer = build(
+        tmp_path, model=model_of(), rollout_func=asking(server, sync=sync), max_steps=2, eval_steps=1, save_steps=1,
+        eval_dataset=Dataset.from_dict({"prompt": PROMPTS[:4]}), eval_strategy="steps", save_strategy="steps",
+        load_best_model_at_end=True, metric_for_best_model="reward", greater_is_better=False, learning_rate=0.3,
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.state.best_global_step == 1, "the last step is the best one, so that nothing was replaced"
+    trainer.evaluate()
+    assert [step for step, _ in sent] == [0, 1, 2, 2]
+    assert torch.equal(sent[3][1], weights(trainer)["lm_head.weight"])
+    again = build(tmp_path, model=model_of(), rollout_func=asking(server, sync=sync), max_steps=1, beta=0.0)
+    sent.clear()
+    for _ in range(2):
+        again.train()
+    assert [step for step, _ in sent] == [0, 0]
+
+
+@pytest.mark.parametrize("main", [True, False])
+def test_one_process_sends_the_weights_and_all_wait(main):
+    """Two senders would meet at one port. Whoever asks before the weights are there gets completions of older ones."""
+    happened = []
+    model = policy("gpt2")
+    accelerator = SimpleNamespace(is_main_process=main, wait_for_everyone=lambda: happened.append("waited"))
+    trainer = SimpleNamespace(
+        accelerator=accelerator, state=object(), rollout_request=SimpleNamespace(step=0, model=model)
+    )
+    send = VLLMWeights("http://127.0.0.1:1")
+    send._joined = lambda: happened.append("sent")
+    sent = SentWeights()
+    if main:
+        with pytest.raises(ImportError, match="vllm"):
+            sent.renew(trainer, lambda: send(trainer))
+        assert happened == []
+    else:
+        sent.renew(trainer, lambda: send(trainer))
+        sent.renew(trainer, lambda: send(trainer))
+        assert happened == ["waited"]
 
 
 @pytest.mark.parametrize("failure", [503, "hang up", "late"])
@@ -204,6 +264,7 @@ def other_logprobs(value):
         (changed(prompt_token_ids=[1, 2]), EngineError, "the server completed another prompt"),
         (changed(logprobs=None), EngineError, "the server must return logprobs, got None"),
         (changed(token_ids=[3]), EngineError, "the server returned 1 tokens and . log-probabilities"),
+        (other_logprobs("-1.0"), EngineError, "has no log-probability of a token"),
         (other_logprobs(None), EngineError, "has no log-probability of a token"),
         (other_logprobs(math.inf), ValueError, "must be finite and not positive, got inf"),
         (other_logprobs(0.7), ValueError, "must be finite and not positive, got 0.7"),
@@ -242,6 +303,10 @@ def test_a_resumed_run_asks_the_server_for_the_same(tmp_path, server):
 def test_what_a_server_can_not_be_asked_for_is_refused(tmp_path, server):
     with pytest.raises(ValueError, match="begin_suppress_tokens of the generation config can not be told to a server"):
         train(tmp_path, asking(server), model_of([2, 7]))
+    with pytest.raises(ValueError, match="more must not have temperature, top_p: a request says that itself"):
+        train(tmp_path, asking(server, more={"top_p": 0.9, "temperature": 0.5, "priority": 1}))
+    with pytest.raises(ValueError, match="more must not have logit_bias"):
+        train(tmp_path, asking(server, more={"logit_bias": {}}), policy("gpt2", dtype=torch.float32))
     assert server.requests == []
 
 
@@ -260,6 +325,7 @@ def test_a_colocated_vllm_is_called_as_documented(tmp_path, monkeypatch):
 
     class LLM:
         def __init__(self, **options):
+            assert os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0", "its model would be in another process"
             calls.made = options
             runner = SimpleNamespace(model=SimpleNamespace(load_weights=lambda named: calls.loaded.append(dict(named))))
             worker = SimpleNamespace(model_runner=runner)
@@ -275,8 +341,7 @@ def test_a_colocated_vllm_is_called_as_documented(tmp_path, monkeypatch):
 
     stand_in = SimpleNamespace(LLM=LLM, SamplingParams=lambda **settings: settings)
     monkeypatch.setitem(sys.modules, "vllm", stand_in)
-    from grade_kernels.training.engines.vllm import VLLMColocated
-
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
     trainer = train(tmp_path, VLLMColocated("tiny", gpu_memory_utilization=0.3), max_steps=2)
     assert calls.made == {"model": "tiny", "logprobs_mode": "processed_logprobs", "gpu_memory_utilization": 0.3}
     assert calls.resets == len(calls.loaded) == 2
@@ -287,3 +352,5 @@ def test_a_colocated_vllm_is_called_as_documented(tmp_path, monkeypatch):
         "temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "logprobs": 0, "max_tokens": 6,
     }  # fmt: skip
     assert trainer.state.log_history[0]["sampling/kl"] > 0
+    with pytest.raises(ValueError, match="begin_suppress_tokens of the generation config can not be told"):
+        train(tmp_path, VLLMColocated("tiny"), model_of([2, 7]))

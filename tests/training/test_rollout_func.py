@@ -133,13 +133,16 @@ def test_a_resumed_run_asks_for_the_same(tmp_path):
 def test_fields_of_an_engine_reach_the_rewards(tmp_path):
     seen = []
 
-    def length(prompts, completions, source, version, **columns):
-        seen.append((source, version))
+    def length(prompts, completions, source, version, place, **columns):
+        seen.append((source, version, place))
         return [float(len(text)) for text in completions]
 
-    engine = Engine(source=lambda answer: [f"of {row[0]}" for row in answer["completion_ids"]], version=7)
+    engine = Engine(
+        source=lambda answer: [f"of {row[0]}" for row in answer["completion_ids"]], version=7, place=torch.arange(4)
+    )
     train(tmp_path, engine, reward=[BagReward(dtype=torch.float32), length], max_steps=1)
-    ((source, version),) = seen
+    ((source, version, place),) = seen
+    assert place == [0, 1, 2, 3], "a tensor has a value for each completion, too"
     assert len(source) == 4
     assert source[0].startswith("of ")
     assert version == [7] * 4
@@ -230,6 +233,12 @@ def refusing(tmp_path_factory):
         ({"logprobs": lambda a: [row[:-1] for row in a["logprobs"]]}, ValueError, "must have a number for each of"),
         ({"logprobs": lambda a: [[[-1.0, -2.0] for _ in row] for row in a["logprobs"]]}, ValueError,
          r"logprobs\[0\]\[0\] of rollout_func has 2 numbers: logprob_token_ids must say of which"),
+        ({"logprobs": [-1.0] * 4}, TypeError, r"logprobs\[0\] of rollout_func must be a list of numbers, got float"),
+        ({"prompt_ids": [1, 2, 3, 4]}, TypeError, r"prompt_ids\[0\] of rollout_func must be a list of token ids, got int"),
+        ({"env_mask": [1] * 4}, TypeError, r"env_mask\[0\] of rollout_func must be a list of 0 and 1, got int"),
+        ({"logprobs": lambda a: [[[-1.0, -2.0] for _ in row] for row in a["logprobs"]], "logprob_token_ids": [[1]] * 4},
+         ValueError, r"logprob_token_ids of rollout_func must have tokens at \[0\]\[0\]"),
+        ({"temperature": torch.tensor([1.0, 1.0, 2.0, 1.0])}, ValueError, "drew at temperature .*2.0"),
         ({"top_p": 0.9}, ValueError, "drew with top_p = 0.9, which must be 1.0: what it cuts off or favours"),
         ({"top_k": [0, 0, 20, 0]}, ValueError, "drew with top_k = 20, which must be -1"),
         ({"min_p": 0.1}, ValueError, "drew with min_p = 0.1"),

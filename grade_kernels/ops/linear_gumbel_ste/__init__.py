@@ -111,10 +111,11 @@ def linear_gumbel_ste(
     if ids is not None:
         checks.check_ids(ids, batch, hidden, "hidden")
     ids = checks.ids_once(ids, noise)
-    ignored, safe_ids, open_hidden = ignored_rows(ids, checks.canonical_ignore_index(ignore_index, ids), hidden)
-    if ignored is not None and ids is not None:
+    ignore_index = checks.canonical_ignore_index(ignore_index, ids)
+    ignored, safe_ids, open_hidden = ignored_rows(ids, ignore_index, hidden, bias)
+    if ignored is not None and ids is not None and safe_ids is not None:
         if isinstance(noise, PosteriorNoise):
-            noise, safe_ids = noise.ignoring(ignored), None
+            noise, safe_ids = noise.ignoring(ignored, safe_ids), None
         out = linear_gumbel_ste(
             open_hidden, lm_head, embedding, tau, bias=bias, logit_softcap=logit_softcap, estimator=estimator,
             draws=draws, noise=noise, ids=safe_ids, eps=eps,

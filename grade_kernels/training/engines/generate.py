@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from grade_kernels.training.completions import Completions
 from grade_kernels.training.model import evaluating, is_sharded
 from grade_kernels.training.noise_plan import mixed_seed
 from grade_kernels.training.prompt_tokens import Prompt
@@ -44,12 +43,15 @@ def generate_rollout(prompts: list[Prompt], trainer: GRADETrainer) -> dict[str, 
             logits_processor=LogitsProcessorList([recorder]),
         )
     recorder.note(sequences)
-    drawn = Completions.of(sequences[:, batch.ids.shape[1] :], request.ending)
-    lengths = drawn.mask.sum(dim=1).tolist()
+    drawn = sequences[:, batch.ids.shape[1] :].tolist()
+    # Padding stands behind an end alone. The token of padding may also have been drawn as the last one of a completion.
+    lengths = [
+        next((time + 1 for time, token in enumerate(row) if token in request.eos_token_id), None) for row in drawn
+    ]
     told = torch.stack(recorder.told, dim=1).tolist()
     return {
         "prompt_ids": request.prompt_ids,
-        "completion_ids": [row[:length] for row, length in zip(drawn.ids.tolist(), lengths, strict=True)],
+        "completion_ids": [row[:length] for row, length in zip(drawn, lengths, strict=True)],
         "logprobs": [row[:length] for row, length in zip(told, lengths, strict=True)],
         "temperature": request.temperature,
     }

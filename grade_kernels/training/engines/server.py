@@ -18,13 +18,47 @@ from grade_kernels.training.rollout_func import RolloutRequest
 if TYPE_CHECKING:
     from grade_kernels.training.trainer import GRADETrainer
 
-__all__ = ["CompletionsServer", "EngineError"]
+__all__ = ["CompletionsServer", "EngineError", "SentWeights", "always_suppressed"]
 
 _WORTH_ANOTHER_TRY = (408, 429, 500, 502, 503, 504)  # what a server answers that is starting, busy or behind a proxy
 
 
 class EngineError(RuntimeError):
     """An engine gave no answer in as many tries as it has, or an answer that is none."""
+
+
+class SentWeights:
+    """Sends an engine the policy's weights wherever they may be others than those that it was sent last.
+
+    Weights change with every optimizer step, with every call of `train()`, and where others are loaded, as those of the best
+    checkpoint are at the end of a run. PyTorch counts what is written into a parameter, but not what a fused optimizer does.
+    """
+
+    def __init__(self) -> None:
+        self._last: tuple[object, int, int] | None = (
+            None  # the run's state, its step, and how often weights were written
+        )
+
+    def renew(self, trainer: GRADETrainer, send: Callable[[], object]) -> None:
+        """Call `send` if the weights may be others. All processes of a run do so together, and go on together."""
+        request = trainer.rollout_request
+        step, written = request.step, sum(parameter._version for parameter in request.model.parameters())
+        if self._last is not None and self._last[0] is trainer.state and self._last[1:] == (step, written):
+            return
+        send()
+        trainer.accelerator.wait_for_everyone()
+        self._last = (trainer.state, step, written)
+
+
+def always_suppressed(request: RolloutRequest) -> list[int]:
+    """Tokens that are never drawn; ValueError where others are not to be drawn at the beginning of a completion alone."""
+    suppressed, first = request.suppressed
+    if set(first) - set(suppressed):
+        raise ValueError(
+            "begin_suppress_tokens of the generation config can not be told to a server or to vLLM, which would draw them "
+            "first, too"
+        )
+    return suppressed
 
 
 class _Drawn(NamedTuple):
@@ -39,8 +73,9 @@ class CompletionsServer:
     the completion's own: a server gives all completions of one request the same, and would draw each prompt's
     `num_generations` alike.
 
-    The server must have the policy's weights. `sync` sends them, before the first request and after every optimizer step.
-    Without it the server goes on with the weights that it has, and the importance correction is what holds the two together.
+    The server must have the policy's weights. `sync` sends them, before the first request and wherever they have changed
+    since; in a run of several processes each calls it, and all wait until it is done. Without it the server goes on with the
+    weights that it has, and the importance correction is what holds the two together.
 
     At a `temperature` other than 1 its log-probabilities must be those after the temperature
     (`vllm serve --logprobs-mode processed_logprobs`).
@@ -54,11 +89,12 @@ class CompletionsServer:
         pause: seconds before the second try; every further pause is twice as long.
         concurrency: how many requests wait at the same time.
         headers: of every request, such as an `Authorization`.
-        more: further fields of every request.
+        more: further fields of every request, beside those that it has of its own (see `body`).
 
     Raises:
         EngineError: a request that the server refuses, no answer in `tries` tries, or an answer without tokens.
-        ValueError: numbers out of range, or tokens that are suppressed only at the beginning of completions.
+        ValueError: numbers out of range, `more` with fields of the request's own, or tokens that are suppressed only at the
+            beginning of completions.
     """
 
     def __init__(
@@ -80,14 +116,14 @@ class CompletionsServer:
         self.url, self.model, self.sync = url.rstrip("/"), model, sync
         self.timeout, self.tries, self.pause, self.concurrency = timeout, tries, pause, concurrency
         self.headers, self.more = dict(headers or {}), dict(more or {})
-        self._synced: int | None = None  # the step whose weights the server has
+        self._sent = SentWeights()
 
     def __call__(self, prompts: list[Prompt], trainer: GRADETrainer) -> dict[str, Any]:
         """The completions of a batch, by the signature of rollout functions."""
         request = trainer.rollout_request
-        if self.sync is not None and self._synced != request.step:
-            self.sync(trainer)
-            self._synced = request.step
+        sync = self.sync
+        if sync is not None:
+            self._sent.renew(trainer, lambda: sync(trainer))
         bodies = [self.body(request, place) for place in range(len(request.prompt_ids))]
         with ThreadPoolExecutor(max_workers=min(self.concurrency, len(bodies))) as pool:
             drawn = list(pool.map(self._completed, bodies))
@@ -121,15 +157,15 @@ class CompletionsServer:
         }
         if self.model is not None:
             body["model"] = self.model
-        suppressed, first = request.suppressed
-        if set(first) - set(suppressed):
-            raise ValueError(
-                "begin_suppress_tokens of the generation config can not be told to a server, which would draw them first, too"
-            )
-        if suppressed:
+        if suppressed := always_suppressed(request):
             # The lowest bias that the interface has: e^-100 of a token's probability. One that is drawn all the same is
             # found by the check of the answer.
             body["logit_bias"] = {str(token): -100 for token in suppressed}
+        if taken := sorted(self.more.keys() & {*body, "model", "logit_bias"}):
+            raise ValueError(
+                f"more must not have {', '.join(taken)}: a request says that itself, so that completions are drawn as the "
+                "trainer takes them to be (temperature is a setting of GRADEConfig)"
+            )
         return body | self.more
 
     def _completed(self, body: dict[str, Any]) -> _Drawn:
@@ -202,7 +238,7 @@ def _read(answer: Any, prompt: list[int]) -> _Drawn:
         ids = [_token(token) for token in tokens]
     if len(ids) != len(told):
         raise EngineError(f"the server returned {len(ids)} tokens and {len(told)} log-probabilities")
-    if any(value is None or math.isnan(value) for value in told):
+    if any(isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value) for value in told):
         raise EngineError("the server has no log-probability of a token that it drew")
     return _Drawn(list(ids), list(told))
 

@@ -6,15 +6,15 @@ is imported where it is asked for, and nowhere else.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from grade_kernels.training.engines.server import CompletionsServer
-from grade_kernels.training.model import unwrap
+from grade_kernels.training.engines.server import CompletionsServer, SentWeights, always_suppressed
+from grade_kernels.training.model import is_sharded, unwrap
 from grade_kernels.training.prompt_tokens import Prompt
 
 if TYPE_CHECKING:
@@ -24,31 +24,34 @@ __all__ = ["VLLMColocated", "VLLMWeights", "named_weights"]
 
 
 class VLLMColocated:
-    """Draws completions with a vLLM engine on the trainer's own GPU, which gets the weights before each step's first batch.
+    """Draws completions with a vLLM engine on the trainer's own GPU, which gets the weights wherever they have changed.
+
+    It is for a trainer of one process.
 
     Args:
         model: what vLLM loads, which must be the policy's architecture; its weights are overwritten.
         options: of `vllm.LLM`, such as `gpu_memory_utilization`.
+
+    Raises:
+        ValueError: tokens that are suppressed only at the beginning of completions, or weights that can not be handed over.
     """
 
     def __init__(self, model: str, **options: Any) -> None:
+        # By default vLLM computes in a process of its own, whose model can not be reached from here.
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         from vllm import LLM
 
         # Log-probabilities are then those of the distribution that is drawn from.
         self.llm: Any = LLM(model=model, logprobs_mode="processed_logprobs", **options)
-        self._synced: int | None = None
+        self._sent = SentWeights()
 
     def __call__(self, prompts: list[Prompt], trainer: GRADETrainer) -> dict[str, Any]:
         """The completions of a batch, by the signature of rollout functions."""
         from vllm import SamplingParams
 
         request = trainer.rollout_request
-        if self._synced != request.step:
-            worker = self.llm.llm_engine.model_executor.driver_worker.model_runner
-            worker.model.load_weights(named_weights(request.model))
-            self.llm.reset_prefix_cache()  # what it holds was computed with other weights
-            self._synced = request.step
-        suppressed, _ = request.suppressed
+        suppressed = always_suppressed(request)
+        self._sent.renew(trainer, lambda: self._load(request.model))
         settings = [
             SamplingParams(
                 n=1, temperature=request.temperature, top_p=1.0, top_k=0, min_p=0.0, repetition_penalty=1.0, seed=seed,
@@ -71,16 +74,26 @@ class VLLMColocated:
             "temperature": request.temperature,
         }
 
+    def _load(self, model: nn.Module) -> None:
+        """Bring the weights into the engine."""
+        runner = self.llm.llm_engine.model_executor.driver_worker.model_runner
+        runner.model.load_weights(named_weights(model))
+        self.llm.reset_prefix_cache()  # what it holds was computed with other weights
+
 
 class VLLMWeights:
     """Sends the policy's weights to `vllm serve` by NCCL: `CompletionsServer(url, sync=VLLMWeights(url))`.
 
-    The server needs `VLLM_SERVER_DEV_MODE=1` and `--weight-transfer-config '{"backend": "nccl"}'`, and GPUs of its own.
+    Of several processes that train, the first one sends them. The server needs `VLLM_SERVER_DEV_MODE=1` and
+    `--weight-transfer-config '{"backend": "nccl"}'`, and GPUs of its own.
 
     Args:
         url: of the server.
         port: where trainer and server meet.
         timeout: seconds until a request must be answered.
+
+    Raises:
+        ValueError: weights that can not be sent, see `named_weights`.
     """
 
     def __init__(self, url: str, *, port: int = 51216, timeout: float = 600.0) -> None:
@@ -89,11 +102,12 @@ class VLLMWeights:
 
     def __call__(self, trainer: GRADETrainer) -> None:
         """Send the weights as they are now."""
+        weights = named_weights(trainer.rollout_request.model)
+        if not trainer.accelerator.is_main_process:
+            return
         from vllm.distributed.weight_transfer.packed_tensor import packed_nccl_broadcast_producer
 
-        model = trainer.rollout_request.model
         group = self._joined()
-        weights = list(named_weights(model))
         announced = {
             "names": [name for name, _ in weights],
             "dtype_names": [str(weight.dtype).removeprefix("torch.") for _, weight in weights],
@@ -128,16 +142,19 @@ class VLLMWeights:
         return self._group
 
 
-def named_weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+def named_weights(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
     """The weights of a model by the names that its checkpoints have.
 
     Raises:
-        ValueError: an adapter that is not merged, whose layers have other names.
+        ValueError: an adapter that is not merged, whose layers have other names, or layers that are spread over processes.
     """
     own = unwrap(model)
+    if is_sharded(own):
+        raise ValueError(
+            "weights can not be sent to vLLM while the policy's layers are spread over processes (FSDP2, ZeRO-3)"
+        )
     if any(".lora_" in name for name, _ in own.named_parameters()):
         raise ValueError(
             "an adapter must be merged before its weights are sent: vLLM knows the base model's names alone"
         )
-    for name, parameter in own.named_parameters():
-        yield name, parameter.detach()
+    return [(name, parameter.detach()) for name, parameter in own.named_parameters()]
