@@ -20,8 +20,12 @@ def cache_folder() -> Path:
 
 def keep(path: Path, text: str) -> None:
     """Write a file, of which readers see the old text or the new one; where it cannot be written, nothing happens."""
+    # Machines and containers that share a home have processes of the same number.
+    temporary = path.with_suffix(f".{os.getpid()}-{os.urandom(4).hex()}")
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}")
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
+        try:
+            temporary.write_text(text, encoding="utf-8")
+            os.replace(temporary, path)
+        except OSError:
+            temporary.unlink(missing_ok=True)

@@ -130,19 +130,15 @@ def fresh_seed() -> torch.Tensor:
 
 def fresh_number() -> int:
     """What `fresh_seed` would have drawn, as a number, in less than half the time. No compiler or tracer follows it."""
-    return int(_drawn.seed.random_(*_SEEDS))
-
-
-class _Drawn(threading.local):
-    """Memory of each thread for the number that it draws."""
-
-    def __init__(self) -> None:
+    memory = getattr(_drawn, "seed", None)
+    if memory is None:  # not made at import, which a tracer might follow
         with torch.inference_mode(False):  # so that it may be written outside inference mode, too
-            self.seed = torch.empty((), dtype=torch.int64, device="cpu")
+            memory = _drawn.seed = torch.empty((), dtype=torch.int64, device="cpu")
+    return int(memory.random_(*_SEEDS))
 
 
 _SEEDS = (-(2**63), 2**63 - 1)
-_drawn = _Drawn()
+_drawn = threading.local()  # memory of each thread for the number that it draws
 
 
 class GumbelNoise:

@@ -97,7 +97,7 @@ def available_backends() -> list[str]:
 
 def _known(name: str) -> str:
     """A backend's name, without the way through a head that may stand behind it; an error where there is no such."""
-    plain, colon, way = name.partition(":")
+    plain, colon, way = name.partition(":") if isinstance(name, str) else (name, "", "")
     if plain not in BACKENDS:
         raise ValueError(f"unknown backend {name!r}; the known ones are {', '.join(BACKENDS)}")
     if colon and (plain not in _WITH_HEAD_WAYS or way not in HEAD_WAYS):

@@ -253,7 +253,7 @@ def check_for_reference(
         logits: `[N, V]`, without graph.
         tau: `[N]`.
         ids: `[N]`, of a vocabulary of `vocab_size`.
-        noise: of the rows.
+        noise: of the rows. Its given tokens are those of `ids` where there are both.
     """
     if logits is not None and may_read(logits):
         rows = without_wrappers(logits)
@@ -272,7 +272,8 @@ def check_for_reference(
     if logits is not None and may_read(logits):
         rows = without_wrappers(logits)
         if len(rows) == len(tokens):  # else `vmap` maps over one of the two
-            check_given_logits(rows.gather(1, tokens.unsqueeze(1)).squeeze(1))
+            chosen = rows.gather(1, tokens.unsqueeze(1)).squeeze(1)
+            check_given_logits(chosen, "noise.ids" if ids is None else "ids")
 
 
 def check_head_rows(bad: torch.Tensor, prefix: str = "") -> None:

@@ -60,7 +60,9 @@ def check_head(
     return hidden, lm_head, bias
 
 
-def check_reference_rows(head: Head, prefix: str = "", noise: Noise | None = None) -> None:
+def check_reference_rows(
+    head: Head, prefix: str = "", noise: Noise | None = None, ids: torch.Tensor | None = None
+) -> None:
     """The errors of rows without a distribution, and of given tokens that are masked, for the `reference` backend.
 
     It would compute with them.
@@ -71,7 +73,7 @@ def check_reference_rows(head: Head, prefix: str = "", noise: Noise | None = Non
         logits = without_wrappers(reference.head_logits(*head))
         checks.check_head_rows(checks.bad_rows(logits), prefix)
         if noise is not None:
-            checks.check_for_reference(logits, noise=noise)
+            checks.check_for_reference(logits, None, ids, logits.shape[1], noise)
 
 
 def canonical_eps(eps: object) -> float:

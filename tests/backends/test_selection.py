@@ -152,7 +152,7 @@ def test_the_chosen_backend_serves(backend: str, device: str, monkeypatch: pytes
                 monkeypatch.setattr(gk.reference, function, _spy(getattr(gk.reference, function), seen, name))
         else:
             chosen = backends.get(name)
-            for method in ("sample", "gumbel_softmax"):  # the second may call the first
+            for method in ("sample", "gumbel_softmax", "relax_at"):  # the second may call the first
                 monkeypatch.setattr(chosen, method, _spy(getattr(chosen, method), seen, name))
     logits = torch.zeros(2, 5, device=device)
     for call in (
@@ -185,6 +185,12 @@ def test_backward_uses_the_forward_s_backend() -> None:
         (gk.gumbel_softmax(logits, noise=gk.GumbelNoise(1)) * torch.arange(5.0)).sum(), logits
     )
     torch.testing.assert_close(inside, outside)
+
+
+@pytest.mark.parametrize("unknown", [3, torch.device("cpu"), "", ":tiles"])
+def test_what_is_no_name_of_a_backend(unknown: Any) -> None:
+    with pytest.raises(ValueError, match=r"unknown backend .*; the known ones are reference, torch"):
+        gk.set_backend(unknown)
 
 
 @needs_backend("triton")

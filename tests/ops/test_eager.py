@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -17,6 +19,7 @@ import grade_kernels as gk
 from grade_kernels import backends
 from grade_kernels.noise import fresh_number, fresh_seed
 from grade_kernels.ops.eager import undisturbed
+from tests.support import ROOT
 from tests.support.helpers import DTYPES, grads, leaf, randn
 from tests.support.needs import needs_backend
 
@@ -334,6 +337,26 @@ def test_a_backward_pass_that_is_looked_at_is_dispatched(backend: str, device: s
     assert torch.equal(found, torch.stack([expected, -expected]))
 
 
+@needs_backend("cpu")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("change", [torch.Tensor.bfloat16, torch.Tensor.double, lambda x: x[:1]])
+def test_saved_tensors_that_come_back_as_others_are_noticed(change: Callable[[Any], Any], dtype: torch.dtype) -> None:
+    """A kernel that took them for what was saved would read memory that is not theirs."""
+    wide = torch.promote_types(dtype, torch.float32)
+    with gk.use_backend("cpu"):
+        logits = leaf(randn(4, 9, dtype=dtype))
+        # What has so many dimensions comes back as it was: the rows' numbers, the logits, nothing.
+        for kept in (1, 2, 3):
+            with torch.autograd.graph.saved_tensors_hooks(
+                lambda x: x, lambda x, kept=kept: x if x.dim() == kept else change(x)
+            ):
+                y = gk.gumbel_softmax(logits, 0.7, noise=NOISE)
+            saved = [(x.dtype, tuple(x.shape)) for x in y.grad_fn.saved_tensors]
+            if saved != [(dtype, (4, 9)), (wide, (4,))]:
+                with pytest.raises(RuntimeError, match=r"dtype and shape|a number for each row"):
+                    y.sum().backward()
+
+
 def test_a_seed_as_a_number_is_the_seed_that_a_tensor_would_hold() -> None:
     """From the same state of the generator, in inference mode and outside it, in each thread."""
 
@@ -354,3 +377,15 @@ def test_a_seed_as_a_number_is_the_seed_that_a_tensor_would_hold() -> None:
     thread.start()
     thread.join()
     assert found == [True] * 24
+
+
+def test_an_import_that_is_traced_leaves_nothing_of_the_tracer() -> None:
+    code = (
+        "import torch\n"
+        "from torch._subclasses import FakeTensorMode\n"
+        "with FakeTensorMode():\n"
+        "    import grade_kernels as gk\n"
+        "print(type(gk.gumbel_softmax(torch.zeros(2, 3))).__name__)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert run.stdout.strip() == "Tensor", run.stderr

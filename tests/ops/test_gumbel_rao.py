@@ -249,10 +249,18 @@ def test_draws_of_a_wrong_type(draws: Any) -> None:
 
 def test_a_masked_token_that_is_given(backend: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GRADE_KERNELS_CHECK", "1")
-    logits = torch.tensor([[0.0, -math.inf, 1.0]], device=device)
-    with raises(ValueError, "ids", "-inf"):
-        gk.gumbel_ste_embedding(logits, torch.ones(3, 1, device=device), estimator="gumbel_rao",
-                                ids=torch.tensor([1], device=device))  # fmt: skip
+    mask = torch.tensor([0.0, -math.inf, 1.0], device=device)
+    ids, table, hidden = (
+        torch.tensor([1], device=device),
+        torch.ones(3, 1, device=device),
+        torch.ones(1, 1, device=device),
+    )
+    with raises(ValueError, "ids must", "-inf") as error:
+        gk.gumbel_ste_embedding(mask[None], table, estimator="gumbel_rao", ids=ids)
+    assert "noise" not in str(error.value)
+    with raises(ValueError, "ids must", "-inf") as error:
+        gk.linear_gumbel_ste(hidden, table, table, bias=mask, estimator="gumbel_rao", ids=ids)
+    assert "noise" not in str(error.value)
 
 
 def test_transforms_and_ignored_rows(backend: str, device: str) -> None:

@@ -302,6 +302,16 @@ def test_leading_shapes(backend: str, device: str, shape: tuple[int, ...], hard:
         assert torch.equal(y, flat.view(shape))
 
 
+@pytest.mark.parametrize("shape", [(0, 70000), (2, 70000, 0), (0, 70000, 2)])
+@pytest.mark.parametrize("hard", [False, True])
+def test_no_rows_of_a_large_vocabulary(backend: str, device: str, shape: tuple[int, ...], hard: bool) -> None:
+    """Whose identities are none, either."""
+    noise = gk.GumbelNoise(2, torch.zeros(0, dtype=torch.int64, device=device))
+    x = leaf(randn(*shape, device=device))
+    y = gk.gumbel_softmax(x, 0.7, hard, dim=1, noise=noise)
+    assert y.shape == grads(y.sum(), x)[0].shape == shape
+
+
 # --- tau
 
 

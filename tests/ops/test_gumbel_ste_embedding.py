@@ -292,11 +292,12 @@ def test_leading_shapes(backend: str, device: str, shape: tuple[int, ...], estim
 def test_empty_batch_of_any_strides(backend: str, device: str, estimator: str) -> None:
     """Whatever stride an empty tensor reports between tokens."""
     logits, table = randn(0, 21, device=device)[:, ::3].requires_grad_(), leaf(randn(7, 3, device=device))
-    out = gk.gumbel_ste_embedding(logits, table, estimator=estimator, noise=noise_of())
-    assert (out.embedding.shape, out.ids.shape, out.logprobs.shape) == ((0, 3), (0,), (0,))
-    dlogits, dtable = grads(out.embedding.sum() + out.logprobs.sum(), logits, table)
-    assert dlogits.shape == (0, 7)
-    assert (dtable == 0).all()
+    for noise in (noise_of(), gk.GumbelNoise(2, torch.zeros(0, dtype=torch.int64, device=device))):
+        out = gk.gumbel_ste_embedding(logits, table, estimator=estimator, noise=noise)
+        assert (out.embedding.shape, out.ids.shape, out.logprobs.shape) == ((0, 3), (0,), (0,))
+        dlogits, dtable = grads(out.embedding.sum() + out.logprobs.sum(), logits, table)
+        assert dlogits.shape == (0, 7)
+        assert (dtable == 0).all()
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)

@@ -150,9 +150,10 @@ class Choices:
                 elif run is None:
                     self._made[key] = fallback
                 else:
-                    measured = self._measure(run, synchronize)
+                    measured, lasts = self._measure(run, synchronize)
                     self._made[key] = measured.way
-                    self._keep(where, shape, measured)
+                    if lasts:
+                        self._keep(where, shape, measured)
             return self._made[key]
 
     def known(self, where: str) -> dict[str, Measured]:
@@ -168,8 +169,12 @@ class Choices:
                 found[shape] = measured
         return found
 
-    def _measure(self, run: Callable[[str], object], synchronize: Callable[[], object]) -> Measured:
-        """Both ways in turns. A way that fails is not chosen; if both do, the error of the last is raised."""
+    def _measure(self, run: Callable[[str], object], synchronize: Callable[[], object]) -> tuple[Measured, bool]:
+        """Both ways in turns. A way that fails is not chosen; if both do, the error of the last is raised.
+
+        Returns:
+            What was found, and whether it will be found again: memory that lacks now may be there another time.
+        """
         best: dict[str, float | None] = dict.fromkeys(WAYS)
         failed: dict[str, Exception] = {}
         for i in range(1 + ROUNDS):  # kernels are compiled in the first round, which does not count
@@ -195,7 +200,8 @@ class Choices:
                 f"the way through a head by {way} fails here, so the other is taken: {reason!r}", stacklevel=4
             )
         times = {way: seconds for way, seconds in best.items() if seconds is not None}
-        return Measured(min(times, key=lambda way: times[way]), best)
+        lasts = not any(isinstance(reason, torch.OutOfMemoryError) for reason in failed.values())
+        return Measured(min(times, key=lambda way: times[way]), best), lasts
 
     def _read(self) -> tuple[dict[str, dict[str, object]], str | None]:
         """The file's environments and None; or none and why, if there is a file and it was not written here."""
@@ -205,7 +211,7 @@ class Choices:
             content = json.loads(self.path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             return {}, None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             return {}, str(error)
         found = content.get("environments") if isinstance(content, dict) and content.get("format") == _FORMAT else None
         if not isinstance(found, dict) or not all(isinstance(shapes, dict) for shapes in found.values()):

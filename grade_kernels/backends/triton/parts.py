@@ -47,6 +47,8 @@ class Part(NamedTuple):
 def parts(tensors: Sequence[torch.Tensor], most_bytes: int) -> Iterator[Part]:
     """Parts of tensors `[A, V, B]` whose elements are read twice, of so many bytes together."""
     a, vocab, b = tensors[0].shape
+    if a * b == 0:
+        return
     dim = 0 if a > 1 else 2
     planes, rows, size = (a, b, vocab * b) if dim == 0 else (b, 1, vocab)
     # A part's first element is as well aligned as the tensor's is.

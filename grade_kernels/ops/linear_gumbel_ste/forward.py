@@ -146,7 +146,7 @@ def by_reference(draw: Draw) -> GumbelSTEEmbedding[tuple[torch.Tensor, ...]]:
     hidden, weight, bias, softcap = draw.head
     check_order(draw.estimator)
     checks.check_for_reference(None, draw.tau, draw.ids, weight.shape[0])
-    check_reference_rows(draw.head, noise=looked_at(draw.noise, draw.ids, draw.estimator))
+    check_reference_rows(draw.head, noise=looked_at(draw.noise, draw.ids, draw.estimator), ids=draw.ids)
     return reference.linear_gumbel_ste(
         hidden, weight, tuple(draw.tables), draw.tau.unsqueeze(-1), bias=bias, logit_softcap=softcap,
         estimator=draw.estimator, noise=draw.noise.public_of(draw.tau.shape), ids=draw.ids, draws=draw.draws,

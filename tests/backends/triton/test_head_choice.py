@@ -20,6 +20,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from grade_kernels.backends.triton import head_choice
 from grade_kernels.backends.triton.head_choice import ROUNDS, WAYS, Choices, Measured, ShapeClass, predicted
+from grade_kernels.cache import keep
 
 HERE = "some GPU, torch 2, triton 3"
 SHAPE = ShapeClass("bfloat16", 4096, 151936, 4096, False, False, "")
@@ -111,6 +112,7 @@ def test_nothing_is_measured_during_capture(fallback: str, path: Path) -> None:
 BROKEN = {
     "empty": "",
     "cut short": '{"format": 1, "environ',
+    "nested without end": 100_000 * "[",
     "another kind": '["tiles"]',
     "another format": json.dumps({"format": 2, "environments": {}}),
     "no environments": json.dumps({"format": 1}),
@@ -139,7 +141,24 @@ def test_files_that_cannot_be_read_or_written(path: Path) -> None:
     path.mkdir(parents=True)  # a folder of that name
     with pytest.warns(UserWarning, match="measured anew"):
         assert choose(Choices(path), Device(3.0, 2.0)) == "chunks"
+    assert list(path.parent.iterdir()) == [path], "nothing is left of the attempt"
     assert choose(Choices(None), Device(1.0, 2.0)) == "tiles"
+
+
+def test_processes_of_one_number_do_not_share_a_file(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on machines and in containers that have one home."""
+    written: list[Path] = []
+    replace = os.replace
+
+    def look(source: Path, target: Path) -> None:
+        written.append(source)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", look)
+    for _ in range(2):
+        keep(path, "{}")
+    assert len(set(written)) == 2
+    assert list(path.parent.iterdir()) == [path]
 
 
 def test_a_way_that_fails_is_not_taken(path: Path) -> None:
@@ -150,6 +169,13 @@ def test_a_way_that_fails_is_not_taken(path: Path) -> None:
     assert Choices(path).known(HERE)[str(SHAPE)].seconds == {"tiles": None, "chunks": 2.0}
     with pytest.raises(RuntimeError, match="too much"):
         choose(Choices(None), Device(RuntimeError("too much"), RuntimeError("too much")))
+
+
+def test_a_lack_of_memory_is_not_kept(path: Path) -> None:
+    with pytest.warns(UserWarning, match="by chunks fails here, .*not enough"):
+        assert choose(Choices(path), Device(3.0, torch.OutOfMemoryError("not enough"))) == "tiles"
+    assert not path.exists()
+    assert choose(Choices(path), Device(3.0, 2.0)) == "chunks"
 
 
 def test_shape_classes() -> None:
