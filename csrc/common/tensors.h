@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <optional>
+#include <type_traits>
 
 #include "common/dtype.h"
 
@@ -33,14 +34,19 @@ inline size_t element_size(const Tensor& x) {
   return dtype == Dtype::kDouble ? 8 : dtype == Dtype::kFloat ? 4 : 2;
 }
 
-// Null for an empty tensor, which stands for an argument that is not used.
+// Null for an empty tensor, which stands for an argument that is not used. An error for numbers of another dtype, which
+// hooks for saved tensors may make of ours; records of several numbers lie in tensors of any.
 template <typename Real>
 const Real* data(const Tensor& x) {
-  return x.numel() ? static_cast<const Real*>(x.const_data_ptr()) : nullptr;
+  if (x.numel() == 0) return nullptr;
+  if constexpr (std::is_arithmetic_v<Real>) return x.const_data_ptr<Real>();
+  else return static_cast<const Real*>(x.const_data_ptr());
 }
 template <typename Real>
 Real* mutable_data(const Tensor& x) {
-  return x.numel() ? static_cast<Real*>(x.mutable_data_ptr()) : nullptr;
+  if (x.numel() == 0) return nullptr;
+  if constexpr (std::is_arithmetic_v<Real>) return x.mutable_data_ptr<Real>();
+  else return static_cast<Real*>(x.mutable_data_ptr());
 }
 template <typename Real>
 const Real* data(const std::optional<Tensor>& x) {

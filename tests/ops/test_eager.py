@@ -353,8 +353,30 @@ def test_saved_tensors_that_come_back_as_others_are_noticed(change: Callable[[An
                 y = gk.gumbel_softmax(logits, 0.7, noise=NOISE)
             saved = [(x.dtype, tuple(x.shape)) for x in y.grad_fn.saved_tensors]
             if saved != [(dtype, (4, 9)), (wide, (4,))]:
-                with pytest.raises(RuntimeError, match=r"dtype and shape|a number for each row"):
+                with pytest.raises(RuntimeError, match=r"dtype and shape|a number for each row|expected scalar type"):
                     y.sum().backward()
+
+
+@needs_backend("cpu")
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x: gk.gumbel_softmax(x, torch.tensor(0.7)),
+        lambda x: gk.gumbel_ste_embedding(x, torch.ones(9, 2)).embedding,
+        lambda x: gk.linear_gumbel_ste(x, torch.ones(7, 9), torch.ones(7, 2)).embedding,
+    ],
+    ids=["gumbel_softmax", "gumbel_ste_embedding", "linear_gumbel_ste"],
+)
+def test_saved_numbers_of_another_dtype_are_noticed(call: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """In operations, too."""
+    with gk.use_backend("cpu"):
+        logits = leaf(randn(4, 9))
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda x: x, lambda x: x.bfloat16() if x.dim() == 1 and x.is_floating_point() else x
+        ):
+            y = call(logits)
+        with pytest.raises(RuntimeError, match="expected scalar type Float but found BFloat16"):
+            y.sum().backward()
 
 
 def test_a_seed_as_a_number_is_the_seed_that_a_tensor_would_hold() -> None:

@@ -249,7 +249,8 @@ def test_layout_of_the_fake_result(backend: str, device: str, dim: int) -> None:
         if x.shape[dim] == 0:
             continue
         tau = torch.ones(x.numel() // x.shape[dim], device=device)
-        args = (tau, True, torch.tensor(1), None, 0, dim, False, backend)
+        noise = (torch.tensor(1), None, 0, None, None, None, None)  # no given tokens
+        args = (tau, True, *noise, dim, False, backend)
         real = torch.ops.grade_kernels.gumbel_softmax(x, *args)[0]
         fake = torch.ops.grade_kernels.gumbel_softmax(x.to("meta"), tau.to("meta"), *args[1:])[0]
         assert real.stride() == fake.stride() == torch.empty(x.shape).stride()
