@@ -208,6 +208,7 @@ class TorchBackend(Backend):
             weights, _ = tempered.update(scores)
             if candidates is not None:
                 candidates.take(columns, weights, scores, uniform_from_words(word, logits.dtype))
+            del scores, word, weights  # they would be held while the next chunk's noise is made, which takes the most
         # With posterior noise no score exceeds T, not even that of a logit of +inf.
         bad = ~(tempered.max.isfinite() & untempered.max.isfinite())
         support = Support.empty(rows, head.hidden) if candidates is None else candidates.support()
