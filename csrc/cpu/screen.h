@@ -38,7 +38,6 @@ struct ScreenArgs {
   int64_t rows, padded;
   const int8_t* codes;
   const float *scale, *slack;
-  float rounding;  // of a product to the head's dtype, relative
   const float* bias;
   float softcap;  // 0: none
   Noise noise;

@@ -81,8 +81,7 @@ static void screen_tokens(const ScreenArgs& args, int64_t begin, int64_t end, Sc
       const float lower = out.lower[row], threshold = lower - (1e-4f + __builtin_fabsf(lower) * 0x1p-21f);
       for (int j = 0; j < kVectors; ++j) {
         f32 l = load(products + row * kBlock + j * kLanes) * scale[j];
-        f32 error = slack[j] * args.norm[row];
-        error += ((l < 0.0f ? -l : l) + error) * args.rounding;
+        const f32 error = slack[j] * args.norm[row];
         l += bias[j];
         if (args.softcap > 0.0f) l = softcapped(l, args.softcap);  // which brings no two logits further apart
         const f32 u = l + error;

@@ -2,8 +2,6 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
 #include <cmath>
@@ -35,10 +33,6 @@ void screen_encode(Tensor weight, Tensor columns, Tensor codes, Tensor scale, Te
   parallel_rows(weight.size(0), [&](int64_t begin, int64_t end) { GK_KERNELS_OF(kScreen).encode(args, begin, end); });
 }
 
-float rounded(float x, Dtype dtype) {
-  return dtype == Dtype::kBFloat16 ? float(c10::BFloat16(x)) : dtype == Dtype::kHalf ? float(c10::Half(x)) : x;
-}
-
 // With room for the rounding of scores.
 float below(float score) { return score - (1e-4f + std::abs(score) * 0x1p-21f); }
 
@@ -49,7 +43,6 @@ int64_t screen_sample(Tensor hidden, Tensor weight, Tensor x, Tensor norm, Tenso
                       int64_t vocab_start, Tensor ids_) {
   const Dtype dtype = dtype_of(weight);
   const float *bias = data<float>(bias_), cap = float(softcap);
-  const float rounding = dtype == Dtype::kBFloat16 ? 0x1p-8f : dtype == Dtype::kHalf ? 0x1p-11f : 0.0f;
   const int64_t rows = x.size(0), vocab = weight.size(0), piece_tokens = (vocab + kPieces - 1) / kPieces;
   const ScreenArgs args{.x = data<float>(x),
                         .norm = data<float>(norm),
@@ -58,7 +51,6 @@ int64_t screen_sample(Tensor hidden, Tensor weight, Tensor x, Tensor norm, Tenso
                         .codes = static_cast<const int8_t*>(codes.const_data_ptr()),
                         .scale = data<float>(scale),
                         .slack = data<float>(slack),
-                        .rounding = rounding,
                         .bias = bias,
                         .softcap = cap,
                         .noise = noise_of(seed, row_ids, vocab_start)};
@@ -106,7 +98,7 @@ int64_t screen_sample(Tensor hidden, Tensor weight, Tensor x, Tensor norm, Tenso
   std::fill(ids, ids + rows, -1);
   for (int64_t k = 0; k < count; ++k) {
     const int64_t row = at_rows[size_t(k)], token = tokens[size_t(k)];
-    double logit = rounded(products[size_t(k)], dtype);
+    double logit = products[size_t(k)];
     if (bias) logit += bias[token];
     if (cap > 0) logit = cap * std::tanh(logit / cap);
     const double score = logit + token_gumbel<double>(args.noise.seed, args.noise.row(row), vocab_start + token);
