@@ -71,8 +71,8 @@ def test_the_command_line_overrides_the_file(models, tmp_path):
 
 
 def test_bad_settings_are_named(models, tmp_path, capsys):
-    with pytest.raises(ValueError, match=r"settings that do not exist: \['temperature'\]"):
-        command.parse(settings(models, tmp_path, temperature=1.0)[1:])
+    with pytest.raises(ValueError, match=r"settings that do not exist: \['temprature'\]"):
+        command.parse(settings(models, tmp_path, temprature=1.0)[1:])
     broken = tmp_path / "broken.yaml"
     broken.write_text('{"tau": 1}\n{"tau": 2}\n', encoding="utf-8")
     with pytest.raises(ValueError, match=r"broken\.yaml is no YAML"):
