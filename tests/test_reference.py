@@ -188,7 +188,7 @@ def test_public_signatures_are_those_of_the_api() -> None:
     assert names(gk.gumbel_softmax) == "logits,tau,hard,eps,dim;noise"
     assert names(gk.gumbel_ste) == "logits,tau,dim;noise"
     assert names(gk.gumbel_sample) == "logits,dim;noise"
-    assert names(gk.gumbel_ste_embedding) == "logits,embedding,tau;estimator,noise,ids,ignore_index"
+    assert names(gk.gumbel_ste_embedding) == "logits,embedding,tau;estimator,draws,noise,ids,ignore_index"
     assert names(gk.GumbelNoise).startswith("seed,row_ids")
     assert names(gk.GumbelNoise.dense) == "self,num_rows,vocab_size;vocab_start,dtype"
     # A drop-in: PyTorch's own parameters, defaults and order come first.
