@@ -25,8 +25,10 @@ from tests.support.ptx import cuda_library
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 
 ROWS = ["tests/backends/test_row_kernels.py", "tests/backends/test_row_layouts.py"]
-HEADS = ["tests/backends/triton/test_head.py", "tests/simulation/test_broken.py", "tests/simulation/test_gathers.py"]
+GATHERS = ["tests/simulation/test_broken.py", "tests/simulation/test_gathers.py"]
+HEADS = ["tests/backends/triton/test_head.py", *GATHERS]
 OTHER = os.environ.get("GRADE_KERNELS_OTHER_TRITON", "")
+STATUS = os.environ.get("GRADE_KERNELS_SIMULATED_STATUS", "")
 FEW = [
     "tests/backends/test_row_kernels.py::test_sample[triton-2053-4-torch.float32]",
     "tests/backends/test_row_layouts.py::test_every_place[triton-shape4]",
@@ -42,9 +44,8 @@ def simulate(selection: list[str], compiler: str, version: str, **environment: s
         "GRADE_KERNELS_SIMULATED_COMPILER": f"{compiler} {version}",
         **environment,
     }
-    folder = os.environ.get("GRADE_KERNELS_SIMULATED_STATUS")
-    if folder and selection is not FEW:
-        kept["GRADE_KERNELS_SIMULATED_RECORD"] = str(Path(folder).resolve() / f"simulated-{compiler}-{version}.json")
+    if STATUS and selection not in (FEW, GATHERS):
+        kept["GRADE_KERNELS_SIMULATED_RECORD"] = str(Path(STATUS).resolve() / f"simulated-{compiler}-{version}.json")
     command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", *selection]
     done = subprocess.run(command, cwd=ROOT, env=kept, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
@@ -55,6 +56,12 @@ def test_a_few_kernels_of_triton() -> None:
     simulate(FEW, "triton", triton.__version__)
 
 
+@pytest.mark.takes_long("a minute of compiling; the interpreter has tests of the same kernels")
+def test_gathers_and_broken_kernels_of_triton() -> None:
+    simulate(GATHERS, "triton", triton.__version__)
+
+
+@needs("a quarter of an hour, and a folder for what is found in GRADE_KERNELS_SIMULATED_STATUS", STATUS)
 @pytest.mark.takes_long("two minutes of compiling; the interpreter has the same tests")
 def test_all_kernels_of_triton() -> None:
     simulate([*ROWS, *HEADS, "-k", "not cuda"], "triton", triton.__version__)
