@@ -14,7 +14,7 @@ from grade_kernels.estimators import RAO
 from grade_kernels.noise import GumbelNoise, PosteriorNoise
 from grade_kernels.ops import checks, tables
 from grade_kernels.ops.differentiable import differentiable
-from grade_kernels.ops.posterior import looked_at, posterior_draw, sampled_rows
+from grade_kernels.ops.posterior import log_normaliser, looked_at, posterior_draw, sampled_rows
 from grade_kernels.ops.registry import answered_by, public
 from grade_kernels.ops.tables import Embedded
 from grade_kernels.ops.transforms import FIRST_ORDER, check_order
@@ -243,7 +243,7 @@ def _mean_over_draws(
     """The gradients of logits and of tau by the rule `ste`, averaged over draws of posterior noise."""
     # A masked token's noise is NaN.
     chosen = rows.logits.squeeze(2).gather(1, sample.ids[:, None]).squeeze(1).to(rows.tau.dtype)
-    normaliser = sample.logit_max + sample.logit_sum.log() + (chosen - chosen)
+    normaliser = log_normaliser(sample.logit_max, sample.logit_sum, chosen)
     total, dtau = torch.zeros_like(dy, dtype=rows.tau.dtype), torch.zeros_like(rows.tau)
     dlogprobs = None if rule.dlogprobs is None else rule.dlogprobs * draws  # it comes once
     for m in range(draws):

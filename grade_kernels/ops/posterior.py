@@ -9,7 +9,7 @@ from grade_kernels.backends.layouts import flat
 from grade_kernels.estimators import RAO
 from grade_kernels.ops import checks
 
-__all__ = ["looked_at", "posterior_draw", "relaxed_rows", "sampled_rows", "winning_scores"]
+__all__ = ["log_normaliser", "looked_at", "posterior_draw", "relaxed_rows", "sampled_rows", "winning_scores"]
 
 
 def winning_scores(noise: Noise, chosen: torch.Tensor, normaliser: torch.Tensor | None) -> torch.Tensor:
@@ -26,6 +26,11 @@ def winning_scores(noise: Noise, chosen: torch.Tensor, normaliser: torch.Tensor 
         normaliser = chosen - given.logprobs.to(chosen.dtype)
     assert normaliser is not None
     return (normaliser - noise.log_exponential_at_ids(chosen.dtype)) + (chosen - chosen)
+
+
+def log_normaliser(logit_max: torch.Tensor, logit_sum: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+    """`logsumexp(l)` `[N]` from a sample's statistics; NaN where the logit of the returned token, `chosen` `[N]`, is -inf."""
+    return logit_max + logit_sum.log() + (chosen - chosen)
 
 
 def posterior_draw(noise: Noise, ids: torch.Tensor, draw: int, normaliser: torch.Tensor) -> Noise:

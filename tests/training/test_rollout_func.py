@@ -189,9 +189,9 @@ def other_prompt(answer):
     return [*answer["prompt_ids"][:2], [1, 3, 4, 5], answer["prompt_ids"][3]]
 
 
-def with_value(value, place=1):
+def with_value(value, place=1, key="logprobs"):
     def changed(answer):
-        rows = [list(row) for row in answer["logprobs"]]
+        rows = [list(row) for row in answer[key]]
         rows[place][0] = value
         return rows
 
@@ -199,12 +199,7 @@ def with_value(value, place=1):
 
 
 def with_token(token, place=2):
-    def changed(answer):
-        rows = [list(row) for row in answer["completion_ids"]]
-        rows[place][0] = token
-        return rows
-
-    return changed
+    return with_value(token, place, "completion_ids")
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from grade_kernels.ops.linear_gumbel_ste.dense import DenseRows
 from grade_kernels.ops.linear_gumbel_ste.records import Draw, Gradients, Kept, Statistics
 from grade_kernels.ops.linear_gumbel_ste.sparse import SparseRows
 from grade_kernels.ops.linear_gumbel_ste.upstream import Upstream
-from grade_kernels.ops.posterior import posterior_draw
+from grade_kernels.ops.posterior import log_normaliser, posterior_draw
 from grade_kernels.ops.tables import Embedded
 
 __all__ = ["backward"]
@@ -74,7 +74,7 @@ def _dense_parts(
         yield draw, upstream, statistics
         return
     share = upstream.scaled(1.0 / draw.draws)
-    normaliser = statistics.logit_max + statistics.logit_sum.log() + (statistics.chosen - statistics.chosen)
+    normaliser = log_normaliser(statistics.logit_max, statistics.logit_sum, statistics.chosen)
     for m in range(draw.draws):
         noise = posterior_draw(draw.noise, ids, m, normaliser)
         assert noise.posterior is not None

@@ -13,7 +13,7 @@ from grade_kernels.ops import checks, tables
 from grade_kernels.ops.head import check_reference_rows, fake_support
 from grade_kernels.ops.linear_gumbel_sample import chosen_logprobs
 from grade_kernels.ops.linear_gumbel_ste.records import Draw, Kept, Statistics
-from grade_kernels.ops.posterior import looked_at, posterior_draw, winning_scores
+from grade_kernels.ops.posterior import log_normaliser, looked_at, posterior_draw, winning_scores
 from grade_kernels.ops.tables import Embedded
 from grade_kernels.ops.transforms import check_order
 from grade_kernels.reference import GumbelSTEEmbedding
@@ -52,7 +52,7 @@ def kernel(draw: Draw) -> tuple[Embedded[torch.Tensor], Kept]:
         if checks.reads_values(chosen):
             checks.check_given_logits(chosen, "ids")
         if draw.wants_support and eps > 0:
-            normaliser = sample.logit_max + sample.logit_sum.log() + (chosen - chosen)
+            normaliser = log_normaliser(sample.logit_max, sample.logit_sum, chosen)
             noises = (posterior_draw(noise, ids, m, normaliser) for m in range(draw.draws))
             support = Support.joined([backend.head_scores(head, tau, given, eps)[2] for given in noises])
     if embedded is None:
